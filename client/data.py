@@ -1,0 +1,225 @@
+"""A site's rows: reading files, assets and hub data sets, and refusing what cannot be trained on."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.assets import asset_folder
+from ..common.errors import DataError, RecipeError
+from ..common.rows import Row, SiteRows
+from ..common.seeds import seed_from
+from ..common.settings import DataSettings, SiteSettings
+
+
+def load_site_rows(site: SiteSettings, seed: int) -> SiteRows:
+    """Reads, selects and checks one site's rows. Raises DataError naming the site, field and row."""
+    data = site.data
+    train = select(read_rows(data.source, site.name), data, site.name)
+    if data.test_source:
+        test = select(read_rows(data.test_source, site.name), data, site.name)
+    else:
+        train, test = hold_out(train, data, seed_from(seed, site.name, "held out"))
+    return check_rows(site.name, data, train[: data.train], test[: data.test])
+
+
+def hold_out(rows: Sequence[Row], data: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
+    """A seeded split into training rows and ``test_fraction`` of test rows."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    cut = len(rows) - round(len(rows) * data.test_fraction)
+    return [rows[i] for i in order[:cut]], [rows[i] for i in order[cut:]]
+
+
+def select(rows: Iterable[Row], data: DataSettings, site: str) -> list[Row]:
+    """Rows in the form of their task, filtered by ``where`` and ``labels``."""
+    wanted = dict(data.where or {})
+    kept = [row for row in rows if all(str(row.get(k)) == v for k, v in wanted.items())]
+    shaped = [_SHAPES[data.task](row, number, data, site) for number, row in enumerate(kept, 1)]
+    if data.labels is not None and data.task == "classification":
+        shaped = [row for row in shaped if row["label"] in data.labels]
+    return shaped
+
+
+def check_rows(site: str, data: DataSettings, train: Sequence[Row], test: Sequence[Row]) -> SiteRows:
+    """Rules that need all rows: some to train on, at least two classes, no test label that training lacks."""
+    if not train:
+        raise DataError("data.source", "rows to train on", f"none in {data.source}", site=site)
+    if data.task != "classification":
+        return SiteRows(site, data.task, train, test)
+    seen = {row["label"] for row in train}
+    unseen = sorted({row["label"] for row in test} - seen)
+    if unseen:
+        raise DataError("data.label", f"a label seen in training ({_few(seen)})", repr(unseen[0]), site=site)
+    labels = data.labels or tuple(sorted(seen))
+    if len(seen) < 2:
+        raise DataError("data.label", "at least two classes", f"only {_few(seen)}", site=site)
+    return SiteRows(site, data.task, train, test, labels)
+
+
+def read_rows(source: str, site: str | None = None) -> Iterable[Row]:
+    """Rows of a file (by its ending), of ``asset:NAME/SPLIT`` or of a hub data set (``id`` or ``id:split``)."""
+    if source.startswith("asset:"):
+        return _read_asset(source.removeprefix("asset:"), site)
+    path = Path(source)
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        return _read_hub(source, site)
+    if not path.is_file():
+        raise DataError("data.source", "a file that is there", source, site=site)
+    try:
+        rows = list(reader(path, site))
+    except (UnicodeDecodeError, OSError, csv.Error) as error:
+        raise DataError("data.source", "readable UTF-8 text", f"{source} ({error})", site=site) from None
+    if not rows:
+        raise DataError("data.source", "rows", f"an empty file, {source}", site=site)
+    return rows
+
+
+def _read_jsonl(path: Path, site: str | None) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path.name} line {number}", "one JSON object", error.msg, site=site) from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path.name} line {number}", "one JSON object", type(row).__name__, site=site)
+            yield row
+
+
+def _read_table(delimiter: str) -> Callable[[Path, str | None], Iterator[Row]]:
+    def read(path: Path, site: str | None) -> Iterator[Row]:
+        with path.open(encoding="utf-8", newline="") as file:
+            yield from csv.DictReader(file, delimiter=delimiter)
+
+    return read
+
+
+def _read_parquet(path: Path, site: str | None) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    yield from pyarrow.parquet.read_table(path).to_pylist()
+
+
+def _read_npz(path: Path, site: str | None) -> Iterator[Row]:
+    with np.load(path, allow_pickle=False) as file:
+        if set(file.files) != {"x", "y"}:
+            raise DataError("data.source", "arrays x and y", ", ".join(file.files), site=site)
+        yield from ({"x": x, "y": y} for x, y in zip(file["x"], file["y"], strict=True))
+
+
+_READERS: dict[str, Callable[[Path, str | None], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_table(","),
+    ".tsv": _read_table("\t"),
+    ".parquet": _read_parquet,
+    ".npz": _read_npz,
+}
+
+
+def _read_hub(source: str, site: str | None) -> Iterable[Row]:
+    import datasets
+
+    name, _, split = source.partition(":")
+    try:
+        return datasets.load_dataset(name, split=split or "train")  # type: ignore[return-value]
+    except Exception as error:  # whatever the hub, the network or a builder raises
+        endings = ", ".join(_READERS)
+        wanted = f"a file ({endings}), asset:NAME or a hub data set that can be reached"
+        raise DataError("data.source", wanted, f"{source!r} ({type(error).__name__})", site=site) from None
+
+
+def _read_asset(name: str, site: str | None) -> Iterable[Row]:
+    asset, _, part = name.partition("/")
+    reader = _ASSET_READERS.get(asset)
+    if reader is None:
+        raise RecipeError("data.source", f"asset:NAME with NAME of {', '.join(_ASSET_READERS)}", repr(name), site=site)
+    return reader(asset_folder(asset), part)
+
+
+def _read_newsgroups(folder: Path, part: str) -> Iterator[Row]:
+    with (folder / f"20newsgroups-{part or 'train'}.tab").open(encoding="utf-8") as file:
+        for line in list(file)[3:]:  # three header lines
+            label, _, text = line.rstrip("\n").partition("\t")
+            yield {"label": label, "family": label.split(".")[0], "text": text}
+
+
+def _read_chatterbot(folder: Path, part: str) -> Iterator[Row]:
+    import yaml
+
+    for file in sorted(folder.glob(f"{part or '*'}.yml")):
+        for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            if len(turns) >= 2:
+                yield {"topic": file.stem, "prompt": str(turns[0]), "completion": str(turns[1])}
+
+
+_ASSET_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+    "20newsgroups": _read_newsgroups,
+    "chatterbot": _read_chatterbot,
+}
+
+
+def _classification(row: Row, number: int, data: DataSettings, site: str) -> Row:
+    text, label = (
+        _column(row, data.text, "data.text", number, site),
+        _column(row, data.label, "data.label", number, site),
+    )
+    if isinstance(label, float) or label is None:
+        raise DataError("data.label", "a text or whole number", f"{label!r} in row {number}", site=site)
+    return {"text": _text(text, "data.text", number, site), "label": str(label)}
+
+
+def _generation(row: Row, number: int, data: DataSettings, site: str) -> Row:
+    if data.messages:
+        messages = _column(row, data.messages, "data.messages", number, site)
+        if not isinstance(messages, list) or not all(_is_turn(turn) for turn in messages):
+            wanted = "a list of {role, content}"
+            raise DataError("data.messages", wanted, f"{type(messages).__name__} in row {number}", site=site)
+        return {"messages": messages}
+    prompt, completion = (
+        _text(_column(row, getattr(data, key), f"data.{key}", number, site), f"data.{key}", number, site)
+        for key in ("prompt", "completion")
+    )
+    if data.chat:
+        turns = (("user", prompt), ("assistant", completion))
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+    return {"prompt": prompt, "completion": completion}
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+
+
+def _regression(row: Row, number: int, data: DataSettings, site: str) -> Row:
+    return {key: _column(row, key, f"data.{key}", number, site) for key in ("x", "y")}
+
+
+_SHAPES: dict[str, Callable[[Row, int, DataSettings, str], Row]] = {
+    "classification": _classification,
+    "generation": _generation,
+    "regression": _regression,
+}
+
+
+def _column(row: Row, name: str, field: str, number: int, site: str) -> Any:
+    if name not in row:
+        raise DataError(field, f"a column {name!r}", f"only {', '.join(map(str, row))} in row {number}", site=site)
+    return row[name]
+
+
+def _text(value: Any, field: str, number: int, site: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(field, "text", f"{type(value).__name__} in row {number}", site=site)
+    return value
+
+
+def _few(labels: Iterable[str]) -> str:
+    names = sorted(labels)
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -1,0 +1,214 @@
+"""What one round means at a site: measure what arrived, train, store, answer with the shared groups only."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..common.adapters.attach import attach, initial_values, layout_of
+from ..common.errors import RefusedError
+from ..common.methods import PERSONAL, SHARED, Method
+from ..common.model import BaseModel
+from ..common.protocol import PROTOCOL, Arrays, Description, Order, Reply, check_arrays, hash_layout
+from ..common.rows import SiteRows
+from ..common.seeds import seed_from
+from ..common.settings import Plan
+from ..common.tasks import Task, build_task
+from ..common.training import Phase, Stretch, Trained, train
+from .store import PersonalState, Store
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A base model with the plan's adapter attached: one per process, used by one site after the other."""
+
+    base: BaseModel
+    plan: Plan
+    row: Method
+    adapter: Mapping[str, nn.Parameter]
+
+
+def set_up(base: BaseModel, plan: Plan) -> Bench:
+    """Attaches the plan's adapter to the base model."""
+    row = plan.method.row()
+    adapter = attach(base.backbone, plan.adapter, row)
+    for parameter in adapter.values():
+        parameter.requires_grad_(False)
+    return Bench(base, plan, row, adapter)
+
+
+class Trainer:
+    """One site: its rows, its task and its personal state, on a bench that it may share with other sites.
+
+    Nothing of the site stays on the bench between calls that matters: every call loads all groups first.
+    """
+
+    def __init__(self, bench: Bench, rows: SiteRows, store: Store) -> None:
+        self.site, self.bench, self.store = rows.site, bench, store
+        self.row, self.plan = bench.row, bench.plan
+        self.task: Task = build_task(rows, bench.base, bench.plan)
+        self.parameters: dict[str, nn.Parameter] = {**bench.adapter, **self.task.head}
+        layout = layout_of(self.parameters)
+        self.layout = self.row.having(layout, SHARED)
+        self.site_seed = seed_from(self.plan.seed, self.plan.name, self.site)
+        self.initial = initial_values(layout, self.plan.adapter, self.plan.seed)
+        if self.row.head is PERSONAL:
+            heads = {key: layout[key] for key in self.task.head}
+            self.initial |= initial_values(heads, self.plan.adapter, seed_from(self.site_seed, "head"))
+
+    def describe(self) -> Description:
+        """What the coordinator needs to know before the first round."""
+        prints, task = self.bench.base.fingerprint, self.task
+        return Description(
+            site=self.site,
+            protocol=PROTOCOL,
+            model=prints.model,
+            tokenizer=prints.tokenizer,
+            chat_template=prints.chat_template,
+            layout=hash_layout(self.layout),
+            task=task.rows.task,
+            train=len(task.train.examples),
+            test=len(task.test.examples),
+            truncated=task.train.truncated + task.test.truncated,
+            dropped=task.train.dropped + task.test.dropped,
+            classes=len(task.rows.labels),
+        )
+
+    def respond(self, order: Order) -> Reply:
+        """Answers an order; asked again for the same round it returns the stored reply.
+
+        Raises RefusedError when the order's arrays are not the shared groups of this plan.
+        """
+        stored = self.store.reply(order.round, order.key)
+        if stored is not None:
+            return stored
+        check_arrays(order.shared, self.layout, self.site)
+        started = time.perf_counter()
+        found = self.store.state(order.admitted)
+        state = found or PersonalState()
+        closing = order.phase == "close"
+        metrics: dict[str, float] = {}
+        if not closing:
+            state, metrics = self._measure_arrival(order, state)
+        trained = self._train(order, state)
+        new = PersonalState(
+            order.round,
+            state.position + trained.examples,
+            self._values(PERSONAL),
+            trained.moments,
+            state.base,
+        )
+        shared = {} if closing else {k: v.numpy() for k, v in self._values(SHARED).items()}
+        if closing:
+            new, metrics = self._measure_end(order, new)
+        reply = Reply(
+            site=self.site,
+            federation=order.federation,
+            round=order.round,
+            key=order.key,
+            shared=shared,
+            terms=trained.terms,
+            examples=trained.examples,
+            metrics=metrics if closing else {**metrics, "train.loss": trained.loss},
+            seconds=time.perf_counter() - started,
+            fresh=found is None,
+        )
+        return self._send(new, reply, order.admitted)
+
+    def _send(self, state: PersonalState, reply: Reply, admitted: int) -> Reply:
+        """The last gate: whatever happened before, only shared groups pass; stored before it is answered."""
+        check_arrays(reply.shared, self.layout if reply.shared else {}, self.site)
+        self.store.write(state, reply)
+        self.store.forget_before(admitted)
+        return reply
+
+    def load(self, shared: Arrays, personal: Mapping[str, torch.Tensor]) -> None:
+        """Puts shared and personal values into the model; what neither has starts from its initial value.
+
+        With no personal values this is the model of a late site, and what "shared only" means.
+        """
+        foreign = [key for key in personal if key not in self.parameters]
+        if foreign:
+            raise RefusedError("personal state", "the parameters of this plan", foreign[0], site=self.site)
+        with torch.no_grad():
+            for key, parameter in self.parameters.items():
+                value = shared.get(key) if key in shared else personal.get(key, self.initial[key])
+                parameter.copy_(torch.as_tensor(value))
+
+    def _values(self, role: object) -> dict[str, torch.Tensor]:
+        own = {key: value for key, value in self.parameters.items() if self.row.role(key) is role}
+        return {key: value.detach().to("cpu", copy=True) for key, value in own.items()}
+
+    def _measure_arrival(self, order: Order, state: PersonalState) -> tuple[PersonalState, dict[str, float]]:
+        """Base once; shared only and personal where there is something to measure yet."""
+        if not order.evaluate:
+            return state, {}
+        generate = not self.plan.evaluation.generate_at_end_only
+        state = self._with_base(state)
+        metrics = _named("base", state.base or {})
+        if order.round > 1 and self.row.shares:
+            metrics |= _named("shared", self._measure(order.shared, {}, generate=generate))
+        if state.round > 0:
+            metrics |= _named("personal", self._measure(order.shared, state.tensors, generate=generate, own_head=True))
+        return state, metrics
+
+    def _measure_end(self, order: Order, state: PersonalState) -> tuple[PersonalState, dict[str, float]]:
+        own = self._measure(order.shared, state.tensors, generate=True, own_head=True)
+        state = self._with_base(state)
+        metrics = _named("base", state.base or {}) | _named("personal", own)
+        if self.row.shares:
+            metrics |= _named("shared", self._measure(order.shared, {}, generate=True))
+        return state, metrics
+
+    def _with_base(self, state: PersonalState) -> PersonalState:
+        """At its initial values the adapter changes nothing: that is the bare base model."""
+        if state.base is not None:
+            return state
+        return dataclasses.replace(state, base=self._measure({}, {}, generate=True))
+
+    def _measure(
+        self, shared: Arrays, personal: Mapping[str, torch.Tensor], *, generate: bool, own_head: bool = False
+    ) -> dict[str, float]:
+        """Metrics of one composition; without a head of its own, a head is fitted to the site's training data."""
+        self.load(shared, personal)
+        if not own_head and (self.row.head is PERSONAL or not shared):
+            fitted = self.task.probe()
+            if fitted is not None:
+                return fitted
+        return self.task.measure(generate=generate)
+
+    def _train(self, order: Order, state: PersonalState) -> Trained:
+        self.load(order.shared, state.tensors)
+        settings, per_round = self.plan.train, self.plan.train.steps_per_round
+        stretch = Stretch(
+            step=(order.round - 1) * per_round,
+            total=self.plan.total_steps,
+            position=state.position,
+            seed=self.site_seed,
+            noise=seed_from(self.site_seed, "round", order.round),
+        )
+        live = {k: p for k, p in self.parameters.items() if self.row.role(k) in (SHARED, PERSONAL)}
+        moments = state.moments if settings.keep_moments else None
+        return train(self.task, live, phases(self.plan, self.row, live, order.phase), settings, stretch, moments)
+
+
+def phases(plan: Plan, row: Method, live: Mapping[str, object], phase: str) -> list[Phase]:
+    """The steps of a round: joint, or personal groups and then shared ones; at the close personal groups only."""
+    everything, settings = frozenset(live), plan.train
+    personal, shared = (frozenset(row.having(live, role)) for role in (PERSONAL, SHARED))
+    if phase == "close":
+        planned = [Phase(settings.final_steps, personal)]
+    elif settings.schedule == "joint":
+        planned = [Phase(settings.steps, everything)]
+    else:
+        planned = [Phase(settings.personal_steps, personal), Phase(settings.shared_steps, shared)]
+    return [p for p in planned if p.keys and p.steps]
+
+
+def _named(kind: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{kind}.{name}": value for name, value in metrics.items()}

@@ -1,0 +1,104 @@
+"""The commands. Heavy imports wait until a command needs them."""
+
+# pyright: reportMissingImports=false
+# (in a checkout the rooms stand beside this package, which a type checker cannot know)
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+BAD_INPUT, STOPPED = 2, 130
+
+app = typer.Typer(
+    help="Federated fine-tuning of foundation models in which every site keeps its own model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _about(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from colora import __version__
+
+        typer.echo(f"colora {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def simulate(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with colora.")] = "demo",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a key: train.lr=1e-3. Repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+    engine: Annotated[
+        str | None, typer.Option(help="local (one process) or ray (Flower's simulation runtime).")
+    ] = None,
+    baseline: Annotated[
+        bool | None, typer.Option("--baseline/--no-baseline", help="Also train every site alone.")
+    ] = None,
+) -> None:
+    """Play all sites of a federation on this machine and print what each gains."""
+    from rich.console import Console
+
+    from colora.common.settings import load_recipe
+    from colora.server.board import board_of
+    from colora.server.screen import Screen, report
+    from colora.simulation.run import simulate as run_simulation
+
+    overrides = [*(set_ or [])]
+    overrides += [f'simulation.engine="{engine}"'] if engine else []
+    overrides += [f"simulation.baseline={str(baseline).lower()}"] if baseline is not None else []
+    settings = load_recipe(find_recipe(recipe), tuple(overrides))
+    folder = out or Path("runs") / settings.name
+    console = Console()
+    with Screen(console) as screen:
+        run = run_simulation(settings, folder, resume=resume, listener=screen)
+    report(board_of(run.events()), run.path, console)
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by path, or by the name of one that comes with colora."""
+    from colora.common.errors import RecipeError
+
+    if Path(name).suffix == ".toml" or os.sep in name:
+        return Path(name)
+    shipped = {path.stem: path for folder in _recipe_folders() for path in sorted(folder.glob("*.toml"))}
+    if name not in shipped:
+        raise RecipeError("recipe", f"a .toml file or one of {', '.join(sorted(shipped))}", repr(name))
+    return shipped[name]
+
+
+def _recipe_folders() -> list[Path]:
+    here = Path(__file__).resolve().parent
+    return [folder for folder in (here / "recipes", here.parent / "recipes") if folder.is_dir()][:1]
+
+
+def main() -> None:
+    """Runs the command line: a user's mistake is one line and exit code 2, never a stack trace."""
+    os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command with --resume goes on from the last round.", file=sys.stderr)
+        sys.exit(STOPPED)
+    except Exception as error:
+        from colora.common.errors import ColoraError
+
+        if not isinstance(error, ColoraError):
+            raise
+        print(f"colora: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)

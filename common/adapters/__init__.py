@@ -1,0 +1,1 @@
+"""The adapter's mathematics on PEFT's LoRA layers."""

@@ -1,0 +1,24 @@
+"""S_0: the first shared adapter, from the model's configuration and the seed, without the model's weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .adapters.attach import attach, initial_values, layout_of
+from .methods import SHARED
+from .model import BaseModel, Fingerprint, skeleton
+from .settings import Plan
+
+
+def first_shared(plan: Plan, classes: int = 0) -> dict[str, np.ndarray]:
+    """The shared arrays that round 1 starts from; ``classes`` sizes a shared head. Needs no weights and no GPU."""
+    row = plan.method.row()
+    backbone = skeleton(plan.model)
+    layout = layout_of(attach(backbone, plan.adapter, row))
+    if row.head is SHARED and classes:
+        meta = BaseModel(backbone, backbone.config, None, Fingerprint("", "", ""), torch.device("meta"))
+        model, head = meta.classifier(classes)
+        layout |= {f"head.{name}": tuple(p.shape) for name, p in getattr(model, head).named_parameters()}
+    values = initial_values(row.having(layout, SHARED), plan.adapter, plan.seed)
+    return {key: value.numpy() for key, value in values.items()}

@@ -1,0 +1,132 @@
+"""The wire: orders, replies and descriptions as Flower messages. The only place with record keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Error as FlowerError
+
+from .codec import CODECS, DEFAULT, decode
+from .errors import RefusedError
+from .protocol import Arrays, Description, Order, Reply
+
+ARRAYS, METRICS, CONFIG = "shared", "metrics", "colora"
+ORDER, JOIN = MessageType.TRAIN, MessageType.QUERY
+T = TypeVar("T", Order, Reply, Description)
+SITE_FAILED = 1001  # Flower error code of an answer that is an error of ours
+
+
+def pack_arrays(arrays: Arrays) -> ArrayRecord:
+    """Arrays in bytes, to be packed once and put into the orders of all sites."""
+    return ArrayRecord({key: _encode(arrays[key]) for key in sorted(arrays)})
+
+
+def order_message(order: Order, packed: ArrayRecord, node_id: int) -> Message:
+    """An order as the message that Flower takes to a node; ``packed`` is ``pack_arrays(order.shared)``."""
+    return Message(_pack(order, packed), node_id, ORDER, group_id=str(order.round))
+
+
+def join_message(federation: str, plan: str, node_id: int) -> Message:
+    """The question who a node is; the plan lets the site build its model before the first round."""
+    record = RecordDict({CONFIG: ConfigRecord({"federation": federation, "plan": plan})})
+    return Message(record, node_id, JOIN, group_id="join")
+
+
+def join_of(message: Message) -> tuple[str, str]:
+    """(federation, plan) of a join message."""
+    config = message.content.config_records[CONFIG]
+    return str(config["federation"]), str(config["plan"])
+
+
+def order_of(message: Message) -> Order:
+    """The order in a message. Raises RefusedError when a field is missing, unknown or of another type."""
+    return _unpack(Order, message)
+
+
+def answer(content: Reply | Description, message: Message) -> Message:
+    """A site's answer to a message."""
+    return Message(_pack(content), reply_to=message)
+
+
+def failure(reason: str, message: Message) -> Message:
+    """An answer that says what kind of thing went wrong; ``reason`` must be fit for the coordinator's eyes."""
+    return Message(FlowerError(code=SITE_FAILED, reason=reason), reply_to=message)
+
+
+def reply_of(message: Message) -> Reply:
+    """The reply in a message. Raises RefusedError when a field is missing, unknown or of another type."""
+    return _unpack(Reply, message)
+
+
+def description_of(message: Message) -> Description:
+    """The description in a message."""
+    return _unpack(Description, message)
+
+
+def size(message: Message) -> int:
+    """Payload bytes of a message: arrays, metrics and text, without Flower's envelope."""
+    if not message.has_content():
+        return 0
+    arrays = sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+    numbers = sum(len(key) + 8 for record in message.content.metric_records.values() for key in record)
+    texts = sum(len(k) + len(str(v)) for record in message.content.config_records.values() for k, v in record.items())
+    return arrays + numbers + texts
+
+
+def _pack(content: Order | Reply | Description, packed: ArrayRecord | None = None) -> RecordDict:
+    """Arrays go to the array record, floats by name to the metric record, the rest to the config record."""
+    fields = {f.name: getattr(content, f.name) for f in dataclasses.fields(content)}
+    arrays, metrics = fields.pop("shared", None), fields.pop("metrics", None)
+    record = RecordDict({CONFIG: ConfigRecord(fields)})
+    if arrays is not None:
+        record[ARRAYS] = packed or pack_arrays(arrays)
+    if metrics is not None:
+        record[METRICS] = MetricRecord({key: float(value) for key, value in metrics.items()})
+    return record
+
+
+def _unpack(kind: type[T], message: Message) -> T:
+    content = message.content
+    expected = {f.name: f for f in dataclasses.fields(kind)}
+    records = {
+        CONFIG,
+        *([ARRAYS] if "shared" in expected else []),
+        *([METRICS] if "metrics" in expected else []),
+    }
+    if set(content) != records:
+        raise RefusedError("records", ", ".join(sorted(records)), ", ".join(sorted(content)))
+    values: dict[str, Any] = dict(content.config_records[CONFIG])
+    if ARRAYS in records:
+        values["shared"] = _arrays(content.array_records[ARRAYS])
+    if METRICS in records:
+        values["metrics"] = {key: float(value) for key, value in content.metric_records[METRICS].items()}  # type: ignore[arg-type]
+    if set(values) != set(expected):
+        found = sorted(set(values) ^ set(expected))
+        raise RefusedError("fields", f"those of {kind.__name__}", f"a difference in {found[0]}")
+    for name, wanted in _SCALARS.items():
+        if name in values and type(values[name]) is not wanted:
+            raise RefusedError(name, wanted.__name__, type(values[name]).__name__)
+    return kind(**values)
+
+
+_SCALARS = {
+    "site": str,
+    "federation": str,
+    "round": int,
+    "key": str,
+    "terms": int,
+    "examples": int,
+    "plan": str,
+}
+
+
+def _encode(array: np.ndarray) -> Array:
+    data = CODECS[DEFAULT].encode(array)
+    return Array(dtype=str(array.dtype), shape=tuple(array.shape), stype=DEFAULT, data=data)
+
+
+def _arrays(record: ArrayRecord) -> Arrays:
+    return {key: decode(array.stype, array.data, key) for key, array in record.items()}

@@ -1,0 +1,220 @@
+"""The base model: one backbone in memory, a task's model around it, and fingerprints of the files it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import synthetic
+from .assets import asset_folder, cache_folder, file_sha256
+from .errors import ModelError
+from .settings import ModelSettings
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
+MISSING_WEIGHTS_SEED = 0  # weights that a checkpoint lacks (a pooler, say) are the same at every site
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """SHA-256 over source files: two sites with equal fingerprints hold the same base model."""
+
+    model: str
+    tokenizer: str
+    chat_template: str
+
+
+@dataclass
+class BaseModel:
+    """A backbone with its tokenizer, shared by all sites of a process.
+
+    ``backbone`` is the headless transformer; ``language_model`` is the same backbone with its output layer
+    when a site generates text, else None.
+    """
+
+    backbone: nn.Module
+    config: Any
+    tokenizer: Any
+    fingerprint: Fingerprint
+    device: torch.device
+    language_model: nn.Module | None = None
+
+    def classifier(self, labels: int) -> tuple[nn.Module, str]:
+        """A sequence classification model around the backbone, with a fresh head for ``labels`` classes.
+
+        Returns the model and the name of its head. The head is the architecture's own, as
+        ``AutoModelForSequenceClassification`` builds it; its values are set by the caller.
+        """
+        from transformers import AutoModelForSequenceClassification
+
+        values = {k: v for k, v in self.config.to_dict().items() if k not in ("id2label", "label2id", "num_labels")}
+        config = type(self.config).from_dict({**values, "num_labels": labels})
+        if config.pad_token_id is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        setattr(model, model.base_model_prefix, self.backbone)
+        heads = [n for n, m in model.named_children() if n != model.base_model_prefix and list(m.parameters())]
+        if len(heads) != 1:
+            raise ModelError("model.source", "an architecture with one classification head", heads or "none")
+        getattr(model, heads[0]).to_empty(device=self.device)
+        return model, heads[0]
+
+
+def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
+    """Loads a base model and its tokenizer for one process, in fp32, frozen.
+
+    Raises ModelError when it is not there or cannot be read.
+    """
+    if settings.source.startswith(synthetic.PREFIX):
+        return BaseModel(synthetic.model_of(settings.source), None, None, _no_files(settings), torch.device("cpu"))
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    folder = source_folder(settings)
+    kind = AutoModelForCausalLM if generates else AutoModel
+    with _quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(MISSING_WEIGHTS_SEED)
+        try:
+            model: Any = kind.from_pretrained(folder, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ModelError("model.source", _WANTED[generates], f"{settings.source} ({error})") from None
+    device = _device(settings.device)
+    model.requires_grad_(False).to(device)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only fills batches: masks and labels go by length, not by id
+    print_of = fingerprint(folder)
+    return BaseModel(
+        model.base_model if generates else model,
+        model.config,
+        tokenizer,
+        print_of,
+        device,
+        model if generates else None,
+    )
+
+
+def skeleton(settings: ModelSettings) -> nn.Module:
+    """The backbone's modules without their weights (meta device): enough to know every adapter shape."""
+    if settings.source.startswith(synthetic.PREFIX):
+        return synthetic.model_of(settings.source)
+    from transformers import AutoConfig, AutoModel
+
+    with _quiet_transformers(), torch.device("meta"):
+        try:
+            return AutoModel.from_config(AutoConfig.from_pretrained(source_folder(settings)))
+        except (OSError, ValueError) as error:
+            raise ModelError("model.source", _WANTED[False], f"{settings.source} ({error})") from None
+
+
+def source_folder(settings: ModelSettings) -> Path:
+    """The local folder of a model: an asset, a folder, or a snapshot of a hub repository."""
+    source = settings.source
+    if source.startswith("asset:"):
+        return asset_folder(source.removeprefix("asset:"))
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        wanted = [*WEIGHT_FILES, *TOKENIZER_FILES, "*.json", "*.jinja"]
+        return Path(snapshot_download(source, revision=settings.revision, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = f"{source!r} ({type(error).__name__})"
+        raise ModelError("model.source", "a folder, asset:NAME or a hub id that can be reached", reason) from None
+
+
+def fingerprint(folder: Path) -> Fingerprint:
+    """Hashes the source files of a model folder; hashes are remembered by path, size and time of change."""
+    memory = _HashMemory()
+
+    def over(patterns: tuple[str, ...]) -> str:
+        files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+        return hashlib.sha256("".join(f"{f.name}:{memory.sha256(f)}\n" for f in files).encode()).hexdigest()
+
+    template = _chat_template(folder)
+    prints = Fingerprint(over(WEIGHT_FILES), over(TOKENIZER_FILES), hashlib.sha256(template.encode()).hexdigest())
+    memory.save()
+    return prints
+
+
+_WANTED = {
+    True: "a causal language model that transformers loads",
+    False: "a model that transformers loads",
+}
+
+
+def _chat_template(folder: Path) -> str:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    return str(json.loads(config.read_text(encoding="utf-8")).get("chat_template", "")) if config.is_file() else ""
+
+
+def _no_files(settings: ModelSettings) -> Fingerprint:
+    return Fingerprint(hashlib.sha256(settings.source.encode()).hexdigest(), "", "")
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no 'some weights are newly initialised' for weights we do not use."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class _HashMemory:
+    """SHA-256 of files, kept in the cache so that many gigabytes are hashed once."""
+
+    def __init__(self) -> None:
+        self.path = cache_folder() / "hashes.json"
+        try:
+            self.known: dict[str, str] = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            self.known = {}
+        self.size = len(self.known)
+
+    def sha256(self, file: Path) -> str:
+        stat = file.stat()
+        key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if key not in self.known:
+            self.known[key] = file_sha256(file)
+        return self.known[key]
+
+    def save(self) -> None:
+        if len(self.known) == self.size:
+            return
+        from .files import write_atomically
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(self.known).encode())

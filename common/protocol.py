@@ -1,0 +1,108 @@
+"""What coordinator and site say to each other, as plain data; ``messages.py`` puts it on Flower's wire.
+
+A reply has one field for arrays and it is called ``shared``: there is none that could carry a core, a head, a
+private adapter, a label or a text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from .errors import RefusedError
+from .settings import digest
+
+PROTOCOL = 1
+Arrays = Mapping[str, np.ndarray]
+Phase = Literal["train", "close"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """One message of the coordinator to one site: the shared adapter of the last round, and what to do with it.
+
+    ``admitted`` is the last round of this site that counted (0: none); the site goes on from its state of then.
+    ``plan`` is the settings as one JSON string. ``close`` asks for the final personalisation and the last metrics.
+    """
+
+    federation: str
+    round: int
+    phase: Phase
+    admitted: int
+    plan: str
+    shared: Arrays
+    evaluate: bool
+
+    @cached_property
+    def key(self) -> str:
+        """The identity of the round: equal keys have equal answers."""
+        parts = (self.federation, self.round, self.phase, self.admitted, self.evaluate, digest(self.plan))
+        return digest("|".join(map(str, (*parts, hash_arrays(self.shared)))))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer of a site: its shared arrays, what they weigh, and metrics by name (``personal.accuracy``)."""
+
+    site: str
+    federation: str
+    round: int
+    key: str  # of the order that it answers
+    shared: Arrays
+    terms: int  # loss terms trained on: answer tokens, or labelled texts
+    examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    fresh: bool = False  # the site had no state of the admitted round and started from the shared adapter
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a site says of itself when it joins."""
+
+    site: str
+    protocol: int
+    model: str  # fingerprints
+    tokenizer: str
+    chat_template: str
+    layout: str  # hash of the shared arrays' names and shapes
+    task: str
+    train: int  # examples
+    test: int
+    truncated: int
+    dropped: int
+    classes: int = 0
+
+
+def hash_arrays(arrays: Arrays) -> str:
+    """SHA-256 over names, types, shapes and bytes, in name order."""
+    state = hashlib.sha256()
+    for key in sorted(arrays):
+        array = np.ascontiguousarray(arrays[key])
+        state.update(f"{key}|{array.dtype}|{array.shape}|".encode())
+        state.update(array.data)
+    return state.hexdigest()
+
+
+def hash_layout(layout: Mapping[str, tuple[int, ...]]) -> str:
+    """SHA-256 over names and shapes, in name order."""
+    return digest("\n".join(f"{key}:{tuple(layout[key])}" for key in sorted(layout)))
+
+
+def check_arrays(arrays: Arrays, layout: Mapping[str, tuple[int, ...]], site: str) -> None:
+    """Both sides' rule: exactly the shared arrays, of their shapes, in fp32. Raises RefusedError."""
+    extra, missing = sorted(set(arrays) - set(layout)), sorted(set(layout) - set(arrays))
+    if extra:
+        raise RefusedError("arrays", "the shared groups only", f"also {extra[0]}", site=site)
+    if missing:
+        raise RefusedError("arrays", missing[0], "no such array", site=site)
+    for key, array in arrays.items():
+        if array.dtype != np.float32:
+            raise RefusedError(key, "float32", array.dtype, site=site)
+        if tuple(array.shape) != tuple(layout[key]):
+            raise RefusedError(key, f"shape {tuple(layout[key])}", array.shape, site=site)

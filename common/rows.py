@@ -1,0 +1,32 @@
+"""A site's rows in the one form that tasks read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .settings import TaskKind
+
+Row = dict[str, Any]
+
+PRIMARY: dict[str, str] = {  # the metric that tables show for a task
+    "classification": "accuracy",
+    "generation": "rouge_l",
+    "regression": "relative_error",
+}
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """Training and test rows of one site.
+
+    classification: ``{"text", "label"}``; generation: ``{"messages": [{"role", "content"}, …]}`` or
+    ``{"prompt", "completion"}``; regression: ``{"x", "y"}``.
+    """
+
+    site: str
+    task: TaskKind
+    train: Sequence[Row]
+    test: Sequence[Row]
+    labels: tuple[str, ...] = ()

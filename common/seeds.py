@@ -1,0 +1,11 @@
+"""Every random number hangs on a name: (federation seed, site, round, purpose), never on order or time."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def seed_from(*parts: object) -> int:
+    """A 63-bit seed from the parts; equal parts give equal seeds on every machine."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,403 @@
+"""Recipes and site files as frozen dataclasses; the only reader of untyped configuration.
+
+A recipe is one TOML file. Its ``Plan`` is the part that every site must agree on and that is hashed into
+each order; the rest (data, sites, server, simulation) is the coordinator's or the simulation's own business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+from dataclasses import field
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+import pydantic
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from .errors import ColoraError, RecipeError
+from .methods import GROUPS, METHODS, Method, Role
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+T = TypeVar("T")
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+TaskKind = Literal["classification", "generation", "regression"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelSettings:
+    """The base model: a Hugging Face hub id, a local folder, or ``asset:NAME``."""
+
+    source: str
+    revision: str | None = None
+    max_length: Positive = 256  # tokens; longer texts are cut and counted
+    device: str = "auto"
+
+
+@dataclass(frozen=True, config=STRICT)
+class AdapterSettings:
+    """The LoRA form: ΔW = s · B Λ A with s = alpha/rank (alpha/√rank with ``rslora``)."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: tuple[str, ...] | str = ("query", "value")
+    core: Literal["full", "diagonal", "residual"] = "full"
+    rslora: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
+class MethodSettings:
+    """A row of the method table, and groups that this recipe moves to another role."""
+
+    name: str = "colora"
+    A: Literal["shared", "personal", "frozen"] | None = None
+    B: Literal["shared", "personal"] | None = None
+    core: Literal["personal", "absent"] | None = None
+    head: Literal["shared", "personal"] | None = None
+
+    def row(self) -> Method:
+        """The table's row with this recipe's changes."""
+        if self.name not in METHODS:
+            raise RecipeError("method.name", f"one of {', '.join(METHODS)}", _guess(self.name, METHODS))
+        moved = {g: Role(v) for g in GROUPS if (v := getattr(self, g, None)) is not None}
+        return dataclasses.replace(METHODS[self.name], **moved)
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainSettings:
+    """What one round of training means at a site.
+
+    ``joint`` takes ``steps`` steps on all trained groups. ``alternating`` takes ``personal_steps`` on the personal
+    groups with the shared ones frozen, then ``shared_steps`` the other way round. After the last round
+    ``final_steps`` go to the personal groups alone.
+    """
+
+    schedule: Literal["joint", "alternating"] = "joint"
+    steps: Positive = 5
+    personal_steps: Positive = 2
+    shared_steps: Positive = 3
+    final_steps: Count = 0
+    batch_size: Positive = 8
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Rate = 1e-3  # A and B
+    core_lr: Rate | None = None  # as lr when unset
+    head_lr: Rate | None = None  # as lr when unset
+    weight_decay: Rate = 0.0
+    max_grad_norm: Rate = 1.0  # 0 turns clipping off
+    lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
+    warmup_steps: Count = 0
+    keep_moments: bool = False
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimiser steps of one site in one round."""
+        return self.steps if self.schedule == "joint" else self.personal_steps + self.shared_steps
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluationSettings:
+    """When and how sites measure what arrives. Round 1 and the end are always measured (``every`` > 0)."""
+
+    every: Count = 1  # rounds; 0 measures at the end only
+    batch_size: Positive = 32
+    max_new_tokens: Positive = 32  # generation
+    generate_at_end_only: bool = True  # token loss each time, generated text at the start and the end
+
+
+@dataclass(frozen=True, config=STRICT)
+class Plan:
+    """What all sites agree on: it travels to them with every order and is part of a round's identity."""
+
+    name: Name
+    rounds: Positive
+    model: ModelSettings
+    seed: int = 0
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of a site that takes part in every round, the final personalisation included."""
+        return self.rounds * self.train.steps_per_round + self.train.final_steps
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataSettings:
+    """Where rows come from and what they mean.
+
+    ``source`` is a .jsonl, .csv, .tsv, .parquet or .npz file, ``asset:NAME/SPLIT``, or a hub data set id.
+    """
+
+    source: str = ""
+    test_source: str | None = None  # else a part of ``source`` is held out
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    task: TaskKind = "classification"
+    text: str = "text"
+    label: str = "label"
+    labels: tuple[str, ...] | None = None  # keep only these; also their order
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str | None = None  # a column of chat messages, instead of prompt and completion
+    chat: bool = False  # prompt and completion as a user and an assistant turn of the chat template
+    where: dict[str, str] | None = None  # keep only rows whose columns have these values
+    train: Positive | None = None  # at most this many rows a site
+    test: Positive | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class PartitionSettings:
+    """How a simulation makes sites out of one data set."""
+
+    by: Literal["column", "iid", "dirichlet"]
+    column: str | None = None  # by = "column": one site per value
+    sites: Positive = 8  # iid and dirichlet
+    alpha: Annotated[float, Field(gt=0)] = 0.5  # dirichlet concentration over labels
+
+
+@dataclass(frozen=True, config=STRICT)
+class SitePlan:
+    """A site of a simulation: its name, its data and the round it joins in."""
+
+    name: Name
+    data: DataSettings = field(default_factory=DataSettings)
+    from_round: Positive = 1
+
+
+@dataclass(frozen=True, config=STRICT)
+class ServerSettings:
+    """The coordinator: how replies are admitted, weighed and applied."""
+
+    optimizer: Literal["mean", "momentum", "adam", "yogi"] = "mean"
+    lr: Annotated[float, Field(gt=0)] | None = None  # unset: the rule's own default
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+    weights: Literal["tokens", "examples", "uniform"] | None = None  # unset: tokens; uniform where tasks are mixed
+    fraction: Fraction = 1.0  # of the roster, asked each round
+    quorum: Positive | None = None  # admitted replies a round needs; unset: more than half of the asked
+    timeout: Annotated[float, Field(gt=0)] | None = None  # seconds a round may take; unset: no limit
+    attempts: Positive = 3  # times a site is asked in one round when its answer is an error
+    max_update_norm: Annotated[float, Field(gt=0)] = 1e4
+
+
+@dataclass(frozen=True, config=STRICT)
+class SimulationSettings:
+    """One machine playing all sites."""
+
+    engine: Literal["local", "ray"] = "local"
+    threads: Positive | None = None  # torch threads; unset: all cores (local), 1 (ray)
+    baseline: bool = False  # also train every site alone, with the same number of steps
+
+
+@dataclass(frozen=True, config=STRICT)
+class Recipe(Plan):
+    """A whole experiment, as read from TOML."""
+
+    description: str = ""
+    data: DataSettings = field(default_factory=DataSettings)
+    partition: PartitionSettings | None = None
+    site: tuple[SitePlan, ...] = ()
+    server: ServerSettings = field(default_factory=ServerSettings)
+    simulation: SimulationSettings = field(default_factory=SimulationSettings)
+
+    @property
+    def plan(self) -> Plan:
+        """The part that sites see."""
+        return Plan(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Plan)})
+
+    @property
+    def identity(self) -> str:
+        """A hash of everything that can change a result: not of how the machine plays the sites."""
+        return digest(to_json(dataclasses.replace(self, simulation=SimulationSettings(), description="")))
+
+
+@dataclass(frozen=True, config=STRICT)
+class SiteSettings:
+    """A site file: who the site is and where its rows lie. Relative paths start at the file's folder."""
+
+    name: Name
+    data: DataSettings
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe and applies ``key.path=value`` overrides (values in TOML, bare words as text).
+
+    Raises RecipeError naming the key, the nearest known key, and what was expected and found.
+    """
+    raw = _read_toml(path)
+    for override in overrides:
+        _apply(raw, override)
+    return recipe_from(raw)
+
+
+def recipe_from(raw: dict[str, Any]) -> Recipe:
+    """A recipe from a parsed TOML document; a ``[[site]]`` inherits what its own keys leave open from ``[data]``."""
+    own = {f.name for f in dataclasses.fields(SitePlan)}
+    sites = raw.get("site", [])
+    if not isinstance(sites, list) or not all(isinstance(site, dict) for site in sites):
+        raise RecipeError("site", "tables written [[site]]", sites)
+    shared = raw.get("data", {})
+    merged = [
+        {k: v for k, v in site.items() if k in own and k != "data"}
+        | {"data": {**shared, **site.get("data", {}), **{k: v for k, v in site.items() if k not in own}}}
+        for site in sites
+    ]
+    try:
+        recipe = parse(Recipe, {**raw, "site": merged})
+    except RecipeError as error:
+        raise _naming_the_site(error, sites) from None
+    _check(recipe)
+    return recipe
+
+
+def load_site(path: Path) -> SiteSettings:
+    """Reads a site file; relative data paths are made absolute."""
+    site = parse(SiteSettings, _read_toml(path))
+    return dataclasses.replace(site, data=resolve_paths(site.data, path.parent))
+
+
+def resolve_paths(data: DataSettings, folder: Path) -> DataSettings:
+    """The same settings with paths that exist below ``folder`` made absolute."""
+
+    def resolve(source: str | None) -> str | None:
+        return str((folder / source).resolve()) if source and (folder / source).is_file() else source
+
+    return dataclasses.replace(data, source=resolve(data.source) or "", test_source=resolve(data.test_source))
+
+
+def parse(kind: type[T], raw: dict[str, Any]) -> T:
+    """A settings dataclass from plain dictionaries, strictly; RecipeError names the first wrong key."""
+    try:
+        return _adapter(kind).validate_json(json.dumps(raw, default=str))
+    except pydantic.ValidationError as error:
+        raise _explain(kind, error) from None
+
+
+def to_json(settings: object) -> str:
+    """Settings as one JSON string with sorted keys: what Flower carries and what is hashed."""
+    return json.dumps(to_dict(settings), sort_keys=True)
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Settings as plain dictionaries without the unset values, as TOML wants them."""
+    return _without_none(json.loads(json.dumps(dataclasses.asdict(settings))))
+
+
+def digest(text: str) -> str:
+    """A short SHA-256 of a text, for identities."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@cache
+def _adapter(kind: type) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(str(path), "a readable TOML file", error.strerror or error) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), "valid TOML", error) from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError("--set", "key.path=value", repr(override))
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = key.strip().split(".")
+    table = raw
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {key}", "a key inside a table", f"{parent}, which is no table")
+    table[leaf] = value
+
+
+def _explain(kind: type, error: pydantic.ValidationError) -> RecipeError:
+    first = error.errors()[0]
+    path = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
+    where = _dotted(path)
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _fields_at(kind, path[:-1])
+        return RecipeError(where, f"one of {', '.join(known)}", _guess(str(path[-1]), known))
+    if first["type"] in ("missing", "missing_argument"):
+        return RecipeError(where, "a value", "nothing")
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("String should ")
+    return RecipeError(where, expected, f"{first['input']!r}")
+
+
+def _naming_the_site(error: RecipeError, sites: list[dict[str, Any]]) -> ColoraError:
+    index, bracket, key = error.field.removeprefix("site[").partition("].")
+    if not bracket or not index.isdigit():
+        return error
+    key = key.removeprefix("data.")
+    return RecipeError(key, error.expected, error.found, site=str(sites[int(index)].get("name", f"#{index}")))
+
+
+def _dotted(path: list[Any]) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _fields_at(kind: Any, path: list[Any]) -> list[str]:
+    for part in path:
+        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        inner = hints.get(part, kind)
+        candidates = [inner, *getattr(inner, "__args__", ())]
+        kind = next((c for c in candidates if dataclasses.is_dataclass(c)), kind)
+    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
+def _guess(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"{word!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def _check(recipe: Recipe) -> None:
+    """Rules that span keys."""
+    row = recipe.method.row()
+    if not recipe.site and recipe.partition is None:
+        raise RecipeError("site", "[[site]] tables, or a [partition] that makes them", "neither")
+    if recipe.site and recipe.partition is not None:
+        raise RecipeError("partition", "either [[site]] tables or [partition]", "both")
+    names = [site.name for site in recipe.site]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise RecipeError("site.name", "a name of its own for every site", f"{twice!r} twice")
+    if recipe.partition and recipe.partition.by == "column" and not recipe.partition.column:
+        raise RecipeError("partition.column", 'the column to split by, as partition.by is "column"', "nothing")
+    for site in recipe.site:
+        if not site.data.source:
+            raise RecipeError("data.source", "a file, asset or data set", "nothing", site=site.name)
+    if recipe.partition and not recipe.data.source:
+        raise RecipeError("data.source", "a file, asset or data set", "nothing")
+    if row.head is Role.SHARED and len({site.data.labels for site in recipe.site} or {recipe.data.labels}) > 1:
+        raise RecipeError("method.head", "one list of labels at all sites for a shared head", "different lists")

@@ -1,0 +1,171 @@
+"""The training loop: plain functions of (task, parameters, settings) that a notebook can call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .methods import group_of
+from .seeds import seed_from
+from .settings import TrainSettings
+from .tasks.base import Task
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+}
+Moments = dict[str, torch.Tensor]  # "<parameter>/<name of the moment>" → value
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``steps`` optimiser steps on the parameters named by ``keys``; all others stand still."""
+
+    steps: int
+    keys: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run of phases did. ``terms`` are loss terms: answer tokens, or labelled texts."""
+
+    loss: float
+    terms: int
+    examples: int
+    moments: Moments = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Where a site stands: ``step`` of ``total`` global optimiser steps, ``position`` examples already drawn."""
+
+    step: int
+    total: int
+    position: int
+    seed: int  # of the site: the order of its data
+    noise: int  # of the site and round: dropout
+
+
+def train(
+    task: Task,
+    parameters: Mapping[str, nn.Parameter],
+    phases: Sequence[Phase],
+    settings: TrainSettings,
+    stretch: Stretch,
+    moments: Mapping[str, torch.Tensor] | None = None,
+) -> Trained:
+    """Trains ``parameters`` in place, phase after phase, from where ``stretch`` says.
+
+    Data order: epoch e is a permutation seeded by (site, e), and ``position`` moves on from round to round, so no
+    round repeats the last one's examples. The learning rate follows the global step.
+    """
+    optimizer = make_optimizer(parameters, settings)
+    if moments:
+        _load_moments(optimizer, parameters, moments)
+    factor = lr_factor(settings, stretch.total)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    draws = draw(len(task.train.examples), settings.batch_size, stretch)
+    step, loss_sum, terms, examples = stretch.step, 0.0, 0, 0
+    with torch.random.fork_rng():
+        torch.manual_seed(stretch.noise)
+        task.module.train()
+        for phase in phases:
+            _only(parameters, phase.keys)
+            for _ in range(phase.steps):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor(step)
+                chosen = [task.train.examples[i] for i in next(draws)]
+                loss, n = optimizer_step(task, optimizer, task.collate(chosen), settings.max_grad_norm)
+                step, loss_sum, terms, examples = (
+                    step + 1,
+                    loss_sum + loss * n,
+                    terms + n,
+                    examples + len(chosen),
+                )
+    _only(parameters, frozenset())
+    kept = _save_moments(optimizer, parameters) if settings.keep_moments else {}
+    return Trained(loss_sum / terms if terms else float("nan"), terms, examples, kept)
+
+
+def optimizer_step(
+    task: Task, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], max_grad_norm: float
+) -> tuple[float, int]:
+    """One step on one batch; returns the mean loss and the number of its terms."""
+    optimizer.zero_grad(set_to_none=True)
+    loss, terms = task.loss(batch)
+    loss.backward()
+    if max_grad_norm:
+        live = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        nn.utils.clip_grad_norm_(live, max_grad_norm)
+    optimizer.step()
+    return float(loss.detach()), terms
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    """One optimiser with a learning rate for each group: A and B, core, head."""
+    rates = {"core": settings.core_lr, "head": settings.head_lr}
+    groups = []
+    for group in dict.fromkeys(map(group_of, parameters)):
+        rate = rates.get(group)
+        mine = [p for key, p in parameters.items() if group_of(key) == group]
+        groups.append({"params": mine, "lr": settings.lr if rate is None else rate})
+    return OPTIMIZERS[settings.optimizer](groups, weight_decay=settings.weight_decay)  # type: ignore[call-arg]
+
+
+def lr_factor(settings: TrainSettings, total: int) -> Any:
+    """Global step → factor on the learning rate: transformers' schedules by their usual names."""
+    from transformers import get_scheduler
+
+    carrier = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler: Any = get_scheduler(settings.lr_schedule, carrier, settings.warmup_steps, total)
+    return scheduler.lr_lambdas[0]
+
+
+def draw(examples: int, batch_size: int, stretch: Stretch) -> Iterator[list[int]]:
+    """Endless batches of example indices, from ``stretch.position`` on; epochs run into each other."""
+    position, batch_size = stretch.position, min(batch_size, examples)
+    orders: dict[int, list[int]] = {}
+
+    def index(at: int) -> int:
+        epoch, offset = divmod(at, examples)
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed_from(stretch.seed, "epoch", epoch))
+            orders[epoch] = torch.randperm(examples, generator=generator).tolist()
+            orders.pop(epoch - 2, None)
+        return orders[epoch][offset]
+
+    while True:
+        yield [index(at) for at in range(position, position + batch_size)]
+        position += batch_size
+
+
+def _only(parameters: Mapping[str, nn.Parameter], keys: frozenset[str]) -> None:
+    for key, parameter in parameters.items():
+        parameter.requires_grad_(key in keys)
+        parameter.grad = None
+
+
+def _save_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Moments:
+    return {
+        f"{key}/{name}": value.detach().to("cpu", copy=True)
+        for key, parameter in parameters.items()
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _load_moments(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    moments: Mapping[str, torch.Tensor],
+) -> None:
+    for full, value in moments.items():
+        key, _, name = full.rpartition("/")
+        parameter = parameters[key]
+        device = "cpu" if name == "step" else parameter.device
+        optimizer.state[parameter][name] = value.to(device, copy=True)

@@ -1,0 +1,1 @@
+"""The coordinator: strategy, aggregation, admission, checkpoints."""

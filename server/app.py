@@ -1,0 +1,68 @@
+"""The ServerApp. CoLoRA from the coordinator's side, as in the paper:
+
+S_0: A Kaiming, B = 0                       (the cores start as the identity, at the sites)
+for t = 1 … T:
+    send S_{t-1} to the sites of round t
+    every site trains A, B and its own core Λ_k, and returns A and B
+    S_t = Σ p_k S_k                         (or a step of a server optimiser towards it)
+every site refines Λ_k on S_T alone
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from ..common.settings import Recipe, recipe_from, to_json
+from .checkpoint import Checkpoints, State
+from .events import EventLog, Listener
+from .strategy import AdapterStrategy, Member
+
+RECIPE, ROSTER, FOLDER = "recipe", "roster", "folder"  # keys of Flower's run config
+
+
+def federate(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpoints) -> State:
+    """Runs a federation from its last checkpoint, or from S_0, to its end."""
+    recipe = strategy.recipe
+    state = strategy.join(grid, checkpoints.latest(), lambda classes: _first(recipe, classes))
+    for t in range(state.round + 1, recipe.rounds + 1):
+        asked = strategy.configure_train(t, state)
+        state = strategy.aggregate_train(t, state, asked, grid)
+        checkpoints.write(state)
+    if not state.closed:
+        asked = strategy.configure_close(state)
+        state = strategy.aggregate_close(state, asked, grid)
+        checkpoints.write(state)
+    return state
+
+
+def make_app(listener: Listener | None = None) -> ServerApp:
+    """A ServerApp that reads recipe, roster and folder from Flower's run config."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        config = context.run_config
+        recipe = recipe_from(json.loads(str(config[RECIPE])))
+        roster = tuple(Member(*entry) for entry in json.loads(str(config[ROSTER])))
+        folder = Path(str(config[FOLDER]))
+        strategy = AdapterStrategy(recipe, roster, EventLog(folder / "events.jsonl", listener), folder / "spool")
+        federate(grid, strategy, Checkpoints(folder / "checkpoints", recipe.name, recipe.identity))
+
+    return app
+
+
+def run_config(recipe: Recipe, roster: tuple[Member, ...], folder: Path) -> dict[str, bool | float | int | str]:
+    """What :func:`make_app` reads, in the scalars that Flower's run config takes."""
+    members = [[member.site, member.from_round] for member in roster]
+    return {RECIPE: to_json(recipe), ROSTER: json.dumps(members), FOLDER: str(folder)}
+
+
+def _first(recipe: Recipe, classes: int) -> dict[str, np.ndarray]:
+    from ..common.first import first_shared  # torch only where S_0 is made
+
+    return first_shared(recipe.plan, classes)

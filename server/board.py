@@ -1,0 +1,148 @@
+"""What the events add up to: one row a site. The live table, the final report and ``status`` all read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..common.rows import PRIMARY
+from .events import Event
+
+Metrics = Mapping[str, float | None]
+
+
+@dataclass
+class SiteRow:
+    """One site so far. Metrics are by composition: ``base``, ``shared``, ``personal``, and ``alone``."""
+
+    site: str
+    task: str = ""
+    train: int = 0
+    test: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    metrics: dict[str, float | None] = field(default_factory=dict)  # "personal.accuracy"
+    alone: dict[str, float | None] = field(default_factory=dict)
+    round: int = 0
+    loss: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    troubles: list[str] = field(default_factory=list)
+
+    def metric(self, composition: str) -> float | None:
+        """The task's primary metric of ``base``, ``shared``, ``personal`` or ``alone``; None if not measured."""
+        name = PRIMARY.get(self.task, "")
+        if composition == "alone":
+            return self.alone.get(f"personal.{name}")
+        return self.metrics.get(f"{composition}.{name}")
+
+
+@dataclass
+class Board:
+    """A federation and its local-only baseline, told by their events in order."""
+
+    federation: str = ""
+    method: str = ""
+    model: str = ""
+    rounds: int = 0
+    round: int = 0
+    residual: float | None = None
+    baseline: bool = False  # the baseline is running, or ran
+    seconds: float = 0.0
+    rows: dict[str, SiteRow] = field(default_factory=dict)
+    replies: dict[tuple[bool, str, int], Event] = field(default_factory=dict)
+
+    def tell(self, event: Event) -> None:
+        """Takes in one event; a round that was done again after a restart counts once."""
+        baseline = bool(event.get("baseline"))
+        handler = _HANDLERS.get((event["event"], baseline)) or _HANDLERS.get((event["event"], None))
+        if handler:
+            handler(self, event)
+
+    def row(self, site: str) -> SiteRow:
+        """A site's row, new at the first call."""
+        return self.rows.setdefault(site, SiteRow(site))
+
+    def mean(self, composition: str) -> float | None:
+        """The mean primary metric over sites; None where sites have different metrics or none."""
+        values = [row.metric(composition) for row in self.rows.values()]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known and len({r.task for r in self.rows.values()}) == 1 else None
+
+
+def board_of(events: Iterable[Event]) -> Board:
+    """The board after these events."""
+    board = Board()
+    for event in events:
+        board.tell(event)
+    return board
+
+
+def _started(board: Board, event: Event) -> None:
+    board.federation, board.method, board.model = event["federation"], event["method"], event["model"]
+    board.rounds = event["rounds"]
+    for site in event["sites"]:
+        board.row(site)
+
+
+def _baseline_started(board: Board, event: Event) -> None:
+    board.baseline, board.round = True, 0
+
+
+def _joined(board: Board, event: Event) -> None:
+    row = board.row(event["site"])
+    for name in ("task", "train", "test", "truncated", "dropped"):
+        setattr(row, name, event[name])
+
+
+def _round_started(board: Board, event: Event) -> None:
+    board.round = event["round"]
+
+
+def _round(board: Board, event: Event) -> None:
+    board.round, board.residual = event["round"], event.get("residual")
+
+
+def _reply(board: Board, event: Event) -> None:
+    row, key = board.row(event["site"]), (False, event["site"], event["round"])
+    before = board.replies.get(key)
+    board.replies[key] = event
+    for name in ("bytes_up", "bytes_down", "seconds"):
+        setattr(row, name, getattr(row, name) + event[name] - (before[name] if before else 0))
+    row.metrics.update(event["metrics"])
+    row.round = event["round"]
+    row.loss = event["metrics"].get("train.loss", row.loss)
+
+
+def _baseline_reply(board: Board, event: Event) -> None:
+    row = board.row(event["site"])
+    row.alone.update(event["metrics"])
+    row.loss, row.round = event["metrics"].get("train.loss", row.loss), event["round"]
+
+
+def _trouble(board: Board, event: Event) -> None:
+    if event.get("site"):
+        text = f"round {event['round']}: {event['reason']}"
+        troubles = board.row(event["site"]).troubles
+        if text not in troubles:
+            troubles.append(text)
+
+
+def _finished(board: Board, event: Event) -> None:
+    board.seconds += event["seconds"]
+
+
+_HANDLERS: dict[tuple[str, bool | None], Callable[[Board, Any], None]] = {
+    ("started", False): _started,
+    ("started", True): _baseline_started,
+    ("joined", False): _joined,
+    ("round_started", None): _round_started,
+    ("round", False): _round,
+    ("reply", False): _reply,
+    ("reply", True): _baseline_reply,
+    ("refused", None): _trouble,
+    ("failed", None): _trouble,
+    ("finished", None): _finished,
+}

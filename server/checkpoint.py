@@ -1,0 +1,62 @@
+"""The coordinator's state, one safetensors file a round, written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..common.errors import StateError
+from ..common.files import load_arrays, save_arrays
+
+SHARED, MEMORY = "shared/", "memory/"
+KEPT = 3  # checkpoints that stay on disk
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a federation stands after ``round``. ``admitted`` is each site's last round that counted."""
+
+    round: int
+    shared: Mapping[str, np.ndarray]
+    memory: Mapping[str, np.ndarray] = field(default_factory=dict)  # of the server optimiser
+    admitted: Mapping[str, int] = field(default_factory=dict)
+    pins: Mapping[str, str] = field(default_factory=dict)  # fingerprints that every site must have
+    closed: bool = False
+
+
+class Checkpoints:
+    """The ``checkpoints/`` folder of one federation."""
+
+    def __init__(self, folder: Path, federation: str, recipe: str) -> None:
+        self.folder, self.identity = folder, {"federation": federation, "recipe": recipe}
+
+    def latest(self) -> State | None:
+        """The newest state, or None. Raises StateError when it belongs to another federation or recipe."""
+        paths = sorted(self.folder.glob("round-*.safetensors"))
+        if not paths:
+            return None
+        arrays, meta = load_arrays(paths[-1])
+        for name, mine in self.identity.items():
+            if meta[name] != mine:
+                raise StateError(f"{paths[-1]}: {name}", mine, meta[name])
+        shared, memory = (
+            {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in (SHARED, MEMORY)
+        )
+        return State(meta["round"], shared, memory, meta["admitted"], meta["pins"], meta["closed"])
+
+    def write(self, state: State) -> None:
+        """Puts a state on disk and deletes all but the newest few."""
+        arrays = {SHARED + k: v for k, v in state.shared.items()} | {MEMORY + k: v for k, v in state.memory.items()}
+        meta = {
+            **self.identity,
+            "round": state.round,
+            "admitted": dict(state.admitted),
+            "pins": dict(state.pins),
+            "closed": state.closed,
+        }
+        save_arrays(self.folder / f"round-{state.round:06d}.safetensors", arrays, meta)
+        for path in sorted(self.folder.glob("round-*.safetensors"))[:-KEPT]:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,170 @@
+"""What a person sees: one live table, one line a round where there is no terminal, one final table."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ..common.rows import PRIMARY
+from .board import Board, SiteRow
+from .events import Event
+
+COMPOSITIONS = {"base": "base", "shared": "shared", "personal": "personal", "alone": "alone"}
+
+
+class Screen:
+    """Shows events as they happen. Use as a context; call it with each event."""
+
+    def __init__(self, console: Console, board: Board | None = None) -> None:
+        self.console, self.board = console, board or Board()
+        self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Screen:
+        if self.live:
+            self.live.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.live:
+            self.live.__exit__(None, None, None)
+
+    def __call__(self, event: Event) -> None:
+        """Takes in one event and redraws, or prints its line."""
+        self.board.tell(event)
+        if self.live:
+            self.live.update(Group(_headline(self.board), _progress_table(self.board)), refresh=True)
+        else:
+            line = _line(self.board, event)
+            if line:
+                self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def report(board: Board, folder: Path, console: Console) -> None:
+    """Prints the final table and what it says, and writes both to ``report.html``."""
+    page = Console(record=True, width=120, file=io.StringIO())
+    for target in (console, page):
+        target.print(_final_table(board))
+        for line in _findings(board):
+            target.print(line, highlight=False)
+    page.save_html(str(folder / "report.html"))
+    console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)
+
+
+def _headline(board: Board) -> Text:
+    if board.baseline:
+        return Text(f"{board.federation}: baseline, every site alone, round {board.round} of {board.rounds}")
+    phase = f"round {board.round} of {board.rounds}" if board.round else "sites are joining"
+    return Text(f"{board.federation}: {board.method} on {board.model}, {phase}")
+
+
+def _progress_table(board: Board) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown = ("base", "shared", "personal")
+    for name in ("site", "round", "loss", *(COMPOSITIONS[c] for c in shown), "sent", "seconds"):
+        table.add_column(name, justify="left" if name == "site" else "right")
+    for row in board.rows.values():
+        metrics = [_number(row.metric(c)) for c in shown]
+        cells = [
+            row.site,
+            str(row.round or ""),
+            _number(row.loss),
+            *metrics,
+            _bytes(row.bytes_up),
+            f"{row.seconds:.0f}",
+        ]
+        table.add_row(*cells, style="yellow" if row.troubles else None)
+    return table
+
+
+def _line(board: Board, event: Event) -> str | None:
+    name = event["event"]
+    who = "alone: " if event.get("baseline") else ""
+    if name == "started":
+        return f"{who}{event['federation']}: {event['method']} on {event['model']}, {len(event['sites'])} sites"
+    if name == "round":
+        losses = [r.loss for r in board.rows.values() if r.loss is not None]
+        loss = f", loss {sum(losses) / len(losses):.3f}" if losses else ""
+        personal = board.mean("personal") if not who else None
+        metric = f", personal {personal:.3f}" if personal is not None else ""
+        return f"{who}round {event['round']}/{board.rounds}: {len(event['admitted'])} sites{loss}{metric}, {event['seconds']:.1f} s"
+    if name in ("refused", "failed"):
+        site = event.get("site") or "a node"
+        reason = str(event["reason"]).removeprefix(f"site {site}: ")
+        return f"{who}round {event['round']}: {site} left out: {reason}"
+    return None
+
+
+def _final_table(board: Board) -> Table:
+    kinds = sorted({PRIMARY.get(row.task, "") for row in board.rows.values()})
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title=f"{board.federation}: {', '.join(kinds)}",
+        title_justify="left",
+        pad_edge=False,
+    )
+    shown = [c for c in COMPOSITIONS if c != "alone" or board.baseline]
+    right = ("texts", *(COMPOSITIONS[c] for c in shown), "sent", "received", "sec", "cut", "drop")
+    table.add_column("site", no_wrap=True)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in board.rows.values():
+        table.add_row(*_cells(row, shown))
+    means = [_number(board.mean(c)) for c in shown]
+    if any(means):
+        table.add_section()
+        table.add_row("mean", "", *means, style="bold")
+    return table
+
+
+def _cells(row: SiteRow, shown: list[str]) -> list[str]:
+    metrics = [_number(row.metric(c)) for c in shown]
+    counts = [str(row.truncated), str(row.dropped)]
+    traffic = [_bytes(row.bytes_up), _bytes(row.bytes_down), f"{row.seconds:.0f}"]
+    return [row.site, f"{row.train}+{row.test}", *metrics, *traffic, *counts]
+
+
+def _findings(board: Board) -> list[RenderableType]:
+    lines: list[RenderableType] = [
+        f"texts: training+test. base: the bare model; shared: the shared adapter only (both with a head fitted to the "
+        f"site's training texts where heads are personal); personal: the site's own model"
+        f"{'; alone: the same steps without the others' if board.baseline else ''}. {board.seconds:.0f} s in all."
+    ]
+    if board.residual is not None:
+        lines.append(f"mean(B)·mean(A) was {board.residual:.1%} away from mean(BA) in the last round.")
+    pairs = [(r.metric("personal"), r.metric("alone"), r.task) for r in board.rows.values()]
+    judged = [(_better(p, a, task), p - a) for p, a, task in pairs if p is not None and a is not None]
+    if judged:
+        wins, losses = (sum(sign == s for sign, _ in judged) for s in (1, -1))
+        mean = sum(gap for _, gap in judged) / len(judged)
+        verdict = "Collaboration shows" if wins > losses else "Collaboration does not show"
+        lines.append(
+            f"{verdict}: personal is better than training alone at {wins} of {len(judged)} sites, worse at {losses} "
+            f"(mean difference {mean:+.3f}; one seed)."
+        )
+    for row in board.rows.values():
+        lines += [f"{row.site} was left out, {trouble}" for trouble in row.troubles]
+    return lines
+
+
+def _better(personal: float, alone: float, task: str) -> int:
+    sign = (personal > alone) - (personal < alone)
+    return -sign if task == "regression" else sign
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    return f"{count:.1f} GB"

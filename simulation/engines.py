@@ -1,0 +1,77 @@
+"""The engine table: how the messages of one federation travel on one machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from .grid import RUN_ID, LocalGrid
+
+RunConfig = dict[str, bool | float | int | str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One federation, ready to run."""
+
+    server: ServerApp
+    client: ClientApp
+    config: RunConfig
+    sites: int
+    threads: int
+
+
+def run_local(job: Job) -> None:
+    """In this process, one site after the other, one base model for all."""
+    job.server(LocalGrid(job.client, job.sites), _context(job))
+
+
+def run_ray(job: Job) -> None:
+    """On Flower's simulation runtime: several processes, each with a base model of its own."""
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    caught: list[BaseException] = []
+
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            job.server(grid, _context(job))
+        except BaseException as error:  # Flower would log it and say less
+            caught.append(error)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from flwr.simulation import run_simulation
+
+        run_simulation(
+            server_app=server,
+            client_app=job.client,
+            num_supernodes=job.sites,
+            backend_config={
+                "client_resources": {"num_cpus": job.threads, "num_gpus": 0.0},
+                "init_args": {
+                    "include_dashboard": False,
+                    "log_to_driver": False,
+                    "logging_level": logging.CRITICAL,
+                },
+            },
+        )
+    if caught:
+        raise caught[0]
+
+
+ENGINES: dict[str, Callable[[Job], None]] = {"local": run_local, "ray": run_ray}
+
+
+def _context(job: Job) -> Context:
+    return Context(RUN_ID, 0, {}, RecordDict(), job.config)

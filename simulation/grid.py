@@ -1,0 +1,89 @@
+"""An in-process implementation of Flower's Grid: the same ServerApp and ClientApp, no network, no processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+RUN_ID = 1
+
+
+class LocalGrid(Grid):
+    """Node k is partition k. A message is answered when its answer is pulled, one node at a time."""
+
+    def __init__(self, app: ClientApp, nodes: int) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SUPERLINK_NODE_ID, 1
+        self._app = app
+        self._run = Run.create_empty(RUN_ID)
+        self._contexts = {
+            k + 1: Context(RUN_ID, k + 1, {"partition-id": k, "num-partitions": nodes}, RecordDict(), {})
+            for k in range(nodes)
+        }
+        self._waiting: dict[str, Message] = {}
+
+    def set_run(self, run: Run) -> None:
+        """Sets the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes, in partition order."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Takes messages and returns their ids."""
+        ids = []
+        for message in messages:
+            ids.append(_give_id(message))
+            self._waiting[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Answers the first of these messages that still waits."""
+        for message_id in message_ids:
+            if message_id in self._waiting:
+                return [self._answer(self._waiting.pop(message_id))]
+        return []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Answers all messages, in order."""
+        return [reply for message_id in self.push_messages(messages) for reply in self.pull_messages([message_id])]
+
+    def _answer(self, message: Message) -> Message:
+        try:
+            reply = self._app(message, self._contexts[message.metadata.dst_node_id])
+        except Exception as error:  # as Flower's runtimes do: an exception of a ClientApp is an error reply
+            reason = f"{type(error).__name__}: {error}"
+            reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
+        _give_id(reply)
+        return reply
+
+
+def _give_id(message: Any) -> str:
+    """Message ids are the transport's to give; Flower's own in-memory grid sets them the same way."""
+    message_id = uuid4().hex
+    message.metadata.__dict__["_message_id"] = message_id
+    return message_id

@@ -1,0 +1,191 @@
+"""Making sites out of data sets: explicit sites, one per column value, IID, or Dirichlet over labels.
+
+Own code rather than flwr-datasets' partitioners: that package pins datasets < 5 and huggingface_hub < 2 and brings
+matplotlib and seaborn to every site, for three functions of a few lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import tomli_w
+
+from ..client.data import check_rows, hold_out, read_rows, select
+from ..common.errors import DataError
+from ..common.files import write_atomically
+from ..common.rows import Row, SiteRows
+from ..common.seeds import seed_from
+from ..common.settings import DataSettings, PartitionSettings, Recipe, SitePlan, to_dict
+from .regression import SOURCE, regression_sites
+
+Parts = dict[str, list[int]]  # site name → row numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A site of a simulation with the rows it was given."""
+
+    plan: SitePlan
+    rows: SiteRows
+
+
+def make_sites(recipe: Recipe) -> list[Site]:
+    """All sites of a recipe, checked; the same recipe and seed give the same rows. Raises DataError."""
+    if recipe.partition is None:
+        return _explicit(recipe)
+    if recipe.data.source == SOURCE:
+        return [Site(plan, rows) for plan, rows in regression_sites(recipe)]
+    return _partitioned(recipe)
+
+
+def write_site(site: Site, folder: Path) -> None:
+    """Puts a site's rows and its ``site.toml`` on disk, as a real site would have them."""
+    kind = _write_arrays if site.rows.task == "regression" else _write_lines
+    names = {
+        part: kind(folder / "data" / part, rows)
+        for part, rows in (("train", site.rows.train), ("test", site.rows.test))
+    }
+    columns = dataclasses.replace(
+        DataSettings(task=site.rows.task, labels=site.rows.labels or None),
+        source=f"data/{names['train']}",
+        test_source=f"data/{names['test']}",
+        messages="messages" if site.rows.train and "messages" in site.rows.train[0] else None,
+    )
+    text = tomli_w.dumps({"name": site.plan.name, "data": to_dict(columns)})
+    write_atomically(folder / "site.toml", text.encode())
+
+
+def _explicit(recipe: Recipe) -> list[Site]:
+    """One site per ``[[site]]``. Sites that read the same source never get the same row."""
+    taken: dict[str, set[int]] = {}
+    read: dict[str, list[Row]] = {}
+
+    def draw(source: str, data: DataSettings, site: str, count: int | None) -> list[Row]:
+        if source not in read:
+            read[source] = list(read_rows(source, site))
+        used = taken.setdefault(source, set())
+        free = [(i, row) for i, row in enumerate(read[source]) if i not in used]
+        numbered = [{**row, "__row__": i} for i, row in free]
+        order = np.random.default_rng(seed_from(recipe.seed, site, source)).permutation(len(numbered))
+        kept = _numbered(select, [numbered[i] for i in order], data, site)
+        chosen = balanced(kept, count)
+        used.update(i for i, _ in chosen)
+        return [row for _, row in chosen]
+
+    sites = []
+    for plan in recipe.site:
+        data, name = plan.data, plan.name
+        if data.test_source:
+            train, test = (
+                draw(data.source, data, name, data.train),
+                draw(data.test_source, data, name, data.test),
+            )
+        else:
+            wanted = None if data.train is None or data.test is None else data.train + data.test
+            rows = draw(data.source, data, name, wanted)
+            train, test = hold_out(rows, data, seed_from(recipe.seed, name, "held out"))
+        sites.append(Site(plan, check_rows(name, data, train[: data.train], test[: data.test])))
+    return sites
+
+
+def _numbered(
+    choose: Callable[..., list[Row]], rows: Sequence[Row], data: DataSettings, site: str
+) -> list[tuple[int, Row]]:
+    """``select`` row by row, keeping each row's number in its source."""
+    return [(row["__row__"], shaped) for row in rows for shaped in choose([row], data, site)]
+
+
+def balanced(rows: Sequence[tuple[int, Row]], count: int | None) -> list[tuple[int, Row]]:
+    """The first ``count`` rows, taken in turn from every label where rows have labels."""
+    if count is None:
+        return list(rows)
+    by_label: dict[str, list[tuple[int, Row]]] = {}
+    for row in rows:
+        by_label.setdefault(row[1].get("label", ""), []).append(row)
+    turns = zip_longest(*(by_label[label] for label in sorted(by_label)))
+    return [row for turn in turns for row in turn if row is not None][:count]
+
+
+def _partitioned(recipe: Recipe) -> list[Site]:
+    data, partition = recipe.data, recipe.partition
+    assert partition is not None
+    parts = {"train": _rows_and_parts(recipe, data.source, partition)}
+    if data.test_source:
+        parts["test"] = _rows_and_parts(recipe, data.test_source, partition)
+    sites = []
+    for name in parts["train"]:
+        train = parts["train"][name]
+        if data.test_source:
+            test = parts["test"].get(name, [])
+        else:
+            train, test = hold_out(train, data, seed_from(recipe.seed, name, "held out"))
+        rows = check_rows(name, data, train[: data.train], test[: data.test])
+        sites.append(Site(SitePlan(name, data), rows))
+    return sites
+
+
+def _rows_and_parts(recipe: Recipe, source: str, partition: PartitionSettings) -> dict[str, list[Row]]:
+    raw = list(read_rows(source))
+    if partition.by == "column" and partition.column not in raw[0]:
+        raise DataError("partition.column", f"a column of {source}: {', '.join(raw[0])}", repr(partition.column))
+    shuffled = [raw[i] for i in np.random.default_rng(seed_from(recipe.seed, source)).permutation(len(raw))]
+    split = _PARTITIONERS[partition.by](shuffled, partition, recipe)
+    return {name: select([shuffled[i] for i in rows], recipe.data, name) for name, rows in split.items()}
+
+
+def by_column(rows: Sequence[Row], settings: PartitionSettings, recipe: Recipe) -> Parts:
+    """One site per value of a column, named by it."""
+    parts: Parts = {}
+    for i, row in enumerate(rows):
+        parts.setdefault(_site_name(row[settings.column or ""]), []).append(i)
+    return dict(sorted(parts.items()))
+
+
+def iid(rows: Sequence[Row], settings: PartitionSettings, recipe: Recipe) -> Parts:
+    """Equal random parts."""
+    return {_number(k): list(range(k, len(rows), settings.sites)) for k in range(settings.sites)}
+
+
+def dirichlet(rows: Sequence[Row], settings: PartitionSettings, recipe: Recipe) -> Parts:
+    """Each label's rows divided by Dirichlet(alpha) shares (Hsu et al. 2019, arXiv 1909.06335)."""
+    rng = np.random.default_rng(seed_from(recipe.seed, "dirichlet"))
+    parts: Parts = {_number(k): [] for k in range(settings.sites)}
+    by_label: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_label.setdefault(str(row.get(recipe.data.label)), []).append(i)
+    for label in sorted(by_label):
+        shares = rng.dirichlet([settings.alpha] * settings.sites)
+        cuts = (np.cumsum(shares)[:-1] * len(by_label[label])).astype(int)
+        for name, chunk in zip(parts, np.split(np.array(by_label[label]), cuts), strict=True):
+            parts[name] += chunk.tolist()
+    return parts
+
+
+_PARTITIONERS = {"column": by_column, "iid": iid, "dirichlet": dirichlet}
+
+
+def _number(k: int) -> str:
+    return f"site-{k + 1:02d}"
+
+
+def _site_name(value: object) -> str:
+    text = "".join(c if c.isalnum() or c in "._-" else "-" for c in str(value)).strip("-._")
+    return text[:64] or "unnamed"
+
+
+def _write_lines(path: Path, rows: Iterable[Row]) -> str:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path.with_suffix(".jsonl"), text.encode())
+    return path.with_suffix(".jsonl").name
+
+
+def _write_arrays(path: Path, rows: Sequence[Row]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_suffix(".npz")
+    np.savez(file, x=np.stack([r["x"] for r in rows]), y=np.stack([r["y"] for r in rows]))
+    return file.name

@@ -1,0 +1,164 @@
+"""``colora simulate``: a recipe becomes a run folder, a federation, a local-only baseline and a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+
+from ..client.app import make_app as make_client_app
+from ..common.errors import QuorumError, RecipeError, StateError
+from ..common.files import write_atomically
+from ..common.first import first_shared
+from ..common.settings import MethodSettings, Recipe, load_recipe, to_dict
+from ..server.app import make_app as make_server_app
+from ..server.app import run_config
+from ..server.events import Event, EventLog, read_events
+from ..server.strategy import Member
+from . import workshop
+from .engines import ENGINES, Job
+from .partition import Site, make_sites, write_site
+
+BASELINE = "local"  # the method of the local-only baseline
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``runs/<federation>/``: the recipe as it ran, events, checkpoints, sites, the baseline and the report."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.toml"
+
+    @property
+    def baseline(self) -> Path:
+        """The folder of the local-only federation."""
+        return self.path / "baseline"
+
+    def events(self) -> list[Event]:
+        """What happened, the baseline's events marked ``baseline``."""
+        own, base = (read_events(folder / "events.jsonl") for folder in (self.path, self.baseline))
+        return own + [{**event, "baseline": True} for event in base]
+
+
+def simulate(
+    recipe: Recipe, folder: Path, *, resume: bool, listener: Callable[[Event], None] | None = None
+) -> RunFolder:
+    """Runs a recipe to its end in ``folder`` and returns it. Nothing is written before everything is checked.
+
+    Raises RecipeError, DataError, ModelError (bad input), StateError (a foreign folder), QuorumError.
+    """
+    run = RunFolder(folder)
+    _check_folder(run, recipe, resume)
+    sites = make_sites(recipe)
+    _check(recipe, sites)
+    if not run.recipe.exists():
+        for site in sites:
+            write_site(site, folder / "sites" / site.plan.name)
+        write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
+    _log_to(folder / "log.txt")
+    roster = tuple(Member(site.plan.name, site.plan.from_round) for site in sites)
+    del sites
+    federate(recipe, folder, folder, roster, listener)
+    if recipe.simulation.baseline:
+        told = (lambda event: listener({**event, "baseline": True})) if listener else None
+        federate(local_only(recipe), run.baseline, folder, roster, told)
+    return run
+
+
+def local_only(recipe: Recipe) -> Recipe:
+    """The same recipe with every site alone: as many steps, the same data, nothing shared, measured at the end."""
+    evaluation = dataclasses.replace(recipe.evaluation, every=0)
+    method = MethodSettings(name=BASELINE)
+    return dataclasses.replace(recipe, method=method, evaluation=evaluation)
+
+
+def federate(
+    recipe: Recipe,
+    folder: Path,
+    home: Path,
+    roster: tuple[Member, ...],
+    listener: Callable[[Event], None] | None,
+) -> None:
+    """One federation in ``folder``, with the sites' rows below ``home``; goes on where the folder stands."""
+    threads = recipe.simulation.threads or (1 if recipe.simulation.engine == "ray" else os.cpu_count() or 1)
+    premises = workshop.Premises(
+        (home / "sites").resolve(), (folder / "sites").resolve(), tuple(m.site for m in roster), threads
+    )
+    began, log = time.monotonic(), EventLog(folder / "events.jsonl", listener)
+    about = {"federation": recipe.name, "method": recipe.method.name, "rounds": recipe.rounds}
+    log.emit("started", **about, model=recipe.model.source, sites=list(premises.names), recipe=recipe.identity)
+    job = Job(
+        server=make_server_app(listener),
+        client=make_client_app(workshop.connect_to(premises)),
+        config=run_config(recipe, roster, folder.resolve()),
+        sites=len(roster),
+        threads=threads,
+    )
+    try:
+        ENGINES[recipe.simulation.engine](job)
+    finally:
+        workshop.close()
+    log.emit("finished", seconds=time.monotonic() - began)
+
+
+def _check_folder(run: RunFolder, recipe: Recipe, resume: bool) -> None:
+    """An empty or new folder, or, to resume, one that holds this very recipe."""
+    if not run.recipe.exists():
+        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            if _unfinished_start(run.path):
+                return
+            raise StateError(f"--out {run.path}", "a new or empty folder", "other files")
+        return
+    there = load_recipe(run.recipe)
+    if not resume:
+        raise StateError(f"--out {run.path}", "a new folder, or --resume", f"a run of {there.name!r}")
+    if there.identity != recipe.identity:
+        raise RecipeError(f"--resume {run.path}", "the recipe that the run began with", _difference(there, recipe))
+
+
+def _unfinished_start(path: Path) -> bool:
+    """A start that was killed while it wrote the sites' rows: nothing but ``sites`` is there."""
+    return {entry.name for entry in path.iterdir()} <= {"sites"} and not any(path.glob("sites/*/state"))
+
+
+def _difference(there: Recipe, here: Recipe) -> str:
+    a, b = _flat(to_dict(there)), _flat(to_dict(here))
+    keys = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not k.startswith("simulation"))
+    return ", ".join(f"{k} = {b.get(k)!r} instead of {a.get(k)!r}" for k in keys[:3])
+
+
+def _flat(value: object, path: str = "") -> dict[str, object]:
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{path}.{key}" if path else key).items()}
+    return {path: value}
+
+
+def _check(recipe: Recipe, sites: list[Site]) -> None:
+    """What can be known before anything is written: quorum, model, targets, rank, a shared head's labels."""
+    quorum = recipe.server.quorum or 1
+    starting = sum(site.plan.from_round == 1 for site in sites)
+    if starting < quorum:
+        raise QuorumError("server.quorum", f"at least {quorum} sites", starting)
+    classes = {len(site.rows.labels) for site in sites if site.rows.labels}
+    if recipe.method.head == "shared" and len(classes) > 1:
+        raise RecipeError("method.head", "one list of labels at all sites for a shared head", "different lists")
+    first_shared(recipe.plan, max(classes, default=0))
+
+
+def _log_to(path: Path) -> None:
+    """The sites' log: what a site may know and the coordinator may not."""
+    logger = logging.getLogger("colora")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.propagate = False
+    logger.addHandler(logging.FileHandler(path, delay=True))

@@ -1,0 +1,96 @@
+"""All sites of one machine around one base model: what the ClientApp of a simulation connects to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context
+
+from ..client.app import Connect, Site
+from ..client.data import load_site_rows
+from ..client.store import Store
+from ..client.trainer import Bench, Trainer, set_up
+from ..common.model import load
+from ..common.protocol import Description, Order, Reply
+from ..common.settings import Plan, SiteSettings, load_site, parse
+
+
+@dataclass(frozen=True)
+class Premises:
+    """Where a simulation's sites lie: their data below ``sites``, their state below ``state``."""
+
+    sites: Path
+    state: Path
+    names: tuple[str, ...]
+    threads: int
+
+    def data_of(self, name: str) -> Path:
+        """A site's folder with ``site.toml`` and rows."""
+        return self.sites / name
+
+    def state_of(self, name: str) -> Path:
+        """A site's folder of personal states."""
+        return self.state / name / "state"
+
+
+class Workshop:
+    """One process's bench, and a trainer for each site that has worked at it."""
+
+    def __init__(self, premises: Premises, plan: Plan) -> None:
+        import torch
+
+        torch.set_num_threads(premises.threads)
+        self.premises, self.plan = premises, plan
+        self.files: dict[str, SiteSettings] = {
+            name: load_site(premises.data_of(name) / "site.toml") for name in premises.names
+        }
+        generates = any(site.data.task == "generation" for site in self.files.values())
+        self.bench: Bench = set_up(load(plan.model, generates=generates), plan)
+        self.trainers: dict[str, Trainer] = {}
+
+    def trainer(self, name: str) -> Trainer:
+        """The trainer of one site, made at the first call."""
+        if name not in self.trainers:
+            rows = load_site_rows(self.files[name], self.plan.seed)
+            store = Store(self.premises.state_of(name), self.plan.name)
+            self.trainers[name] = Trainer(self.bench, rows, store)
+        return self.trainers[name]
+
+
+@dataclass(frozen=True)
+class SimulatedSite(Site):
+    """One site's door: it finds its workshop by the plan that a message names."""
+
+    name: str
+    premises: Premises
+
+    def describe(self, federation: str, plan: str) -> Description:
+        """Introduces the site."""
+        return _workshop(self.premises, plan).trainer(self.name).describe()
+
+    def respond(self, order: Order) -> Reply:
+        """Answers an order."""
+        return _workshop(self.premises, order.plan).trainer(self.name).respond(order)
+
+
+def connect_to(premises: Premises) -> Connect:
+    """A ``connect`` for the ClientApp: partition k is the k-th site."""
+
+    def connect(context: Context) -> Site:
+        return SimulatedSite(premises.names[int(context.node_config["partition-id"])], premises)
+
+    return connect
+
+
+@lru_cache(maxsize=1)  # one base model in memory: another federation replaces it
+def _workshop(premises: Premises, plan: str) -> Workshop:
+    import json
+
+    return Workshop(premises, parse(Plan, json.loads(plan)))
+
+
+def close() -> None:
+    """Lets go of the base model."""
+    _workshop.cache_clear()
