@@ -1,0 +1,185 @@
+"""Tiny random models and tiny recipes, made on the spot; no test reaches a hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    FLWR_TELEMETRY_ENABLED="0",
+    FLWR_DISABLE_UPDATE_CHECK="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+WORDS = [
+    "a",
+    "b",
+    "c",
+    "d",
+    "e",
+    "f",
+    "g",
+    "h",
+    "i",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "o",
+    "p",
+    "q",
+    "r",
+    "s",
+    "t",
+    "u",
+    "v",
+    "w",
+    "x",
+    "y",
+    "z",
+    "red",
+    "blue",
+    "green",
+    "cat",
+    "dog",
+    "sun",
+    "moon",
+    "sea",
+    "hill",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def _tokenizer(folder: Path, *, chat: bool) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<user>", "<assistant>", "<system>", "<end>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="<end>", model_max_length=64
+    )
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer BERT of width 16 without dropout, as a Hugging Face folder."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    config = BertConfig(
+        vocab_size=9 + len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    _tokenizer(folder, chat=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama of width 16 with a chat template, as a Hugging Face folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    config = LlamaConfig(
+        vocab_size=9 + len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=8,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    _tokenizer(folder, chat=True)
+    return folder
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def labelled_rows(labels: list[str], count: int, seed: int = 0, words: int = 12) -> list[dict]:
+    """Texts of at least 20 characters, ``count`` rows in turn over the labels."""
+    import random
+
+    rng = random.Random(seed)
+    return [{"text": " ".join(rng.choices(WORDS, k=words)), "label": labels[i % len(labels)]} for i in range(count)]
+
+
+@pytest.fixture
+def tiny_recipe(tiny_bert: Path, tmp_path: Path) -> dict:
+    """A raw recipe: three classification sites with their own files and labels, two rounds of two steps."""
+    sites = []
+    for k, name in enumerate(("ada", "bob", "cyd")):
+        labels = [f"{name}-yes", f"{name}-no"] + (["cyd-maybe"] if name == "cyd" else [])
+        source = write_lines(tmp_path / "rows" / f"{name}-train.jsonl", labelled_rows(labels, 12, seed=k))
+        test = write_lines(tmp_path / "rows" / f"{name}-test.jsonl", labelled_rows(labels, 6, seed=10 + k))
+        sites.append({"name": name, "source": str(source), "test_source": str(test)})
+    return {
+        "name": "tiny",
+        "rounds": 2,
+        "seed": 3,
+        "model": {"source": str(tiny_bert), "max_length": 16},
+        "adapter": {"rank": 4, "alpha": 8.0, "target_modules": ["query", "value"]},
+        "train": {"steps": 2, "batch_size": 4, "lr": 1e-2},
+        "server": {"quorum": 3},
+        "simulation": {"threads": 1},
+        "site": sites,
+    }
+
+
+@pytest.fixture
+def generation_recipe(tiny_llama: Path, tmp_path: Path) -> dict:
+    """A raw recipe: two sites, one with prompt and completion, one with chat messages."""
+    plain = [{"prompt": f"red {w} cat", "completion": f"blue {w}"} for w in WORDS[:10]]
+    chat = [
+        {"messages": [{"role": "user", "content": f"sun {w}"}, {"role": "assistant", "content": f"moon {w} sea"}]}
+        for w in WORDS[:10]
+    ]
+    files = {name: str(write_lines(tmp_path / f"{name}.jsonl", rows)) for name, rows in (("p", plain), ("c", chat))}
+    return {
+        "name": "talk",
+        "rounds": 2,
+        "model": {"source": str(tiny_llama), "max_length": 32},
+        "adapter": {"rank": 4, "target_modules": ["q_proj", "v_proj"]},
+        "train": {"steps": 2, "batch_size": 4, "lr": 1e-2},
+        "evaluation": {"max_new_tokens": 4},
+        "simulation": {"threads": 1},
+        "data": {"task": "generation", "test": 3},
+        "site": [
+            {"name": "plain", "source": files["p"]},
+            {"name": "chat", "source": files["c"], "messages": "messages"},
+        ],
+    }

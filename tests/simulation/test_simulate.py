@@ -1,0 +1,38 @@
+"""Whole runs on tiny models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from colora.common.methods import METHODS
+from colora.common.settings import recipe_from
+from colora.server.board import board_of
+from colora.simulation.run import simulate
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_to_its_end_and_reports_every_site(tiny_recipe: dict, tmp_path: Path, method: str) -> None:
+    recipe = recipe_from({**tiny_recipe, "method": {"name": method}})
+    board = board_of(simulate(recipe, tmp_path / "run", resume=False).events())
+    for row in board.rows.values():
+        assert row.metric("base") is not None
+        assert row.metric("personal") is not None
+        assert (row.metric("shared") is not None) == METHODS[method].shares
+        assert not row.troubles
+
+
+def test_generation_sites_report_text_metrics(generation_recipe: dict, tmp_path: Path) -> None:
+    board = board_of(simulate(recipe_from(generation_recipe), tmp_path / "run", resume=False).events())
+    for row in board.rows.values():
+        assert {"personal.rouge_l", "personal.exact_match", "personal.loss", "base.rouge_l"} <= set(row.metrics)
+
+
+def test_mixed_tasks_share_one_adapter_with_uniform_weights(
+    generation_recipe: dict, tiny_recipe: dict, tmp_path: Path
+) -> None:
+    site = {**tiny_recipe["site"][0], "task": "classification"}
+    recipe = recipe_from({**generation_recipe, "site": [*generation_recipe["site"], site]})
+    run = simulate(recipe, tmp_path / "run", resume=False)
+    weights = [event["weights"] for event in run.events() if event["event"] == "round"]
+    assert weights == [{"plain": 1.0, "chat": 1.0, "ada": 1.0}] * 2
