@@ -92,7 +92,8 @@ def _line(board: Board, event: Event) -> str | None:
         loss = f", loss {sum(losses) / len(losses):.3f}" if losses else ""
         personal = board.mean("personal") if not who else None
         metric = f", personal {personal:.3f}" if personal is not None else ""
-        return f"{who}round {event['round']}/{board.rounds}: {len(event['admitted'])} sites{loss}{metric}, {event['seconds']:.1f} s"
+        sites = f"{len(event['admitted'])} sites"
+        return f"{who}round {event['round']}/{board.rounds}: {sites}{loss}{metric}, {event['seconds']:.1f} s"
     if name in ("refused", "failed"):
         site = event.get("site") or "a node"
         reason = str(event["reason"]).removeprefix(f"site {site}: ")

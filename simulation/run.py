@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -65,7 +64,6 @@ def simulate(
         for site in sites:
             write_site(site, folder / "sites" / site.plan.name)
         write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
-    _log_to(folder / "log.txt")
     roster = tuple(Member(site.plan.name, site.plan.from_round) for site in sites)
     del sites
     federate(recipe, folder, folder, roster, listener)
@@ -92,7 +90,11 @@ def federate(
     """One federation in ``folder``, with the sites' rows below ``home``; goes on where the folder stands."""
     threads = recipe.simulation.threads or (1 if recipe.simulation.engine == "ray" else os.cpu_count() or 1)
     premises = workshop.Premises(
-        (home / "sites").resolve(), (folder / "sites").resolve(), tuple(m.site for m in roster), threads
+        (home / "sites").resolve(),
+        (folder / "sites").resolve(),
+        tuple(m.site for m in roster),
+        threads,
+        (home / "log.txt").resolve(),
     )
     began, log = time.monotonic(), EventLog(folder / "events.jsonl", listener)
     about = {"federation": recipe.name, "method": recipe.method.name, "rounds": recipe.rounds}
@@ -153,12 +155,3 @@ def _check(recipe: Recipe, sites: list[Site]) -> None:
     if recipe.method.head == "shared" and len(classes) > 1:
         raise RecipeError("method.head", "one list of labels at all sites for a shared head", "different lists")
     first_shared(recipe.plan, max(classes, default=0))
-
-
-def _log_to(path: Path) -> None:
-    """The sites' log: what a site may know and the coordinator may not."""
-    logger = logging.getLogger("colora")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-    logger.propagate = False
-    logger.addHandler(logging.FileHandler(path, delay=True))

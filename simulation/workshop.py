@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +27,7 @@ class Premises:
     state: Path
     names: tuple[str, ...]
     threads: int
+    log: Path
 
     def data_of(self, name: str) -> Path:
         """A site's folder with ``site.toml`` and rows."""
@@ -42,6 +45,7 @@ class Workshop:
         import torch
 
         torch.set_num_threads(premises.threads)
+        _log_to(premises.log)
         self.premises, self.plan = premises, plan
         self.files: dict[str, SiteSettings] = {
             name: load_site(premises.data_of(name) / "site.toml") for name in premises.names
@@ -86,9 +90,16 @@ def connect_to(premises: Premises) -> Connect:
 
 @lru_cache(maxsize=1)  # one base model in memory: another federation replaces it
 def _workshop(premises: Premises, plan: str) -> Workshop:
-    import json
-
     return Workshop(premises, parse(Plan, json.loads(plan)))
+
+
+def _log_to(path: Path) -> None:
+    """The sites' log: what a site may know and the coordinator may not."""
+    logger = logging.getLogger("colora")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.propagate = False
+    logger.addHandler(logging.FileHandler(path, delay=True))
 
 
 def close() -> None:

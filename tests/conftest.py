@@ -16,43 +16,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
-WORDS = [
-    "a",
-    "b",
-    "c",
-    "d",
-    "e",
-    "f",
-    "g",
-    "h",
-    "i",
-    "j",
-    "k",
-    "l",
-    "m",
-    "n",
-    "o",
-    "p",
-    "q",
-    "r",
-    "s",
-    "t",
-    "u",
-    "v",
-    "w",
-    "x",
-    "y",
-    "z",
-    "red",
-    "blue",
-    "green",
-    "cat",
-    "dog",
-    "sun",
-    "moon",
-    "sea",
-    "hill",
-]
+WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z red blue green cat dog sun moon sea hill".split()  # noqa: SIM905
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"

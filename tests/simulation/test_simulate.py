@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from colora.common.methods import METHODS
 from colora.common.settings import recipe_from
 from colora.server.board import board_of

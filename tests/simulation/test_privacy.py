@@ -1,0 +1,172 @@
+"""What leaves a site, searched: every message of whole runs, payloads decoded, for everything personal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message
+
+from colora.client import trainer as trainer_module
+from colora.client.trainer import Trainer
+from colora.common import messages
+from colora.common.files import load_arrays
+from colora.common.methods import METHODS
+from colora.common.settings import recipe_from
+from colora.server.board import board_of
+from colora.simulation.grid import LocalGrid
+from colora.simulation.run import simulate
+
+WINDOW = 20  # characters of a text that must not be found together
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
+    """Every message of the runs of a test: the coordinator's orders and the sites' answers."""
+    seen: list[Message] = []
+    answer = LocalGrid._answer
+
+    def tapped(self: LocalGrid, message: Message) -> Message:
+        seen.append(message)
+        seen.append(answer(self, message))
+        return seen[-1]
+
+    monkeypatch.setattr(LocalGrid, "_answer", tapped)
+    return seen
+
+
+def numbers_of(message: Message) -> np.ndarray:
+    """Every number of a message as float32, arrays decoded."""
+    if not message.has_content():
+        return np.zeros(0, np.float32)
+    found = [np.zeros(0, np.float32)]
+    for record in message.content.array_records.values():
+        found += [array.numpy().ravel().astype(np.float32) for array in record.values()]
+    for record in (*message.content.metric_records.values(), *message.content.config_records.values()):
+        found += [np.atleast_1d(v).astype(np.float32) for v in record.values() if isinstance(v, int | float | list)]
+    return np.concatenate(found)
+
+
+def texts_of(message: Message) -> str:
+    """Every text of a message, error reasons and record keys included."""
+    if not message.has_content():
+        return message.error.reason or ""
+    records = [*message.content.config_records.values(), *message.content.metric_records.values()]
+    keys = [key for record in message.content.values() for key in record]
+    return "\n".join([*keys, *(str(v) for record in records for v in record.values())])
+
+
+def personal_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of every personal state that a run left on disk, constant ones aside."""
+    for path in sorted(folder.glob("sites/*/state/round-*")):
+        for key, value in load_arrays(path)[0].items():
+            if key.startswith(("state/", "moments/")) and "/step" not in key and np.unique(value).size > 2:
+                yield f"{path.parent.parent.name}/{path.stem}/{key}", value
+
+
+def site_texts(folder: Path) -> set[str]:
+    """All windows of 20 characters of all rows of all sites."""
+    lines = [line for path in folder.glob("sites/*/data/*.jsonl") for line in path.read_text().splitlines()]
+    texts = [str(value) for line in lines for value in json.loads(line).values()]
+    return {text[i : i + WINDOW] for text in texts for i in range(max(0, len(text) - WINDOW + 1))}
+
+
+def leaks(seen: list[Message], folder: Path) -> list[str]:
+    """Names of what was found: tensors of which more than one value in twenty occurs in a message, and texts."""
+    secrets = list(personal_tensors(folder))
+    windows = site_texts(folder)
+    assert secrets
+    assert windows
+    found = []
+    for message in seen:
+        values, text = np.unique(numbers_of(message)), texts_of(message)
+        for name, secret in secrets:
+            own = np.setdiff1d(np.unique(secret.astype(np.float32)), [0.0, 1.0])
+            if np.isin(own, values).mean() > 0.05:
+                found.append(name)
+        found += [window for window in windows if window in text]
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_personal_is_in_any_message(
+    tiny_recipe: dict, tmp_path: Path, wire: list[Message], method: str
+) -> None:
+    train = {**tiny_recipe["train"], "keep_moments": True, "final_steps": 2}
+    recipe = recipe_from({**tiny_recipe, "train": train, "method": {"name": method}})
+    run = simulate(recipe, tmp_path / "run", resume=False)
+    assert len(wire) == 2 * 3 * (1 + 2 + 1), "join, two rounds and the close, there and back, for three sites"
+    assert leaks(wire, run.path) == []
+
+
+def _plant_array(message: Message, secret: np.ndarray, text: str) -> None:
+    record = next(iter(message.content.array_records.values()))
+    key = next(iter(record))
+    record[key] = messages._encode(np.resize(secret, record[key].numpy().shape))
+
+
+def _plant_metric(message: Message, secret: np.ndarray, text: str) -> None:
+    message.content[messages.METRICS]["x"] = [float(v) for v in secret.ravel()]
+
+
+def _plant_text(message: Message, secret: np.ndarray, text: str) -> None:
+    message.content["note"] = ConfigRecord({"log": f"... {text} ..."})
+
+
+@pytest.mark.parametrize("plant", [_plant_array, _plant_metric, _plant_text])
+def test_the_search_finds_what_is_planted(tiny_recipe: dict, tmp_path: Path, wire: list[Message], plant) -> None:
+    run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
+    assert leaks(wire, run.path) == []
+    reply = next(m for m in wire if m.has_content() and messages.METRICS in m.content)
+    _, secret = next(personal_tensors(run.path))
+    plant(reply, secret, sorted(site_texts(run.path))[0])
+    assert leaks(wire, run.path) != []
+
+
+def _with_a_core(reply, trainer: Trainer):
+    core = {k: v.numpy() for k, v in trainer._values(trainer_module.PERSONAL).items()}
+    return dataclasses.replace(reply, shared={**reply.shared, **core})
+
+
+def test_a_reply_with_an_extra_array_does_not_leave_the_site(
+    tiny_recipe: dict, tmp_path: Path, wire: list[Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = Trainer._send
+    monkeypatch.setattr(Trainer, "_send", lambda self, s, reply, a: send(self, s, _with_a_core(reply, self), a))
+    with pytest.raises(Exception, match="quorum"):
+        simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
+    reasons = {m.error.reason for m in wire if m.has_error()}
+    assert reasons == {"RefusedError: arrays"}
+    assert "also encoder.layer.0.attention.self.query.lora_core" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_reply_with_an_extra_array_is_refused_by_the_coordinator(
+    tiny_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = Trainer._send
+
+    def careless(self: Trainer, state, reply, admitted):
+        sent = send(self, state, reply, admitted)
+        return _with_a_core(sent, self) if self.site == "bob" else sent
+
+    monkeypatch.setattr(Trainer, "_send", careless)
+    recipe = recipe_from({**tiny_recipe, "server": {"quorum": 2}})
+    board = board_of(simulate(recipe, tmp_path / "run", resume=False).events())
+    assert board.rows["bob"].troubles[0].startswith("round 1: site bob: arrays: expected the shared groups only")
+    assert not board.rows["ada"].troubles
+
+
+def test_an_error_tells_the_coordinator_its_kind_and_no_text(
+    tiny_recipe: dict, tmp_path: Path, wire: list[Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Trainer, order, state):
+        raise ValueError(f"could not read {self.task.rows.train[0]['text']}")
+
+    monkeypatch.setattr(Trainer, "_train", broken)
+    with pytest.raises(Exception, match="quorum"):
+        simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
+    assert {m.error.reason for m in wire if m.has_error()} == {"ValueError"}

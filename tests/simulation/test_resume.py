@@ -1,0 +1,88 @@
+"""kill -9 at random moments, each followed by --resume, changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+
+from colora.common.files import load_arrays
+from colora.server.board import board_of
+from colora.simulation.run import RunFolder
+
+KILLS, ROUNDS = 10, 40
+
+
+def command(recipe: Path, folder: Path) -> list[str]:
+    return [sys.executable, "-m", "colora", "simulate", str(recipe), "--out", str(folder), "--resume"]
+
+
+def events_in(folder: Path) -> int:
+    path = folder / "events.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_after(process: subprocess.Popen, folder: Path, events: int, delay: float) -> str | None:
+    """Waits for so many events of the process, then ``delay`` seconds, then kill -9; what it was doing, or None."""
+    before = events_in(folder)
+    while process.poll() is None and events_in(folder) < before + events:
+        time.sleep(0.002)
+    time.sleep(delay)
+    if process.poll() is not None:
+        return None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    last = last_event(folder)
+    return f"{last['event']} {last.get('round', '')} {last.get('site', '')}".strip()
+
+
+def last_event(folder: Path) -> dict:
+    return json.loads((folder / "events.jsonl").read_text().split("\n")[:-1][-1])
+
+
+def durable(folder: Path) -> dict[str, tuple[dict[str, np.ndarray], dict]]:
+    """The last checkpoint and every site's last state, without the clock's readings."""
+    found = {}
+    for place in (folder / "checkpoints", *sorted(folder.glob("sites/*/state"))):
+        arrays, meta = load_arrays(sorted(place.glob("round-*"))[-1])
+        meta.get("reply", {}).pop("seconds", None)
+        found[str(place.relative_to(folder))] = arrays, meta
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1])
+def test_ten_kills_change_no_bit_of_adapter_or_personal_state(tiny_recipe: dict, tmp_path: Path, seed: int) -> None:
+    train = {**tiny_recipe["train"], "steps": 6, "final_steps": 3, "keep_moments": True, "lr_schedule": "cosine"}
+    raw = {**tiny_recipe, "rounds": ROUNDS, "train": train, "server": {"quorum": 3, "optimizer": "adam"}}
+    recipe, calm, stormy = tmp_path / "recipe.toml", tmp_path / "calm", tmp_path / "stormy"
+    recipe.write_text(tomli_w.dumps(raw))
+    subprocess.run(command(recipe, calm), check=True, capture_output=True, env=os.environ)
+    rng, moments = random.Random(seed), []
+    while len(moments) < KILLS:
+        reached = last_event(stormy).get("round", 0) if events_in(stormy) else 0
+        ahead = (ROUNDS - reached) * 5 // (KILLS - len(moments))  # events that this process may see
+        process = subprocess.Popen(command(recipe, stormy), stdout=subprocess.DEVNULL, env=os.environ)
+        moments.append(kill_after(process, stormy, rng.randint(1, 2 * ahead), rng.uniform(0, 0.05)))
+    done = subprocess.run(command(recipe, stormy), capture_output=True, text=True, env=os.environ)
+    print("\nkilled at:", *moments, sep="\n  ")
+    assert done.returncode == 0, done.stderr
+    assert sum(moment is not None for moment in moments) == KILLS, "a run ended before its kill"
+
+    a, b = durable(calm), durable(stormy)
+    assert a.keys() == b.keys()
+    for place, (arrays, meta) in a.items():
+        assert b[place][1] == meta, place
+        assert b[place][0].keys() == arrays.keys()
+        assert all(np.array_equal(b[place][0][key], value) for key, value in arrays.items()), place
+    finals = [{r.site: r.metrics for r in board_of(RunFolder(f).events()).rows.values()} for f in (calm, stormy)]
+    assert finals[0] == finals[1]
