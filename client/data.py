@@ -7,11 +7,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from ..common.assets import asset_folder
-from ..common.errors import DataError, RecipeError
+from ..common.errors import AssetError, DataError, RecipeError
 from ..common.rows import Row, SiteRows
 from ..common.seeds import seed_from
 from ..common.settings import DataSettings, SiteSettings
@@ -29,26 +30,46 @@ def load_site_rows(site: SiteSettings, seed: int) -> SiteRows:
 
 
 def hold_out(rows: Sequence[Row], data: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
-    """A seeded split into training rows and ``test_fraction`` of test rows."""
-    order = np.random.default_rng(seed).permutation(len(rows))
+    """A seeded split into training rows and ``test_fraction`` of test rows.
+
+    A label that only the test rows would have gives its first row to training: chance refuses no site.
+    """
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     cut = len(rows) - round(len(rows) * data.test_fraction)
-    return [rows[i] for i in order[:cut]], [rows[i] for i in order[cut:]]
+    seen, given = {rows[i].get("label") for i in order[:cut]}, []
+    for i in order[cut:]:
+        if rows[i].get("label") not in seen:
+            seen.add(rows[i].get("label"))
+            given.append(i)
+    return [rows[i] for i in given + order[:cut]], [rows[i] for i in order[cut:] if i not in given]
 
 
 def select(rows: Iterable[Row], data: DataSettings, site: str) -> list[Row]:
     """Rows in the form of their task, filtered by ``where`` and ``labels``."""
+    return [row for _, row in select_numbered(enumerate(rows, 1), data, site)]
+
+
+def select_numbered(rows: Iterable[tuple[int, Row]], data: DataSettings, site: str) -> list[tuple[int, Row]]:
+    """The same for rows with their numbers in the source, which errors name and the result keeps."""
     wanted = dict(data.where or {})
-    kept = [row for row in rows if all(str(row.get(k)) == v for k, v in wanted.items())]
-    shaped = [_SHAPES[data.task](row, number, data, site) for number, row in enumerate(kept, 1)]
+    kept = [(n, row) for n, row in rows if all(str(row.get(k)) == v for k, v in wanted.items())]
+    shaped = [(n, _SHAPES[data.task](row, n, data, site)) for n, row in kept]
     if data.labels is not None and data.task == "classification":
-        shaped = [row for row in shaped if row["label"] in data.labels]
+        shaped = [(n, row) for n, row in shaped if row["label"] in data.labels]
     return shaped
 
 
 def check_rows(site: str, data: DataSettings, train: Sequence[Row], test: Sequence[Row]) -> SiteRows:
-    """Rules that need all rows: some to train on, at least two classes, no test label that training lacks."""
+    """Rules that need all rows: some on both sides, at least two classes, no test label that training lacks."""
     if not train:
         raise DataError("data.source", "rows to train on", f"none in {data.source}", site=site)
+    if not test:
+        key, place = ("test_source", data.test_source) if data.test_source else ("test_fraction", data.source)
+        raise DataError(f"data.{key}", "rows to test on", f"none in {place} beside {len(train)} to train on", site=site)
+    for key in ("x", "y") if data.task == "regression" else ():
+        shapes = sorted({np.shape(row[key]) for row in (*train, *test)})
+        if len(shapes) > 1:
+            raise DataError(f"data.{key}", f"one shape in every row, {shapes[0]}", shapes[1], site=site)
     if data.task != "classification":
         return SiteRows(site, data.task, train, test)
     seen = {row["label"] for row in train}
@@ -73,8 +94,10 @@ def read_rows(source: str, site: str | None = None) -> Iterable[Row]:
         raise DataError("data.source", "a file that is there", source, site=site)
     try:
         rows = list(reader(path, site))
-    except (UnicodeDecodeError, OSError, csv.Error) as error:
-        raise DataError("data.source", "readable UTF-8 text", f"{source} ({error})", site=site) from None
+    except DataError:
+        raise
+    except (ValueError, OSError, EOFError, csv.Error, BadZipFile) as error:
+        raise DataError("data.source", f"a readable {path.suffix} file", f"{source} ({error})", site=site) from None
     if not rows:
         raise DataError("data.source", "rows", f"an empty file, {source}", site=site)
     return rows
@@ -141,7 +164,15 @@ def _read_asset(name: str, site: str | None) -> Iterable[Row]:
     reader = _ASSET_READERS.get(asset)
     if reader is None:
         raise RecipeError("data.source", f"asset:NAME with NAME of {', '.join(_ASSET_READERS)}", repr(name), site=site)
-    return reader(asset_folder(asset), part)
+    try:
+        rows = list(reader(asset_folder(asset), part))
+    except AssetError as error:
+        raise error.at(site or "") from None
+    except FileNotFoundError:
+        rows = []
+    if not rows:
+        raise DataError("data.source", f"asset:{asset}/PART with a part that is there", repr(name), site=site)
+    return rows
 
 
 def _read_newsgroups(folder: Path, part: str) -> Iterator[Row]:
@@ -152,12 +183,16 @@ def _read_newsgroups(folder: Path, part: str) -> Iterator[Row]:
 
 
 def _read_chatterbot(folder: Path, part: str) -> Iterator[Row]:
+    """The first two turns of every conversation; the corpus repeats itself, so each pair comes once."""
     import yaml
 
+    seen: set[tuple[str, str]] = set()
     for file in sorted(folder.glob(f"{part or '*'}.yml")):
         for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-            if len(turns) >= 2:
-                yield {"topic": file.stem, "prompt": str(turns[0]), "completion": str(turns[1])}
+            pair = tuple(str(turn) for turn in turns[:2])
+            if len(pair) == 2 and pair not in seen:
+                seen.add(pair)
+                yield {"topic": file.stem, "prompt": pair[0], "completion": pair[1]}
 
 
 _ASSET_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
@@ -198,7 +233,7 @@ def _is_turn(turn: Any) -> bool:
 
 
 def _regression(row: Row, number: int, data: DataSettings, site: str) -> Row:
-    return {key: _column(row, key, f"data.{key}", number, site) for key in ("x", "y")}
+    return {key: _array(_column(row, key, f"data.{key}", number, site), f"data.{key}", number, site) for key in "xy"}
 
 
 _SHAPES: dict[str, Callable[[Row, int, DataSettings, str], Row]] = {
@@ -212,6 +247,13 @@ def _column(row: Row, name: str, field: str, number: int, site: str) -> Any:
     if name not in row:
         raise DataError(field, f"a column {name!r}", f"only {', '.join(map(str, row))} in row {number}", site=site)
     return row[name]
+
+
+def _array(value: Any, field: str, number: int, site: str) -> np.ndarray:
+    try:
+        return np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise DataError(field, "numbers", f"{type(value).__name__} in row {number}", site=site) from None
 
 
 def _text(value: Any, field: str, number: int, site: str) -> str:

@@ -38,13 +38,16 @@ def _gguf_to_safetensors(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from .quiet import quiet_transformers
+
     (file,) = folder.glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     file.unlink()
 
 
@@ -96,6 +99,7 @@ def asset_folder(name: str) -> Path:
         raise AssetError("asset", f"one of {', '.join(ASSETS)}", repr(name))
     folder = cache_folder() / "assets" / f"{name}-{asset.version}-{asset.sha256[:8]}"
     if not folder.is_dir():
+        print(f"Fetching {name} once, into {folder.parent}", file=sys.stderr)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             unpacked = _unpack(_download(asset, Path(work)), asset, Path(work))

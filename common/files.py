@@ -16,8 +16,11 @@ from .errors import StateError
 META = "colora"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write, fsync, rename, fsync the folder. Raises StateError (and leaves the old file) when the disk refuses."""
+def write_atomically(path: Path, data: bytes, *, lasting: bool = True) -> None:
+    """Write, fsync, rename, fsync the folder. Raises StateError (and leaves the old file) when the disk refuses.
+
+    A file that nothing reads after a crash of the machine (``lasting`` false) goes without fsync.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,25 +28,31 @@ def write_atomically(path: Path, data: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
         Path(temporary).replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if lasting:
+            _fsync_folder(path.parent)
     except OSError as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         raise StateError(str(path), "room and permission to write", error.strerror or error) from error
 
 
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+def _fsync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], *, lasting: bool = True) -> None:
     """Arrays (name → array) and a JSON-able ``meta`` as one safetensors file, atomically."""
     from safetensors.numpy import save
 
     ordered = {key: np.ascontiguousarray(arrays[key]) for key in sorted(arrays)}
-    write_atomically(path, save(ordered, metadata={META: json.dumps(meta, sort_keys=True)}))
+    write_atomically(path, save(ordered, metadata={META: json.dumps(meta, sort_keys=True)}), lasting=lasting)
 
 
 def load_arrays(path: Path, *, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -89,38 +89,32 @@ def _pack(content: Order | Reply | Description, packed: ArrayRecord | None = Non
 
 
 def _unpack(kind: type[T], message: Message) -> T:
-    content = message.content
-    expected = {f.name: f for f in dataclasses.fields(kind)}
-    records = {
-        CONFIG,
-        *([ARRAYS] if "shared" in expected else []),
-        *([METRICS] if "metrics" in expected else []),
-    }
-    if set(content) != records:
-        raise RefusedError("records", ", ".join(sorted(records)), ", ".join(sorted(content)))
+    """The content of a message that may come from anyone: whatever is amiss is a RefusedError."""
+    content, hints = message.content, get_type_hints(kind)
+    wanted = {CONFIG: ConfigRecord}
+    wanted |= {name: record for name, record in ((ARRAYS, ArrayRecord), (METRICS, MetricRecord)) if name in hints}
+    if {name: type(record) for name, record in content.items()} != wanted:
+        raise RefusedError("records", ", ".join(sorted(wanted)), ", ".join(sorted(content)) or "none")
     values: dict[str, Any] = dict(content.config_records[CONFIG])
-    if ARRAYS in records:
-        values["shared"] = _arrays(content.array_records[ARRAYS])
-    if METRICS in records:
-        values["metrics"] = {key: float(value) for key, value in content.metric_records[METRICS].items()}  # type: ignore[arg-type]
-    if set(values) != set(expected):
-        found = sorted(set(values) ^ set(expected))
+    if ARRAYS in wanted:
+        values[ARRAYS] = _arrays(content.array_records[ARRAYS])
+    if METRICS in wanted:
+        values[METRICS] = {key: _number(key, value) for key, value in content.metric_records[METRICS].items()}
+    if set(values) != set(hints):
+        found = sorted(set(values) ^ set(hints))
         raise RefusedError("fields", f"those of {kind.__name__}", f"a difference in {found[0]}")
-    for name, wanted in _SCALARS.items():
-        if name in values and type(values[name]) is not wanted:
-            raise RefusedError(name, wanted.__name__, type(values[name]).__name__)
+    for name, hint in hints.items():
+        if hint in (str, int, float, bool) and type(values[name]) is not hint:
+            raise RefusedError(name, hint.__name__, type(values[name]).__name__)
+        if get_origin(hint) is Literal and values[name] not in get_args(hint):
+            raise RefusedError(name, " or ".join(get_args(hint)), repr(values[name]))
     return kind(**values)
 
 
-_SCALARS = {
-    "site": str,
-    "federation": str,
-    "round": int,
-    "key": str,
-    "terms": int,
-    "examples": int,
-    "plan": str,
-}
+def _number(key: str, value: object) -> float:
+    if not isinstance(value, int | float):
+        raise RefusedError(f"metric {key}", "a number", type(value).__name__)
+    return float(value)
 
 
 def _encode(array: np.ndarray) -> Array:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from torch import nn
 from . import synthetic
 from .assets import asset_folder, cache_folder, file_sha256
 from .errors import ModelError
+from .quiet import quiet_transformers
 from .settings import ModelSettings
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "config.json")
@@ -87,7 +86,7 @@ def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
 
     folder = source_folder(settings)
     kind = AutoModelForCausalLM if generates else AutoModel
-    with _quiet_transformers(), torch.random.fork_rng():
+    with quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(MISSING_WEIGHTS_SEED)
         try:
             model: Any = kind.from_pretrained(folder, dtype=torch.float32)
@@ -115,9 +114,10 @@ def skeleton(settings: ModelSettings) -> nn.Module:
         return synthetic.model_of(settings.source)
     from transformers import AutoConfig, AutoModel
 
-    with _quiet_transformers(), torch.device("meta"):
+    folder = source_folder(settings)
+    with quiet_transformers(), torch.device("meta"):
         try:
-            return AutoModel.from_config(AutoConfig.from_pretrained(source_folder(settings)))
+            return AutoModel.from_config(AutoConfig.from_pretrained(folder))
         except (OSError, ValueError) as error:
             raise ModelError("model.source", _WANTED[False], f"{settings.source} ({error})") from None
 
@@ -175,22 +175,6 @@ def _device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no 'some weights are newly initialised' for weights we do not use."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 class _HashMemory:

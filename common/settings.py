@@ -7,20 +7,20 @@ each order; the rest (data, sites, server, simulation) is the coordinator's or t
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import tomllib
 from dataclasses import field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from .errors import ColoraError, RecipeError
+from .errors import RecipeError
+from .explain import explain, guess, naming_the_site
 from .methods import GROUPS, METHODS, Method, Role
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -69,7 +69,7 @@ class MethodSettings:
     def row(self) -> Method:
         """The table's row with this recipe's changes."""
         if self.name not in METHODS:
-            raise RecipeError("method.name", f"one of {', '.join(METHODS)}", _guess(self.name, METHODS))
+            raise RecipeError("method.name", f"one of {', '.join(METHODS)}", guess(self.name, METHODS))
         moved = {g: Role(v) for g in GROUPS if (v := getattr(self, g, None)) is not None}
         return dataclasses.replace(METHODS[self.name], **moved)
 
@@ -250,16 +250,16 @@ def recipe_from(raw: dict[str, Any]) -> Recipe:
     sites = raw.get("site", [])
     if not isinstance(sites, list) or not all(isinstance(site, dict) for site in sites):
         raise RecipeError("site", "tables written [[site]]", sites)
-    shared = raw.get("data", {})
+    shared = _data_table(raw)
     merged = [
         {k: v for k, v in site.items() if k in own and k != "data"}
-        | {"data": {**shared, **site.get("data", {}), **{k: v for k, v in site.items() if k not in own}}}
+        | {"data": {**shared, **_data_table(site, site.get("name")), **{k: v for k, v in site.items() if k not in own}}}
         for site in sites
     ]
     try:
         recipe = parse(Recipe, {**raw, "site": merged})
     except RecipeError as error:
-        raise _naming_the_site(error, sites) from None
+        raise naming_the_site(error, sites) from None
     _check(recipe)
     return recipe
 
@@ -284,7 +284,7 @@ def parse(kind: type[T], raw: dict[str, Any]) -> T:
     try:
         return _adapter(kind).validate_json(json.dumps(raw, default=str))
     except pydantic.ValidationError as error:
-        raise _explain(kind, error) from None
+        raise explain(kind, error) from None
 
 
 def to_json(settings: object) -> str:
@@ -339,46 +339,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     table[leaf] = value
 
 
-def _explain(kind: type, error: pydantic.ValidationError) -> RecipeError:
-    first = error.errors()[0]
-    path = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
-    where = _dotted(path)
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _fields_at(kind, path[:-1])
-        return RecipeError(where, f"one of {', '.join(known)}", _guess(str(path[-1]), known))
-    if first["type"] in ("missing", "missing_argument"):
-        return RecipeError(where, "a value", "nothing")
-    expected = first["msg"].removeprefix("Input should be ").removeprefix("String should ")
-    return RecipeError(where, expected, f"{first['input']!r}")
-
-
-def _naming_the_site(error: RecipeError, sites: list[dict[str, Any]]) -> ColoraError:
-    index, bracket, key = error.field.removeprefix("site[").partition("].")
-    if not bracket or not index.isdigit():
-        return error
-    key = key.removeprefix("data.")
-    return RecipeError(key, error.expected, error.found, site=str(sites[int(index)].get("name", f"#{index}")))
-
-
-def _dotted(path: list[Any]) -> str:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text
-
-
-def _fields_at(kind: Any, path: list[Any]) -> list[str]:
-    for part in path:
-        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-        inner = hints.get(part, kind)
-        candidates = [inner, *getattr(inner, "__args__", ())]
-        kind = next((c for c in candidates if dataclasses.is_dataclass(c)), kind)
-    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-
-
-def _guess(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"{word!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+def _data_table(owner: dict[str, Any], site: str | None = None) -> dict[str, Any]:
+    data = owner.get("data", {})
+    if not isinstance(data, dict):
+        raise RecipeError("data", "a table", repr(data), site=site)
+    return data
 
 
 def _check(recipe: Recipe) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from ..common.settings import ServerSettings
 
 Arrays = dict[str, np.ndarray]
+SMALL = 10**9  # multiplications; in a smaller product BLAS threads cost more than they save
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,10 @@ def product_residual(updates: list[Weighed], mean: Mapping[str, np.ndarray]) -> 
     for a_key, b_key in _pairs(mean):
         b = [update.weight / total * update.arrays[b_key].astype(np.float64) for update in updates]
         a = [update.arrays[a_key].astype(np.float64) for update in updates]
-        whole += _squared_norm(np.hstack(b), np.vstack(a))
-        off += _squared_norm(np.hstack([*b, -mean[b_key].astype(np.float64)]), np.vstack([*a, mean[a_key]]))
+        terms = _inner_products(np.hstack([*b, -mean[b_key].astype(np.float64)]), np.vstack([*a, mean[a_key]]))
+        rank = len(mean[a_key])  # of the last terms, which are the mean's
+        whole += float(np.sum(terms[:-rank, :-rank]))
+        off += float(np.sum(terms))
     return float(np.sqrt(max(off, 0.0) / whole)) if whole else 0.0
 
 
@@ -140,6 +145,13 @@ def _pairs(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
         yield a_key, a_key.replace(".lora_A.", ".lora_B.")
 
 
-def _squared_norm(left: np.ndarray, right: np.ndarray) -> float:
-    """‖left · right‖²_F = trace((leftᵀ left)(right rightᵀ))."""
-    return float(np.sum((left.T @ left) * (right @ right.T)))
+def _inner_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """⟨l_i r_i, l_j r_j⟩ of the rank-one terms of left · right, shape (n, n); their sum is ‖left · right‖²_F."""
+    threads = 1 if left.shape[1] * max(left.size, right.size) < SMALL else None
+    with _blas().limit(limits=threads, user_api="blas"):
+        return (left.T @ left) * (right @ right.T)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()

@@ -143,15 +143,22 @@ def _findings(board: Board) -> list[RenderableType]:
     judged = [(_better(p, a, task), p - a) for p, a, task in pairs if p is not None and a is not None]
     if judged:
         wins, losses = (sum(sign == s for sign, _ in judged) for s in (1, -1))
-        mean = sum(gap for _, gap in judged) / len(judged)
-        verdict = "Collaboration shows" if wins > losses else "Collaboration does not show"
+        mean = sum(sign * abs(gap) for sign, gap in judged) / len(judged)  # above zero: better
+        verdict = _VERDICTS[(wins > losses) - (wins < losses) if (mean > 0) == (wins > losses) else 0]
         lines.append(
             f"{verdict}: personal is better than training alone at {wins} of {len(judged)} sites, worse at {losses} "
-            f"(mean difference {mean:+.3f}; one seed)."
+            f"(on average {abs(mean):.3f} {'better' if mean > 0 else 'worse'}; one seed)."
         )
     for row in board.rows.values():
         lines += [f"{row.site} was left out, {trouble}" for trouble in row.troubles]
     return lines
+
+
+_VERDICTS = {
+    1: "Collaboration shows",
+    0: "Whether collaboration helps is not clear here",
+    -1: "Collaboration does not show",
+}
 
 
 def _better(personal: float, alone: float, task: str) -> int:

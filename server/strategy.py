@@ -98,7 +98,11 @@ class AdapterStrategy:
             if message.has_error():
                 self.events.emit("failed", round=0, site=f"node {name}", reason=message.error.reason)
                 continue
-            description = messages.description_of(message)
+            try:
+                description = messages.description_of(message)
+            except RefusedError as error:
+                self._refuse(0, error.at(f"node {name}"))
+                continue
             if description.site in names:
                 found[description.site] = nodes[name], description
             else:
@@ -123,7 +127,7 @@ class AdapterStrategy:
         weights: dict[str, float] = {}
         for site, reply in self._admitted(grid, asked, t):
             weights[site] = aggregation.WEIGHTS[self.weights](reply.terms, reply.examples)
-            save_arrays(self.spool / f"{site}.safetensors", dict(reply.shared), {})
+            save_arrays(self.spool / f"{site}.safetensors", dict(reply.shared), {}, lasting=False)
         self._need(self.settings.quorum or len(asked) // 2 + 1, list(weights), f"round {t}")
         order = [site for site in asked if site in weights]
         mean = aggregation.weighted_mean(self._spooled(order, weights))

@@ -7,13 +7,14 @@ Parameter names are PEFT's own, relative to the backbone and without the adapter
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
 from ..errors import ModelError
@@ -43,12 +44,12 @@ def attach(backbone: nn.Module, settings: AdapterSettings, method: Method) -> di
         warnings.simplefilter("ignore")  # PEFT's hints are about its own saving formats
         try:
             inject_adapter_in_model(config, backbone, adapter_name=ADAPTER)
-        except ValueError:
+        except (ValueError, re.error):
             raise ModelError("adapter.target_modules", _linear_names(backbone), targets) from None
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in backbone.named_modules():
         if isinstance(layer, LoraLayer):
-            _check_rank(name, layer, settings.rank)
+            _check_layer(name, layer, settings.rank)
             parameters |= _parameters_of(name, layer, settings, method)
     return parameters
 
@@ -101,7 +102,10 @@ def _parameters_of(name: str, layer: Any, settings: AdapterSettings, method: Met
     return parameters
 
 
-def _check_rank(name: str, layer: Any, rank: int) -> None:
+def _check_layer(name: str, layer: Any, rank: int) -> None:
+    if not isinstance(layer, Linear):
+        kind = type(layer.get_base_layer()).__name__
+        raise ModelError("adapter.target_modules", "names of linear layers", f"{name}, which is of kind {kind}")
     limit = min(layer.in_features, layer.out_features)
     if rank > limit:
         raise ModelError("adapter.rank", f"at most {limit} for {name}", rank)
