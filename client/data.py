@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -23,7 +24,8 @@ def load_site_rows(site: SiteSettings, seed: int) -> SiteRows:
     data = site.data
     train = select(read_rows(data.source, site.name), data, site.name)
     if data.test_source:
-        test = select(read_rows(data.test_source, site.name), data, site.name)
+        with as_test_source():
+            test = select(read_rows(data.test_source, site.name), data, site.name)
     else:
         train, test = hold_out(train, data, seed_from(seed, site.name, "held out"))
     return check_rows(site.name, data, train[: data.train], test[: data.test])
@@ -101,6 +103,16 @@ def read_rows(source: str, site: str | None = None) -> Iterable[Row]:
     if not rows:
         raise DataError("data.source", "rows", f"an empty file, {source}", site=site)
     return rows
+
+
+@contextmanager
+def as_test_source() -> Iterator[None]:
+    """Errors about ``data.source`` are about ``data.test_source`` where that is what is read."""
+    try:
+        yield
+    except (DataError, RecipeError) as error:
+        error.field = "data.test_source" if error.field == "data.source" else error.field
+        raise
 
 
 def _read_jsonl(path: Path, site: str | None) -> Iterator[Row]:
@@ -258,7 +270,8 @@ def _array(value: Any, field: str, number: int, site: str) -> np.ndarray:
 
 def _text(value: Any, field: str, number: int, site: str) -> str:
     if not isinstance(value, str):
-        raise DataError(field, "text", f"{type(value).__name__} in row {number}", site=site)
+        found = "nothing" if value is None else type(value).__name__
+        raise DataError(field, "text", f"{found} in row {number}", site=site)
     return value
 
 

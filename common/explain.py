@@ -31,7 +31,7 @@ def naming_the_site(error: RecipeError, sites: list[dict[str, Any]]) -> ColoraEr
     if not bracket or not index.isdigit():
         return error
     key = key.removeprefix("data.")
-    return RecipeError(key, error.expected, error.found, site=str(sites[int(index)].get("name", f"#{index}")))
+    return RecipeError(key, error.expected, error.found, site=str(sites[int(index)].get("name", f"#{int(index) + 1}")))
 
 
 def guess(word: str, known: Any) -> str:

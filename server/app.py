@@ -27,16 +27,16 @@ RECIPE, ROSTER, FOLDER = "recipe", "roster", "folder"  # keys of Flower's run co
 
 def federate(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpoints) -> State:
     """Runs a federation from its last checkpoint, or from S_0, to its end."""
-    recipe = strategy.recipe
-    state = strategy.join(grid, checkpoints.latest(), lambda classes: _first(recipe, classes))
+    recipe, last = strategy.recipe, checkpoints.latest()
+    if last and last.closed:
+        return last
+    state = strategy.join(grid, last, lambda classes: _first(recipe, classes))
     for t in range(state.round + 1, recipe.rounds + 1):
         asked = strategy.configure_train(t, state)
         state = strategy.aggregate_train(t, state, asked, grid)
         checkpoints.write(state)
-    if not state.closed:
-        asked = strategy.configure_close(state)
-        state = strategy.aggregate_close(state, asked, grid)
-        checkpoints.write(state)
+    state = strategy.aggregate_close(state, strategy.configure_close(state), grid)
+    checkpoints.write(state)
     return state
 
 

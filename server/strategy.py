@@ -18,7 +18,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from ..common import messages
-from ..common.errors import QuorumError, RefusedError
+from ..common.errors import ColoraError, QuorumError, RefusedError
 from ..common.files import ArrayFile, save_arrays
 from ..common.protocol import Description, Order, Reply, hash_layout
 from ..common.seeds import seed_from
@@ -57,6 +57,7 @@ class AdapterStrategy:
         self.sites: dict[str, tuple[int, Description]] = {}
         self.layout: dict[str, tuple[int, ...]] = {}
         self.weights = self.settings.weights or "tokens"
+        self.troubles: list[str] = []  # of the round under way
 
     # --- joining -----------------------------------------------------------------------------------------------
 
@@ -96,7 +97,7 @@ class AdapterStrategy:
         names = {member.site for member in self.roster}
         for name, message in ask(grid, questions, self._patience()):
             if message.has_error():
-                self.events.emit("failed", round=0, site=f"node {name}", reason=message.error.reason)
+                self._fail(0, f"node {name}", message.error.reason)
                 continue
             try:
                 description = messages.description_of(message)
@@ -181,7 +182,7 @@ class AdapterStrategy:
         for site, message in ask(grid, {site: a.message for site, a in asked.items()}, self._patience()):
             silent.discard(site)
             if message.has_error():
-                self.events.emit("failed", round=t, site=site, reason=message.error.reason)
+                self._fail(t, site, message.error.reason)
                 continue
             order = asked[site].order
             try:
@@ -201,16 +202,24 @@ class AdapterStrategy:
             self.events.emit("reply", round=t, site=site, **told, **size)
             yield site, reply
         for site in [s for s in asked if s in silent]:
-            self.events.emit("failed", round=t, site=site, reason=f"no answer within {self.settings.timeout:g} s")
+            self._fail(t, site, f"no answer within {self.settings.timeout:g} s")
 
-    def _refuse(self, t: int, error: RefusedError | Exception) -> None:
-        about = {k: getattr(error, k, None) for k in ("site", "field", "expected", "found")}
+    def _fail(self, t: int, site: str, reason: str | None) -> None:
+        self.troubles.append(f"{site}: {reason}")
+        self.events.emit("failed", round=t, site=site, reason=reason)
+
+    def _refuse(self, t: int, error: ColoraError) -> None:
+        self.troubles.append(str(error))
+        about = {key: getattr(error, key) for key in ("site", "field", "expected", "found")}
         self.events.emit("refused", round=t, **about, reason=str(error))
 
     def _need(self, quorum: int, present: list[str], when: str) -> None:
+        """Raises QuorumError with the first reason where too few sites are present."""
         if len(present) < quorum:
-            who = f"{len(present)} ({', '.join(present) or 'none'}); {self.spool.parent / 'events.jsonl'} says why"
-            raise QuorumError(f"server.quorum at {when}", f"at least {quorum} sites", who)
+            why = f"; first trouble: {self.troubles[0]}" if self.troubles else ""
+            found = f"{len(present)} ({', '.join(present) or 'none'}){why}; see {self.spool.parent}"
+            raise QuorumError(f"server.quorum at {when}", f"at least {quorum} sites", found)
+        self.troubles.clear()
 
     def _patience(self) -> Patience:
         return Patience(self.settings.timeout, self.settings.attempts)

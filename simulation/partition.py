@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import tomli_w
 
-from ..client.data import check_rows, hold_out, read_rows, select
+from ..client.data import as_test_source, check_rows, hold_out, read_rows, select_numbered
 from ..common.errors import DataError
 from ..common.files import write_atomically
 from ..common.rows import Row, SiteRows
@@ -66,13 +66,17 @@ def _explicit(recipe: Recipe) -> list[Site]:
     read: dict[str, list[Row]] = {}
 
     def draw(source: str, data: DataSettings, site: str, count: int | None) -> list[Row]:
-        if source not in read:
-            read[source] = list(read_rows(source, site))
-        used = taken.setdefault(source, set())
-        free = [(i, row) for i, row in enumerate(read[source]) if i not in used]
-        numbered = [{**row, "__row__": i} for i, row in free]
-        order = np.random.default_rng(seed_from(recipe.seed, site, source)).permutation(len(numbered))
-        kept = _numbered(select, [numbered[i] for i in order], data, site)
+        place = str(Path(source).resolve()) if Path(source).is_file() else source
+        if place not in read:
+            read[place] = list(read_rows(source, site))
+        used = taken.setdefault(place, set())
+        free = [(n, row) for n, row in enumerate(read[place], 1) if n not in used]
+        if not free:
+            wanted = "rows that are not taken yet (data.train and data.test limit how many a site takes)"
+            raise DataError("data.source", wanted, f"none of {len(used)} left in {source}", site=site)
+        order = np.random.default_rng(seed_from(recipe.seed, site, source)).permutation(len(free))
+        shaped = dict(select_numbered(free, data, site))
+        kept = [(n, shaped[n]) for n in (free[i][0] for i in order) if n in shaped]
         chosen = balanced(kept, count)
         used.update(i for i, _ in chosen)
         return [row for _, row in chosen]
@@ -81,23 +85,15 @@ def _explicit(recipe: Recipe) -> list[Site]:
     for plan in recipe.site:
         data, name = plan.data, plan.name
         if data.test_source:
-            train, test = (
-                draw(data.source, data, name, data.train),
-                draw(data.test_source, data, name, data.test),
-            )
+            train = draw(data.source, data, name, data.train)
+            with as_test_source():
+                test = draw(data.test_source, data, name, data.test)
         else:
             wanted = None if data.train is None or data.test is None else data.train + data.test
             rows = draw(data.source, data, name, wanted)
             train, test = hold_out(rows, data, seed_from(recipe.seed, name, "held out"))
         sites.append(Site(plan, check_rows(name, data, train[: data.train], test[: data.test])))
     return sites
-
-
-def _numbered(
-    choose: Callable[..., list[Row]], rows: Sequence[Row], data: DataSettings, site: str
-) -> list[tuple[int, Row]]:
-    """``select`` row by row, keeping each row's number in its source."""
-    return [(row["__row__"], shaped) for row in rows for shaped in choose([row], data, site)]
 
 
 def balanced(rows: Sequence[tuple[int, Row]], count: int | None) -> list[tuple[int, Row]]:
@@ -116,7 +112,8 @@ def _partitioned(recipe: Recipe) -> list[Site]:
     assert partition is not None
     parts = {"train": _rows_and_parts(recipe, data.source, partition)}
     if data.test_source:
-        parts["test"] = _rows_and_parts(recipe, data.test_source, partition)
+        with as_test_source():
+            parts["test"] = _rows_and_parts(recipe, data.test_source, partition)
     sites = []
     for name in parts["train"]:
         train = parts["train"][name]
@@ -133,16 +130,25 @@ def _rows_and_parts(recipe: Recipe, source: str, partition: PartitionSettings) -
     raw = list(read_rows(source))
     if partition.by == "column" and partition.column not in raw[0]:
         raise DataError("partition.column", f"a column of {source}: {', '.join(raw[0])}", repr(partition.column))
-    shuffled = [raw[i] for i in np.random.default_rng(seed_from(recipe.seed, source)).permutation(len(raw))]
-    split = _PARTITIONERS[partition.by](shuffled, partition, recipe)
-    return {name: select([shuffled[i] for i in rows], recipe.data, name) for name, rows in split.items()}
+    order = np.random.default_rng(seed_from(recipe.seed, source)).permutation(len(raw)).tolist()
+    split = _PARTITIONERS[partition.by]([raw[i] for i in order], partition, recipe)
+    numbered = {name: [(order[k] + 1, raw[order[k]]) for k in rows] for name, rows in split.items()}
+    return {name: [row for _, row in select_numbered(rows, recipe.data, name)] for name, rows in numbered.items()}
 
 
 def by_column(rows: Sequence[Row], settings: PartitionSettings, recipe: Recipe) -> Parts:
     """One site per value of a column, named by it."""
     parts: Parts = {}
+    values: dict[str, object] = {}
     for i, row in enumerate(rows):
-        parts.setdefault(_site_name(row[settings.column or ""]), []).append(i)
+        value = row.get(settings.column or "")
+        if value is None:
+            raise DataError("partition.column", f"a value of {settings.column!r} in every row", "a row without one")
+        name = _site_name(value)
+        if values.setdefault(name, value) != value:
+            found = f"{values[name]!r} and {value!r}, both site {name}"
+            raise DataError("partition.column", "values that make different site names", found)
+        parts.setdefault(name, []).append(i)
     return dict(sorted(parts.items()))
 
 
@@ -174,7 +180,7 @@ def _number(k: int) -> str:
 
 
 def _site_name(value: object) -> str:
-    text = "".join(c if c.isalnum() or c in "._-" else "-" for c in str(value)).strip("-._")
+    text = "".join(c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in str(value)).strip("-._")
     return text[:64] or "unnamed"
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -116,10 +117,11 @@ def federate(
 def _check_folder(run: RunFolder, recipe: Recipe, resume: bool) -> None:
     """An empty or new folder, or, to resume, one that holds this very recipe."""
     if not run.recipe.exists():
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-            if _unfinished_start(run.path):
-                return
-            raise StateError(f"--out {run.path}", "a new or empty folder", "other files")
+        wanted = "a new or empty folder"
+        if run.path.is_file():
+            raise StateError(f"--out {run.path}", wanted, "a file")
+        if run.path.exists() and not _unfinished_start(run.path):
+            raise StateError(f"--out {run.path}", wanted, "other files")
         return
     there = load_recipe(run.recipe)
     if not resume:
@@ -129,17 +131,23 @@ def _check_folder(run: RunFolder, recipe: Recipe, resume: bool) -> None:
 
 
 def _unfinished_start(path: Path) -> bool:
-    """A start that was killed while it wrote the sites' rows: nothing but ``sites`` is there."""
-    return {entry.name for entry in path.iterdir()} <= {"sites"} and not any(path.glob("sites/*/state"))
+    """A start that was killed while it wrote the sites' rows: nothing but those is there."""
+    entries = {entry.name for entry in path.iterdir()} | {f"sites/{e.name}" for e in path.glob("sites/*/*")}
+    return all(e in ("sites", "sites/data", "sites/site.toml") or e.startswith(("sites/.", ".recipe")) for e in entries)
 
 
 def _difference(there: Recipe, here: Recipe) -> str:
     a, b = _flat(to_dict(there)), _flat(to_dict(here))
-    keys = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not k.startswith("simulation"))
+    free = ("simulation", "description")  # as in Recipe.identity
+    keys = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not k.startswith(free))
     return ", ".join(f"{k} = {b.get(k)!r} instead of {a.get(k)!r}" for k in keys[:3])
 
 
-def _flat(value: object, path: str = "") -> dict[str, object]:
+def _flat(value: Any, path: str = "") -> dict[str, object]:
+    """Values by dotted key; ``[[site]]`` tables by their names, and the list of names as ``site``."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        named = {table["name"]: table for table in value}
+        return {path: list(named), **_flat(named, path)}
     if isinstance(value, dict):
         return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{path}.{key}" if path else key).items()}
     return {path: value}

@@ -14,6 +14,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",  # two test processes with one thread each
 )
 
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z red blue green cat dog sun moon sea hill".split()  # noqa: SIM905

@@ -106,7 +106,7 @@ def _check_layer(name: str, layer: Any, rank: int) -> None:
     if not isinstance(layer, Linear):
         kind = type(layer.get_base_layer()).__name__
         raise ModelError("adapter.target_modules", "names of linear layers", f"{name}, which is of kind {kind}")
-    limit = min(layer.in_features, layer.out_features)
+    limit = min(layer.in_features, layer.out_features)  # type: ignore[type-var]
     if rank > limit:
         raise ModelError("adapter.rank", f"at most {limit} for {name}", rank)
 
