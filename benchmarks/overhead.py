@@ -1,0 +1,162 @@
+"""Milliseconds of a site-round that are neither a training nor an evaluation step: MiniLM with the demo's settings.
+
+The demo's federation runs on the local engine, with every function named in ``PARTS`` timed. A part's time is its
+own: what it spends in another part counts there. A site-round is one ``ClientApp`` call of one site and its share (one
+eighth) of what the coordinator does in that round, from making the orders to the checkpoint. The close is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from figures import Figure, show
+
+from colora.client import store, trainer
+from colora.common import messages, protocol, training
+from colora.common.settings import load_recipe
+from colora.common.tasks.classification import Classification
+from colora.server import aggregation, checkpoint, events, strategy
+from colora.simulation import grid
+from colora.simulation.run import simulate
+
+BAR = 50.0
+STEP, SITE, COORDINATOR = "a step", "else at the site", "else at the coordinator"
+PARTS: list[tuple[str, Any, str]] = [  # (part, where the function is looked up, its name)
+    (STEP, training, "optimizer_step"),
+    (STEP, Classification, "measure"),
+    (STEP, Classification, "probe"),
+    (SITE, grid.LocalGrid, "_answer"),
+    (COORDINATOR, strategy.AdapterStrategy, "configure_train"),
+    (COORDINATOR, strategy.AdapterStrategy, "aggregate_train"),
+    (COORDINATOR, strategy.AdapterStrategy, "configure_close"),
+    ("load values into the model", trainer.Trainer, "load"),
+    ("copy values out", trainer.Trainer, "_values"),
+    ("draw, collate, make the optimiser", trainer, "train"),
+    ("hash arrays", protocol, "hash_arrays"),
+    ("read the site's state", store.Store, "state"),
+    ("read the site's state", store.Store, "reply"),
+    ("write the site's state", store.Store, "write"),
+    ("write the site's state", store.Store, "forget_before"),
+    ("encode messages", messages, "pack_arrays"),
+    ("encode messages", messages, "order_message"),
+    ("encode messages", messages, "answer"),
+    ("decode messages", messages, "order_of"),
+    ("decode messages", messages, "reply_of"),
+    ("check a reply", strategy, "admit_reply"),
+    ("spool a reply", strategy, "save_arrays"),
+    ("aggregate", aggregation, "weighted_mean"),
+    ("aggregate", aggregation, "apply_rule"),
+    ("residual of mean(B)·mean(A)", aggregation, "product_residual"),
+    ("write the checkpoint", checkpoint.Checkpoints, "write"),
+    ("write events", events.EventLog, "emit"),
+    ("fsync", os, "fsync"),
+]
+Spent = dict[str, float]  # part → milliseconds
+
+
+@dataclass
+class Clock:
+    """A stack of running parts; time goes to the topmost. ``sites`` and ``rounds`` collect what was spent."""
+
+    parts: list[str] = field(default_factory=lambda: ["outside"])
+    since: float = field(default_factory=time.perf_counter)
+    spent: Spent = field(default_factory=lambda: defaultdict(float))
+    sites: list[tuple[int, Spent]] = field(default_factory=list)  # (round, spent) of every ClientApp call
+    rounds: dict[int, Spent] = field(default_factory=dict)
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.spent[self.parts[-1]] += 1e3 * (now - self.since)
+        self.since = now
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._tick()
+            self.parts.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._tick()
+                self.parts.pop()
+
+        return run
+
+    def site_round(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A ClientApp call with an account of its own."""
+        inner = self.timed(SITE, function)
+
+        @functools.wraps(function)
+        def run(grid: Any, message: Any) -> Any:
+            self._tick()
+            outer, self.spent = self.spent, defaultdict(float)
+            answer = inner(grid, message)
+            group = message.metadata.group_id
+            if group.isdigit():  # a join is no round
+                self.sites.append((int(group), self.spent))
+            self.spent = outer
+            return answer
+
+        return run
+
+    def opening(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Making the orders opens the coordinator's account of a round; the close counts as one more."""
+        inner = self.timed(COORDINATOR, function)
+
+        @functools.wraps(function)
+        def run(strategy: Any, *about: Any) -> Any:
+            self._tick()
+            self.spent = self.rounds[about[-1].round + 1] = defaultdict(float)
+            return inner(strategy, *about)
+
+        return run
+
+
+def install(clock: Clock) -> None:
+    """Puts the clock around every part."""
+    special = {"_answer": clock.site_round, "configure_train": clock.opening, "configure_close": clock.opening}
+    for part, owner, name in PARTS:
+        function = getattr(owner, name)
+        around = special.get(name, functools.partial(clock.timed, part))
+        setattr(owner, name, around(function))
+
+
+def site_rounds(clock: Clock, last: int) -> list[Spent]:
+    """What every site-round up to round ``last`` spent, the coordinator's share included."""
+    asked = defaultdict(int)
+    for t, _ in clock.sites:
+        asked[t] += 1
+    found = []
+    for t, own in clock.sites:
+        if t <= last:
+            shared = {part: ms / asked[t] for part, ms in clock.rounds[t].items() if part != "outside"}
+            found.append({p: own.get(p, 0.0) + shared.get(p, 0.0) for p in own.keys() | shared.keys()})
+    return found
+
+
+def main() -> None:
+    here = Path(__file__).resolve().parent
+    recipe = load_recipe(here.parent / "recipes" / "demo.toml", ("simulation.baseline=false", "simulation.threads=1"))
+    clock = Clock()
+    install(clock)
+    with tempfile.TemporaryDirectory() as folder:
+        simulate(recipe, Path(folder) / "run", resume=False)
+    found = site_rounds(clock, recipe.rounds)
+    names = sorted({part for spent in found for part in spent} - {STEP})
+    parts = [Figure(name, [spent.get(name, 0.0) for spent in found], "ms") for name in names]
+    parts.sort(key=lambda figure: -figure.median)
+    whole = Figure("all but the steps", [sum(spent[p] for p in spent if p != STEP) for spent in found], "ms", BAR)
+    steps = Figure("the steps", [spent[STEP] for spent in found], "ms")
+    show("A site-round of the demo (MiniLM-L6, local engine, one thread)", [steps, whole, *parts])
+
+
+if __name__ == "__main__":
+    main()
