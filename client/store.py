@@ -18,7 +18,8 @@ from ..common.errors import StateError
 from ..common.files import load_arrays, save_arrays
 from ..common.protocol import Reply
 
-TENSORS, MOMENTS, REPLY = "state/", "moments/", "reply/"
+TENSORS, MOMENTS, REPLY, NOTHING = "state/", "moments/", "reply/", "none/"
+KEPT = 3  # admitted states on disk, as many as the coordinator keeps checkpoints
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PersonalState:
     """What a site owns after a round. Round 0 is a site that has trained nothing yet."""
 
     round: int = 0
+    previous: int = 0  # the round whose state it was trained from
     position: int = 0  # examples drawn so far
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -48,7 +50,12 @@ class Store:
         arrays, meta = load_arrays(path)
         self._check(path, meta)
         return PersonalState(
-            round_number, meta["position"], _under(arrays, TENSORS), _under(arrays, MOMENTS), meta["base"]
+            round_number,
+            meta["previous"],
+            meta["position"],
+            _under(arrays, TENSORS),
+            _under(arrays, MOMENTS),
+            meta["base"],
         )
 
     def reply(self, round_number: int, key: str) -> Reply | None:
@@ -66,14 +73,22 @@ class Store:
         arrays |= {MOMENTS + k: v.cpu().numpy() for k, v in state.moments.items()}
         arrays |= {REPLY + k: v for k, v in reply.shared.items()}
         said = {f.name: getattr(reply, f.name) for f in dataclasses.fields(reply) if f.name != "shared"}
-        meta = {"federation": self.federation, "position": state.position, "base": state.base, "reply": said}
+        meta = {"federation": self.federation, "previous": state.previous, "position": state.position}
+        meta |= {"base": state.base, "reply": said}
         save_arrays(self._path(state.round), arrays, meta)
 
     def forget_before(self, admitted: int) -> None:
-        """Deletes states older than the last admitted one but one, which a restored coordinator may name."""
-        older = [path for path in sorted(self.folder.glob("round-*.safetensors")) if path < self._path(admitted)]
-        for path in older[:-1]:
-            path.unlink(missing_ok=True)
+        """Deletes states before the last admitted one, but for the few it was trained from.
+
+        A coordinator that was put back to an older checkpoint may name those. Candidates that were never admitted go.
+        """
+        kept, number = [], admitted
+        while number and len(kept) < KEPT and self._path(number).exists():
+            kept.append(self._path(number))
+            number = load_arrays(kept[-1], prefix=NOTHING)[1]["previous"]
+        for path in self.folder.glob("round-*.safetensors"):
+            if path < self._path(admitted) and path not in kept:
+                path.unlink(missing_ok=True)
 
     def _path(self, round_number: int) -> Path:
         return self.folder / f"round-{round_number:06d}.safetensors"

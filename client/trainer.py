@@ -87,6 +87,8 @@ class Trainer:
         stored = self.store.reply(order.round, order.key)
         if stored is not None:
             return stored
+        if order.federation != self.plan.name:
+            raise RefusedError("federation", self.plan.name, order.federation, site=self.site)
         check_arrays(order.shared, self.layout, self.site)
         started = time.perf_counter()
         found = self.store.state(order.admitted)
@@ -98,6 +100,7 @@ class Trainer:
         trained = self._train(order, state)
         new = PersonalState(
             order.round,
+            state.round,
             state.position + trained.examples,
             self._values(PERSONAL),
             trained.moments,

@@ -12,7 +12,7 @@ from torch import nn
 from .methods import group_of
 from .seeds import seed_from
 from .settings import TrainSettings
-from .tasks.base import Task
+from .tasks.task import Task
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,

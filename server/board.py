@@ -112,14 +112,14 @@ def _reply(board: Board, event: Event) -> None:
     for name in ("bytes_up", "bytes_down", "seconds"):
         setattr(row, name, getattr(row, name) + event[name] - (before[name] if before else 0))
     row.metrics.update(event["metrics"])
-    row.round = event["round"]
+    row.round = min(event["round"], board.rounds)
     row.loss = event["metrics"].get("train.loss", row.loss)
 
 
 def _baseline_reply(board: Board, event: Event) -> None:
     row = board.row(event["site"])
     row.alone.update(event["metrics"])
-    row.loss, row.round = event["metrics"].get("train.loss", row.loss), event["round"]
+    row.loss, row.round = event["metrics"].get("train.loss", row.loss), min(event["round"], board.rounds)
 
 
 def _trouble(board: Board, event: Event) -> None:

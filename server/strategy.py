@@ -69,7 +69,7 @@ class AdapterStrategy:
         met = self._meet(grid)
         state = state or State(0, first(max((d.classes for _, d in met.values()), default=0)))
         self.layout = {key: tuple(array.shape) for key, array in state.shared.items()}
-        pins = dict(state.pins) or next(({k: getattr(d, k) for k in PINNED} for _, d in met.values()), {})
+        pins = dict(state.pins) or most_common([description for _, description in met.values()])
         for site, (node, description) in met.items():
             try:
                 admit_site(description, {**pins, "layout": hash_layout(self.layout)})
@@ -81,7 +81,7 @@ class AdapterStrategy:
             self.events.emit(
                 "joined", **{k: told[k] for k in ("site", "task", "train", "test", "truncated", "dropped")}
             )
-        self._need(self.settings.quorum or 1, list(self.sites), "join")
+        self._need(self.settings.quorum or len(self.roster) // 2 + 1, list(self.sites), "join")
         if self.settings.weights is None and len({d.task for _, d in self.sites.values()}) > 1:
             self.weights = "uniform"
         return dataclasses.replace(state, pins=pins)
@@ -113,13 +113,13 @@ class AdapterStrategy:
     # --- a round -----------------------------------------------------------------------------------------------
 
     def configure_train(self, t: int, state: State) -> dict[str, Asked]:
-        """The orders of round t, for a seeded sample of the sites that joined."""
-        eligible = [m.site for m in self.roster if m.from_round <= t and m.site in self.sites]
+        """The orders of round t, for a seeded sample of the roster, whoever of it happens to be there."""
+        eligible = [m.site for m in self.roster if m.from_round <= t]
         chosen = sample(eligible, self.settings.fraction, seed_from(self.recipe.seed, self.recipe.name, "sample", t))
         every = self.recipe.evaluation.every
         evaluate = bool(every) and (t == 1 or (t - 1) % every == 0)
         self.events.emit("round_started", round=t, sites=chosen)
-        return self._orders(chosen, state, t, "train", evaluate)
+        return self._orders([site for site in chosen if site in self.sites], state, t, "train", evaluate)
 
     def aggregate_train(self, t: int, state: State, asked: Mapping[str, Asked], grid: Grid) -> State:
         """S_t from the admitted replies, which wait on disk and are folded in roster order. Raises QuorumError."""
@@ -223,6 +223,12 @@ class AdapterStrategy:
 
     def _patience(self) -> Patience:
         return Patience(self.settings.timeout, self.settings.attempts)
+
+
+def most_common(descriptions: list[Description]) -> dict[str, str]:
+    """The fingerprints that most sites have; of equally many, those of the earlier site in the roster."""
+    prints = [tuple(getattr(description, name) for name in PINNED) for description in descriptions]
+    return dict(zip(PINNED, max(prints, key=prints.count), strict=True)) if prints else {}
 
 
 def sample(sites: list[str], fraction: float, seed: int) -> list[str]:

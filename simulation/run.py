@@ -157,8 +157,9 @@ def _check(recipe: Recipe, sites: list[Site]) -> None:
     """What can be known before anything is written: quorum, model, targets, rank, a shared head's labels."""
     quorum = recipe.server.quorum or 1
     starting = sum(site.plan.from_round == 1 for site in sites)
-    if starting < quorum:
-        raise QuorumError("server.quorum", f"at least {quorum} sites", starting)
+    asked = max(1, round(recipe.server.fraction * starting)) if starting else 0
+    if asked < quorum:
+        raise QuorumError("server.quorum", f"at least {quorum} sites asked in round 1", asked)
     classes = {len(site.rows.labels) for site in sites if site.rows.labels}
     if recipe.method.head == "shared" and len(classes) > 1:
         raise RecipeError("method.head", "one list of labels at all sites for a shared head", "different lists")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..model import BaseModel
 from ..rows import SiteRows
 from ..settings import Plan
-from .base import Encoded, Task
+from .task import Encoded, Task
 from .classification import Classification
 from .generation import Generation
 from .regression import Regression

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import DataError
 from ..rows import Row
-from .base import Batch, Encoded, Metrics, Task, pad
+from .task import Batch, Encoded, Metrics, Task, pad
 
 MASKED = -100  # what Hugging Face models leave out of the loss
 

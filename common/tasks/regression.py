@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..rows import Row
-from .base import Batch, Encoded, Metrics, Task
+from .task import Batch, Encoded, Metrics, Task
 
 
 class Regression(Task):

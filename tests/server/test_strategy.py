@@ -569,3 +569,21 @@ def test_an_interrupted_round_leaves_no_spooled_reply_behind_in_the_next(hall: H
     hall.run(settings)
     assert hall.admitted == {1: list(NAMES), 2: list(NAMES)}
     assert not (hall.folder / "spool").exists()
+
+
+def test_one_site_with_another_model_cannot_shut_out_the_others(hall: Hall) -> None:
+    settings = recipe(rounds=1)
+    sites = hall.sites(settings)
+    sites[0].about["model"] = "another model"
+    hall.run(settings, sites)
+    assert [event["site"] for event in hall.events("refused")] == ["ada"]
+    assert hall.admitted == {1: ["bob", "cyd", "dee"]}
+
+
+def test_who_is_there_does_not_change_who_else_is_sampled(hall: Hall, tmp_path: Path) -> None:
+    settings = recipe(rounds=6, fraction=0.5, quorum=1)
+    hall.run(settings)
+    fewer = Hall(tmp_path / "fewer")
+    fewer.run(settings, [site for site in fewer.sites(settings) if site.name != "bob"])
+    for t, sites in hall.admitted.items():
+        assert fewer.admitted[t] == [site for site in sites if site != "bob"]
