@@ -16,7 +16,7 @@ from colora.common.settings import MethodSettings, load_recipe
 from colora.server.board import Board, board_of
 from colora.simulation.run import simulate
 
-METHODS = ("local", "fedit", "ffa", "colora")
+METHODS = ("local", "fedit", "colora")
 
 
 def run(recipe_path: Path, method: str, seed: int, folder: Path) -> Board:

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -28,16 +29,33 @@ def load_site_rows(site: SiteSettings, seed: int) -> SiteRows:
             test = select(read_rows(data.test_source, site.name), data, site.name)
     else:
         train, test = hold_out(train, data, seed_from(seed, site.name, "held out"))
-    return check_rows(site.name, data, train[: data.train], test[: data.test])
+    return check_rows(site.name, data, capped(train, data.train), capped(test, data.test))
+
+
+def capped(rows: Sequence[Row], count: int | None) -> list[Row]:
+    """The first ``count`` rows, taken in turn from every label where rows have labels, so that no class is lost."""
+    return [row for _, row in balanced(list(enumerate(rows)), count)]
+
+
+def balanced(rows: Sequence[tuple[int, Row]], count: int | None) -> list[tuple[int, Row]]:
+    """The same for rows with their numbers."""
+    if count is None or len(rows) <= count:
+        return list(rows)
+    by_label: dict[str, list[tuple[int, Row]]] = {}
+    for row in rows:
+        by_label.setdefault(row[1].get("label", ""), []).append(row)
+    turns = zip_longest(*(by_label[label] for label in sorted(by_label)))
+    return [row for turn in turns for row in turn if row is not None][:count]
 
 
 def hold_out(rows: Sequence[Row], data: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
-    """A seeded split into training rows and ``test_fraction`` of test rows.
+    """A seeded split into training and test rows, ``train`` : ``test`` where both are set, else by ``test_fraction``.
 
     A label that only the test rows would have gives its first row to training: chance refuses no site.
     """
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
-    cut = len(rows) - round(len(rows) * data.test_fraction)
+    share = data.test / (data.train + data.test) if data.train and data.test else data.test_fraction
+    cut = len(rows) - round(len(rows) * share)
     seen, given = {rows[i].get("label") for i in order[:cut]}, []
     for i in order[cut:]:
         if rows[i].get("label") not in seen:
@@ -116,7 +134,7 @@ def as_test_source() -> Iterator[None]:
 
 
 def _read_jsonl(path: Path, site: str | None) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -131,7 +149,7 @@ def _read_jsonl(path: Path, site: str | None) -> Iterator[Row]:
 
 def _read_table(delimiter: str) -> Callable[[Path, str | None], Iterator[Row]]:
     def read(path: Path, site: str | None) -> Iterator[Row]:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file, delimiter=delimiter)
 
     return read

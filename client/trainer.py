@@ -14,7 +14,7 @@ from ..common.adapters.attach import attach, initial_values, layout_of
 from ..common.errors import RefusedError
 from ..common.methods import PERSONAL, SHARED, Method
 from ..common.model import BaseModel
-from ..common.protocol import PROTOCOL, Arrays, Description, Order, Reply, check_arrays, hash_layout
+from ..common.protocol import PROTOCOL, Arrays, Description, Order, Reply, check_arrays, check_metrics, hash_layout
 from ..common.rows import SiteRows
 from ..common.seeds import seed_from
 from ..common.settings import Plan
@@ -126,6 +126,7 @@ class Trainer:
     def _send(self, state: PersonalState, reply: Reply, admitted: int) -> Reply:
         """The last gate: whatever happened before, only shared groups pass; stored before it is answered."""
         check_arrays(reply.shared, self.layout if reply.shared else {}, self.site)
+        check_metrics(reply.metrics, self.site)
         self.store.write(state, reply)
         self.store.forget_before(admitted)
         return reply
@@ -206,8 +207,8 @@ def phases(plan: Plan, row: Method, live: Mapping[str, object], phase: str) -> l
     personal, shared = (frozenset(row.having(live, role)) for role in (PERSONAL, SHARED))
     if phase == "close":
         planned = [Phase(settings.final_steps, personal)]
-    elif settings.schedule == "joint":
-        planned = [Phase(settings.steps, everything)]
+    elif settings.schedule == "joint" or not personal or not shared:  # nothing to alternate with: as many steps
+        planned = [Phase(settings.steps_per_round, everything)]
     else:
         planned = [Phase(settings.personal_steps, personal), Phase(settings.shared_steps, shared)]
     return [p for p in planned if p.keys and p.steps]

@@ -65,8 +65,12 @@ def simulate(
     settings = load_recipe(find_recipe(recipe), tuple(overrides))
     folder = out or Path("runs") / settings.name
     console = Console()
-    with Screen(console) as screen:
-        run = run_simulation(settings, folder, resume=resume, listener=screen)
+    try:
+        with Screen(console) as screen:
+            run = run_simulation(settings, folder, resume=resume, listener=screen)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. The same command with --resume goes on from the last round.", err=True)
+        raise typer.Exit(STOPPED) from None
     report(board_of(run.events()), run.path, console)
 
 
@@ -92,9 +96,6 @@ def main() -> None:
     os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command with --resume goes on from the last round.", file=sys.stderr)
-        sys.exit(STOPPED)
     except Exception as error:
         from colora.common.errors import ColoraError
 

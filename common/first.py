@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import nn
 
-from .adapters.attach import attach, initial_values, layout_of
+from .adapters.attach import Layout, attach, initial_values, layout_of
 from .methods import SHARED
 from .model import BaseModel, Fingerprint, skeleton
 from .settings import Plan
@@ -17,8 +18,12 @@ def first_shared(plan: Plan, classes: int = 0) -> dict[str, np.ndarray]:
     backbone = skeleton(plan.model)
     layout = layout_of(attach(backbone, plan.adapter, row))
     if row.head is SHARED and classes:
-        meta = BaseModel(backbone, backbone.config, None, Fingerprint("", "", ""), torch.device("meta"))
-        model, head = meta.classifier(classes)
-        layout |= {f"head.{name}": tuple(p.shape) for name, p in getattr(model, head).named_parameters()}
+        layout |= head_layout(backbone, classes)
     values = initial_values(row.having(layout, SHARED), plan.adapter, plan.seed)
     return {key: value.numpy() for key, value in values.items()}
+
+
+def head_layout(backbone: nn.Module, classes: int) -> Layout:
+    """Names and shapes of a classification head on a backbone without weights. Raises ModelError if there is none."""
+    meta = BaseModel(backbone, backbone.config, None, Fingerprint("", "", ""), torch.device("meta"))
+    return layout_of(meta.head_parameters(meta.classifier(classes)[1]))

@@ -29,14 +29,13 @@ GROUPS = ("A", "B", "core", "private", "head")
 
 @dataclass(frozen=True)
 class Method:
-    """A row: the role of every parameter group, and where the method comes from."""
+    """A row: the role of every parameter group."""
 
     A: Role
     B: Role
     core: Role
     head: Role
     private: Role = ABSENT
-    source: str = ""
 
     def role(self, key: str) -> Role:
         """The role of the parameter called ``key`` (see :func:`group_of`)."""
@@ -58,12 +57,12 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "local": Method(PERSONAL, PERSONAL, ABSENT, PERSONAL, source="each site alone"),
-    "fedit": Method(SHARED, SHARED, ABSENT, PERSONAL, source="FedIT, arXiv 2305.05644: plain FedAvg of LoRA"),
-    "ffa": Method(FROZEN, SHARED, ABSENT, PERSONAL, source="FFA-LoRA, arXiv 2403.12313"),
-    "fedsa": Method(SHARED, PERSONAL, ABSENT, PERSONAL, source="FedSA-LoRA, arXiv 2410.01463"),
-    "fed-alora": Method(PERSONAL, SHARED, ABSENT, PERSONAL, source="Fed-ALoRA: B shared, A personal"),
-    "colora": Method(SHARED, SHARED, PERSONAL, PERSONAL, source="CoLoRA, arXiv 2602.07218 (reconstructed)"),
+    "local": Method(PERSONAL, PERSONAL, ABSENT, PERSONAL),  # each site alone
+    "fedit": Method(SHARED, SHARED, ABSENT, PERSONAL),  # FedIT, arXiv 2305.05644: plain FedAvg of LoRA
+    "ffa": Method(FROZEN, SHARED, ABSENT, PERSONAL),  # FFA-LoRA, arXiv 2403.12313
+    "fedsa": Method(SHARED, PERSONAL, ABSENT, PERSONAL),  # FedSA-LoRA, arXiv 2410.01463
+    "fed-alora": Method(PERSONAL, SHARED, ABSENT, PERSONAL),  # Fed-ALoRA: B shared, A personal
+    "colora": Method(SHARED, SHARED, PERSONAL, PERSONAL),  # CoLoRA, arXiv 2602.07218 (reconstructed)
 }
 
 _GROUP_OF_LEAF = {"lora_A": "A", "lora_B": "B", "lora_core": "core"}
@@ -73,7 +72,7 @@ def group_of(key: str) -> str:
     """The parameter group of a parameter name.
 
     ``encoder.layer.0.attention.self.query.lora_A.weight`` → ``A``; ``….lora_core`` → ``core``;
-    ``head.weight`` → ``head``. Raises KeyError for a name that belongs to no group.
+    ``head.classifier.weight`` → ``head``. Raises KeyError for a name that belongs to no group.
     """
     if key.startswith("head."):
         return "head"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,26 +54,35 @@ class BaseModel:
     device: torch.device
     language_model: nn.Module | None = None
 
-    def classifier(self, labels: int) -> tuple[nn.Module, str]:
+    def classifier(self, labels: int) -> tuple[nn.Module, dict[str, nn.Module]]:
         """A sequence classification model around the backbone, with a fresh head for ``labels`` classes.
 
-        Returns the model and the name of its head. The head is the architecture's own, as
-        ``AutoModelForSequenceClassification`` builds it; its values are set by the caller.
+        Returns the model and the modules of its head by name: one in most architectures, two in DistilBERT. The head is
+        the architecture's own, as ``AutoModelForSequenceClassification`` builds it; the caller sets its values.
+        Raises ModelError when the architecture has none.
         """
         from transformers import AutoModelForSequenceClassification
 
         values = {k: v for k, v in self.config.to_dict().items() if k not in ("id2label", "label2id", "num_labels")}
         config = type(self.config).from_dict({**values, "num_labels": labels})
-        if config.pad_token_id is None:
+        if config.pad_token_id is None and self.tokenizer is not None:
             config.pad_token_id = self.tokenizer.pad_token_id
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        try:
+            with quiet_transformers(), torch.device("meta"):
+                model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        except ValueError:
+            wanted = "an architecture that transformers has a sequence classifier for"
+            raise ModelError("model.source", wanted, type(self.config).__name__) from None
         setattr(model, model.base_model_prefix, self.backbone)
-        heads = [n for n, m in model.named_children() if n != model.base_model_prefix and list(m.parameters())]
-        if len(heads) != 1:
-            raise ModelError("model.source", "an architecture with one classification head", heads or "none")
-        getattr(model, heads[0]).to_empty(device=self.device)
-        return model, heads[0]
+        parts = {n: m for n, m in model.named_children() if n != model.base_model_prefix and list(m.parameters())}
+        for module in parts.values():
+            module.to_empty(device=self.device)
+        return model, parts
+
+    @staticmethod
+    def head_parameters(parts: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+        """The head group's parameters by name: ``head.classifier.weight`` (classes, d), ``head.classifier.bias``."""
+        return {f"head.{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
 
 
 def load(settings: ModelSettings, *, generates: bool) -> BaseModel:

@@ -1,7 +1,7 @@
 """What coordinator and site say to each other, as plain data; ``messages.py`` puts it on Flower's wire.
 
-A reply has one field for arrays and it is called ``shared``: there is none that could carry a core, a head, a
-private adapter, a label or a text.
+A reply has one field for arrays, ``shared``, and one for numbers by name, ``metrics``; both sides refuse a name that
+is not on their closed lists. There is no field that could carry a core, a head, a private adapter or a text.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Literal
 import numpy as np
 
 from .errors import RefusedError
+from .rows import COMPOSITIONS, MEASURES
 from .settings import digest
 
 PROTOCOL = 1
+METRIC_NAMES = frozenset({"train.loss"} | {f"{kind}.{name}" for kind in COMPOSITIONS for name in MEASURES})
 Arrays = Mapping[str, np.ndarray]
 Phase = Literal["train", "close"]
 
@@ -92,6 +94,13 @@ def hash_arrays(arrays: Arrays) -> str:
 def hash_layout(layout: Mapping[str, tuple[int, ...]]) -> str:
     """SHA-256 over names and shapes, in name order."""
     return digest("\n".join(f"{key}:{tuple(layout[key])}" for key in sorted(layout)))
+
+
+def check_metrics(metrics: Mapping[str, float], site: str) -> None:
+    """Both sides' rule: known metrics by their names, so that no number or text travels as another. RefusedError."""
+    extra = sorted(set(metrics) - METRIC_NAMES)
+    if extra:
+        raise RefusedError("metrics", "known metrics only", f"also {extra[0][:40]!r}", site=site)
 
 
 def check_arrays(arrays: Arrays, layout: Mapping[str, tuple[int, ...]], site: str) -> None:

@@ -15,6 +15,9 @@ PRIMARY: dict[str, str] = {  # the metric that tables show for a task
     "generation": "rouge_l",
     "regression": "relative_error",
 }
+LOWER_IS_BETTER = frozenset({"regression"})
+MEASURES = ("accuracy", "macro_f1", "loss", "exact_match", "rouge_l", "relative_error")
+COMPOSITIONS = ("base", "shared", "personal")  # of the model that is measured
 
 
 @dataclass(frozen=True)

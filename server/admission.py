@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..common.errors import RefusedError
-from ..common.protocol import PROTOCOL, Arrays, Description, Order, Reply, check_arrays
+from ..common.protocol import PROTOCOL, Arrays, Description, Order, Reply, check_arrays, check_metrics
 
 Layout = Mapping[str, tuple[int, ...]]
 MAX_TERMS = 10**12  # loss terms of one round; more is a broken count
@@ -26,6 +26,7 @@ def admit_reply(reply: Reply, site: str, order: Order, layout: Layout, max_updat
     if reply.key != order.key:
         raise RefusedError("order", order.key, reply.key, site=site)
     check_arrays(reply.shared, layout, site)
+    check_metrics(reply.metrics, site)
     if order.phase == "train":
         for field in ("terms", "examples"):
             if not 0 < getattr(reply, field) <= MAX_TERMS:

@@ -1,4 +1,4 @@
-"""What the events add up to: one row a site. The live table, the final report and ``status`` all read it."""
+"""What the events add up to: one row a site. The live table and the final report read it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class SiteRow:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
-    troubles: list[str] = field(default_factory=list)
+    troubles: dict[int, str] = field(default_factory=dict)  # round → why it was left out
+    fresh: list[int] = field(default_factory=list)  # rounds in which its personal state was missing
 
     def metric(self, composition: str) -> float | None:
         """The task's primary metric of ``base``, ``shared``, ``personal`` or ``alone``; None if not measured."""
@@ -52,6 +53,7 @@ class Board:
     baseline: bool = False  # the baseline is running, or ran
     seconds: float = 0.0
     rows: dict[str, SiteRow] = field(default_factory=dict)
+    troubles: list[str] = field(default_factory=list)  # of nodes that are no known site
     replies: dict[tuple[bool, str, int], Event] = field(default_factory=dict)
 
     def tell(self, event: Event) -> None:
@@ -69,7 +71,7 @@ class Board:
         """The mean primary metric over sites; None where sites have different metrics or none."""
         values = [row.metric(composition) for row in self.rows.values()]
         known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known and len({r.task for r in self.rows.values()}) == 1 else None
+        return sum(known) / len(known) if known and len({r.task for r in self.rows.values() if r.task}) == 1 else None
 
 
 def board_of(events: Iterable[Event]) -> Board:
@@ -112,6 +114,9 @@ def _reply(board: Board, event: Event) -> None:
     for name in ("bytes_up", "bytes_down", "seconds"):
         setattr(row, name, getattr(row, name) + event[name] - (before[name] if before else 0))
     row.metrics.update(event["metrics"])
+    row.troubles.pop(event["round"], None)  # asked again after a restart, and admitted
+    if event.get("fresh") and event["round"] not in row.fresh:
+        row.fresh.append(event["round"])
     row.round = min(event["round"], board.rounds)
     row.loss = event["metrics"].get("train.loss", row.loss)
 
@@ -123,11 +128,11 @@ def _baseline_reply(board: Board, event: Event) -> None:
 
 
 def _trouble(board: Board, event: Event) -> None:
-    if event.get("site"):
-        text = f"round {event['round']}: {event['reason']}"
-        troubles = board.row(event["site"]).troubles
-        if text not in troubles:
-            troubles.append(text)
+    site = event.get("site")
+    if site in board.rows:
+        board.rows[site].troubles.setdefault(event["round"], str(event["reason"]).removeprefix(f"site {site}: "))
+    else:
+        board.troubles.append(f"{site or 'a node'}: {event['reason']}")
 
 
 def _finished(board: Board, event: Event) -> None:

@@ -24,6 +24,7 @@ class State:
     memory: Mapping[str, np.ndarray] = field(default_factory=dict)  # of the server optimiser
     admitted: Mapping[str, int] = field(default_factory=dict)
     pins: Mapping[str, str] = field(default_factory=dict)  # fingerprints that every site must have
+    weights: str = ""  # how updates are weighed, chosen at the first join
     closed: bool = False
 
 
@@ -45,7 +46,7 @@ class Checkpoints:
         shared, memory = (
             {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in (SHARED, MEMORY)
         )
-        return State(meta["round"], shared, memory, meta["admitted"], meta["pins"], meta["closed"])
+        return State(meta["round"], shared, memory, meta["admitted"], meta["pins"], meta["weights"], meta["closed"])
 
     def write(self, state: State) -> None:
         """Puts a state on disk and deletes all but the newest few."""
@@ -55,6 +56,7 @@ class Checkpoints:
             "round": state.round,
             "admitted": dict(state.admitted),
             "pins": dict(state.pins),
+            "weights": state.weights,
             "closed": state.closed,
         }
         save_arrays(self.folder / f"round-{state.round:06d}.safetensors", arrays, meta)

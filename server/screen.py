@@ -11,18 +11,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..common.rows import PRIMARY
+from ..common.rows import COMPOSITIONS, LOWER_IS_BETTER, PRIMARY
 from .board import Board, SiteRow
 from .events import Event
 
-COMPOSITIONS = {"base": "base", "shared": "shared", "personal": "personal", "alone": "alone"}
+COLUMNS = (*COMPOSITIONS, "alone")
 
 
 class Screen:
     """Shows events as they happen. Use as a context; call it with each event."""
 
-    def __init__(self, console: Console, board: Board | None = None) -> None:
-        self.console, self.board = console, board or Board()
+    def __init__(self, console: Console) -> None:
+        self.console, self.board = console, Board()
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Screen:
@@ -65,11 +65,10 @@ def _headline(board: Board) -> Text:
 
 def _progress_table(board: Board) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    shown = ("base", "shared", "personal")
-    for name in ("site", "round", "loss", *(COMPOSITIONS[c] for c in shown), "sent", "seconds"):
+    for name in ("site", "round", "loss", *COMPOSITIONS, "sent", "seconds"):
         table.add_column(name, justify="left" if name == "site" else "right")
     for row in board.rows.values():
-        metrics = [_number(row.metric(c)) for c in shown]
+        metrics = [_number(row.metric(c)) for c in COMPOSITIONS]
         cells = [
             row.site,
             str(row.round or ""),
@@ -110,8 +109,8 @@ def _final_table(board: Board) -> Table:
         title_justify="left",
         pad_edge=False,
     )
-    shown = [c for c in COMPOSITIONS if c != "alone" or board.baseline]
-    right = ("texts", *(COMPOSITIONS[c] for c in shown), "sent", "received", "sec", "cut", "drop")
+    shown = [c for c in COLUMNS if c != "alone" or board.baseline]
+    right = ("texts", *shown, "sent", "received", "sec", "cut", "drop")
     table.add_column("site", no_wrap=True)
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
@@ -150,7 +149,9 @@ def _findings(board: Board) -> list[RenderableType]:
             f"(on average {abs(mean):.3f} {'better' if mean > 0 else 'worse'}; one seed)."
         )
     for row in board.rows.values():
-        lines += [f"{row.site} was left out, {trouble}" for trouble in row.troubles]
+        lines += [f"{row.site} was left out of round {t}: {reason}" for t, reason in row.troubles.items()]
+        lines += [f"{row.site} had lost its personal state in round {t} and started anew" for t in row.fresh]
+    lines += board.troubles
     return lines
 
 
@@ -163,7 +164,7 @@ _VERDICTS = {
 
 def _better(personal: float, alone: float, task: str) -> int:
     sign = (personal > alone) - (personal < alone)
-    return -sign if task == "regression" else sign
+    return -sign if task in LOWER_IS_BETTER else sign
 
 
 def _number(value: float | None) -> str:

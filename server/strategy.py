@@ -56,7 +56,6 @@ class AdapterStrategy:
         self.plan = to_json(recipe.plan)
         self.sites: dict[str, tuple[int, Description]] = {}
         self.layout: dict[str, tuple[int, ...]] = {}
-        self.weights = self.settings.weights or "tokens"
         self.troubles: list[str] = []  # of the round under way
 
     # --- joining -----------------------------------------------------------------------------------------------
@@ -82,9 +81,9 @@ class AdapterStrategy:
                 "joined", **{k: told[k] for k in ("site", "task", "train", "test", "truncated", "dropped")}
             )
         self._need(self.settings.quorum or len(self.roster) // 2 + 1, list(self.sites), "join")
-        if self.settings.weights is None and len({d.task for _, d in self.sites.values()}) > 1:
-            self.weights = "uniform"
-        return dataclasses.replace(state, pins=pins)
+        mixed = len({description.task for _, description in self.sites.values()}) > 1
+        weights = state.weights or self.settings.weights or ("uniform" if mixed else "tokens")
+        return dataclasses.replace(state, pins=pins, weights=weights)
 
     def _meet(self, grid: Grid) -> dict[str, tuple[int, Description]]:
         """Descriptions by name in roster order; a site that comes twice is the same as once."""
@@ -127,7 +126,7 @@ class AdapterStrategy:
         shutil.rmtree(self.spool, ignore_errors=True)
         weights: dict[str, float] = {}
         for site, reply in self._admitted(grid, asked, t):
-            weights[site] = aggregation.WEIGHTS[self.weights](reply.terms, reply.examples)
+            weights[site] = aggregation.WEIGHTS[state.weights](reply.terms, reply.examples)
             save_arrays(self.spool / f"{site}.safetensors", dict(reply.shared), {}, lasting=False)
         self._need(self.settings.quorum or len(asked) // 2 + 1, list(weights), f"round {t}")
         order = [site for site in asked if site in weights]
@@ -160,6 +159,7 @@ class AdapterStrategy:
     def aggregate_close(self, state: State, asked: Mapping[str, Asked], grid: Grid) -> State:
         """The closed state: the adapter of the last round, and who personalised on it."""
         closed = dict(self._admitted(grid, asked, state.round + 1))
+        self._need(self.settings.quorum or len(asked) // 2 + 1, list(closed), "close")
         self.events.emit("closed", round=state.round, sites=list(closed))
         admitted = {**state.admitted, **dict.fromkeys(closed, state.round + 1)}
         return dataclasses.replace(state, admitted=admitted, closed=True)

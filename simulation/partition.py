@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import tomli_w
 
-from ..client.data import as_test_source, check_rows, hold_out, read_rows, select_numbered
+from ..client.data import as_test_source, balanced, capped, check_rows, hold_out, read_rows, select_numbered
 from ..common.errors import DataError
 from ..common.files import write_atomically
 from ..common.rows import Row, SiteRows
@@ -27,23 +26,23 @@ Parts = dict[str, list[int]]  # site name → row numbers
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class SiteShare:
     """A site of a simulation with the rows it was given."""
 
     plan: SitePlan
     rows: SiteRows
 
 
-def make_sites(recipe: Recipe) -> list[Site]:
+def make_sites(recipe: Recipe) -> list[SiteShare]:
     """All sites of a recipe, checked; the same recipe and seed give the same rows. Raises DataError."""
     if recipe.partition is None:
         return _explicit(recipe)
     if recipe.data.source == SOURCE:
-        return [Site(plan, rows) for plan, rows in regression_sites(recipe)]
+        return [SiteShare(plan, rows) for plan, rows in regression_sites(recipe)]
     return _partitioned(recipe)
 
 
-def write_site(site: Site, folder: Path) -> None:
+def write_site(site: SiteShare, folder: Path) -> None:
     """Puts a site's rows and its ``site.toml`` on disk, as a real site would have them."""
     kind = _write_arrays if site.rows.task == "regression" else _write_lines
     names = {
@@ -60,7 +59,7 @@ def write_site(site: Site, folder: Path) -> None:
     write_atomically(folder / "site.toml", text.encode())
 
 
-def _explicit(recipe: Recipe) -> list[Site]:
+def _explicit(recipe: Recipe) -> list[SiteShare]:
     """One site per ``[[site]]``. Sites that read the same source never get the same row."""
     taken: dict[str, set[int]] = {}
     read: dict[str, list[Row]] = {}
@@ -92,24 +91,15 @@ def _explicit(recipe: Recipe) -> list[Site]:
             wanted = None if data.train is None or data.test is None else data.train + data.test
             rows = draw(data.source, data, name, wanted)
             train, test = hold_out(rows, data, seed_from(recipe.seed, name, "held out"))
-        sites.append(Site(plan, check_rows(name, data, train[: data.train], test[: data.test])))
+        sites.append(SiteShare(plan, check_rows(name, data, capped(train, data.train), capped(test, data.test))))
     return sites
 
 
-def balanced(rows: Sequence[tuple[int, Row]], count: int | None) -> list[tuple[int, Row]]:
-    """The first ``count`` rows, taken in turn from every label where rows have labels."""
-    if count is None:
-        return list(rows)
-    by_label: dict[str, list[tuple[int, Row]]] = {}
-    for row in rows:
-        by_label.setdefault(row[1].get("label", ""), []).append(row)
-    turns = zip_longest(*(by_label[label] for label in sorted(by_label)))
-    return [row for turn in turns for row in turn if row is not None][:count]
-
-
-def _partitioned(recipe: Recipe) -> list[Site]:
+def _partitioned(recipe: Recipe) -> list[SiteShare]:
     data, partition = recipe.data, recipe.partition
     assert partition is not None
+    if data.test_source == data.source:
+        raise DataError("data.test_source", "other rows than data.source (or leave it out)", data.source)
     parts = {"train": _rows_and_parts(recipe, data.source, partition)}
     if data.test_source:
         with as_test_source():
@@ -121,8 +111,8 @@ def _partitioned(recipe: Recipe) -> list[Site]:
             test = parts["test"].get(name, [])
         else:
             train, test = hold_out(train, data, seed_from(recipe.seed, name, "held out"))
-        rows = check_rows(name, data, train[: data.train], test[: data.test])
-        sites.append(Site(SitePlan(name, data), rows))
+        rows = check_rows(name, data, capped(train, data.train), capped(test, data.test))
+        sites.append(SiteShare(SitePlan(name, data), rows))
     return sites
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Callable
@@ -15,7 +16,9 @@ import tomli_w
 from ..client.app import make_app as make_client_app
 from ..common.errors import QuorumError, RecipeError, StateError
 from ..common.files import write_atomically
-from ..common.first import first_shared
+from ..common.first import first_shared, head_layout
+from ..common.methods import SHARED
+from ..common.model import skeleton
 from ..common.settings import MethodSettings, Recipe, load_recipe, to_dict
 from ..server.app import make_app as make_server_app
 from ..server.app import run_config
@@ -23,7 +26,7 @@ from ..server.events import Event, EventLog, read_events
 from ..server.strategy import Member
 from . import workshop
 from .engines import ENGINES, Job
-from .partition import Site, make_sites, write_site
+from .partition import SiteShare, make_sites, write_site
 
 BASELINE = "local"  # the method of the local-only baseline
 
@@ -38,6 +41,11 @@ class RunFolder:
     def recipe(self) -> Path:
         """The resolved recipe."""
         return self.path / "recipe.toml"
+
+    @property
+    def roster(self) -> Path:
+        """Names of the sites in order, and the round that each joins in."""
+        return self.path / "roster.json"
 
     @property
     def baseline(self) -> Path:
@@ -55,23 +63,28 @@ def simulate(
 ) -> RunFolder:
     """Runs a recipe to its end in ``folder`` and returns it. Nothing is written before everything is checked.
 
-    Raises RecipeError, DataError, ModelError (bad input), StateError (a foreign folder), QuorumError.
+    Raises RecipeError, DataError, ModelError, AssetError (bad input), StateError (a foreign folder), QuorumError.
     """
     run = RunFolder(folder)
     _check_folder(run, recipe, resume)
-    sites = make_sites(recipe)
-    _check(recipe, sites)
     if not run.recipe.exists():
-        for site in sites:
-            write_site(site, folder / "sites" / site.plan.name)
-        write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
-    roster = tuple(Member(site.plan.name, site.plan.from_round) for site in sites)
-    del sites
+        _found(run, recipe)
+    roster = tuple(Member(*entry) for entry in json.loads(run.roster.read_text()))
     federate(recipe, folder, folder, roster, listener)
     if recipe.simulation.baseline:
         told = (lambda event: listener({**event, "baseline": True})) if listener else None
         federate(local_only(recipe), run.baseline, folder, roster, told)
     return run
+
+
+def _found(run: RunFolder, recipe: Recipe) -> None:
+    """Makes the sites, checks all that can be checked, and writes the folder; the recipe last, as the seal."""
+    sites = make_sites(recipe)
+    _check(recipe, sites)
+    for site in sites:
+        write_site(site, run.path / "sites" / site.plan.name)
+    write_atomically(run.roster, json.dumps([[site.plan.name, site.plan.from_round] for site in sites]).encode())
+    write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
 
 
 def local_only(recipe: Recipe) -> Recipe:
@@ -133,7 +146,8 @@ def _check_folder(run: RunFolder, recipe: Recipe, resume: bool) -> None:
 def _unfinished_start(path: Path) -> bool:
     """A start that was killed while it wrote the sites' rows: nothing but those is there."""
     entries = {entry.name for entry in path.iterdir()} | {f"sites/{e.name}" for e in path.glob("sites/*/*")}
-    return all(e in ("sites", "sites/data", "sites/site.toml") or e.startswith(("sites/.", ".recipe")) for e in entries)
+    written = {"sites", "roster.json", "sites/data", "sites/site.toml"}
+    return all(entry in written or entry.startswith((".", "sites/.")) for entry in entries)
 
 
 def _difference(there: Recipe, here: Recipe) -> str:
@@ -153,14 +167,20 @@ def _flat(value: Any, path: str = "") -> dict[str, object]:
     return {path: value}
 
 
-def _check(recipe: Recipe, sites: list[Site]) -> None:
+def _check(recipe: Recipe, sites: list[SiteShare]) -> None:
     """What can be known before anything is written: quorum, model, targets, rank, a shared head's labels."""
     quorum = recipe.server.quorum or 1
     starting = sum(site.plan.from_round == 1 for site in sites)
     asked = max(1, round(recipe.server.fraction * starting)) if starting else 0
     if asked < quorum:
         raise QuorumError("server.quorum", f"at least {quorum} sites asked in round 1", asked)
-    classes = {len(site.rows.labels) for site in sites if site.rows.labels}
-    if recipe.method.head == "shared" and len(classes) > 1:
+    if any(site.plan.from_round > recipe.rounds for site in sites):
+        late = next(site for site in sites if site.plan.from_round > recipe.rounds)
+        wanted = f"a round of the run, at most {recipe.rounds}"
+        raise RecipeError("from_round", wanted, late.plan.from_round, site=late.plan.name)
+    labels = {site.rows.labels for site in sites if site.rows.labels}
+    if recipe.method.row().head is SHARED and len(labels) > 1:
         raise RecipeError("method.head", "one list of labels at all sites for a shared head", "different lists")
-    first_shared(recipe.plan, max(classes, default=0))
+    if labels:
+        head_layout(skeleton(recipe.model), 2)
+    first_shared(recipe.plan, max(map(len, labels), default=0))

@@ -98,6 +98,7 @@ def _log_to(path: Path) -> None:
     logger = logging.getLogger("colora")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
+        handler.close()
     logger.propagate = False
     logger.addHandler(logging.FileHandler(path, delay=True))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from ..model import BaseModel
 from ..rows import SiteRows
 from ..settings import Plan
-from .task import Encoded, Task
 from .classification import Classification
 from .generation import Generation
 from .regression import Regression
+from .task import Encoded, Task
 
 __all__ = ["TASKS", "Encoded", "Task", "build_task"]
 

@@ -17,9 +17,8 @@ class Classification(Task):
     """Texts → labels; metrics ``accuracy``, ``macro_f1`` and ``loss``."""
 
     def _build(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-        module, self._head_name = self.base.classifier(len(self.rows.labels))
-        head = getattr(module, self._head_name)
-        return module, {f"head.{name}": parameter for name, parameter in head.named_parameters()}
+        module, self._head = self.base.classifier(len(self.rows.labels))
+        return module, self.base.head_parameters(self._head)
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
         """Token ids and class indices; texts without a token are dropped."""
@@ -80,12 +79,13 @@ class Classification(Task):
 
     def _features(self, examples: Sequence[Any]) -> tuple[Any, Any]:
         self.module.eval()
-        head = getattr(self.module, self._head_name)
-        setattr(self.module, self._head_name, nn.Identity())
+        for name in self._head:
+            setattr(self.module, name, nn.Identity())
         try:
             found = [self._logits(batch) for batch in self.batches(examples)]
         finally:
-            setattr(self.module, self._head_name, head)
+            for name, module in self._head.items():
+                setattr(self.module, name, module)
         # a head that pools by itself (RoBERTa's) is handed the whole sequence and reads its first token
         pooled = torch.cat([f[:, 0] if f.dim() == 3 else f for f in found])
         return pooled.cpu().double().numpy(), [label for _, label in examples]

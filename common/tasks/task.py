@@ -31,7 +31,7 @@ class Task(ABC):
     """One site's task: its model around the shared backbone, its examples, loss and metrics.
 
     ``module`` is the model that is trained; ``head`` holds the parameters
-    of the head group by name (``head.weight``), empty where a task has none.
+    of the head group by name (``head.classifier.weight``), empty where a task has none.
     """
 
     module: nn.Module

@@ -128,8 +128,13 @@ def test_a_lies_within_kaimings_bounds_and_b_is_zero() -> None:
 
 def test_initial_values_depend_on_seed_and_name_alone() -> None:
     settings = AdapterSettings()
-    one = {"p.lora_A.weight": (4, 8), "q.lora_A.weight": (4, 8), "head.weight": (3, 8)}
-    other = {"head.weight": (3, 8), "new.lora_A.weight": (2, 9), "q.lora_A.weight": (4, 8), "p.lora_A.weight": (4, 8)}
+    one = {"p.lora_A.weight": (4, 8), "q.lora_A.weight": (4, 8), "head.classifier.weight": (3, 8)}
+    other = {
+        "head.classifier.weight": (3, 8),
+        "new.lora_A.weight": (2, 9),
+        "q.lora_A.weight": (4, 8),
+        "p.lora_A.weight": (4, 8),
+    }
     first = initial_values(one, settings, 7)
     torch.manual_seed(123)  # the global generator has no say
     second = initial_values(other, settings, 7)
@@ -229,6 +234,6 @@ def test_s0_of_a_shared_head_is_what_the_site_computes(tiny_bert: Path, tmp_path
     bench = set_up(load(plan.model, generates=False), plan)
     site = Trainer(bench, SiteRows("ada", "classification", rows, rows, ("p", "q", "r")), Store(tmp_path, "start"))
     coordinator = first_shared(plan, classes=3)
-    assert {"head.weight", "head.bias"} < set(coordinator)
+    assert {"head.classifier.weight", "head.classifier.bias"} < set(coordinator)
     assert set(coordinator) == set(site.layout)
     assert all(np.array_equal(value, site.initial[key].numpy()) for key, value in coordinator.items())

@@ -41,7 +41,12 @@ def say(**fields: Any) -> Callable[[Reply], Reply]:
 A, B = LAYOUT
 REFUSALS: dict[str, tuple[Callable[[Reply], Reply], str, str, str]] = {  # change, field, expected, found
     "a core": (put("q.lora_core", np.eye(2, dtype=np.float32)), "arrays", "the shared groups only", "also q.lora_core"),
-    "a head": (put("head.weight", np.eye(2, dtype=np.float32)), "arrays", "the shared groups only", "also head.weight"),
+    "a head": (
+        put("head.classifier.weight", np.eye(2, dtype=np.float32)),
+        "arrays",
+        "the shared groups only",
+        "also head.classifier.weight",
+    ),
     "a missing array": (put(B, None), "arrays", B, "no such array"),
     "no arrays at all": (say(shared={}), "arrays", A, "no such array"),
     "a transposed array": (put(A, np.ones((3, 2), np.float32)), A, "shape (2, 3)", "(3, 2)"),

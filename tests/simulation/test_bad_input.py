@@ -141,8 +141,16 @@ VALUES = {
     "no source": ({"site__1__source": ""}, "site bob: data.source: expected a file, asset or data set, found nothing"),
     "a shared head": ({"method__head": "shared"}, "method.head: expected one list of labels at all sites", "different"),
     "too few sites": ({"server__quorum": 4}, "server.quorum: expected at least 4 sites asked in round 1, found 3"),
-    "too few at first": ({"site__1__from_round": 2}, "server.quorum: expected at least 3 sites asked in round 1, found 2"),
-    "too small a sample": ({"server__fraction": 0.5}, "server.quorum: expected at least 3 sites asked in round 1, found 2"),
+    "too few at first": (
+        {"site__1__from_round": 2},
+        "server.quorum: expected at least 3 sites asked in",
+        "found 2",
+    ),
+    "too small a sample": (
+        {"server__fraction": 0.5},
+        "server.quorum: expected at least 3 sites asked in",
+        "found 2",
+    ),
 }
 
 

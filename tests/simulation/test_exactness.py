@@ -116,7 +116,7 @@ def classifier(pool: Pool, site: str, rows: list[dict]) -> Member:
     source, recipe = pool.recipe.model.source, pool.recipe
     bert = pool.adapt(BertModel.from_pretrained(source), site)
     labels = sorted({row["label"] for row in rows})
-    shapes = {"head.weight": (len(labels), 16), "head.bias": (len(labels),)}
+    shapes = {"head.classifier.weight": (len(labels), 16), "head.classifier.bias": (len(labels),)}
     seed = seed_from(seed_from(recipe.seed, recipe.name, site), "head")
     head = {k: nn.Parameter(v) for k, v in initial_values(shapes, recipe.adapter, seed).items()}
     pool.parameters |= {f"{site}/{key}": value for key, value in head.items()}
@@ -126,7 +126,7 @@ def classifier(pool: Pool, site: str, rows: list[dict]) -> Member:
 
     def loss() -> torch.Tensor:
         pooled = bert(batch["input_ids"], batch["attention_mask"]).pooler_output
-        return F.cross_entropy(pooled @ head["head.weight"].T + head["head.bias"], wanted)
+        return F.cross_entropy(pooled @ head["head.classifier.weight"].T + head["head.classifier.bias"], wanted)
 
     return Member(site, loss, len(rows))
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from colora.client.data import load_site_rows
+from colora.client.data import balanced, load_site_rows
 from colora.common.rows import Row, SiteRows
 from colora.common.settings import PartitionSettings, Recipe, SitePlan, load_site, recipe_from
-from colora.simulation.partition import Site, balanced, by_column, dirichlet, iid, make_sites, write_site
+from colora.simulation.partition import SiteShare, by_column, dirichlet, iid, make_sites, write_site
 
 LABELS = ("cat", "dog", "sun")
 COUNT = 120
@@ -34,7 +34,7 @@ def recipe(seed: int = 0, **tables: Any) -> Recipe:
     return recipe_from({"name": "x", "rounds": 1, "seed": seed, "model": {"source": "m"}, **tables})
 
 
-def split(source: str, seed: int = 0, **partition: Any) -> list[Site]:
+def split(source: str, seed: int = 0, **partition: Any) -> list[SiteShare]:
     return make_sites(recipe(seed, data={"source": source}, partition=partition))
 
 
@@ -171,7 +171,7 @@ WRITTEN = {
 
 
 def read_back(rows: SiteRows, folder: Path) -> SiteRows:
-    write_site(Site(SitePlan(rows.site), rows), folder)
+    write_site(SiteShare(SitePlan(rows.site), rows), folder)
     return load_site_rows(load_site(folder / "site.toml"), seed=99)
 
 

@@ -156,7 +156,7 @@ def test_a_reply_with_an_extra_array_is_refused_by_the_coordinator(
     monkeypatch.setattr(Trainer, "_send", careless)
     recipe = recipe_from({**tiny_recipe, "server": {"quorum": 2}})
     board = board_of(simulate(recipe, tmp_path / "run", resume=False).events())
-    assert board.rows["bob"].troubles[0].startswith("round 1: site bob: arrays: expected the shared groups only")
+    assert board.rows["bob"].troubles[1].startswith("arrays: expected the shared groups only")
     assert not board.rows["ada"].troubles
 
 
