@@ -34,12 +34,14 @@ def load_site_rows(site: SiteSettings, seed: int) -> SiteRows:
 
 def capped(rows: Sequence[Row], count: int | None) -> list[Row]:
     """The first ``count`` rows, taken in turn from every label where rows have labels, so that no class is lost."""
+    if count is None or len(rows) <= count:
+        return list(rows)
     return [row for _, row in balanced(list(enumerate(rows)), count)]
 
 
 def balanced(rows: Sequence[tuple[int, Row]], count: int | None) -> list[tuple[int, Row]]:
     """The same for rows with their numbers."""
-    if count is None or len(rows) <= count:
+    if count is None:
         return list(rows)
     by_label: dict[str, list[tuple[int, Row]]] = {}
     for row in rows:

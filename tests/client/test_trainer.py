@@ -586,3 +586,13 @@ def test_measured_on_arrival_are_the_base_the_shared_adapter_and_the_personal_on
         for t, evaluate in ((1, True), (2, True), (3, False))
     ]
     assert kinds == [{"base", "train"}, {"base", "shared", "personal", "train"}, {"train"}]
+
+
+@pytest.mark.parametrize("schedule", ["joint", "alternating"])
+def test_every_method_takes_the_same_number_of_steps_in_a_round(town: Town, schedule: str) -> None:
+    """So that a baseline has had as many steps as what it is compared with."""
+    counts = set()
+    for method in METHODS:
+        plan = town.plan(method, schedule=schedule, steps=5, personal_steps=2, shared_steps=3)
+        counts.add(town.site(plan, at=method).respond(order(plan, 1, first_shared(plan))).examples)
+    assert len(counts) == 1

@@ -587,3 +587,30 @@ def test_who_is_there_does_not_change_who_else_is_sampled(hall: Hall, tmp_path: 
     fewer.run(settings, [site for site in fewer.sites(settings) if site.name != "bob"])
     for t, sites in hall.admitted.items():
         assert fewer.admitted[t] == [site for site in sites if site != "bob"]
+
+
+def test_a_metric_that_is_not_on_the_list_is_refused(hall: Hall) -> None:
+    settings = recipe(rounds=1)
+    sites = hall.sites(settings, {"bob": lambda site, order, reply: dataclasses.replace(reply, metrics={"core[0]": 1})})
+    hall.run(settings, sites)
+    refused = hall.events("refused")
+    assert {(e["site"], e["field"]) for e in refused} == {("bob", "metrics")}
+    assert hall.admitted == {1: ["ada", "cyd", "dee"]}
+
+
+def test_a_close_without_quorum_is_asked_again_after_a_restart(hall: Hall) -> None:
+    settings = recipe(rounds=2, quorum=3, attempts=1)
+    with pytest.raises(QuorumError, match="at close"):
+        hall.run(settings, hall.sites(settings, {name: crash_in(3) for name in ("ada", "bob")}))
+    assert not hall.latest(settings).closed
+    assert hall.run(settings).closed
+
+
+def test_the_way_of_weighing_outlives_a_restart_without_the_odd_site(hall: Hall) -> None:
+    settings = recipe(rounds=3, attempts=1)
+    mixed = hall.sites(settings, {name: crash_in(2) for name in NAMES})
+    mixed[0].about["task"] = "classification"
+    with pytest.raises(QuorumError):
+        hall.run(settings, mixed)
+    hall.run(settings, hall.sites(settings)[1:])
+    assert all(weight == 1.0 for event in hall.events("round") for weight in event["weights"].values())

@@ -42,7 +42,7 @@ def texts(rows: Iterable[Row]) -> list[str]:
     return [row["text"] for row in rows]
 
 
-def all_texts(sites: Iterable[Site]) -> list[str]:
+def all_texts(sites: Iterable[SiteShare]) -> list[str]:
     return [text for site in sites for part in (site.rows.train, site.rows.test) for text in texts(part)]
 
 

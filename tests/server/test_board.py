@@ -1,0 +1,52 @@
+"""What the events add up to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from colora.server.board import board_of
+from colora.server.events import Event
+
+
+def event(name: str, **fields: Any) -> Event:
+    return {"time": 0.0, "event": name, **fields}
+
+
+def reply(site: str, t: int, **metrics: float) -> Event:
+    named = {key.replace("__", "."): value for key, value in metrics.items()}
+    return event("reply", site=site, round=t, metrics=named, bytes_up=10, bytes_down=20, seconds=1.0, fresh=False)
+
+
+START = [
+    event("started", federation="f", method="colora", model="m", rounds=2, sites=["ada", "bob"]),
+    *(
+        event("joined", site=site, task="classification", train=4, test=2, truncated=0, dropped=0)
+        for site in ("ada", "bob")
+    ),
+]
+
+
+def test_a_round_that_was_done_again_after_a_restart_counts_once() -> None:
+    board = board_of([*START, reply("ada", 1), reply("ada", 1), reply("ada", 2)])
+    assert (board.rows["ada"].bytes_up, board.rows["ada"].bytes_down, board.rows["ada"].seconds) == (20, 40, 2.0)
+
+
+def test_a_trouble_that_a_later_answer_mended_is_taken_back() -> None:
+    failed = event("failed", site="ada", round=1, reason="RuntimeError")
+    assert board_of([*START, failed]).rows["ada"].troubles == {1: "RuntimeError"}
+    assert board_of([*START, failed, reply("ada", 1)]).rows["ada"].troubles == {}
+
+
+def test_a_node_that_could_not_join_is_told_and_leaves_the_means_alone() -> None:
+    failed = event("failed", site="node 3", round=0, reason="RuntimeError")
+    replies = [reply("ada", 1, personal__accuracy=0.5), reply("bob", 1, personal__accuracy=1.0)]
+    board = board_of([*START, failed, *replies])
+    assert board.mean("personal") == 0.75
+    assert board.troubles == ["node 3: RuntimeError"]
+
+
+def test_the_baseline_fills_the_column_alone_and_nothing_else() -> None:
+    alone = {**reply("ada", 1, personal__accuracy=0.25), "baseline": True}
+    board = board_of([*START, reply("ada", 1, personal__accuracy=0.5), alone])
+    assert (board.rows["ada"].metric("personal"), board.rows["ada"].metric("alone")) == (0.5, 0.25)
+    assert board.rows["ada"].bytes_up == 10
