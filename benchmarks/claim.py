@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 from colora.cli import find_recipe
-from colora.common.settings import MethodSettings, load_recipe
+from colora.common.recipe import load_recipe
+from colora.common.settings import MethodSettings
 from colora.server.board import Board, board_of
 from colora.simulation.run import simulate
 

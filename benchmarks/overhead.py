@@ -21,7 +21,7 @@ from figures import Figure, show
 
 from colora.client import store, trainer
 from colora.common import messages, protocol, training
-from colora.common.settings import load_recipe
+from colora.common.recipe import load_recipe
 from colora.common.tasks.classification import Classification
 from colora.server import aggregation, checkpoint, events, strategy
 from colora.simulation import grid

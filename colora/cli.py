@@ -54,7 +54,7 @@ def simulate(
     """Play all sites of a federation on this machine and print what each gains."""
     from rich.console import Console
 
-    from colora.common.settings import load_recipe
+    from colora.common.recipe import load_recipe
     from colora.server.board import board_of
     from colora.server.screen import Screen, report
     from colora.simulation.run import simulate as run_simulation

@@ -26,6 +26,9 @@ TOKENIZER_FILES = (
     "merges.txt",
     "spiece.model",
     "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
 MISSING_WEIGHTS_SEED = 0  # weights that a checkpoint lacks (a pooler, say) are the same at every site
 

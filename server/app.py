@@ -17,7 +17,8 @@ import numpy as np
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from ..common.settings import Recipe, recipe_from, to_json
+from ..common.recipe import recipe_from
+from ..common.settings import Recipe, to_json
 from .checkpoint import Checkpoints, State
 from .events import EventLog, Listener
 from .strategy import AdapterStrategy, Member

@@ -19,7 +19,8 @@ from ..common.files import write_atomically
 from ..common.first import first_shared, head_layout
 from ..common.methods import SHARED
 from ..common.model import skeleton
-from ..common.settings import MethodSettings, Recipe, load_recipe, to_dict
+from ..common.recipe import load_recipe
+from ..common.settings import MethodSettings, Recipe, to_dict
 from ..server.app import make_app as make_server_app
 from ..server.app import run_config
 from ..server.events import Event, EventLog, read_events

@@ -16,7 +16,8 @@ from ..client.store import Store
 from ..client.trainer import Bench, Trainer, set_up
 from ..common.model import load
 from ..common.protocol import Description, Order, Reply
-from ..common.settings import Plan, SiteSettings, load_site, parse
+from ..common.recipe import load_site
+from ..common.settings import Plan, SiteSettings, parse
 
 
 @dataclass(frozen=True)

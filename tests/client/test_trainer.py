@@ -24,17 +24,9 @@ from colora.common.first import first_shared
 from colora.common.methods import METHODS, PERSONAL, SHARED, group_of
 from colora.common.model import load
 from colora.common.protocol import Arrays, Order, Reply
+from colora.common.recipe import load_site, recipe_from
 from colora.common.rows import SiteRows
-from colora.common.settings import (
-    AdapterSettings,
-    MethodSettings,
-    ModelSettings,
-    Plan,
-    TrainSettings,
-    load_site,
-    recipe_from,
-    to_json,
-)
+from colora.common.settings import AdapterSettings, MethodSettings, ModelSettings, Plan, TrainSettings, to_json
 from colora.common.training import Stretch, draw
 from colora.simulation.run import simulate
 

@@ -12,17 +12,8 @@ import pytest
 import tomli_w
 
 from colora.common.methods import ABSENT, METHODS, PERSONAL, SHARED
-from colora.common.settings import (
-    MethodSettings,
-    Plan,
-    Recipe,
-    load_recipe,
-    load_site,
-    parse,
-    recipe_from,
-    to_dict,
-    to_json,
-)
+from colora.common.recipe import load_recipe, load_site, recipe_from
+from colora.common.settings import MethodSettings, Plan, Recipe, parse, to_dict, to_json
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.toml"))
 SMALL: dict[str, Any] = {

@@ -19,8 +19,9 @@ from colora.common import messages
 from colora.common.errors import DataError, QuorumError, StateError
 from colora.common.first import first_shared
 from colora.common.protocol import PROTOCOL, Arrays, Description, Order, Reply, hash_layout
+from colora.common.recipe import recipe_from
 from colora.common.seeds import seed_from
-from colora.common.settings import Recipe, recipe_from
+from colora.common.settings import Recipe
 from colora.server.app import federate
 from colora.server.checkpoint import Checkpoints, State
 from colora.server.events import Event, EventLog, read_events

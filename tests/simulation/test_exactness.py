@@ -23,8 +23,9 @@ from torch import nn
 from colora.client.store import Store
 from colora.common.adapters.attach import initial_values
 from colora.common.first import first_shared
+from colora.common.recipe import recipe_from
 from colora.common.seeds import seed_from
-from colora.common.settings import Recipe, recipe_from
+from colora.common.settings import Recipe
 from colora.server.checkpoint import Checkpoints
 from colora.simulation.run import simulate
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from colora.client.data import balanced, load_site_rows
+from colora.common.recipe import load_site, recipe_from
 from colora.common.rows import Row, SiteRows
-from colora.common.settings import PartitionSettings, Recipe, SitePlan, load_site, recipe_from
+from colora.common.settings import PartitionSettings, Recipe, SitePlan
 from colora.simulation.partition import SiteShare, by_column, dirichlet, iid, make_sites, write_site
 
 LABELS = ("cat", "dog", "sun")

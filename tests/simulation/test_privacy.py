@@ -16,7 +16,7 @@ from colora.client.trainer import Trainer
 from colora.common import messages
 from colora.common.files import load_arrays
 from colora.common.methods import METHODS
-from colora.common.settings import recipe_from
+from colora.common.recipe import recipe_from
 from colora.server.board import board_of
 from colora.simulation.grid import LocalGrid
 from colora.simulation.run import simulate

@@ -13,7 +13,8 @@ import pytest
 from colora.cli import find_recipe
 from colora.client.store import Store
 from colora.common.files import load_arrays
-from colora.common.settings import Recipe, load_recipe
+from colora.common.recipe import load_recipe
+from colora.common.settings import Recipe
 from colora.simulation.regression import truths
 from colora.simulation.run import simulate
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from colora.common.methods import METHODS
-from colora.common.settings import recipe_from
+from colora.common.recipe import recipe_from
 from colora.server.board import board_of
 from colora.simulation.run import simulate
 

@@ -1,0 +1,114 @@
+"""Reading recipes and site files: TOML, overrides, what sites inherit, and rules that span keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from .errors import RecipeError
+from .explain import naming_the_site
+from .methods import Role
+from .settings import DataSettings, Recipe, SitePlan, SiteSettings, parse
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe and applies ``key.path=value`` overrides (values in TOML, bare words as text).
+
+    Raises RecipeError naming the key, the nearest known key, and what was expected and found.
+    """
+    raw = _read_toml(path)
+    for override in overrides:
+        _apply(raw, override)
+    return recipe_from(raw)
+
+
+def recipe_from(raw: dict[str, Any]) -> Recipe:
+    """A recipe from a parsed TOML document; a ``[[site]]`` inherits what its own keys leave open from ``[data]``."""
+    own = {f.name for f in dataclasses.fields(SitePlan)}
+    sites = raw.get("site", [])
+    if not isinstance(sites, list) or not all(isinstance(site, dict) for site in sites):
+        raise RecipeError("site", "tables written [[site]]", sites)
+    shared = _data_table(raw)
+    merged = [
+        {k: v for k, v in site.items() if k in own and k != "data"}
+        | {"data": {**shared, **_data_table(site, site.get("name")), **{k: v for k, v in site.items() if k not in own}}}
+        for site in sites
+    ]
+    try:
+        recipe = parse(Recipe, {**raw, "site": merged})
+    except RecipeError as error:
+        raise naming_the_site(error, sites) from None
+    _check(recipe)
+    return recipe
+
+
+def load_site(path: Path) -> SiteSettings:
+    """Reads a site file; relative data paths are made absolute."""
+    site = parse(SiteSettings, _read_toml(path))
+    return dataclasses.replace(site, data=resolve_paths(site.data, path.parent))
+
+
+def resolve_paths(data: DataSettings, folder: Path) -> DataSettings:
+    """The same settings with paths that exist below ``folder`` made absolute."""
+
+    def resolve(source: str | None) -> str | None:
+        return str((folder / source).resolve()) if source and (folder / source).is_file() else source
+
+    return dataclasses.replace(data, source=resolve(data.source) or "", test_source=resolve(data.test_source))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(str(path), "a readable TOML file", error.strerror or error) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), "valid TOML", error) from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError("--set", "key.path=value", repr(override))
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = key.strip().split(".")
+    table = raw
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {key}", "a key inside a table", f"{parent}, which is no table")
+    table[leaf] = value
+
+
+def _data_table(owner: dict[str, Any], site: str | None = None) -> dict[str, Any]:
+    data = owner.get("data", {})
+    if not isinstance(data, dict):
+        raise RecipeError("data", "a table", repr(data), site=site)
+    return data
+
+
+def _check(recipe: Recipe) -> None:
+    """Rules that span keys."""
+    row = recipe.method.row()
+    if not recipe.site and recipe.partition is None:
+        raise RecipeError("site", "[[site]] tables, or a [partition] that makes them", "neither")
+    if recipe.site and recipe.partition is not None:
+        raise RecipeError("partition", "either [[site]] tables or [partition]", "both")
+    names = [site.name for site in recipe.site]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise RecipeError("site.name", "a name of its own for every site", f"{twice!r} twice")
+    if recipe.partition and recipe.partition.by == "column" and not recipe.partition.column:
+        raise RecipeError("partition.column", 'the column to split by, as partition.by is "column"', "nothing")
+    for site in recipe.site:
+        if not site.data.source:
+            raise RecipeError("data.source", "a file, asset or data set", "nothing", site=site.name)
+    if recipe.partition and not recipe.data.source:
+        raise RecipeError("data.source", "a file, asset or data set", "nothing")
+    if row.head is Role.SHARED and len({site.data.labels for site in recipe.site} or {recipe.data.labels}) > 1:
+        raise RecipeError("method.head", "one list of labels at all sites for a shared head", "different lists")

@@ -1,0 +1,80 @@
+"""Base models of several architectures, their heads and their fingerprints."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    LlamaConfig,
+    LlamaModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from colora.common.first import head_layout
+from colora.common.model import fingerprint, load, skeleton
+from colora.common.rows import SiteRows
+from colora.common.settings import ModelSettings, Plan
+from colora.common.tasks import build_task
+
+SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+ARCHITECTURES = {
+    "bert": (BertModel, BertConfig(**SIZES, pad_token_id=0), {"classifier"}),
+    "distilbert": (
+        DistilBertModel,
+        DistilBertConfig(vocab_size=60, dim=16, n_layers=1, n_heads=2, hidden_dim=32, pad_token_id=0),
+        {"pre_classifier", "classifier"},
+    ),
+    "roberta": (RobertaModel, RobertaConfig(**SIZES, pad_token_id=0, max_position_embeddings=70), {"classifier"}),
+    "llama": (LlamaModel, LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0), {"score"}),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest, tiny_bert: Path, tmp_path: Path) -> tuple[Path, set[str]]:
+    """A random model folder of one architecture, with the tiny tokenizer, and the names of its head's modules."""
+    kind, config, heads = ARCHITECTURES[request.param]
+    torch.manual_seed(0)
+    kind(config).save_pretrained(tmp_path)
+    for file in tiny_bert.glob("*token*"):
+        shutil.copy(file, tmp_path)
+    return tmp_path, heads
+
+
+def test_a_classifier_has_the_architectures_own_head_and_can_be_probed(architecture: tuple[Path, set[str]]) -> None:
+    folder, heads = architecture
+    settings = ModelSettings(str(folder), max_length=16)
+    rows = [{"text": f"red {w} cat", "label": "yn"[i % 2]} for i, w in enumerate("abcdefgh")]
+    plan = Plan(name="x", rounds=1, model=settings)
+    task = build_task(SiteRows("ada", "classification", rows, rows, ("n", "y")), load(settings, generates=False), plan)
+    assert {key.split(".")[1] for key in task.head} == heads
+    assert {key: tuple(p.shape) for key, p in task.head.items()} == head_layout(skeleton(settings), 2)
+    with torch.no_grad():
+        for parameter in task.head.values():
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    before = task.measure(generate=False)
+    assert {"accuracy", "macro_f1"} <= set(task.probe() or {})
+    assert task.measure(generate=False) == before, "the probe put the head back"
+
+
+def test_a_change_in_any_source_file_changes_its_fingerprint_and_only_that(tiny_llama: Path, tmp_path: Path) -> None:
+    def changed(name: str) -> set[str]:
+        folder = tmp_path / name
+        shutil.copytree(tiny_llama, folder)
+        before = fingerprint(folder)
+        (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+        after = fingerprint(folder)
+        return {f for f in ("model", "tokenizer", "chat_template") if getattr(before, f) != getattr(after, f)}
+
+    assert changed("model.safetensors") == {"model"}
+    assert changed("config.json") == {"model"}
+    assert changed("tokenizer.json") == {"tokenizer"}
+    assert changed("tokenizer_config.json") == {"tokenizer"}
+    assert changed("chat_template.jinja") == {"chat_template"}
