@@ -18,6 +18,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+RECIPE_HELP = "A .toml file, or demo (default), newsgroups, regression or chatterbot."
 BAD_INPUT, STOPPED = 2, 130
 
 app = typer.Typer(
@@ -40,15 +41,14 @@ def _about(version: Annotated[bool, typer.Option("--version", help="Print the ve
 
 @app.command()
 def simulate(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with colora.")] = "demo",
+    recipe: Annotated[str, typer.Argument(help=RECIPE_HELP, show_default=False)] = "demo",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a key: train.lr=1e-3. Repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
-    engine: Annotated[
-        str | None, typer.Option(help="local (one process) or ray (Flower's simulation runtime).")
-    ] = None,
+    engine: Annotated[str | None, typer.Option(help="local (default: one process) or ray (several).")] = None,
     baseline: Annotated[
-        bool | None, typer.Option("--baseline/--no-baseline", help="Also train every site alone.")
+        bool | None,
+        typer.Option("--baseline/--no-baseline", help="Also train every site alone; default: as in the recipe."),
     ] = None,
 ) -> None:
     """Play all sites of a federation on this machine and print what each gains."""
@@ -65,6 +65,8 @@ def simulate(
     settings = load_recipe(find_recipe(recipe), tuple(overrides))
     folder = out or Path("runs") / settings.name
     console = Console()
+    if resume and not (folder / "recipe.toml").exists():
+        console.print(f"No run in {folder} yet: starting one.", highlight=False)
     try:
         with Screen(console) as screen:
             run = run_simulation(settings, folder, resume=resume, listener=screen)

@@ -31,6 +31,8 @@ def federate(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpoints) ->
     recipe, last = strategy.recipe, checkpoints.latest()
     if last and last.closed:
         return last
+    if last:
+        strategy.events.emit("resumed", round=last.round)
     state = strategy.join(grid, last, lambda classes: _first(recipe, classes))
     for t in range(state.round + 1, recipe.rounds + 1):
         asked = strategy.configure_train(t, state)

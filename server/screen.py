@@ -86,6 +86,8 @@ def _line(board: Board, event: Event) -> str | None:
     who = "alone: " if event.get("baseline") else ""
     if name == "started":
         return f"{who}{event['federation']}: {event['method']} on {event['model']}, {len(event['sites'])} sites"
+    if name == "resumed":
+        return f"{who}going on after round {event['round']} of {board.rounds}"
     if name == "round":
         losses = [r.loss for r in board.rows.values() if r.loss is not None]
         loss = f", loss {sum(losses) / len(losses):.3f}" if losses else ""
@@ -101,7 +103,8 @@ def _line(board: Board, event: Event) -> str | None:
 
 
 def _final_table(board: Board) -> Table:
-    kinds = sorted({PRIMARY.get(row.task, "") for row in board.rows.values()})
+    tasks = sorted({row.task for row in board.rows.values() if row.task})
+    kinds = [PRIMARY[task] + (" (lower is better)" if task in LOWER_IS_BETTER else "") for task in tasks]
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -110,7 +113,7 @@ def _final_table(board: Board) -> Table:
         pad_edge=False,
     )
     shown = [c for c in COLUMNS if c != "alone" or board.baseline]
-    right = ("texts", *shown, "sent", "received", "sec", "cut", "drop")
+    right = ("rows", *shown, "sent", "recv", "sec", "cut", "drop")
     table.add_column("site", no_wrap=True)
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
@@ -132,9 +135,10 @@ def _cells(row: SiteRow, shown: list[str]) -> list[str]:
 
 def _findings(board: Board) -> list[RenderableType]:
     lines: list[RenderableType] = [
-        f"texts: training+test. base: the bare model; shared: the shared adapter only (both with a head fitted to the "
-        f"site's training texts where heads are personal); personal: the site's own model"
-        f"{'; alone: the same steps without the others' if board.baseline else ''}. {board.seconds:.0f} s in all."
+        f"rows: training+test. base: the bare model; shared: the shared adapter only (both with a head fitted to the "
+        f"site's training rows where heads are personal); personal: the site's own model"
+        f"{'; alone: the same steps without the others' if board.baseline else ''}. sent and recv by the site; cut: "
+        f"longer than max_length; drop: nothing to learn from. {board.seconds:.0f} s in all."
     ]
     if board.residual is not None:
         lines.append(f"mean(B)·mean(A) was {board.residual:.1%} away from mean(BA) in the last round.")
@@ -143,11 +147,15 @@ def _findings(board: Board) -> list[RenderableType]:
     if judged:
         wins, losses = (sum(sign == s for sign, _ in judged) for s in (1, -1))
         mean = sum(sign * abs(gap) for sign, gap in judged) / len(judged)  # above zero: better
-        verdict = _VERDICTS[(wins > losses) - (wins < losses) if (mean > 0) == (wins > losses) else 0]
+        most = len(judged) / 2
+        verdict = _VERDICTS[(wins > most and mean > 0) - (losses > most and mean < 0)]
         lines.append(
             f"{verdict}: personal is better than training alone at {wins} of {len(judged)} sites, worse at {losses} "
             f"(on average {abs(mean):.3f} {'better' if mean > 0 else 'worse'}; one seed)."
         )
+    base, personal = board.mean("base"), board.mean("personal")
+    if base is not None and personal is not None and _better(personal, base, next(iter(board.rows.values())).task) < 0:
+        lines.append("The personal models are behind the bare model: train longer, or at another learning rate.")
     for row in board.rows.values():
         lines += [f"{row.site} was left out of round {t}: {reason}" for t, reason in row.troubles.items()]
         lines += [f"{row.site} had lost its personal state in round {t} and started anew" for t in row.fresh]
@@ -174,6 +182,6 @@ def _number(value: float | None) -> str:
 def _bytes(count: int) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
-            return f"{count:.0f} {unit}"
+            return f"{count:.1f} {unit}" if unit == "MB" else f"{count:.0f} {unit}"
         count = count / 1000  # type: ignore[assignment]
     return f"{count:.1f} GB"

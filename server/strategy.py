@@ -87,7 +87,7 @@ class AdapterStrategy:
 
     def _meet(self, grid: Grid) -> dict[str, tuple[int, Description]]:
         """Descriptions by name in roster order; a site that comes twice is the same as once."""
-        nodes = {str(node): node for node in grid.get_node_ids()}
+        nodes = {str(node): node for node in wait_for_nodes(grid, len(self.roster))}
         questions = {
             name: (lambda node=node: messages.join_message(self.recipe.name, self.plan, node))
             for name, node in nodes.items()
@@ -217,12 +217,27 @@ class AdapterStrategy:
         """Raises QuorumError with the first reason where too few sites are present."""
         if len(present) < quorum:
             why = f"; first trouble: {self.troubles[0]}" if self.troubles else ""
-            found = f"{len(present)} ({', '.join(present) or 'none'}){why}; see {self.spool.parent}"
+            where = f"see events.jsonl and log.txt in {self.spool.parent}"
+            found = f"{len(present)} ({', '.join(present) or 'none'}){why}; {where}"
             raise QuorumError(f"server.quorum at {when}", f"at least {quorum} sites", found)
         self.troubles.clear()
 
     def _patience(self) -> Patience:
         return Patience(self.settings.timeout, self.settings.attempts)
+
+
+def wait_for_nodes(grid: Grid, wanted: int, patience: float = 60.0, pause: float = 0.5) -> list[int]:
+    """Node ids once ``wanted`` are there, or once some are there and no more came within a ``pause`` (seconds).
+
+    Flower's simulation runtime starts the ServerApp before it has registered its nodes.
+    """
+    ends, before = time.monotonic() + patience, -1
+    while len(nodes := list(grid.get_node_ids())) < wanted and time.monotonic() < ends:
+        if nodes and len(nodes) == before:
+            break
+        before = len(nodes)
+        time.sleep(pause)
+    return nodes
 
 
 def most_common(descriptions: list[Description]) -> dict[str, str]:
