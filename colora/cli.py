@@ -18,7 +18,6 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-RECIPE_HELP = "A .toml file, or demo (default), newsgroups, regression or chatterbot."
 BAD_INPUT, STOPPED = 2, 130
 
 app = typer.Typer(
@@ -41,7 +40,7 @@ def _about(version: Annotated[bool, typer.Option("--version", help="Print the ve
 
 @app.command()
 def simulate(
-    recipe: Annotated[str, typer.Argument(help=RECIPE_HELP, show_default=False)] = "demo",
+    recipe: Annotated[str, typer.Argument(show_default=False)] = "demo",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a key: train.lr=1e-3. Repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
@@ -51,7 +50,11 @@ def simulate(
         typer.Option("--baseline/--no-baseline", help="Also train every site alone; default: as in the recipe."),
     ] = None,
 ) -> None:
-    """Play all sites of a federation on this machine and print what each gains."""
+    """Play all sites of a federation on this machine.
+
+    RECIPE is a .toml file, or demo (the default), newsgroups, regression or chatterbot. At the end a table shows what
+    each site gains.
+    """
     from rich.console import Console
 
     from colora.common.recipe import load_recipe
