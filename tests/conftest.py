@@ -40,53 +40,43 @@ def _tokenizer(folder: Path, *, chat: bool) -> None:
     fast.save_pretrained(folder)
 
 
+SIZES = {
+    "vocab_size": 9 + len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+def _save(model: type, config: object, folder: Path, *, chat: bool) -> Path:
+    """A model of ``config`` with seeded random weights, and its tokenizer, as a Hugging Face folder."""
+    import torch
+
+    torch.manual_seed(0)
+    model(config).save_pretrained(folder)
+    _tokenizer(folder, chat=chat)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer BERT of width 16 without dropout, as a Hugging Face folder."""
-    import torch
     from transformers import BertConfig, BertModel
 
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    config = BertConfig(
-        vocab_size=9 + len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(folder)
-    _tokenizer(folder, chat=False)
-    return folder
+    config = BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return _save(BertModel, config, tmp_path_factory.mktemp("tiny-bert"), chat=False)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama of width 16 with a chat template, as a Hugging Face folder."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    config = LlamaConfig(
-        vocab_size=9 + len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=8,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    _tokenizer(folder, chat=True)
-    return folder
+    config = LlamaConfig(**SIZES, num_key_value_heads=2, bos_token_id=None, eos_token_id=8)
+    return _save(LlamaForCausalLM, config, tmp_path_factory.mktemp("tiny-llama"), chat=True)
 
 
 def write_lines(path: Path, rows: list[dict]) -> Path:
