@@ -45,9 +45,20 @@ def recipe_from(raw: dict[str, Any]) -> Recipe:
 
 
 def load_site(path: Path) -> SiteSettings:
-    """Reads a site file; relative data paths are made absolute."""
-    site = parse(SiteSettings, _read_toml(path))
-    return dataclasses.replace(site, data=resolve_paths(site.data, path.parent))
+    """Reads a site file; relative paths are made absolute."""
+    site, folder = parse(SiteSettings, _read_toml(path)), path.resolve().parent
+    coordinator, trainer = site.coordinator, site.trainer
+    if coordinator:
+        coordinator = dataclasses.replace(
+            coordinator, ca=str(folder / coordinator.ca), key=str(folder / coordinator.key)
+        )
+    scheme, colon, place = trainer.listen.partition("unix:")
+    listen = f"unix:{folder / place}" if colon and not scheme else trainer.listen
+    trainer = dataclasses.replace(
+        trainer, listen=listen, link=str(folder / trainer.link), state=str(folder / trainer.state)
+    )
+    data = resolve_paths(site.data, folder)
+    return dataclasses.replace(site, data=data, coordinator=coordinator, trainer=trainer)
 
 
 def resolve_paths(data: DataSettings, folder: Path) -> DataSettings:

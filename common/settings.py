@@ -30,6 +30,7 @@ Rate = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 TaskKind = Literal["classification", "generation", "regression"]
+Precision = Literal["fp32"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -39,7 +40,8 @@ class ModelSettings:
     source: str
     revision: str | None = None
     max_length: Positive = 256  # tokens; longer texts are cut and counted
-    device: str = "auto"
+    precision: Precision = "fp32"  # of the base model's weights
+    device: str = "auto"  # of a simulation; a site of its own says its device in its site file
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -224,11 +226,56 @@ class Recipe(Plan):
 
 
 @dataclass(frozen=True, config=STRICT)
+class CoordinatorSettings:
+    """Where a site finds its coordinator, and the key it is known by there. Relative paths start at the site file."""
+
+    address: str  # host:port
+    ca: str = "ca.crt"  # PEM
+    key: str = "site.key"  # OpenSSH private key (ECDSA)
+    insecure: bool = False  # neither TLS nor a key, for trials on one machine
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainerSettings:
+    """The resident trainer of a site.
+
+    ``listen`` is ``unix:PATH`` (the socket is the user's own, mode 0600) or ``HOST:PORT``, which needs the ``link``
+    folder with ``ca.crt``, ``trainer.crt``, ``trainer.key``, ``node.crt`` and ``node.key`` for TLS on both sides.
+    """
+
+    listen: str = "unix:state/trainer.sock"
+    link: str = "link"
+    state: str = "state"  # folder of personal states and of the audit log
+    device: str = "auto"
+    threads: Positive | None = None  # torch threads; unset: all cores
+
+
+@dataclass(frozen=True, config=STRICT)
+class AllowSettings:
+    """What a coordinator may ask of this site; unset: anything. The trainer refuses the rest."""
+
+    federations: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None  # sources as a recipe names them
+    methods: tuple[str, ...] | None = None
+    max_rank: Positive | None = None
+    max_steps: Positive | None = None  # optimiser steps in one round, the final ones too
+    max_seconds: Annotated[float, Field(gt=0)] | None = None  # of training in one round
+    max_tokens: Positive | None = None  # tokens of one text (model.max_length)
+    precision: tuple[Precision, ...] | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
 class SiteSettings:
-    """A site file: who the site is and where its rows lie. Relative paths start at the file's folder."""
+    """A site file: who the site is, where its rows lie, whom it serves and what it allows.
+
+    Relative paths start at the file's folder. A simulation needs no more than ``name`` and ``data``.
+    """
 
     name: Name
     data: DataSettings
+    coordinator: CoordinatorSettings | None = None
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    allow: AllowSettings = field(default_factory=AllowSettings)
 
 
 def parse(kind: type[T], raw: dict[str, Any]) -> T:
