@@ -191,6 +191,7 @@ class ServerSettings:
     quorum: Positive | None = None  # admitted replies a round needs; unset: more than half of the asked
     timeout: Annotated[float, Field(gt=0)] | None = None  # seconds a round may take; unset: no limit
     attempts: Positive = 3  # times a site is asked in one round when its answer is an error
+    retry: Annotated[float, Field(gt=0)] = 10.0  # seconds until a round without its quorum is tried again (deployed)
     max_update_norm: Annotated[float, Field(gt=0)] = 1e4
 
 

@@ -21,13 +21,13 @@ from ..common.recipe import recipe_from
 from ..common.settings import Recipe, to_json
 from .checkpoint import Checkpoints, State
 from .events import EventLog, Listener
-from .strategy import AdapterStrategy, Member
+from .strategy import AdapterStrategy, Member, Stopped
 
 RECIPE, ROSTER, FOLDER = "recipe", "roster", "folder"  # keys of Flower's run config
 
 
 def federate(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpoints) -> State:
-    """Runs a federation from its last checkpoint, or from S_0, to its end."""
+    """Runs a federation from its last checkpoint, or from S_0, to its end (or until it is asked to stop)."""
     recipe, last = strategy.recipe, checkpoints.latest()
     if last and last.closed:
         return last
@@ -35,10 +35,11 @@ def federate(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpoints) ->
         strategy.events.emit("resumed", round=last.round)
     state = strategy.join(grid, last, lambda classes: _first(recipe, classes))
     for t in range(state.round + 1, recipe.rounds + 1):
-        asked = strategy.configure_train(t, state)
-        state = strategy.aggregate_train(t, state, asked, grid)
+        if strategy.conduct.stop():
+            raise Stopped
+        state = strategy.insist(lambda t=t, s=state: strategy.aggregate_train(t, s, strategy.configure_train(t, s)))
         checkpoints.write(state)
-    state = strategy.aggregate_close(state, strategy.configure_close(state), grid)
+    state = strategy.insist(lambda s=state: strategy.aggregate_close(s, strategy.configure_close(s)))
     checkpoints.write(state)
     return state
 

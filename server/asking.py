@@ -1,4 +1,4 @@
-"""Asking sites and waiting for their answers: again after an error, and never beyond the deadline."""
+"""Asking sites and waiting for their answers: again after an error or a restart, never beyond the deadline."""
 
 from __future__ import annotations
 
@@ -7,44 +7,120 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+
+from ..common.messages import SITE_FAILED
+from .roll import Roll
+
+SITES_FAULT = frozenset({SITE_FAILED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION})  # any other error is the platform's
+PAUSE, LOOK = 1.0, 1.0  # seconds
 
 
 @dataclass(frozen=True)
 class Patience:
-    """``timeout`` seconds for all answers (None: no limit), ``attempts`` a site, a look every ``interval`` seconds."""
+    """``timeout`` seconds for all answers (None: no limit), ``attempts`` a site, a look every ``interval`` seconds.
+
+    ``enduring`` is for sites in processes of their own, where messages get lost: a site that came back is asked again
+    at once, one that is silent after ``silence`` seconds (then twice that, and so on), and the platform's errors do
+    not count as attempts. All that is free of harm, since rounds are idempotent.
+    """
 
     timeout: float | None
     attempts: int
+    enduring: bool = False
     interval: float = 0.1
+    silence: float = 600.0
 
 
-def ask(
-    grid: Grid, questions: Mapping[str, Callable[[], Message]], patience: Patience
-) -> Iterator[tuple[str, Message]]:
-    """Yields (site, answer) as answers come; an answer may be an error after the last attempt.
+@dataclass
+class Pending:
+    """One site's unanswered question."""
 
-    A message that was claimed is never delivered again by Flower, so every attempt is a new one. Sites that
-    do not answer in time are not yielded.
-    """
-    ends = None if patience.timeout is None else time.monotonic() + patience.timeout
-    tries = dict.fromkeys(questions, 0)
-    waiting: dict[str, str] = {}
+    message: Callable[[], Message]
+    due: float | None = 0.0  # when to send it (again); None: it is under way
+    tries: int = 0
+    errors: int = 0
+    presence: object = None  # of the site when it was asked
+    sent: float = 0.0
+    silence: float = 0.0
 
-    def send(site: str) -> None:
-        tries[site] += 1
-        for message_id in grid.push_messages([questions[site]()]):
-            waiting[message_id] = site
 
-    for site in questions:
-        send(site)
-    while waiting and (ends is None or time.monotonic() < ends):
-        answers = list(grid.pull_messages(list(waiting)))
-        for message in answers:
-            site = waiting.pop(message.metadata.reply_to_message_id)
-            if message.has_error() and tries[site] < patience.attempts:
-                send(site)
-            else:
-                yield site, message
-        if not answers:
-            time.sleep(patience.interval)
+class Asker:
+    """Asks on one grid; what comes after its question was given up is told as late and ignored."""
+
+    def __init__(self, grid: Grid, roll: Roll, patience: Patience, tell_late: Callable[[str], None]) -> None:
+        self._grid, self._roll, self._patience, self._tell_late = grid, roll, patience, tell_late
+        self._late: dict[str, str] = {}  # message id → site
+        self._looked = 0.0
+
+    def ask(
+        self, questions: Mapping[str, Callable[[], Message]], enough: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[str, Message]]:
+        """Yields (site, answer) as answers come; an answer may be an error after the last attempt.
+
+        A message that was claimed is never delivered again by Flower, so every attempt is a new one. Sites that do not
+        answer in time are not yielded, nor are absent ones once there are ``enough`` answers without them.
+        """
+        ends = None if self._patience.timeout is None else time.monotonic() + self._patience.timeout
+        waiting = {site: Pending(message) for site, message in questions.items()}
+        sent: dict[str, str] = {}  # message id → site
+        while waiting and (ends is None or time.monotonic() < ends):
+            self._send(waiting, sent)
+            answers = self._pull(sent)
+            for site, message in answers:
+                if site in waiting and not self._again(waiting[site], message):
+                    del waiting[site]
+                    sent = {message_id: other for message_id, other in sent.items() if other != site}
+                    yield site, message
+            if not answers:
+                if self._patience.enduring and self._look(waiting, enough):
+                    break
+                time.sleep(self._patience.interval)
+        self._late |= {message_id: site for message_id, site in sent.items() if site in waiting}
+
+    def _send(self, waiting: Mapping[str, Pending], sent: dict[str, str]) -> None:
+        now = time.monotonic()
+        for site, pending in waiting.items():
+            if pending.due is None or pending.due > now:
+                continue
+            pending.due, pending.sent, pending.tries = None, now, pending.tries + 1
+            pending.presence = self._roll.presence(site)
+            pending.silence = pending.silence * 2 or self._patience.silence
+            sent.update(dict.fromkeys(self._grid.push_messages([pending.message()]), site))
+
+    def _pull(self, sent: dict[str, str]) -> list[tuple[str, Message]]:
+        answers = []
+        for message in self._grid.pull_messages([*sent, *self._late]):
+            message_id = message.metadata.reply_to_message_id
+            if late := self._late.pop(message_id, None):
+                if not message.has_error():
+                    self._tell_late(late)
+            elif site := sent.pop(message_id, None):
+                answers.append((site, message))
+        return answers
+
+    def _again(self, pending: Pending, message: Message) -> bool:
+        """Whether an answer is an error after which the site is asked again."""
+        if not message.has_error():
+            return False
+        if self._patience.enduring and message.error.code not in SITES_FAULT:
+            pending.due = time.monotonic() + PAUSE
+            return True
+        pending.errors += 1
+        pending.due = time.monotonic() + (PAUSE * 2**pending.errors if self._patience.enduring else 0)
+        return pending.errors < self._patience.attempts
+
+    def _look(self, waiting: Mapping[str, Pending], enough: Callable[[], bool]) -> bool:
+        """Asks those again that came back or are silent; True when only absent sites are left and none is needed."""
+        now = time.monotonic()
+        if now < self._looked + LOOK:
+            return False
+        self._looked = now
+        self._roll.look()
+        presences = {site: self._roll.presence(site) for site in waiting}
+        for site, pending in waiting.items():
+            back = presences[site] is not None and presences[site] != pending.presence
+            if pending.due is None and (back or now - pending.sent > pending.silence):
+                pending.due = now
+        return enough() and not any(presences.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,12 @@ from ..common.settings import Recipe, to_json
 from . import aggregation
 from .admission import PINNED, admit_reply, admit_site
 from .aggregation import Weighed
-from .asking import Patience, ask
+from .asking import Asker, Patience
 from .checkpoint import State
 from .events import EventLog
+from .roll import Present, Roll, wait_for_nodes
+
+GRACE = 30.0  # seconds for sites that are here to introduce themselves once there is a quorum without them
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,24 @@ class Member:
 
     site: str
     from_round: int = 1
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """How a federation is led.
+
+    ``enduring``: with sites in processes of their own; too few of them are waited for, and what fails is tried again.
+    ``stop`` is asked between rounds. ``replay`` is a log of admitted sites by round (close: the last round + 1): only
+    those are asked, so that the same bits come out.
+    """
+
+    enduring: bool = False
+    stop: Callable[[], bool] = lambda: False
+    replay: Mapping[int, Sequence[str]] | None = None
+
+
+class Stopped(Exception):
+    """Somebody asked the federation to stop while it waited."""
 
 
 @dataclass(frozen=True)
@@ -50,85 +71,147 @@ class Asked:
 class AdapterStrategy:
     """Samples, orders, admits and folds by one recipe. ``roster`` fixes names and order of the sites."""
 
-    def __init__(self, recipe: Recipe, roster: tuple[Member, ...], events: EventLog, spool: Path) -> None:
+    def __init__(
+        self, recipe: Recipe, roster: tuple[Member, ...], events: EventLog, spool: Path, conduct: Conduct | None = None
+    ) -> None:
         self.recipe, self.roster, self.events, self.spool = recipe, roster, events, spool
+        self.conduct = conduct or Conduct()
         self.row, self.settings = recipe.method.row(), recipe.server
         self.plan = to_json(recipe.plan)
-        self.sites: dict[str, tuple[int, Description]] = {}
+        self.sites: dict[str, Present] = {}  # admitted ones
+        self.judged: dict[str, Present] = {}
+        self.missing: list[str] | None = None
+        self.pins: dict[str, str] = {}
         self.layout: dict[str, tuple[int, ...]] = {}
         self.troubles: list[str] = []  # of the round under way
 
     # --- joining -----------------------------------------------------------------------------------------------
 
     def join(self, grid: Grid, state: State | None, first: Callable[[int], dict[str, np.ndarray]]) -> State:
-        """Meets every site, refuses those that do not fit, and returns the state to go on from.
+        """Meets the sites, refuses those that do not fit, and returns the state to go on from.
 
         ``first`` makes S_0 from the number of classes (for a shared head). Raises QuorumError.
         """
-        met = self._meet(grid)
-        state = state or State(0, first(max((d.classes for _, d in met.values()), default=0)))
+        names = [member.site for member in self.roster]
+        self.roll = Roll(
+            grid, names, lambda node: messages.join_message(self.recipe.name, self.plan, node), self.settings.attempts
+        )
+        patience = Patience(self.settings.timeout, self.settings.attempts, self.conduct.enduring)
+        self.asker = Asker(grid, self.roll, patience, self._tell_late)
+        quorum = self.settings.quorum or len(self.roster) // 2 + 1
+        self._gather(grid, quorum)
+        met = [self.roll.met[name].description for name in names if name in self.roll.met]
+        state = state or State(0, first(max((description.classes for description in met), default=0)))
         self.layout = {key: tuple(array.shape) for key, array in state.shared.items()}
-        pins = dict(state.pins) or most_common([description for _, description in met.values()])
-        for site, (node, description) in met.items():
-            try:
-                admit_site(description, {**pins, "layout": hash_layout(self.layout)})
-            except RefusedError as error:
-                self._refuse(state.round, error)
+        self.pins = dict(state.pins) or most_common(met)
+        self.meet(state.round)
+        while len(self.sites) < quorum and self.conduct.enduring:
+            self._wait("join", quorum, list(self.sites))
+            self.meet(state.round)
+        self._need(quorum, list(self.sites), "join")
+        mixed = len({present.description.task for present in self.sites.values()}) > 1
+        weights = state.weights or self.settings.weights or ("uniform" if mixed else "tokens")
+        return dataclasses.replace(state, pins=self.pins, weights=weights)
+
+    def _gather(self, grid: Grid, quorum: int) -> None:
+        """Until enough sites have introduced themselves and nobody who is here is still asked."""
+        enduring, began = self.conduct.enduring, time.monotonic()
+        limit = GRACE if enduring else self.settings.timeout or float("inf")
+        if not enduring:
+            wait_for_nodes(grid, len(self.roster))
+        self.roll.look()
+        while enduring and len(self.roll.met) < quorum:
+            self._tell_roll(0)
+            self._wait("join", quorum, list(self.roll.met))
+            self.roll.look()
+        while self.roll.asking and time.monotonic() < began + limit:
+            time.sleep(0.1)
+            self.roll.look()
+
+    def meet(self, t: int) -> None:
+        """Takes in the sites that came, or came back, since; waits for none."""
+        self.roll.look()
+        self._judge(t)
+
+    def _judge(self, t: int) -> None:
+        """Admits to the federation who fits it, and tells who does not."""
+        self._tell_roll(t)
+        for member in self.roster:
+            present = self.roll.met.get(member.site)
+            if present is None or present is self.judged.get(member.site):
                 continue
-            self.sites[site] = node, description
-            told = dataclasses.asdict(description)
+            self.judged[member.site] = present
+            self.sites.pop(member.site, None)
+            try:
+                admit_site(present.description, {**self.pins, "layout": hash_layout(self.layout)})
+            except RefusedError as error:
+                self._refuse(t, error)
+                continue
+            self.sites[member.site] = present
+            told = dataclasses.asdict(present.description)
             self.events.emit(
                 "joined", **{k: told[k] for k in ("site", "task", "train", "test", "truncated", "dropped")}
             )
-        self._need(self.settings.quorum or len(self.roster) // 2 + 1, list(self.sites), "join")
-        mixed = len({description.task for _, description in self.sites.values()}) > 1
-        weights = state.weights or self.settings.weights or ("uniform" if mixed else "tokens")
-        return dataclasses.replace(state, pins=pins, weights=weights)
 
-    def _meet(self, grid: Grid) -> dict[str, tuple[int, Description]]:
-        """Descriptions by name in roster order; a site that comes twice is the same as once."""
-        nodes = {str(node): node for node in wait_for_nodes(grid, len(self.roster))}
-        questions = {
-            name: (lambda node=node: messages.join_message(self.recipe.name, self.plan, node))
-            for name, node in nodes.items()
-        }
-        found: dict[str, tuple[int, Description]] = {}
-        names = {member.site for member in self.roster}
-        for name, message in ask(grid, questions, self._patience()):
-            if message.has_error():
-                self._fail(0, f"node {name}", message.error.reason)
-                continue
+    def _tell_roll(self, t: int) -> None:
+        for name, reason in self.roll.failures:
+            self._fail(t, name, reason)
+        for error in self.roll.refusals:
+            self._refuse(t, error)
+        self.roll.failures.clear()
+        self.roll.refusals.clear()
+
+    def _wait(self, when: str, quorum: int, present: list[str]) -> None:
+        """A second of patience, told once for each set of missing sites. Raises Stopped."""
+        if self.conduct.stop():
+            raise Stopped
+        missing = [member.site for member in self.roster if member.site not in present]
+        if self.missing != missing:
+            self.missing = missing
+            self.events.emit("waiting", when=when, quorum=quorum, present=present, missing=missing)
+        time.sleep(1.0)
+
+    def insist(self, attempt: Callable[[], State]) -> State:
+        """One round, or, where that is the conduct, as many tries as it takes to reach the quorum. Raises Stopped."""
+        while True:
             try:
-                description = messages.description_of(message)
-            except RefusedError as error:
-                self._refuse(0, error.at(f"node {name}"))
-                continue
-            if description.site in names:
-                found[description.site] = nodes[name], description
-            else:
-                self._refuse(0, RefusedError("site", "a name of the roster", description.site))
-        return {member.site: found[member.site] for member in self.roster if member.site in found}
+                return attempt()
+            except QuorumError as error:
+                if not self.conduct.enduring:
+                    raise
+                self.events.emit("waiting", when=error.field, reason=str(error))
+                self.troubles.clear()
+                if self.conduct.stop():
+                    raise Stopped from None
+                time.sleep(self.settings.retry)
 
     # --- a round -----------------------------------------------------------------------------------------------
 
     def configure_train(self, t: int, state: State) -> dict[str, Asked]:
         """The orders of round t, for a seeded sample of the roster, whoever of it happens to be there."""
-        eligible = [m.site for m in self.roster if m.from_round <= t]
-        chosen = sample(eligible, self.settings.fraction, seed_from(self.recipe.seed, self.recipe.name, "sample", t))
+        self.meet(t)
+        chosen = self._chosen(t)
         every = self.recipe.evaluation.every
         evaluate = bool(every) and (t == 1 or (t - 1) % every == 0)
         self.events.emit("round_started", round=t, sites=chosen)
         return self._orders([site for site in chosen if site in self.sites], state, t, "train", evaluate)
 
-    def aggregate_train(self, t: int, state: State, asked: Mapping[str, Asked], grid: Grid) -> State:
+    def _chosen(self, t: int) -> list[str]:
+        if self.conduct.replay is not None:
+            return [member.site for member in self.roster if member.site in self.conduct.replay.get(t, ())]
+        eligible = [m.site for m in self.roster if m.from_round <= t]
+        return sample(eligible, self.settings.fraction, seed_from(self.recipe.seed, self.recipe.name, "sample", t))
+
+    def aggregate_train(self, t: int, state: State, asked: Mapping[str, Asked]) -> State:
         """S_t from the admitted replies, which wait on disk and are folded in roster order. Raises QuorumError."""
         started = time.monotonic()
         shutil.rmtree(self.spool, ignore_errors=True)
         weights: dict[str, float] = {}
-        for site, reply in self._admitted(grid, asked, t):
+        quorum = self.settings.quorum or len(asked) // 2 + 1
+        for site, reply in self._admitted(asked, t, lambda: len(weights) >= quorum):
             weights[site] = aggregation.WEIGHTS[state.weights](reply.terms, reply.examples)
             save_arrays(self.spool / f"{site}.safetensors", dict(reply.shared), {}, lasting=False)
-        self._need(self.settings.quorum or len(asked) // 2 + 1, list(weights), f"round {t}")
+        self._need(quorum, list(weights), f"round {t}")
         order = [site for site in asked if site in weights]
         mean = aggregation.weighted_mean(self._spooled(order, weights))
         shared, memory = aggregation.apply_rule(dict(state.shared), mean, dict(state.memory), self.settings, t)
@@ -154,12 +237,18 @@ class AdapterStrategy:
 
     def configure_close(self, state: State) -> dict[str, Asked]:
         """The closing orders: final personalisation and metrics, no arrays back."""
-        return self._orders(list(self.sites), state, state.round + 1, "close", True)
+        self.meet(state.round)
+        replay = self.conduct.replay
+        closing = [m.site for m in self.roster if replay is None or m.site in replay.get(state.round + 1, ())]
+        return self._orders([site for site in closing if site in self.sites], state, state.round + 1, "close", True)
 
-    def aggregate_close(self, state: State, asked: Mapping[str, Asked], grid: Grid) -> State:
+    def aggregate_close(self, state: State, asked: Mapping[str, Asked]) -> State:
         """The closed state: the adapter of the last round, and who personalised on it."""
-        closed = dict(self._admitted(grid, asked, state.round + 1))
-        self._need(self.settings.quorum or len(asked) // 2 + 1, list(closed), "close")
+        closed: dict[str, Reply] = {}
+        quorum = self.settings.quorum or len(asked) // 2 + 1
+        for site, reply in self._admitted(asked, state.round + 1, lambda: len(closed) >= quorum):
+            closed[site] = reply
+        self._need(quorum, list(closed), "close")
         self.events.emit("closed", round=state.round, sites=list(closed))
         admitted = {**state.admitted, **dict.fromkeys(closed, state.round + 1)}
         return dataclasses.replace(state, admitted=admitted, closed=True)
@@ -171,18 +260,21 @@ class AdapterStrategy:
         for site in sites:
             admitted = state.admitted.get(site, 0)
             order = Order(self.recipe.name, t, phase, admitted, self.plan, state.shared, evaluate)  # type: ignore[arg-type]
-            node = self.sites[site][0]
-            asked[site] = Asked(order, lambda o=order, n=node: messages.order_message(o, packed, n))
+            asked[site] = Asked(order, lambda o=order, s=site: messages.order_message(o, packed, self.roll.met[s].node))
         return asked
 
-    def _admitted(self, grid: Grid, asked: Mapping[str, Asked], t: int) -> Iterator[tuple[str, Reply]]:
+    def _admitted(self, asked: Mapping[str, Asked], t: int, enough: Callable[[], bool]) -> Iterator[tuple[str, Reply]]:
         """Admitted replies as they come; failures, refusals and silence are told and left out."""
         down = {site: messages.size(a.message()) for site, a in asked.items()}
         silent = set(asked)
-        for site, message in ask(grid, {site: a.message for site, a in asked.items()}, self._patience()):
+        self.asked_in = t
+        for site, message in self.asker.ask({site: a.message for site, a in asked.items()}, enough):
             silent.discard(site)
+            self._judge(t)
             if message.has_error():
                 self._fail(t, site, message.error.reason)
+                continue
+            if site not in self.sites:  # it came back as another one
                 continue
             order = asked[site].order
             try:
@@ -202,7 +294,11 @@ class AdapterStrategy:
             self.events.emit("reply", round=t, site=site, **told, **size)
             yield site, reply
         for site in [s for s in asked if s in silent]:
-            self._fail(t, site, f"no answer within {self.settings.timeout:g} s")
+            limit = self.settings.timeout
+            self._fail(t, site, f"no answer within {limit:g} s" if limit else "not there")
+
+    def _tell_late(self, site: str) -> None:
+        self.events.emit("late", round=self.asked_in, site=site, reason="answered after its round had ended: ignored")
 
     def _fail(self, t: int, site: str, reason: str | None) -> None:
         self.troubles.append(f"{site}: {reason}")
@@ -221,23 +317,6 @@ class AdapterStrategy:
             found = f"{len(present)} ({', '.join(present) or 'none'}){why}; {where}"
             raise QuorumError(f"server.quorum at {when}", f"at least {quorum} sites", found)
         self.troubles.clear()
-
-    def _patience(self) -> Patience:
-        return Patience(self.settings.timeout, self.settings.attempts)
-
-
-def wait_for_nodes(grid: Grid, wanted: int, patience: float = 60.0, pause: float = 0.5) -> list[int]:
-    """Node ids once ``wanted`` are there, or once some are there and no more came within a ``pause`` (seconds).
-
-    Flower's simulation runtime starts the ServerApp before it has registered its nodes.
-    """
-    ends, before = time.monotonic() + patience, -1
-    while len(nodes := list(grid.get_node_ids())) < wanted and time.monotonic() < ends:
-        if nodes and len(nodes) == before:
-            break
-        before = len(nodes)
-        time.sleep(pause)
-    return nodes
 
 
 def most_common(descriptions: list[Description]) -> dict[str, str]:

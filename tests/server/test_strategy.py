@@ -226,7 +226,7 @@ def test_strangers_and_misfits_are_refused_by_name_and_the_rest_goes_on(hall: Ha
     sites[1].about, sites[3].about = {"model": "another"}, {"site": "eve"}
     hall.run(settings, sites)
     told = {(e["site"], e["field"], e["expected"], e["found"]) for e in hall.events("refused")}
-    assert told == {("bob", "model", "model", "another"), (None, "site", "a name of the roster", "eve")}
+    assert told == {("bob", "model", "model", "another"), ("node 4", "site", "a name of the roster", "eve")}
     assert [e["site"] for e in hall.events("joined")] == ["ada", "cyd"]
     assert not sites[1].asked
     assert not sites[3].asked

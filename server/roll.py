@@ -1,0 +1,133 @@
+"""Who is here: every node of the grid is asked who it is, and bound to the site that it may speak for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from ..common import messages
+from ..common.errors import ColoraError, RefusedError
+from ..common.protocol import Description
+
+AGAIN = 30.0  # seconds after which a site that failed to introduce itself is asked once more
+
+
+@dataclass(frozen=True)
+class Present:
+    """A site as it introduced itself, on the node it did so from, which came at ``since``."""
+
+    node: int
+    since: str
+    description: Description
+
+    @property
+    def site(self) -> str:
+        """The site's name."""
+        return self.description.site
+
+
+@dataclass
+class Introduction:
+    """A question to a node that is here: who are you?"""
+
+    since: str
+    tries: int = 0
+    due: float = 0.0  # when to ask (again); infinity: under way, or answered
+
+
+class Roll:
+    """Meets nodes without ever waiting for one. ``welcome`` judges who came, and raises RefusedError.
+
+    Nodes that registered by a key carry the name that the key belongs to, and can speak for no other site.
+    """
+
+    def __init__(self, grid: Grid, names: Collection[str], question: Callable[[int], Message], attempts: int) -> None:
+        self._grid, self._names, self._question, self._attempts = grid, names, question, attempts
+        self.met: dict[str, Present] = {}
+        self.failures: list[tuple[str, str | None]] = []  # (node or site, reason), for the caller to tell and clear
+        self.refusals: list[ColoraError] = []
+        self._here: dict[int, Introduction] = {}
+        self._registered: dict[int, str] = {}
+        self._pending: dict[str, int] = {}  # message id → node
+
+    @property
+    def asking(self) -> int:
+        """How many nodes have yet to answer who they are."""
+        return sum(node in self._here for node in self._pending.values())
+
+    def presence(self, site: str) -> object:
+        """Something true that is another thing after the site has gone and come back; None while it is away."""
+        present = self.met.get(site)
+        there = self._here.get(present.node) if present else None
+        return (present.node, there.since) if present and there else None
+
+    def look(self) -> list[Present]:
+        """Asks who is new or came back, takes in what was answered, and returns the sites that were met just now."""
+        now = time.monotonic()
+        nodes = {int(node.node_id): node for node in self._grid.get_nodes()}
+        self._here = {node: intro for node, intro in self._here.items() if node in nodes}
+        for node, info in nodes.items():
+            self._registered[node] = info.name
+            there = self._here.get(node)
+            if there is None or there.since != info.last_activated_at:
+                there = self._here[node] = Introduction(info.last_activated_at)
+            if there.due <= now:
+                self._ask(node, there)
+        return self._take_answers()
+
+    def _ask(self, node: int, there: Introduction) -> None:
+        there.tries, there.due = there.tries + 1, float("inf")
+        for message_id in self._grid.push_messages([self._question(node)]):
+            self._pending[message_id] = node
+
+    def _take_answers(self) -> list[Present]:
+        found = []
+        while answers := list(self._grid.pull_messages(list(self._pending))) if self._pending else []:
+            for message in answers:
+                node = self._pending.pop(message.metadata.reply_to_message_id)
+                there = self._here.get(node)
+                if there and (present := self._present(node, there, message)):
+                    found.append(present)
+        return found
+
+    def _present(self, node: int, there: Introduction, message: Message) -> Present | None:
+        name = self._registered.get(node) or f"node {node}"
+        if message.has_error():
+            if there.tries < self._attempts:
+                self._ask(node, there)
+            else:
+                there.tries, there.due = 0, time.monotonic() + AGAIN
+                self.failures.append((name, message.error.reason))
+            return None
+        try:
+            present = Present(node, there.since, messages.description_of(message))
+            self._check_name(present)
+        except RefusedError as error:
+            self.refusals.append(error if error.site else error.at(name))
+            return None
+        self.met[present.site] = present
+        return present
+
+    def _check_name(self, present: Present) -> None:
+        registered = self._registered.get(present.node)
+        if registered in self._names and present.site != registered:
+            raise RefusedError("site", f"the name of its key, {registered}", present.site, site=registered)
+        if present.site not in self._names:
+            raise RefusedError("site", "a name of the roster", present.site)
+
+
+def wait_for_nodes(grid: Grid, wanted: int, patience: float = 60.0, pause: float = 0.5) -> None:
+    """Returns once ``wanted`` nodes are there, or once some are there and no more came within a ``pause`` (seconds).
+
+    Flower's simulation runtime starts the ServerApp before it has registered its nodes.
+    """
+    ends, before = time.monotonic() + patience, -1
+    while (count := len(list(grid.get_node_ids()))) < wanted and time.monotonic() < ends:
+        if count and count == before:
+            return
+        before = count
+        time.sleep(pause)
