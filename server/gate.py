@@ -1,0 +1,309 @@
+"""The gate on the public port: only what SuperNodes need of Flower's SuperLink comes through.
+
+The SuperLink answers everything on one port, and its Control and Runtime APIs ask for no credentials: whoever reaches
+them ships code to every site. So it listens on loopback, and this ASGI app stands before it. It knows a closed list of
+paths, compares them byte by byte and asks the SuperLink for its own spelling of them, never for the caller's.
+
+It also keeps two things short. A SuperLink that is being restarted costs seconds instead of SuperNode's growing
+delays: requests are held until it is back. And a message reaches an idle SuperNode at once instead of at its next
+question three seconds later: a pull that finds nothing is repeated here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Mount
+from starlette.types import Receive, Scope, Send
+
+from ..common.errors import StateError
+
+KEPT = 1 << 20  # bytes of a body that are kept in memory, so that it can be sent again
+MOST = 64 << 20  # bytes of a body; Flower sends chunks of 5 MiB
+PATIENCE = 25.0  # seconds for the next bytes from either side; SuperNode gives up after 30
+RETRY = 0.2  # seconds between two tries to reach the SuperLink
+BURST = 0.5  # seconds between two times that news for one wakes all
+
+HEALTH = b"/health"
+SENT = frozenset(
+    name.encode()
+    for name in (
+        "content-type",
+        "accept",
+        "flwr-public-key",
+        "flwr-timestamp",
+        "flwr-signature",
+        "flwr-package-name",
+        "flwr-package-version",
+        "flwr-component-name",
+    )
+)
+RETURNED = ("content-type", "flwr-version-incompatibility-message")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the Fleet API. ``again``: sending it twice does what sending it once does, or harms nobody."""
+
+    again: bool = True
+    hold: float = 20.0  # seconds at most that it waits for the SuperLink
+
+
+PULL = b"/v1/fleet/pull-messages"
+CALLS = {
+    # A second activation is refused, and SuperNode exits on that; so its own retry decides.
+    b"/v1/fleet/activate-node": Call(again=False),
+    b"/v1/fleet/deactivate-node": Call(again=False, hold=3.0),  # a SuperNode on its way out
+    b"/v1/fleet/send-node-heartbeat": Call(hold=3.0),  # SuperNode waits 5 s for it
+    # A message whose answer got lost is lost, asked again or not: the coordinator orders anew.
+    PULL: Call(),
+    b"/v1/fleet/push-messages": Call(),  # the SuperLink knows a reply by its id
+    b"/v1/fleet/get-run": Call(),
+    b"/v1/fleet/get-fab": Call(),
+    b"/v1/fleet/push-object": Call(),  # objects are named by their hash
+    b"/v1/fleet/pull-object": Call(),
+    b"/v1/fleet/confirm-message-received": Call(),
+}
+REGISTRATION = {b"/v1/fleet/register-node": Call(again=False), b"/v1/fleet/unregister-node": Call(again=False)}
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """The SuperLink behind the gate.
+
+    ``registration`` lets nodes register themselves, which SuperNodes without a key do; only for ``--insecure``.
+    Seconds: ``hold`` while the SuperLink is away, ``linger`` over a pull that finds nothing, ``pause`` between two
+    questions for one node. ``rate`` bounds the questions a second for all nodes together: the pause grows with them.
+    """
+
+    url: str  # https://127.0.0.1:PORT
+    ca: Path | None = None  # PEM; needed for https
+    registration: bool = False
+    hold: float = 20.0
+    linger: float = 15.0
+    pause: float = 0.1
+    rate: float = 20.0
+
+
+def make_gate(upstream: Upstream) -> Starlette:
+    """The gate as an ASGI app. Raises StateError when the CA certificate cannot be read."""
+    passage = Passage(upstream)
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        async with passage.client:
+            yield
+
+    app = Starlette(routes=[Mount("", app=passage)], lifespan=lifespan)
+    app.state.passage = passage
+    return app
+
+
+class Passage:
+    """Compares, holds and forwards. One for all requests, in one event loop."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
+        self.calls = CALLS | (REGISTRATION if upstream.registration else {})
+        self.client = httpx.AsyncClient(
+            verify=_trust(upstream),
+            trust_env=False,  # no proxy stands between two processes of one machine
+            timeout=httpx.Timeout(PATIENCE, connect=2.0),
+            # The SuperLink closes idle connections after 5 s.
+            limits=httpx.Limits(max_connections=256, max_keepalive_connections=32, keepalive_expiry=2.0),
+            headers={"accept-encoding": "identity", "user-agent": "colora-gate"},
+        )
+        self.waiting: dict[tuple[str, bytes], object] = {}  # nodes whose pull found nothing yet → the pull
+        self.news, self.last_news = asyncio.Event(), 0.0
+        self.stopping = False
+
+    def stop(self) -> None:
+        """Lets everything that is held or lingers answer now."""
+        self.stopping = True
+        self.news.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        async with AsyncExitStack() as stack:
+            request = Request(scope, receive)
+            try:
+                response = await self._answer(request, stack)
+            except ClientDisconnect:
+                return
+            except TooLarge:
+                response = _refuse(413, f"a body of more than {MOST} bytes")
+            except TimeoutError:
+                response = _refuse(408, "no more of the body came")
+            await response(scope, receive, send)
+
+    async def _answer(self, request: Request, stack: AsyncExitStack) -> Response:
+        path, plain = request.scope.get("raw_path", b""), not request.scope["query_string"]
+        if path == HEALTH and plain and request.method == "GET":
+            return PlainTextResponse("ok")
+        call = self.calls.get(path) if plain and request.method == "POST" else None
+        if call is None:
+            return _refuse(404, "not found")
+        body = Body(request)
+        await body.begin()
+        asked = Asked(request, body, path.decode(), call, time.monotonic() + min(call.hold, self.upstream.hold))
+        return await (self._pull(asked, stack) if path == PULL else self._reach(asked, stack))
+
+    async def _pull(self, asked: Asked, stack: AsyncExitStack) -> Response:
+        """Asks until there is a message; a later pull of the same node ends this one, whose caller must be gone."""
+        name, me = (asked.request.headers.get("flwr-public-key", ""), asked.body.head), object()
+        ends = time.monotonic() + self.upstream.linger
+        try:
+            answer = await self._reach(asked, stack)
+            if is_empty(answer):  # so the SuperLink knows the node by its signature
+                self.waiting[name] = me
+            while is_empty(answer):
+                pause = max(self.upstream.pause, len(self.waiting) / self.upstream.rate)
+                if time.monotonic() + pause > ends:
+                    return answer
+                await self._rest(pause)
+                if self.waiting.get(name) is not me or await self._pointless(asked):
+                    return answer
+                answer = await self._reach(asked, stack)
+        finally:
+            if self.waiting.get(name) is me:
+                del self.waiting[name]
+        if answer.status_code == 200:
+            self._tell()
+        return answer
+
+    def _tell(self) -> None:
+        """One node has a message, so others are likely to have theirs: they ask now, however long their pause."""
+        if time.monotonic() - self.last_news > BURST:
+            self.last_news = time.monotonic()
+            self.news.set()
+            self.news = asyncio.Event()
+
+    async def _rest(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self.news.wait()
+        except TimeoutError:
+            pass
+
+    async def _pointless(self, asked: Asked) -> bool:
+        """Whether nobody waits for the answer any more, as far as can be known without eating up the body."""
+        return self.stopping or (asked.body.whole and await asked.request.is_disconnected())
+
+    async def _reach(self, asked: Asked, stack: AsyncExitStack) -> Response:
+        """Forwards, and holds while the SuperLink is away and trying again is safe."""
+        while True:
+            try:
+                return await self._forward(asked, stack)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                safe = not asked.body.spent  # nothing was sent yet
+            except httpx.TimeoutException:
+                return _refuse(504, "the SuperLink does not answer")
+            except httpx.TransportError:
+                safe = asked.call.again and not asked.body.spent
+            if not safe or time.monotonic() + RETRY > asked.ends or await self._pointless(asked):
+                return _refuse(503, "the SuperLink is away")
+            await asyncio.sleep(RETRY)
+
+    async def _forward(self, asked: Asked, stack: AsyncExitStack) -> Response:
+        headers = [(name, value) for name, value in asked.request.scope["headers"] if name in SENT]
+        if not asked.body.whole and asked.body.length is not None:
+            headers.append((b"content-length", str(asked.body.length).encode()))
+        content = asked.body.content()
+        request = self.client.build_request("POST", self.upstream.url + asked.path, headers=headers, content=content)
+        answer = await self.client.send(request, stream=True)
+        kept = {name: answer.headers[name] for name in RETURNED if name in answer.headers}
+        length = answer.headers.get("content-length")
+        if length is not None and int(length) <= KEPT:
+            try:
+                return Response(b"".join([chunk async for chunk in answer.aiter_raw()]), answer.status_code, kept)
+            finally:
+                await answer.aclose()
+        stack.push_async_callback(answer.aclose)
+        if length is not None:
+            kept["content-length"] = length
+        return StreamingResponse(answer.aiter_raw(), answer.status_code, kept)
+
+
+class TooLarge(Exception):
+    """A body beyond the bound."""
+
+
+class Body:
+    """A request's body: whole in memory when it is small, else a stream that can go through once."""
+
+    def __init__(self, request: Request) -> None:
+        declared = request.headers.get("content-length")
+        self.length = int(declared) if declared is not None else None  # None: chunked
+        self.head, self.whole, self.spent = b"", False, False
+        self._chunks, self._seen = request.stream().__aiter__(), 0
+
+    async def begin(self) -> None:
+        """Reads as much as is kept in memory. Raises TooLarge, TimeoutError or ClientDisconnect."""
+        if self.length is not None and self.length > MOST:
+            raise TooLarge
+        head = bytearray()
+        while len(head) <= KEPT and not self.whole:
+            chunk = await self._next()
+            self.whole = chunk is None
+            head += chunk or b""
+        self.head = bytes(head)
+
+    def content(self) -> bytes | AsyncIterator[bytes]:
+        """What to send upstream."""
+        return self.head if self.whole else self._rest()
+
+    async def _rest(self) -> AsyncIterator[bytes]:
+        self.spent = True
+        yield self.head
+        while (chunk := await self._next()) is not None:
+            yield chunk
+
+    async def _next(self) -> bytes | None:
+        async with asyncio.timeout(PATIENCE):
+            chunk = await anext(self._chunks, None)
+        self._seen += len(chunk or b"")
+        if self._seen > MOST:
+            raise TooLarge
+        return chunk
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request on its way through: ``ends`` is when it is held no longer (monotonic seconds)."""
+
+    request: Request
+    body: Body
+    path: str
+    call: Call
+    ends: float
+
+
+def is_empty(answer: Response) -> bool:
+    """Whether a pull found nothing. A PullMessagesResponse without any field is no bytes at all in protobuf.
+
+    Anything else goes to the SuperNode as it is, so a Flower that says "nothing" in another way costs time only.
+    """
+    return answer.status_code == 200 and not isinstance(answer, StreamingResponse) and not answer.body
+
+
+def _refuse(status: int, why: str) -> Response:
+    return PlainTextResponse(why, status, {"connection": "close"})
+
+
+def _trust(upstream: Upstream) -> ssl.SSLContext | bool:
+    if upstream.url.startswith("http://"):
+        return False
+    try:
+        return ssl.create_default_context(cafile=upstream.ca)
+    except (OSError, ssl.SSLError) as error:
+        raise StateError(str(upstream.ca), "a CA certificate (PEM)", error) from None
