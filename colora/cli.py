@@ -79,6 +79,98 @@ def simulate(
     report(board_of(run.events()), run.path, console)
 
 
+@app.command()
+def server(
+    recipe: Annotated[str, typer.Argument(show_default=False)],
+    keys: Annotated[Path | None, typer.Option(help="The coordinator's folder that colora provision wrote.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 9443,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a key: rounds=20. Repeatable.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Neither TLS nor keys: trials on one machine.")] = False,
+) -> None:
+    """Lead a federation whose sites run elsewhere.
+
+    RECIPE is as for simulate; its [[site]] tables name the sites (their data are the sites' own business). The same
+    command goes on after any interruption.
+    """
+    from rich.console import Console
+
+    from colora.common.errors import RecipeError
+    from colora.common.recipe import load_recipe
+    from colora.server.folder import RunFolder
+    from colora.server.launch import Post, read_keys, run_server
+    from colora.server.screen import Screen, report
+
+    if (keys is None) != insecure:
+        raise RecipeError("--keys", "a folder of keys, or --insecure for none", "both" if keys else "neither")
+    settings = load_recipe(find_recipe(recipe), tuple(set_ or []))
+    folder, console = out or Path("runs") / settings.name, Console()
+    post = Post(settings, folder, host, port, read_keys(keys) if keys else None)
+    with Screen(console) as screen:
+        for event in RunFolder(folder).events():
+            screen.board.tell(event)
+        ended = run_server(post, screen)
+    if not ended:
+        typer.echo("Stopped. The same command goes on from the last round.", err=True)
+        raise typer.Exit(STOPPED)
+    report(screen.board, folder, console)
+
+
+@app.command()
+def client(
+    site: Annotated[Path, typer.Argument(show_default=False)],
+    check: Annotated[bool, typer.Option("--check", help="Look whether all is well, and do nothing.")] = False,
+    model: Annotated[str | None, typer.Option(help="For --check: the base model to look at.")] = None,
+    only: Annotated[str | None, typer.Option(help="trainer or node: one of the two processes, for containers.")] = None,
+) -> None:
+    """Take part in a federation as one site.
+
+    SITE is the site.toml that colora provision wrote. Trainer and SuperNode are kept running until this is stopped.
+    """
+    from rich.console import Console
+
+    from colora.common.errors import RecipeError
+
+    console = Console()
+    if check:
+        from colora.client.preflight import preflight, report
+
+        raise typer.Exit(report(preflight(site, model), console))
+    if only not in (None, "trainer", "node"):
+        raise RecipeError("--only", "trainer or node", repr(only))
+    from colora.client.launch import run_site
+
+    run_site(site, lambda text: console.print(text, highlight=False, soft_wrap=True), only)  # type: ignore[arg-type]
+
+
+@app.command()
+def provision(
+    sites: Annotated[Path, typer.Argument(show_default=False, metavar="SITES.toml")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("keys"),
+    add: Annotated[bool, typer.Option("--add", help="Add the sites that the folder does not have yet.")] = False,
+) -> None:
+    """Make keys, certificates and site files for a coordinator and its sites.
+
+    SITES.toml has a table [coordinator] with address = "host:port", and a table [[site]] with a name for every site.
+    Nothing that exists is overwritten.
+    """
+    from colora.server.provision import provision as write
+
+    new = write(sites, out, add=add)
+    if add:
+        typer.echo(f"Added to {out}: {', '.join(new)}" if new else f"{out} has all these sites already")
+    else:
+        typer.echo(f"{out}: an authority, the coordinator's certificate, and keys for {', '.join(new)}")
+    for name in new:
+        typer.echo(f"  {out / 'sites' / name} goes to site {name}, which fills in its site.toml")
+    if new and add:
+        typer.echo(f"  {out / 'coordinator' / 'sites'} has their public keys, for the coordinator")
+    elif new:
+        typer.echo(f"  {out / 'coordinator'} goes to the coordinator")
+        typer.echo(f"  {out / 'ca.key'} signs further sites (--add): keep it where neither of them is")
+
+
 def find_recipe(name: str) -> Path:
     """A recipe by path, or by the name of one that comes with colora."""
     from colora.common.errors import RecipeError

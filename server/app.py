@@ -11,6 +11,8 @@ every site refines Λ_k on S_T alone
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,18 @@ from ..common.recipe import recipe_from
 from ..common.settings import Recipe, to_json
 from .checkpoint import Checkpoints, State
 from .events import EventLog, Listener
-from .strategy import AdapterStrategy, Member, Stopped
+from .strategy import AdapterStrategy, Conduct, Member, Stopped
 
 RECIPE, ROSTER, FOLDER = "recipe", "roster", "folder"  # keys of Flower's run config
+
+
+@dataclass(frozen=True)
+class Run:
+    """One federation: what it does, whose sites, in order, and its folder."""
+
+    recipe: Recipe
+    roster: tuple[Member, ...]
+    folder: Path
 
 
 def federate(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpoints) -> State:
@@ -44,20 +55,31 @@ def federate(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpoints) ->
     return state
 
 
-def make_app(listener: Listener | None = None) -> ServerApp:
-    """A ServerApp that reads recipe, roster and folder from Flower's run config."""
-    app = ServerApp()
+def lead(grid: Grid, run: Run, listener: Listener | None = None, conduct: Conduct | None = None) -> State:
+    """A federation in its run folder, with its beginning and its end in the events."""
+    recipe, folder, began = run.recipe, run.folder, time.monotonic()
+    events = EventLog(folder / "events.jsonl", listener)
+    about = {"federation": recipe.name, "method": recipe.method.name, "rounds": recipe.rounds}
+    sites = [member.site for member in run.roster]
+    events.emit("started", **about, model=recipe.model.source, sites=sites, recipe=recipe.identity)
+    strategy = AdapterStrategy(recipe, run.roster, events, folder / "spool", conduct)
+    state = federate(grid, strategy, Checkpoints(folder / "checkpoints", recipe.name, recipe.identity))
+    events.emit("finished", seconds=time.monotonic() - began)
+    return state
 
-    @app.main()
+
+def make_app(listener: Listener | None = None, conduct: Conduct | None = None) -> ServerApp:
+    """A ServerApp that reads recipe, roster and folder from Flower's run config."""
+    server = ServerApp()
+
+    @server.main()
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
         recipe = recipe_from(json.loads(str(config[RECIPE])))
         roster = tuple(Member(*entry) for entry in json.loads(str(config[ROSTER])))
-        folder = Path(str(config[FOLDER]))
-        strategy = AdapterStrategy(recipe, roster, EventLog(folder / "events.jsonl", listener), folder / "spool")
-        federate(grid, strategy, Checkpoints(folder / "checkpoints", recipe.name, recipe.identity))
+        lead(grid, Run(recipe, roster, Path(str(config[FOLDER]))), listener, conduct)
 
-    return app
+    return server
 
 
 def run_config(recipe: Recipe, roster: tuple[Member, ...], folder: Path) -> dict[str, bool | float | int | str]:
@@ -70,3 +92,16 @@ def _first(recipe: Recipe, classes: int) -> dict[str, np.ndarray]:
     from ..common.first import first_shared  # torch only where S_0 is made
 
     return first_shared(recipe.plan, classes)
+
+
+app = ServerApp()
+"""What ``colora server`` has Flower run: the federation of the folder that the environment names."""
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Leads the federation to its end, or to where it was asked to stop; what went wrong is in the events."""
+    from .deployed import deployed  # the coordinator's own machine only
+
+    with deployed() as (run, conduct):
+        lead(grid, run, conduct=conduct)

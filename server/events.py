@@ -43,6 +43,23 @@ def read_events(path: Path) -> list[Event]:
     return [json.loads(line) for line in lines if line]
 
 
+class Follower:
+    """Reads a file that others append to: each call returns the whole events that came since the last."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._offset = path, path.stat().st_size if path.exists() else 0
+
+    def new(self) -> list[Event]:
+        """What came since; a line that is still being written waits."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(min(self._offset, self.path.stat().st_size))
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        return [json.loads(line) for line in whole.splitlines() if line]
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

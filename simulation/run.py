@@ -5,58 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
 from ..client.app import make_app as make_client_app
-from ..common.errors import QuorumError, RecipeError, StateError
+from ..common.errors import QuorumError, RecipeError
 from ..common.files import write_atomically
 from ..common.first import first_shared, head_layout
 from ..common.methods import SHARED
 from ..common.model import skeleton
-from ..common.recipe import load_recipe
 from ..common.settings import MethodSettings, Recipe, to_dict
 from ..server.app import make_app as make_server_app
 from ..server.app import run_config
-from ..server.events import Event, EventLog, read_events
+from ..server.events import Event
+from ..server.folder import RunFolder
 from ..server.strategy import Member
 from . import workshop
 from .engines import ENGINES, Job
 from .partition import SiteShare, make_sites, write_site
 
 BASELINE = "local"  # the method of the local-only baseline
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """``runs/<federation>/``: the recipe as it ran, events, checkpoints, sites, the baseline and the report."""
-
-    path: Path
-
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "recipe.toml"
-
-    @property
-    def roster(self) -> Path:
-        """Names of the sites in order, and the round that each joins in."""
-        return self.path / "roster.json"
-
-    @property
-    def baseline(self) -> Path:
-        """The folder of the local-only federation."""
-        return self.path / "baseline"
-
-    def events(self) -> list[Event]:
-        """What happened, the baseline's events marked ``baseline``."""
-        own, base = (read_events(folder / "events.jsonl") for folder in (self.path, self.baseline))
-        return own + [{**event, "baseline": True} for event in base]
 
 
 def simulate(
@@ -67,7 +37,10 @@ def simulate(
     Raises RecipeError, DataError, ModelError, AssetError (bad input), StateError (a foreign folder), QuorumError.
     """
     run = RunFolder(folder)
-    _check_folder(run, recipe, resume)
+    if not run.recipe.exists() or not resume:
+        run.check_new()
+    else:
+        run.check_same(recipe)
     if not run.recipe.exists():
         _found(run, recipe)
     roster = tuple(Member(*entry) for entry in json.loads(run.roster.read_text()))
@@ -111,9 +84,6 @@ def federate(
         threads,
         (home / "log.txt").resolve(),
     )
-    began, log = time.monotonic(), EventLog(folder / "events.jsonl", listener)
-    about = {"federation": recipe.name, "method": recipe.method.name, "rounds": recipe.rounds}
-    log.emit("started", **about, model=recipe.model.source, sites=list(premises.names), recipe=recipe.identity)
     job = Job(
         server=make_server_app(listener),
         client=make_client_app(workshop.connect_to(premises)),
@@ -125,47 +95,6 @@ def federate(
         ENGINES[recipe.simulation.engine](job)
     finally:
         workshop.close()
-    log.emit("finished", seconds=time.monotonic() - began)
-
-
-def _check_folder(run: RunFolder, recipe: Recipe, resume: bool) -> None:
-    """An empty or new folder, or, to resume, one that holds this very recipe."""
-    if not run.recipe.exists():
-        wanted = "a new or empty folder"
-        if run.path.is_file():
-            raise StateError(f"--out {run.path}", wanted, "a file")
-        if run.path.exists() and not _unfinished_start(run.path):
-            raise StateError(f"--out {run.path}", wanted, "other files")
-        return
-    there = load_recipe(run.recipe)
-    if not resume:
-        raise StateError(f"--out {run.path}", "a new folder, or --resume", f"a run of {there.name!r}")
-    if there.identity != recipe.identity:
-        raise RecipeError(f"--resume {run.path}", "the recipe that the run began with", _difference(there, recipe))
-
-
-def _unfinished_start(path: Path) -> bool:
-    """A start that was killed while it wrote the sites' rows: nothing but those is there."""
-    entries = {entry.name for entry in path.iterdir()} | {f"sites/{e.name}" for e in path.glob("sites/*/*")}
-    written = {"sites", "roster.json", "sites/data", "sites/site.toml"}
-    return all(entry in written or entry.startswith((".", "sites/.")) for entry in entries)
-
-
-def _difference(there: Recipe, here: Recipe) -> str:
-    a, b = _flat(to_dict(there)), _flat(to_dict(here))
-    free = ("simulation", "description")  # as in Recipe.identity
-    keys = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not k.startswith(free))
-    return ", ".join(f"{k} = {b.get(k)!r} instead of {a.get(k)!r}" for k in keys[:3])
-
-
-def _flat(value: Any, path: str = "") -> dict[str, object]:
-    """Values by dotted key; ``[[site]]`` tables by their names, and the list of names as ``site``."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        named = {table["name"]: table for table in value}
-        return {path: list(named), **_flat(named, path)}
-    if isinstance(value, dict):
-        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{path}.{key}" if path else key).items()}
-    return {path: value}
 
 
 def _check(recipe: Recipe, sites: list[SiteShare]) -> None:

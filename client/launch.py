@@ -1,0 +1,126 @@
+"""``colora client``: a site's trainer and its SuperNode, kept alive until somebody stops them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from ..common.errors import RecipeError
+from ..common.processes import Child, Command, Signals, sole, tell_services
+from ..common.recipe import load_site
+from ..common.settings import SiteSettings
+from .supernode import SuperNode
+
+PULSE = 0.2  # seconds
+Part = Literal["trainer", "node"]
+Say = Callable[[str], None]
+
+
+def run_site(path: Path, say: Say, only: Part | None = None) -> None:
+    """Runs a site's two processes, or one of them, until SIGTERM or SIGINT. Raises RecipeError, StateError."""
+    site = load_site(path)
+    state = Path(site.trainer.state)
+    with sole(state / ("client.lock" if only is None else f"client-{only}.lock"), f"client of site {site.name}"):
+        keepers: list[TrainerKeeper | NodeKeeper] = []
+        if only != "node":
+            keepers.append(TrainerKeeper(path, site, say))
+        if only != "trainer":
+            keepers.append(NodeKeeper(site, say))
+        if only is None and site.trainer.listen.startswith("unix:"):
+            say("trainer and SuperNode run as one user: code that the coordinator ships could read this site's files")
+        signals = Signals()
+        try:
+            while not signals.count:
+                changed = [keeper.keep() for keeper in keepers]
+                if any(changed):
+                    _tell(state / "services.json", keepers)
+                time.sleep(PULSE)
+        finally:
+            for keeper in reversed(keepers):
+                keeper.stop()
+
+
+class TrainerKeeper:
+    """The resident trainer: started again whenever it is gone."""
+
+    def __init__(self, path: Path, site: SiteSettings, say: Say) -> None:
+        log = Path(site.trainer.state) / "logs" / "trainer.log"
+        command = (sys.executable, "-m", "colora.client.service", str(path.resolve()))
+        self.child, self.site, self.say = Child(Command("trainer", command, log)), site, say
+
+    def keep(self) -> bool:
+        """Starts it where it is due; True when it did."""
+        if not self.child.due:
+            return False
+        if self.child.starts:
+            self.say(f"the trainer ended: starting it again (see {self.child.command.log})")
+        self.child.start()
+        return True
+
+    def stop(self) -> None:
+        """Ends it; its state is safe at any moment."""
+        self.child.stop(grace=5.0)
+
+    def services(self) -> dict[str, object]:
+        """Where it listens."""
+        return {"trainer": self.site.trainer.listen}
+
+
+class NodeKeeper:
+    """The SuperNode: started again whenever it is gone, or waits for a ClientApp that crashed."""
+
+    def __init__(self, site: SiteSettings, say: Say) -> None:
+        if site.coordinator is None:
+            raise RecipeError("coordinator", "a table [coordinator] with address, ca and key", "none", site=site.name)
+        self.node, self.site, self.say = SuperNode(site, site.coordinator), site, say
+        self.told = ""
+        self.connected = False
+
+    @property
+    def child(self) -> Child:
+        """Its process."""
+        return self.node.child
+
+    def keep(self) -> bool:
+        """Starts it where it is due; True when it did."""
+        if self.child.running:
+            if self.node.watch():
+                self._tell("a ClientApp was killed: starting the SuperNode again")
+                self.child.kill()
+            elif self.node.connected and not self.connected:
+                self.connected = True
+                self._tell(f"site {self.site.name} is connected to {self.node.coordinator.address}")
+            return False
+        if self.child.due:
+            if self.child.starts and not self.child.killed:
+                self._tell(f"the SuperNode ended: {self.node.reason()}; trying again")
+            self.connected = False
+            self.node.start()
+            return True
+        return False
+
+    def stop(self) -> None:
+        """Ends it, which signs it off at the coordinator."""
+        self.child.stop(grace=10.0)
+
+    def services(self) -> dict[str, object]:
+        """Where its health service listens."""
+        return {"node_health": f"127.0.0.1:{self.node.health_port}"}
+
+    def _tell(self, text: str) -> None:
+        """Says what is new, and a standing trouble once."""
+        if text != self.told:
+            self.told = text
+            self.say(text)
+
+
+def _tell(path: Path, keepers: list[TrainerKeeper | NodeKeeper]) -> None:
+    services: dict[str, object] = {}
+    for keeper in keepers:
+        services |= keeper.services()
+    pids = {"client": os.getpid(), **{keeper.child.command.name: keeper.child.pid for keeper in keepers}}
+    tell_services(path, {**services, "pids": pids})

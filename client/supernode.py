@@ -1,0 +1,163 @@
+"""Flower's SuperNode as a site uses it: its command, what its log says, and how a dead one is signed off."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from ..common.files import write_atomically
+from ..common.processes import Child, Command, free_port, program
+from ..common.settings import CoordinatorSettings, SiteSettings
+from .connection import LINK, SITE, TRAINER
+
+POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05"}  # seconds between a message and its ClientApp
+CLIENT_APP = "flwr-clientapp"
+NODE_ID = re.compile(rb"SuperNode ID: (\d+)")
+REASONS = (  # what SuperNode's log says, and what it means
+    (
+        rb"\[code: 2004\]|could not be activated",
+        "another client with this key is at work, or one that died is not forgotten yet",
+    ),
+    (
+        rb"\[code: 2003\]|No SuperNode found with the given public key|not registered",
+        "the coordinator does not know this site's key",
+    ),
+    (
+        rb"CERTIFICATE_VERIFY_FAILED|certificate verify failed",
+        "the coordinator's certificate is not signed by this site's CA",
+    ),
+    (rb"WRONG_VERSION_NUMBER|record layer failure", "the coordinator does not speak TLS at this address"),
+    (rb"401|UNAUTHORIZED|Unauthorized", "the coordinator does not accept this site's key"),
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Which process holds the site's place at the coordinator."""
+
+    node: int
+    pid: int
+    began: float
+    host: str
+    boot: str
+
+
+class SuperNode:
+    """A ``flower-supernode`` whose ClientApps find the trainer by their environment."""
+
+    def __init__(self, site: SiteSettings, coordinator: CoordinatorSettings) -> None:
+        state = Path(site.trainer.state)
+        self.site, self.coordinator = site, coordinator
+        self.log, self.record = state / "logs" / "supernode.log", state / "node.json"
+        self.port, self.health_port = free_port(), free_port()
+        arguments = ["--superlink", coordinator.address, "--port", str(self.port)]
+        arguments += ["--health-server-address", f"127.0.0.1:{self.health_port}"]
+        if coordinator.insecure:
+            arguments += ["--insecure"]
+        else:
+            arguments += ["--root-certificates", coordinator.ca, "--auth-supernode-private-key", coordinator.key]
+        where = {TRAINER: site.trainer.listen, LINK: site.trainer.link, SITE: site.name}
+        environment = {**POLLING, **where, "FLWR_HOME": str(state / "flower")}
+        self.child = Child(Command("supernode", (program("flower-supernode"), *arguments), self.log, environment))
+        self._read_from = 0
+
+    def start(self) -> None:
+        """Starts it, after signing off the one before where that is surely dead."""
+        self.sign_off()
+        self._read_from = self.log.stat().st_size if self.log.exists() else 0
+        self.child.start()
+
+    def watch(self) -> bool:
+        """Keeps the record of who is there; True when a ClientApp crashed, for which SuperNode would wait."""
+        if self.child.running and not self._recorded() and (found := NODE_ID.search(self.said())):
+            began = psutil.Process(self.child.pid).create_time()
+            record = Record(int(found[1]), self.child.pid or 0, began, socket.gethostname(), _boot())
+            write_atomically(self.record, json.dumps(asdict(record)).encode(), lasting=False)
+        return self.child.crashed(CLIENT_APP)
+
+    def said(self) -> bytes:
+        """What it wrote to its log since it was started."""
+        if not self.log.exists():
+            return b""
+        with self.log.open("rb") as file:
+            file.seek(self._read_from)
+            return file.read(1 << 20)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the coordinator has taken it in."""
+        return self.child.running and NODE_ID.search(self.said()) is not None
+
+    def reason(self) -> str:
+        """Why it ended, in words."""
+        said = self.said()
+        known = (words for pattern, words in REASONS if re.search(pattern, said))
+        return next(known, f"see {self.log}")
+
+    def sign_off(self) -> None:
+        """Tells the coordinator that the recorded SuperNode is gone, so that the next one may come at once.
+
+        Without it the coordinator keeps the place for 60 s. Only for a process of this machine that is surely dead: of
+        any other one nobody here can know that.
+        """
+        record = self._last()
+        if record is None or self.coordinator.insecure or not _dead(record):
+            return
+        try:
+            _deactivate(self.coordinator, record.node)
+        except Exception:  # whatever it is, the coordinator forgets the old one by itself after a while
+            return
+        self.record.unlink(missing_ok=True)
+
+    def _recorded(self) -> bool:
+        last = self._last()
+        return last is not None and last.pid == self.child.pid
+
+    def _last(self) -> Record | None:
+        try:
+            return Record(**json.loads(self.record.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def _boot() -> str:
+    """This start of this machine; empty where it cannot be told."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _dead(record: Record) -> bool:
+    if record.host != socket.gethostname():
+        return False
+    if record.boot != _boot():
+        return True
+    try:
+        process = psutil.Process(record.pid)
+        return process.create_time() != record.began or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _deactivate(coordinator: CoordinatorSettings, node: int) -> None:
+    """Flower's own sign-off, signed by the site's key (no public API of Flower's does it)."""
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+    from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    key = load_ssh_private_key(Path(coordinator.key).read_bytes(), None)
+    interceptors = [
+        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+        NodeAuthHttpInterceptor(key, key.public_key()),  # type: ignore[arg-type]
+    ]
+    address, ca = coordinator.address, coordinator.ca
+    with FleetHttpClient.from_server_address(address, False, ca, interceptors=interceptors) as client:
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))

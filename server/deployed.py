@@ -1,0 +1,41 @@
+"""The ServerApp's side of ``colora server``: one process at a time leads a run folder, and says how it ended."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..common.errors import ColoraError, QuorumError
+from ..common.recipe import load_recipe
+from .app import Run
+from .events import EventLog
+from .folder import RunFolder
+from .strategy import Conduct, Member, Stopped
+from .superlink import RUN_FOLDER
+
+
+@contextmanager
+def deployed() -> Iterator[tuple[Run, Conduct]]:
+    """The run of the folder in the environment. Waits until no other process leads it.
+
+    Ends quietly after a stop; an error of ours is told in the events, for the supervisor to decide.
+    """
+    files = RunFolder(Path(os.environ[RUN_FOLDER]))
+    with (files.path / "leading.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        roster = tuple(Member(*entry) for entry in json.loads(files.roster.read_text()))
+        events = EventLog(files.path / "events.jsonl")
+        try:
+            yield Run(load_recipe(files.recipe), roster, files.path), Conduct(enduring=True, stop=files.stop.exists)
+        except Stopped:
+            events.emit("stopped")
+        except ColoraError as error:
+            events.emit("broken", reason=str(error), final=not isinstance(error, QuorumError))
+            raise
+        except Exception as error:
+            events.emit("broken", reason=f"{type(error).__name__}: {error}", final=False)
+            raise

@@ -1,0 +1,232 @@
+"""``colora server``: SuperLink, gate and run, supervised until the federation has ended.
+
+Whatever dies is started again, and a new Flower run of the same federation goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+
+from ..common.errors import ColoraError, QuorumError, RecipeError, StateError
+from ..common.files import write_atomically
+from ..common.processes import Signals, listens, sole, tell_services
+from ..common.settings import Recipe, to_dict
+from .door import Door, Gate
+from .events import Event, EventLog, Follower
+from .folder import RunFolder
+from .gate import Upstream
+from .strategy import Member
+from .superlink import Certificates, SuperLink
+
+PULSE, LOOK = 0.1, 0.5  # seconds between two looks at events, and at processes
+STARTING = 45.0  # seconds in which a run must show its ServerApp
+STUBBORN = 5  # runs in a row that ended without a new round
+logger = logging.getLogger("colora.server")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The coordinator's folder as ``colora provision`` wrote it."""
+
+    certificates: Certificates
+    sites: dict[str, bytes]  # OpenSSH public keys by name
+
+
+@dataclass(frozen=True)
+class Post:
+    """What a coordinator leads, and where it listens. Without keys there is neither TLS nor any check of sites."""
+
+    recipe: Recipe
+    folder: Path
+    host: str
+    port: int
+    keys: Keys | None
+
+
+def read_keys(folder: Path) -> Keys:
+    """Raises StateError when something of the folder is missing."""
+    files = {name: folder / name for name in ("ca.crt", "server.crt", "server.key")}
+    for path in files.values():
+        if not path.is_file():
+            raise StateError(f"--keys {folder}", f"{path.name}, as colora provision writes it", "no such file")
+    sites = {path.stem: path.read_bytes() for path in sorted((folder / "sites").glob("*.pub"))}
+    if not sites:
+        raise StateError(f"--keys {folder}", "public keys of sites in sites/NAME.pub", "none")
+    return Keys(Certificates(*files.values()), sites)
+
+
+def roster_of(recipe: Recipe, keys: Keys | None) -> tuple[Member, ...]:
+    """The recipe's sites in its order, each with a key; for a recipe that names none, all that have one."""
+    if not recipe.site:
+        if keys is None:
+            raise RecipeError("site", "[[site]] tables that name the sites, as there are no keys to tell them", "none")
+        return tuple(map(Member, keys.sites))
+    for site in recipe.site:
+        if keys and site.name not in keys.sites:
+            raise StateError("--keys", f"sites/{site.name}.pub for the recipe's site", "no such file", site=site.name)
+    return tuple(Member(site.name, site.from_round) for site in recipe.site)
+
+
+def run_server(post: Post, listener: Callable[[Event], None]) -> bool:
+    """Leads a federation to its end; False when a signal ended it before. Goes on where the folder stands.
+
+    Raises RecipeError or StateError for bad input, QuorumError and others when the run ended for good.
+    """
+    run = RunFolder(post.folder)
+    roster = roster_of(post.recipe, post.keys)
+    if run.recipe.exists():
+        run.check_same(post.recipe)
+    else:
+        run.check_new()
+    with sole(post.folder / "server.lock", "coordinator"):
+        _found(run, post.recipe, roster)
+        upstream, door = _places(post)
+        link = SuperLink(
+            post.folder.resolve() / "flower",
+            post.folder.resolve(),
+            post.folder / "logs" / "superlink.log",
+            post.keys.certificates if post.keys else None,
+        )
+        with Gate(door, upstream(link.url)) as gate:
+            return Supervisor(run, link, gate, post, listener).work()
+
+
+class Supervisor:
+    """Keeps one SuperLink and one run going."""
+
+    def __init__(
+        self, run: RunFolder, link: SuperLink, gate: Gate, post: Post, listener: Callable[[Event], None]
+    ) -> None:
+        self.run, self.link, self.gate, self.post, self.listener = run, link, gate, post, listener
+        self.events = Follower(run.path / "events.jsonl")
+        self.signals = Signals()
+        self.submitted: float | None = None  # when the run under way was handed over
+        self.seen = False  # its ServerApp has been seen
+        self.fruitless = 0  # runs in a row that ended without a new round
+        self.broken: Event | None = None  # how the run under way ended
+        self.pause = 0.0  # until when no new run is started
+
+    def work(self) -> bool:
+        """Until the federation has ended or a signal came and the round is over."""
+        self.run.stop.unlink(missing_ok=True)
+        looked = 0.0
+        try:
+            while True:
+                for event in self.events.new():
+                    self._take(event)
+                    if event["event"] in ("finished", "stopped"):
+                        return event["event"] == "finished"
+                if self._signalled():
+                    return False
+                if time.monotonic() > looked + LOOK:
+                    self._tend()
+                    looked = time.monotonic()
+                time.sleep(PULSE)
+        finally:
+            self.link.child.stop(grace=5.0)
+            self.run.stop.unlink(missing_ok=True)
+
+    def _take(self, event: Event) -> None:
+        if event["event"] == "round":
+            self.fruitless = 0
+        if event["event"] == "broken":
+            self.broken = event
+        self.listener(event)
+
+    def _signalled(self) -> bool:
+        """Whether to leave now: at once where no round is under way, or at the second signal."""
+        if not self.signals.count:
+            return False
+        self.run.stop.touch()
+        return self.signals.count > 1 or not (self.submitted and self.link.child.running)
+
+    def _tend(self) -> None:
+        """Starts what does not run: the SuperLink first, then a run."""
+        if not self.link.child.running:
+            self.submitted = None
+            if self.link.child.due and not self.signals.count:
+                self._start_link()
+        elif self.submitted is None:
+            if time.monotonic() >= self.pause and not self.signals.count:
+                self._submit()
+        else:
+            self._watch()
+
+    def _start_link(self) -> None:
+        if self.link.child.starts:
+            self._note("restarted", what="superlink")
+        self.link.start()
+        while self.link.child.running and not listens("127.0.0.1", self.link.port):
+            time.sleep(PULSE)
+        if self.link.child.running and self.post.keys:
+            self.link.register(self.post.keys.sites)
+        self._tell_services()
+
+    def _submit(self) -> None:
+        """A new Flower run. One that cannot be handed over now is tried again."""
+        try:
+            self.link.submit()
+        except OSError as error:
+            logger.warning("the run could not be submitted: %s", error)
+            return
+        self.submitted, self.seen, self.broken = time.monotonic(), False, None
+
+    def _watch(self) -> None:
+        """Notices that the run under way has ended, with or without a word."""
+        alive = any(process.status() != "zombie" for process in self.link.child.below("flwr-serverapp"))
+        self.seen = self.seen or alive
+        if alive or (not self.seen and time.monotonic() < (self.submitted or 0) + STARTING):
+            return
+        for event in self.events.new():
+            self._take(event)
+        self._ended()
+
+    def _ended(self) -> None:
+        """The run is over before its time: for good, or to be followed by another."""
+        self.submitted, self.fruitless = None, self.fruitless + 1
+        reason = self.broken["reason"] if self.broken else "its ServerApp died"
+        if (self.broken and self.broken["final"]) or self.fruitless >= STUBBORN:
+            raise RunFailed(reason, self.run.path)
+        self.pause = time.monotonic() + (2.0**self.fruitless if self.broken else 0.0)
+        self._note("restarted", what="run", reason=reason)
+
+    def _note(self, event: str, **fields: object) -> None:
+        EventLog(self.run.path / "events.jsonl").emit(event, **fields)
+
+    def _tell_services(self) -> None:
+        pids = {"server": os.getpid(), "superlink": self.link.child.pid}
+        health = f"127.0.0.1:{self.link.health_port}"
+        services = {"gate": self.gate.address, "superlink_health": health, "pids": pids}
+        tell_services(self.run.path / "services.json", services)
+
+
+class RunFailed(ColoraError, RuntimeError):
+    """The federation cannot go on by itself."""
+
+    def __init__(self, reason: str, folder: Path) -> None:
+        super().__init__("run", "a federation that goes on", f"{reason} (see {folder / 'logs'} and events.jsonl)")
+
+
+def _found(run: RunFolder, recipe: Recipe, roster: tuple[Member, ...]) -> None:
+    """Writes roster and recipe where there are none yet, after what can be checked at the coordinator."""
+    if run.recipe.exists():
+        return
+    if recipe.server.quorum and recipe.server.quorum > len(roster):
+        raise QuorumError("server.quorum", f"at most the {len(roster)} sites of the roster", recipe.server.quorum)
+    write_atomically(run.roster, json.dumps([[member.site, member.from_round] for member in roster]).encode())
+    write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
+
+
+def _places(post: Post) -> tuple[Callable[[str], Upstream], Door]:
+    if post.keys is None:
+        return (lambda url: Upstream(url, registration=True)), Door(post.host, post.port)
+    files = post.keys.certificates
+    return (lambda url: Upstream(url, files.ca)), Door(post.host, post.port, files.certificate, files.key)
