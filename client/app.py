@@ -60,3 +60,12 @@ def _answer(
     except Exception as error:
         logger.exception("an unexpected error at a site")
         return messages.failure(type(error).__name__, message)
+
+
+def _resident(context: Context) -> Site:
+    from .connection import connect
+
+    return connect(context)
+
+
+app = make_app(_resident)  # of a site with a resident trainer, found by the environment

@@ -19,7 +19,7 @@ from ..common.rows import SiteRows
 from ..common.seeds import seed_from
 from ..common.settings import Plan
 from ..common.tasks import Task, build_task
-from ..common.training import Phase, Stretch, Trained, train
+from ..common.training import Phase, Stretch, Trained, Watch, train
 from .store import PersonalState, Store
 
 
@@ -79,10 +79,11 @@ class Trainer:
             classes=len(task.rows.labels),
         )
 
-    def respond(self, order: Order) -> Reply:
+    def respond(self, order: Order, watch: Watch | None = None) -> Reply:
         """Answers an order; asked again for the same round it returns the stored reply.
 
-        Raises RefusedError when the order's arrays are not the shared groups of this plan.
+        ``watch`` sees the steps of the training. Raises RefusedError when the order's arrays are not the shared groups
+        of this plan.
         """
         stored = self.store.reply(order.round, order.key)
         if stored is not None:
@@ -97,7 +98,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         if not closing:
             state, metrics = self._measure_arrival(order, state)
-        trained = self._train(order, state)
+        trained = self._train(order, state, watch)
         new = PersonalState(
             order.round,
             state.round,
@@ -186,7 +187,7 @@ class Trainer:
                 return fitted
         return self.task.measure(generate=generate)
 
-    def _train(self, order: Order, state: PersonalState) -> Trained:
+    def _train(self, order: Order, state: PersonalState, watch: Watch | None) -> Trained:
         self.load(order.shared, state.tensors)
         settings, per_round = self.plan.train, self.plan.train.steps_per_round
         stretch = Stretch(
@@ -195,10 +196,10 @@ class Trainer:
             position=state.position,
             seed=self.site_seed,
             noise=seed_from(self.site_seed, "round", order.round),
+            moments=state.moments if settings.keep_moments else None,
         )
         live = {k: p for k, p in self.parameters.items() if self.row.role(k) in (SHARED, PERSONAL)}
-        moments = state.moments if settings.keep_moments else None
-        return train(self.task, live, phases(self.plan, self.row, live, order.phase), settings, stretch, moments)
+        return train(self.task, live, phases(self.plan, self.row, live, order.phase), settings, stretch, watch)
 
 
 def phases(plan: Plan, row: Method, live: Mapping[str, object], phase: str) -> list[Phase]:

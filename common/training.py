@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 Moments = dict[str, torch.Tensor]  # "<parameter>/<name of the moment>" → value
+Watch = Callable[[int, int], None]  # (steps done, steps of the round); what it raises ends the training
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Where a site stands: ``step`` of ``total`` global optimiser steps, ``position`` examples already drawn."""
+    """Where a site stands: ``step`` of ``total`` global optimiser steps, ``position`` examples already drawn.
+
+    ``moments`` are the optimiser's, where it goes on with those of the round before.
+    """
 
     step: int
     total: int
     position: int
     seed: int  # of the site: the order of its data
     noise: int  # of the site and round: dropout
+    moments: Mapping[str, torch.Tensor] | None = None
 
 
 def train(
@@ -57,20 +62,23 @@ def train(
     phases: Sequence[Phase],
     settings: TrainSettings,
     stretch: Stretch,
-    moments: Mapping[str, torch.Tensor] | None = None,
+    watch: Watch | None = None,
 ) -> Trained:
     """Trains ``parameters`` in place, phase after phase, from where ``stretch`` says.
 
     Data order: epoch e is a permutation seeded by (site, e), and ``position`` moves on from round to round, so no
-    round repeats the last one's examples. The learning rate follows the global step.
+    round repeats the last one's examples. The learning rate follows the global step. ``watch`` is called at the start
+    and after each step.
     """
     optimizer = make_optimizer(parameters, settings)
-    if moments:
-        _load_moments(optimizer, parameters, moments)
+    if stretch.moments:
+        _load_moments(optimizer, parameters, stretch.moments)
     factor = lr_factor(settings, stretch.total)
     rates = [group["lr"] for group in optimizer.param_groups]
     draws = draw(len(task.train.examples), settings.batch_size, stretch)
     step, loss_sum, terms, examples = stretch.step, 0.0, 0, 0
+    planned, watch = sum(phase.steps for phase in phases), watch or (lambda done, total: None)
+    watch(0, planned)
     with torch.random.fork_rng():
         torch.manual_seed(stretch.noise)
         task.module.train()
@@ -87,6 +95,7 @@ def train(
                     terms + n,
                     examples + len(chosen),
                 )
+                watch(step - stretch.step, planned)
     _only(parameters, frozenset())
     kept = _save_moments(optimizer, parameters) if settings.keep_moments else {}
     return Trained(loss_sum / terms if terms else float("nan"), terms, examples, kept)

@@ -54,6 +54,15 @@ def attach(backbone: nn.Module, settings: AdapterSettings, method: Method) -> di
     return parameters
 
 
+def detach(backbone: nn.Module) -> None:
+    """Takes every adapter out again, in place: the backbone is as it was before :func:`attach`."""
+    for name, layer in list(backbone.named_modules()):
+        if isinstance(layer, LoraLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), child, layer.get_base_layer())
+    vars(backbone).pop("peft_config", None)
+
+
 def layout_of(parameters: Mapping[str, torch.Tensor]) -> Layout:
     """Name → shape, in name order."""
     return {key: tuple(parameters[key].shape) for key in sorted(parameters)}

@@ -1,0 +1,109 @@
+"""The base model for the life of the trainer process, and the site's trainer on it, by the plan at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from ..common.adapters.attach import detach
+from ..common.errors import RecipeError, RefusedError
+from ..common.model import BaseModel, load
+from ..common.protocol import Order, Reply
+from ..common.settings import ModelSettings, Plan, SiteSettings, parse
+from ..common.training import Watch
+from .allow import check_allowed
+from .data import load_site_rows
+from .store import Store
+from .trainer import Trainer, set_up
+
+
+class Resident:
+    """One plan at a time: another plan takes the adapter off and puts its own on.
+
+    The base model is read again only when ``plan.model`` is another. All calls but :meth:`accept` come from one thread.
+    """
+
+    def __init__(self, site: SiteSettings) -> None:
+        self.site = site
+        self._base: tuple[ModelSettings, BaseModel] | None = None
+        self._current: tuple[Plan, Trainer] | None = None
+
+    def start(self) -> None:
+        """Threads and device as the site file says. Raises RecipeError when there is no such device."""
+        if self.site.trainer.threads:
+            torch.set_num_threads(self.site.trainer.threads)
+        device = self.site.trainer.device
+        try:
+            torch.zeros(1, device=None if device == "auto" else device)
+        except (
+            RuntimeError,
+            AssertionError,
+        ):  # what torch raises for unknown devices and for those it is not built for
+            found = f"{device!r}"
+            raise RecipeError("trainer.device", "a device of this machine", found, site=self.site.name) from None
+
+    def accept(self, federation: str, text: str) -> Plan:
+        """The plan of a message, if the site allows it, on the site's own device. Touches neither disk nor model.
+
+        The federation's name becomes a folder's: it must be the plan's, whose form the settings check.
+        """
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError):
+            raw = None
+        if not isinstance(raw, dict):
+            raise RefusedError("plan", "settings as one JSON object", "something else", site=self.site.name)
+        plan = parse(Plan, raw)
+        if federation != plan.name:
+            raise RefusedError("federation", plan.name, federation[:80], site=self.site.name)
+        check_allowed(plan, federation, self.site)
+        return dataclasses.replace(plan, model=dataclasses.replace(plan.model, device=self.site.trainer.device))
+
+    def folder(self, plan: Plan) -> Path:
+        """Where the site keeps what belongs to one federation."""
+        return Path(self.site.trainer.state) / plan.name
+
+    def trainer(self, plan: Plan) -> Trainer:
+        """The site's trainer by ``plan``, which takes seconds to minutes where the plan is a new one."""
+        if self._current is None or self._current[0] != plan:
+            self._current = None  # and the old bench goes before the new one comes
+            gc.collect()
+            base = self._base_of(plan.model)
+            store = Store(self.folder(plan), plan.name)
+            rows = load_site_rows(self.site, plan.seed)
+            self._current = plan, Trainer(set_up(base, plan), rows, store)
+        return self._current[1]
+
+    def answer(self, plan: Plan, order: Order, watch: Watch) -> tuple[Reply, bool]:
+        """The reply to an order, and whether it was stored before."""
+        trainer = self.trainer(plan)
+        stored = trainer.store.reply(order.round, order.key)
+        return (stored, True) if stored else (trainer.respond(order, self._limited(watch)), False)
+
+    def _base_of(self, settings: ModelSettings) -> BaseModel:
+        if self._base is None or self._base[0] != settings:
+            self._base = None
+            gc.collect()
+            self._base = settings, load(settings, generates=self.site.data.task == "generation")
+        base = self._base[1]
+        detach(base.backbone)
+        return base
+
+    def _limited(self, watch: Watch) -> Watch:
+        """``watch`` that ends a training which takes longer than the site allows."""
+        limit, began = self.site.allow.max_seconds, time.monotonic()
+
+        def limited(done: int, total: int) -> None:
+            nonlocal began
+            began = began if done else time.monotonic()
+            watch(done, total)
+            if limit is not None and time.monotonic() - began > limit:
+                found = f"more after {done} of {total} steps"
+                raise RefusedError("allow.max_seconds", f"at most {limit:g} s", found, site=self.site.name)
+
+        return limited

@@ -1,0 +1,230 @@
+"""The resident trainer as a process: ``python -m colora.client.service SITE.toml``.
+
+It holds the base model for its whole life and answers Describe and Train over gRPC. One thread does all work on the
+model, one piece after the other; a piece that has begun goes on when nobody waits for it any more, and who asks again
+finds the stored reply. Nothing leaves but descriptions, replies and the kinds of errors, each noted in the audit log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from ..common.errors import ColoraError, RecipeError, RefusedError
+from ..common.protocol import Arrays, Order, Reply
+from ..common.recipe import load_site
+from ..common.settings import Plan, SiteSettings
+from . import door
+from .audit import Audit
+from .wire import parts, trainer_pb2_grpc
+from .wire import trainer_pb2 as wire
+
+if TYPE_CHECKING:
+    from .resident import Resident
+
+logger = logging.getLogger("colora.trainer")
+SERVICE = "colora.trainer.v1.Trainer"
+BAD_INPUT = 2
+ORDERS = 4  # at once: one at work, the others wait for it
+CALLS = 64  # at once, health checks among them
+RECEIVING = 600.0  # seconds for an order to come in
+PROGRESS = 1.0  # seconds between two messages of progress
+ERROR_BYTES = 200  # of an error's public text, which travels in a header
+# gRPC itself never ends a call with one of these two, so the other side knows whose words it reads
+REFUSED, FAILED = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ABORTED
+OPTIONS = [
+    *parts.OPTIONS,
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # of a caller that waits for a long training
+]
+Context = grpc.aio.ServicerContext
+T = TypeVar("T")
+END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+
+class Service(trainer_pb2_grpc.TrainerServicer):
+    """The two calls. ``work`` is the one thread of the model."""
+
+    def __init__(self, resident: Resident, work: ThreadPoolExecutor) -> None:
+        self.resident, self.site, self.work = resident, resident.site, work
+        self.progress = wire.Progress()
+        self.orders = asyncio.Semaphore(ORDERS)
+
+    async def Describe(self, request: wire.DescribeRequest, context: Context) -> wire.Description:
+        """Introduces the site, ready to train by the plan."""
+        audit = None
+        try:
+            parts.check_protocol(request.protocol)
+            plan, audit = self._accept(request.federation, request.plan)
+            description = await _done(self.work.submit(lambda: self.resident.trainer(plan).describe()))
+            await asyncio.to_thread(audit.description, description)
+            return parts.description_message(description)
+        except Exception as error:
+            return await self._refuse(error, context, audit)
+
+    async def Train(self, request_iterator: object, context: Context) -> None:
+        """Answers an order: progress while it is worked on, then the reply."""
+        audit = None
+        try:
+            async with self.orders:
+                head = await self._head(context)
+                order = parts.order_of(head, {})
+                plan, audit = self._accept(order.federation, order.plan)
+                layout = await _done(self.work.submit(lambda: self.resident.trainer(plan).layout))
+                order = parts.order_of(head, await self._arrays(context, layout))
+                job = self.work.submit(self._answer, plan, order)
+                reply, replayed = await _done(job, lambda: context.write(wire.ReplyPart(progress=self.progress)))
+            size = await asyncio.to_thread(audit.reply, reply, order, replayed=replayed)
+            self._log(reply, size, replayed=replayed)
+            await context.write(wire.ReplyPart(head=parts.reply_head(reply)))
+            for chunk in parts.chunks(reply.shared):
+                await context.write(wire.ReplyPart(chunk=chunk))
+        except Exception as error:
+            await self._refuse(error, context, audit)
+
+    def _accept(self, federation: str, text: str) -> tuple[Plan, Audit]:
+        plan = self.resident.accept(federation, text)
+        return plan, Audit(self.resident.folder(plan), plan.name)
+
+    async def _head(self, context: Context) -> wire.OrderHead:
+        async with asyncio.timeout(RECEIVING):
+            part: Any = await context.read()
+        if part is END or part.WhichOneof("part") != "head":
+            raise RefusedError("order", "its head first", "something else", site=self.site.name)
+        return part.head
+
+    async def _arrays(self, context: Context, layout: Mapping[str, tuple[int, ...]]) -> Arrays:
+        gathering = parts.Gathering(layout, self.site.name)
+        async with asyncio.timeout(RECEIVING):
+            while (part := await context.read()) is not END:
+                if part.WhichOneof("part") != "chunk":
+                    raise RefusedError("order", "its arrays after its head", "something else", site=self.site.name)
+                gathering.add(part.chunk)
+        return gathering.arrays()
+
+    def _answer(self, plan: Plan, order: Order) -> tuple[Reply, bool]:
+        """In the thread of the model."""
+
+        def watch(done: int, total: int) -> None:
+            self.progress = wire.Progress(step=done, total=total, phase=order.phase)
+
+        watch(0, 0)
+        return self.resident.answer(plan, order, watch)
+
+    def _log(self, reply: Reply, size: int, *, replayed: bool) -> None:
+        loss = reply.metrics.get("train.loss")
+        told = "stored reply again" if replayed else f"{self.progress.total} steps, {reply.seconds:.1f} s"
+        trained = "" if loss is None else f"loss {loss:.4f}, "
+        logger.info("%s round %d: %s%s, %d bytes out", reply.federation, reply.round, trained, told, size)
+
+    async def _refuse(self, error: Exception, context: Context, audit: Audit | None) -> Any:
+        """What went wrong: in full in the log, by its kind only for the other side."""
+        _log_error(error)
+        code = REFUSED if isinstance(error, ColoraError) else FAILED
+        public = error.public() if isinstance(error, ColoraError) else type(error).__name__
+        public = public.encode(errors="replace")[:ERROR_BYTES].decode(errors="ignore")
+        if audit is not None:
+            try:
+                await asyncio.to_thread(audit.error, public)
+            except ColoraError as unwritten:
+                _log_error(unwritten)
+                public = unwritten.public()
+        await context.abort(code, public)
+
+
+async def _done(job: Future[T], tell: Callable[[], Awaitable[None]] | None = None) -> T:
+    """The result of a job; ``tell`` is called while it lasts.
+
+    When the caller goes away a job that has not begun is dropped; one that has begun goes on.
+    """
+    waiting = asyncio.wrap_future(job)
+    try:
+        while not waiting.done():
+            await asyncio.wait({waiting}, timeout=PROGRESS)
+            if tell and not waiting.done():
+                await tell()
+    except BaseException:
+        waiting.cancel()
+        job.add_done_callback(_log_abandoned)
+        raise
+    return waiting.result()
+
+
+def _log_abandoned(job: Future[Any]) -> None:
+    error = None if job.cancelled() else job.exception()
+    if isinstance(error, Exception):
+        _log_error(error)
+    elif not job.cancelled():
+        logger.info("finished, and nobody waits: the reply is stored")
+
+
+def _log_error(error: Exception) -> None:
+    if isinstance(error, ColoraError):
+        logger.error("%s", error)
+    else:
+        logger.error("an unexpected error", exc_info=error)
+
+
+def serve(site: SiteSettings) -> None:
+    """Serves a site until SIGTERM or SIGINT, which end the process at once, in the middle of a round too.
+
+    Nothing is lost: the round is asked again. Raises RecipeError or StateError when it cannot begin.
+    """
+    os.umask(0o077)
+    with door.alone(Path(site.trainer.state)):
+        from .resident import Resident
+
+        resident = Resident(site)
+        work = ThreadPoolExecutor(1, "model")
+        work.submit(resident.start).result()
+        asyncio.run(_serve(Service(resident, work), site))
+
+
+async def _serve(service: Service, site: SiteSettings) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=CALLS)
+    trainer_pb2_grpc.add_TrainerServicer_to_server(service, server)
+    states = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    health_pb2_grpc.add_HealthServicer_to_server(states, server)
+    address = door.listen(server, site.trainer)
+    await server.start()
+    for name in ("", SERVICE):
+        await states.set(name, health_pb2.HealthCheckResponse.SERVING)
+    logger.info("the trainer of site %s listens at %s", site.name, address)
+    await stop.wait()
+    door.leave(site.trainer)
+    logger.info("stopped")
+    logging.shutdown()
+    os._exit(0)  # without waiting for the thread of the model
+
+
+def main(arguments: list[str]) -> int:
+    """The process: one line and code 2 where the site file or the machine is not as it must be."""
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s")
+    for noisy in ("httpx", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        if len(arguments) != 1:
+            raise RecipeError("arguments", "one site file", " ".join(arguments) or "none")
+        serve(load_site(Path(arguments[0])))
+    except ColoraError as error:
+        print(f"colora: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

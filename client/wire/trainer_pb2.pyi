@@ -1,0 +1,197 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DescribeRequest(_message.Message):
+    __slots__ = ("federation", "plan", "protocol")
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    federation: str
+    plan: str
+    protocol: int
+    def __init__(
+        self, federation: _Optional[str] = ..., plan: _Optional[str] = ..., protocol: _Optional[int] = ...
+    ) -> None: ...
+
+class Description(_message.Message):
+    __slots__ = (
+        "site",
+        "protocol",
+        "model",
+        "tokenizer",
+        "chat_template",
+        "layout",
+        "task",
+        "train",
+        "test",
+        "truncated",
+        "dropped",
+        "classes",
+    )
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_FIELD_NUMBER: _ClassVar[int]
+    TEST_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    protocol: int
+    model: str
+    tokenizer: str
+    chat_template: str
+    layout: str
+    task: str
+    train: int
+    test: int
+    truncated: int
+    dropped: int
+    classes: int
+    def __init__(
+        self,
+        site: _Optional[str] = ...,
+        protocol: _Optional[int] = ...,
+        model: _Optional[str] = ...,
+        tokenizer: _Optional[str] = ...,
+        chat_template: _Optional[str] = ...,
+        layout: _Optional[str] = ...,
+        task: _Optional[str] = ...,
+        train: _Optional[int] = ...,
+        test: _Optional[int] = ...,
+        truncated: _Optional[int] = ...,
+        dropped: _Optional[int] = ...,
+        classes: _Optional[int] = ...,
+    ) -> None: ...
+
+class OrderPart(_message.Message):
+    __slots__ = ("head", "chunk")
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    head: OrderHead
+    chunk: Chunk
+    def __init__(
+        self, head: _Optional[_Union[OrderHead, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...
+    ) -> None: ...
+
+class OrderHead(_message.Message):
+    __slots__ = ("federation", "round", "phase", "admitted", "plan", "evaluate", "protocol")
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    federation: str
+    round: int
+    phase: str
+    admitted: int
+    plan: str
+    evaluate: bool
+    protocol: int
+    def __init__(
+        self,
+        federation: _Optional[str] = ...,
+        round: _Optional[int] = ...,
+        phase: _Optional[str] = ...,
+        admitted: _Optional[int] = ...,
+        plan: _Optional[str] = ...,
+        evaluate: _Optional[bool] = ...,
+        protocol: _Optional[int] = ...,
+    ) -> None: ...
+
+class ReplyPart(_message.Message):
+    __slots__ = ("progress", "head", "chunk")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    progress: Progress
+    head: ReplyHead
+    chunk: Chunk
+    def __init__(
+        self,
+        progress: _Optional[_Union[Progress, _Mapping]] = ...,
+        head: _Optional[_Union[ReplyHead, _Mapping]] = ...,
+        chunk: _Optional[_Union[Chunk, _Mapping]] = ...,
+    ) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("step", "total", "phase")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    total: int
+    phase: str
+    def __init__(
+        self, step: _Optional[int] = ..., total: _Optional[int] = ..., phase: _Optional[str] = ...
+    ) -> None: ...
+
+class ReplyHead(_message.Message):
+    __slots__ = ("site", "federation", "round", "key", "terms", "examples", "metrics", "seconds", "fresh")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FRESH_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    federation: str
+    round: int
+    key: str
+    terms: int
+    examples: int
+    metrics: _containers.ScalarMap[str, float]
+    seconds: float
+    fresh: bool
+    def __init__(
+        self,
+        site: _Optional[str] = ...,
+        federation: _Optional[str] = ...,
+        round: _Optional[int] = ...,
+        key: _Optional[str] = ...,
+        terms: _Optional[int] = ...,
+        examples: _Optional[int] = ...,
+        metrics: _Optional[_Mapping[str, float]] = ...,
+        seconds: _Optional[float] = ...,
+        fresh: _Optional[bool] = ...,
+    ) -> None: ...
+
+class Chunk(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(
+        self,
+        name: _Optional[str] = ...,
+        dtype: _Optional[str] = ...,
+        shape: _Optional[_Iterable[int]] = ...,
+        data: _Optional[bytes] = ...,
+    ) -> None: ...
