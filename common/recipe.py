@@ -18,7 +18,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
     Raises RecipeError naming the key, the nearest known key, and what was expected and found.
     """
-    raw = _read_toml(path)
+    raw = read_toml(path)
     for override in overrides:
         _apply(raw, override)
     return recipe_from(raw)
@@ -46,7 +46,7 @@ def recipe_from(raw: dict[str, Any]) -> Recipe:
 
 def load_site(path: Path) -> SiteSettings:
     """Reads a site file; relative paths are made absolute."""
-    site, folder = parse(SiteSettings, _read_toml(path)), path.resolve().parent
+    site, folder = parse(SiteSettings, read_toml(path)), path.resolve().parent
     coordinator, trainer = site.coordinator, site.trainer
     if coordinator:
         coordinator = dataclasses.replace(
@@ -70,7 +70,8 @@ def resolve_paths(data: DataSettings, folder: Path) -> DataSettings:
     return dataclasses.replace(data, source=resolve(data.source) or "", test_source=resolve(data.test_source))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as plain dictionaries. Raises RecipeError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -257,7 +257,7 @@ class AllowSettings:
 
     federations: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None  # sources as a recipe names them
-    methods: tuple[str, ...] | None = None
+    methods: tuple[str, ...] | None = None  # "colora"; "colora+head" where a recipe may share the head as well
     max_rank: Positive | None = None
     max_steps: Positive | None = None  # optimiser steps in one round, the final ones too
     max_seconds: Annotated[float, Field(gt=0)] | None = None  # of training in one round
