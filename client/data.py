@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,68 @@ from ..common.seeds import seed_from
 from ..common.settings import DataSettings, SiteSettings
 
 
-def load_site_rows(site: SiteSettings, seed: int) -> SiteRows:
-    """Reads, selects and checks one site's rows. Raises DataError naming the site, field and row."""
-    data = site.data
-    train = select(read_rows(data.source, site.name), data, site.name)
+@dataclass
+class Sources:
+    """Sources as they were read, and which of their rows are taken: sites of one machine never get the same row."""
+
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    taken: dict[str, set[int]] = field(default_factory=dict)
+
+    def free(self, source: str, site: str) -> list[tuple[int, Row]]:
+        """The rows that nobody has, with their numbers in the source."""
+        place = _place(source)
+        if place not in self.rows:
+            self.rows[place] = list(read_rows(source, site))
+        used = self.taken.setdefault(place, set())
+        free = [(n, row) for n, row in enumerate(self.rows[place], 1) if n not in used]
+        if not free:
+            wanted = "rows that are not taken yet (data.train and data.test limit how many a site takes)"
+            raise DataError("data.source", wanted, f"none of {len(used)} left in {source}", site=site)
+        return free
+
+    def take(self, source: str, numbers: Iterable[int]) -> None:
+        """Gives rows to a site."""
+        self.taken[_place(source)].update(numbers)
+
+
+def load_site_rows(site: SiteSettings, seed: int, sources: Sources | None = None) -> SiteRows:
+    """Reads, shuffles, selects and checks one site's rows. Raises DataError naming the site, field and row.
+
+    The order hangs on seed, site and source, so a simulation and a site of its own that read the same file have the
+    same rows.
+    """
+    data, sources = site.data, sources or Sources()
+
+    def draw(source: str, count: int | None) -> list[Row]:
+        free = sources.free(source, site.name)
+        shaped = dict(select_numbered(free, data, site.name))
+        order = _order(len(free), seed_from(seed, site.name, _spelling(source))) if data.shuffle else range(len(free))
+        kept = [(n, shaped[n]) for n in (free[i][0] for i in order) if n in shaped]
+        chosen = balanced(kept, count) if data.shuffle else kept
+        sources.take(source, (n for n, _ in chosen))
+        return [row for _, row in chosen]
+
     if data.test_source:
+        train = draw(data.source, data.train)
         with as_test_source():
-            test = select(read_rows(data.test_source, site.name), data, site.name)
+            test = draw(data.test_source, data.test)
     else:
-        train, test = hold_out(train, data, seed_from(seed, site.name, "held out"))
+        wanted = None if data.train is None or data.test is None else data.train + data.test
+        train, test = hold_out(draw(data.source, wanted), data, seed_from(seed, site.name, "held out"))
     return check_rows(site.name, data, capped(train, data.train), capped(test, data.test))
+
+
+def _order(count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).permutation(count).tolist()
+
+
+def _place(source: str) -> str:
+    return str(Path(source).resolve()) if Path(source).is_file() else source
+
+
+def _spelling(source: str) -> str:
+    """What a source is called wherever it lies: a file by its name."""
+    return Path(source).name if Path(source).is_file() else source
 
 
 def capped(rows: Sequence[Row], count: int | None) -> list[Row]:
@@ -66,13 +119,8 @@ def hold_out(rows: Sequence[Row], data: DataSettings, seed: int) -> tuple[list[R
     return [rows[i] for i in given + order[:cut]], [rows[i] for i in order[cut:] if i not in given]
 
 
-def select(rows: Iterable[Row], data: DataSettings, site: str) -> list[Row]:
-    """Rows in the form of their task, filtered by ``where`` and ``labels``."""
-    return [row for _, row in select_numbered(enumerate(rows, 1), data, site)]
-
-
 def select_numbered(rows: Iterable[tuple[int, Row]], data: DataSettings, site: str) -> list[tuple[int, Row]]:
-    """The same for rows with their numbers in the source, which errors name and the result keeps."""
+    """Rows in the form of their task, filtered by ``where`` and ``labels``, with their numbers in the source."""
     wanted = dict(data.where or {})
     kept = [(n, row) for n, row in rows if all(str(row.get(k)) == v for k, v in wanted.items())]
     shaped = [(n, _SHAPES[data.task](row, n, data, site)) for n, row in kept]

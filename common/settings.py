@@ -155,6 +155,7 @@ class DataSettings:
     where: dict[str, str] | None = None  # keep only rows whose columns have these values
     train: Positive | None = None  # at most this many rows a site
     test: Positive | None = None
+    shuffle: bool = True  # by seed, site and source, before ``train`` and ``test`` are taken
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -14,12 +14,21 @@ from pathlib import Path
 import numpy as np
 import tomli_w
 
-from ..client.data import as_test_source, balanced, capped, check_rows, hold_out, read_rows, select_numbered
+from ..client.data import (
+    Sources,
+    as_test_source,
+    capped,
+    check_rows,
+    hold_out,
+    load_site_rows,
+    read_rows,
+    select_numbered,
+)
 from ..common.errors import DataError
 from ..common.files import write_atomically
 from ..common.rows import Row, SiteRows
 from ..common.seeds import seed_from
-from ..common.settings import DataSettings, PartitionSettings, Recipe, SitePlan, to_dict
+from ..common.settings import DataSettings, PartitionSettings, Recipe, SitePlan, SiteSettings, to_dict
 from .regression import SOURCE, regression_sites
 
 Parts = dict[str, list[int]]  # site name → row numbers
@@ -53,6 +62,7 @@ def write_site(site: SiteShare, folder: Path) -> None:
         DataSettings(task=site.rows.task, labels=site.rows.labels or None),
         source=f"data/{names['train']}",
         test_source=f"data/{names['test']}",
+        shuffle=False,
         messages="messages" if site.rows.train and "messages" in site.rows.train[0] else None,
     )
     text = tomli_w.dumps({"name": site.plan.name, "data": to_dict(columns)})
@@ -61,38 +71,11 @@ def write_site(site: SiteShare, folder: Path) -> None:
 
 def _explicit(recipe: Recipe) -> list[SiteShare]:
     """One site per ``[[site]]``. Sites that read the same source never get the same row."""
-    taken: dict[str, set[int]] = {}
-    read: dict[str, list[Row]] = {}
-
-    def draw(source: str, data: DataSettings, site: str, count: int | None) -> list[Row]:
-        place = str(Path(source).resolve()) if Path(source).is_file() else source
-        if place not in read:
-            read[place] = list(read_rows(source, site))
-        used = taken.setdefault(place, set())
-        free = [(n, row) for n, row in enumerate(read[place], 1) if n not in used]
-        if not free:
-            wanted = "rows that are not taken yet (data.train and data.test limit how many a site takes)"
-            raise DataError("data.source", wanted, f"none of {len(used)} left in {source}", site=site)
-        order = np.random.default_rng(seed_from(recipe.seed, site, source)).permutation(len(free))
-        shaped = dict(select_numbered(free, data, site))
-        kept = [(n, shaped[n]) for n in (free[i][0] for i in order) if n in shaped]
-        chosen = balanced(kept, count)
-        used.update(i for i, _ in chosen)
-        return [row for _, row in chosen]
-
-    sites = []
-    for plan in recipe.site:
-        data, name = plan.data, plan.name
-        if data.test_source:
-            train = draw(data.source, data, name, data.train)
-            with as_test_source():
-                test = draw(data.test_source, data, name, data.test)
-        else:
-            wanted = None if data.train is None or data.test is None else data.train + data.test
-            rows = draw(data.source, data, name, wanted)
-            train, test = hold_out(rows, data, seed_from(recipe.seed, name, "held out"))
-        sites.append(SiteShare(plan, check_rows(name, data, capped(train, data.train), capped(test, data.test))))
-    return sites
+    sources = Sources()
+    return [
+        SiteShare(plan, load_site_rows(SiteSettings(plan.name, plan.data), recipe.seed, sources))
+        for plan in recipe.site
+    ]
 
 
 def _partitioned(recipe: Recipe) -> list[SiteShare]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from colora.client.data import check_rows, hold_out, load_site_rows, read_rows, select, select_numbered
+from colora.client.data import check_rows, hold_out, load_site_rows, read_rows, select_numbered
 from colora.common.errors import DataError
 from colora.common.rows import Row
 from colora.common.settings import DataSettings, SiteSettings
@@ -23,6 +23,10 @@ ROWS: list[Row] = [
     {"text": "small\ttalk", "label": "no"},
     {"text": "", "label": "7"},
 ]
+
+
+def shaped(rows: Iterable[dict], data: DataSettings, site: str) -> list[dict]:
+    return [row for _, row in select_numbered(enumerate(rows, 1), data, site)]
 
 
 def write_jsonl(path: Path) -> None:
@@ -53,7 +57,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, ending: str, wri
 def test_arrays_are_read_in_pairs(tmp_path: Path) -> None:
     x, y = np.arange(12.0).reshape(3, 2, 2), np.arange(3.0)
     np.savez(tmp_path / "a.npz", x=x, y=y)
-    rows = select(read_rows(str(tmp_path / "a.npz")), DataSettings(task="regression"), "ada")
+    rows = shaped(read_rows(str(tmp_path / "a.npz")), DataSettings(task="regression"), "ada")
     assert np.array_equal(np.stack([row["x"] for row in rows]), x)
     assert [float(row["y"]) for row in rows] == [0, 1, 2]
     assert {row["x"].dtype for row in rows} == {np.dtype("float32")}
@@ -97,13 +101,13 @@ def test_rows_are_chosen_by_columns_and_labels_and_keep_their_numbers() -> None:
 
 def test_columns_may_have_other_names_and_whole_number_labels_become_text() -> None:
     data = DataSettings(text="body", label="stars")
-    assert select([{"body": "x", "stars": 5, "id": 1}], data, "ada") == [{"text": "x", "label": "5"}]
+    assert shaped([{"body": "x", "stars": 5, "id": 1}], data, "ada") == [{"text": "x", "label": "5"}]
 
 
 def test_prompt_and_completion_become_two_turns_of_a_chat() -> None:
     data = DataSettings(task="generation", prompt="q", completion="a", chat=True)
     turns = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
-    assert select([{"q": "why", "a": "because"}], data, "ada") == [{"messages": turns}]
+    assert shaped([{"q": "why", "a": "because"}], data, "ada") == [{"messages": turns}]
 
 
 GENERATION = DataSettings(task="generation")
