@@ -1,14 +1,18 @@
-"""The gate as a service: port, TLS, silence, a clean end."""
+"""The gate as a service: port, TLS, silence, a clean end; and before a real SuperLink (slow)."""
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
 import signal
 import socket
 import ssl
+import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -18,8 +22,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from colora.common.errors import StateError
+from colora.common.processes import free_port, program
 from colora.server.door import Door, Gate
 from colora.server.gate import Upstream
+from colora.server.superlink import Certificates, SuperLink
 
 NOWHERE = Upstream("http://127.0.0.1:9", hold=0.3)
 HERE = Door("127.0.0.1", 0)
@@ -133,3 +139,122 @@ def test_nothing_that_callers_send_reaches_the_terminal(tmp_path: Path, capfd: p
             trust = {"verify": ssl.create_default_context(cafile=certificate)} if door.certificate else {}
             assert health(gate, **trust).text == "ok"
     assert capfd.readouterr() == ("", "")
+
+
+# --- a real SuperLink behind it, a real SuperNode before it, and somebody outside who tries what he can -------------
+
+OUTSIDE = [
+    "/v1/control/start-run",
+    "/v1/control/register-node",
+    "/v1/control/list-runs",
+    "/v1/control/list-nodes",
+    "/v1/runtime/acquire-task",
+    "/v1/runtime/get-nodes",
+    "/v1/fleet/register-node",
+    "/docs",
+    "/openapi.json",
+    "/health/",
+]
+
+
+@dataclass
+class World:
+    link: SuperLink
+    gate: Gate
+    node: subprocess.Popen[bytes]
+    log: Path
+    trust: ssl.SSLContext
+
+    @property
+    def asking(self) -> int:
+        """How many SuperNodes have an empty pull lingering at the gate."""
+        return len(self.gate.server.passage.waiting)
+
+
+def eventually(true: Callable[[], object], seconds: float = 60.0) -> bool:
+    """Whether it comes true: these are other processes, which tell nobody."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        try:
+            if true():
+                return True
+        except (OSError, httpx.HTTPError):
+            pass
+        time.sleep(0.1)
+    return False
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("world")
+    certificate, key = write_certificate(folder)
+    site = ec.generate_private_key(ec.SECP384R1())
+    openssh, plain = serialization.Encoding.OpenSSH, serialization.NoEncryption()
+    site_key, log = folder / "site.key", folder / "supernode.log"
+    site_key.write_bytes(site.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, plain))
+    public = site.public_key().public_bytes(openssh, serialization.PublicFormat.OpenSSH)
+    link = SuperLink(folder / "flower", folder, folder / "superlink.log", Certificates(certificate, certificate, key))
+    trust = ssl.create_default_context(cafile=certificate)
+    with Gate(Door("127.0.0.1", 0, certificate, key), Upstream(link.url, certificate)) as gate:
+        link.start()
+        assert eventually(lambda: link.online() == []), (folder / "superlink.log").read_text()
+        link.register({"north": public})
+        arguments = ["--superlink", gate.address, "--port", str(free_port()), "--root-certificates", str(certificate)]
+        arguments += ["--auth-supernode-private-key", str(site_key)]
+        with log.open("wb") as output:
+            node = subprocess.Popen(
+                [program("flower-supernode"), *arguments],
+                stdout=output,
+                stderr=output,
+                env={**os.environ, "FLWR_HOME": str(folder / "node")},
+                start_new_session=True,
+            )
+        try:
+            yield World(link, gate, node, log, trust)
+        finally:
+            os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+            link.child.kill()
+
+
+@pytest.mark.slow
+def test_a_supernode_comes_online_through_the_gate_and_its_pulls_linger(world: World) -> None:
+    assert eventually(lambda: world.link.online() == ["north"]), world.log.read_text()
+    assert eventually(lambda: world.asking == 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", OUTSIDE)
+def test_nothing_else_is_there_from_outside(world: World, path: str) -> None:
+    headers = {"content-type": "application/protobuf"}
+    with httpx.Client(verify=world.trust, trust_env=False) as client:
+        inside = client.request(
+            "GET" if "." in path or path == "/docs" else "POST", world.link.url + path, headers=headers
+        )
+        assert inside.status_code not in (404, 502) or path == "/health/", "the SuperLink itself does answer"
+        for method in ("POST", "GET"):
+            assert client.request(method, f"https://{world.gate.address}{path}", headers=headers).status_code == 404
+
+
+@pytest.mark.slow
+def test_a_caller_without_a_key_is_refused_by_the_superlink(world: World) -> None:
+    with httpx.Client(verify=world.trust, trust_env=False) as client:
+        headers = {"content-type": "application/protobuf"}
+        answer = client.post(f"https://{world.gate.address}/v1/fleet/pull-messages", headers=headers)
+    assert answer.status_code == 401
+
+
+@pytest.mark.slow
+def test_a_supernode_survives_the_superlinks_death(world: World) -> None:
+    """Held by the gate, it hardly notices: one retry at most, when its pull had lingered for long before."""
+    assert eventually(lambda: world.asking == 1)
+    said = len(world.log.read_bytes())
+    for _ in range(2):
+        os.kill(world.link.child.pid or 0, signal.SIGKILL)
+        world.link.child.start()
+        began = time.monotonic()
+        assert eventually(lambda: world.link.online() == ["north"])
+        assert eventually(lambda: world.asking == 1)
+        assert time.monotonic() - began < 20
+        assert world.node.poll() is None
+    assert world.log.read_bytes()[said:].count(b"retrying") <= 2, world.log.read_text()

@@ -505,7 +505,7 @@ def test_news_for_one_node_wakes_all(superlink: SuperLink) -> None:
     there = threading.Event()
     superlink.answer = lambda _: (200, b"message" if there.is_set() else b"")
     url = f"http://127.0.0.1:{superlink.port}"
-    with Gate(Door("127.0.0.1", 0), Upstream(url, linger=20.0, rate=2.0)) as gate:
+    with Gate(Door("127.0.0.1", 0), Upstream(url, rate=2.0, slowest=6.0)) as gate:
         answers: list[bytes] = []
         callers = [
             threading.Thread(target=lambda n=n: answers.append(post(gate, PULLS, b"%d" % n).content)) for n in range(12)
