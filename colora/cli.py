@@ -133,12 +133,12 @@ def client(
     from colora.common.errors import RecipeError
 
     console = Console()
+    if only not in (None, "trainer", "node"):
+        raise RecipeError("--only", "trainer or node", repr(only))
     if check:
         from colora.client.preflight import preflight, report
 
-        raise typer.Exit(report(preflight(site, model), console))
-    if only not in (None, "trainer", "node"):
-        raise RecipeError("--only", "trainer or node", repr(only))
+        raise typer.Exit(report(preflight(site, model, only), console))  # type: ignore[arg-type]
     from colora.client.launch import run_site
 
     run_site(site, lambda text: console.print(text, highlight=False, soft_wrap=True), only)  # type: ignore[arg-type]

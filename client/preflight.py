@@ -1,0 +1,240 @@
+"""``colora client SITE --check``: everything a site needs, looked at one by one; a page of plain findings.
+
+No finding depends on another's success further than it must, and none shows what a row says: counts, lengths, names of
+columns and of labels only.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..common.errors import ColoraError, DataError
+from ..common.recipe import load_site
+from ..common.rows import SiteRows
+from ..common.settings import EvaluationSettings, ModelSettings, Plan, SiteSettings
+from .credentials import check_ca, check_coordinator, check_key, check_link
+from .data import load_site_rows, read_rows
+from .findings import Finding, Wrong, report, size
+from .machine import check_device, check_socket, check_state, check_threads, memory_left, memory_taken
+
+if TYPE_CHECKING:
+    from ..common.model import BaseModel
+
+__all__ = ["preflight", "report"]
+
+UNIX = "unix:"
+MOST_LABELS, LONGEST_LABEL, MOST_COLUMNS, LONGEST_COLUMN = 20, 40, 20, 30
+ENDLESS = 1 << 30  # tokens
+Check = tuple[str, Callable[[], str]]
+Part = Literal["trainer", "node"]
+PARTS: tuple[Part, ...] = ("trainer", "node")
+NO_MODEL = "not checked: no model named (--model SOURCE, or one entry in allow.models)"
+INSECURE = "none needed: coordinator.insecure = true"
+
+
+def preflight(path: Path, model: str | None = None, only: Part | None = None) -> list[Finding]:
+    """All findings about a site file; ``only`` those that one of the site's two processes needs.
+
+    ``model`` is the base model to look at; without it the only entry of ``allow.models``, if there is one.
+    """
+    try:
+        site = load_site(path)
+    except ColoraError as error:
+        return [Finding("site file", False, str(error))]
+    checks: list[Check] = [("site file", lambda: f"site {site.name}, {path}")]
+    if only != "node":
+        checks += TrainerSide(site, model).checks()
+    if site.trainer.listen.startswith(UNIX):
+        checks += [("socket", lambda: check_socket(Path(site.trainer.listen.removeprefix(UNIX))))]
+    else:
+        parts = PARTS if only is None else (only,)
+        checks += [("link", lambda: check_link(Path(site.trainer.link), parts))]
+    if only != "trainer":
+        checks += _way_out(site)
+    return [_finding(name, check) for name, check in checks]
+
+
+class TrainerSide:
+    """What the process with the data and the model needs. The checks run in their order and keep what they found."""
+
+    def __init__(self, site: SiteSettings, model: str | None) -> None:
+        models = site.allow.models or ()
+        self.site = site
+        self.source = model or (models[0] if len(models) == 1 else None)
+        self.rows: SiteRows | None = None
+        self.base: BaseModel | None = None
+        self.device = "cpu"
+        self.missing = 0  # bytes of memory that the model would lack
+
+    def checks(self) -> list[Check]:
+        """Names and checks."""
+        trainer = self.site.trainer
+        return [
+            ("data", self.data),
+            ("labels", self.labels),
+            ("device", self.find_device),
+            ("threads", lambda: check_threads(trainer.threads)),
+            ("memory", self.memory),
+            ("model", self.model),
+            ("tokens", self.tokens),
+            ("state", lambda: check_state(Path(trainer.state))),
+        ]
+
+    def data(self) -> str:
+        """Rows and columns."""
+        source = self.site.data.source
+        if not source:
+            raise Wrong("data.source is empty: the site file must say where the rows are")
+        try:
+            self.rows = load_site_rows(self.site, seed=0)
+        except DataError as error:
+            raise Wrong(self._without_values(error)) from None
+        columns = _few(self._columns(source))
+        return f"{len(self.rows.train)} rows to train on, {len(self.rows.test)} to test on; columns {columns}"
+
+    def labels(self) -> str:
+        """How many rows every label has."""
+        if self.site.data.task != "classification":
+            return f"none: the task is {self.site.data.task}"
+        if self.rows is None:
+            return "not checked: there are no rows to look at"
+        train, test = (Counter(row["label"] for row in rows) for rows in (self.rows.train, self.rows.test))
+        names = self.rows.labels
+        if len(names) > MOST_LABELS or any(len(name) > LONGEST_LABEL for name in names):
+            counts = [train[name] for name in names]
+            return f"{len(names)}, with {min(counts)} to {max(counts)} rows to train on (too many or long to show)"
+        return ", ".join(f"{name} {train[name]}+{test[name]}" for name in names) + " (train+test)"
+
+    def find_device(self) -> str:
+        """Whether torch has it; where it does not, the model is loaded on the CPU."""
+        self.device, told = check_device(self.site.trainer.device)
+        return told
+
+    def memory(self) -> str:
+        """Whether the model would fit, found without loading it."""
+        free, total = memory_left()
+        there = f"{size(free)} of {size(total)} free"
+        needed = self._size_of_model()
+        if needed is None:
+            return there
+        self.missing = max(0, needed - free)
+        if self.missing:
+            raise Wrong(f"{there}, and the model's weights alone take {size(needed)}")
+        return f"{there}; the model's weights take {size(needed)}"
+
+    def model(self) -> str:
+        """Whether it loads, how long that takes and what it takes up."""
+        if self.source is None:
+            return NO_MODEL
+        if self.missing:
+            raise Wrong(f"{self.source} was not loaded: it does not fit into memory")
+        from ..common.model import load
+
+        before, began = memory_taken(self.device), time.monotonic()
+        settings = ModelSettings(self.source, device=self.device)
+        self.base = load(settings, generates=self.site.data.task == "generation")
+        seconds, taken = time.monotonic() - began, max(0, memory_taken(self.device) - before)
+        parameters = sum(p.numel() for p in (self.base.language_model or self.base.backbone).parameters())
+        told = f"{parameters:,} parameters, loaded in {seconds:.1f} s, {size(taken)} of memory taken"
+        return f"{self.source}: {told} ({self.device})"
+
+    def tokens(self) -> str:
+        """How long the texts are in this model's tokens, and how many would be cut."""
+        if self.site.data.task == "regression":
+            return "none: the task is regression"
+        if self.source is None:
+            return NO_MODEL
+        if self.base is None or self.rows is None:
+            return f"not checked: there {'are no rows' if self.rows is None else 'is no model'} to look at"
+        from ..common.tasks import build_task
+
+        model = ModelSettings(self.source, max_length=ENDLESS)
+        plan = Plan("check", 1, model, evaluation=EvaluationSettings(batch_size=1))
+        task = build_task(self.rows, self.base, plan)
+        examples = [*task.train.examples, *task.test.examples]
+        lengths = sorted(int(batch["attention_mask"].sum()) for batch in task.batches(examples))
+        dropped = task.train.dropped + task.test.dropped
+        if not lengths:
+            raise Wrong(f"none of {dropped} rows has anything to learn from: they are all empty")
+        limit, whose = self.site.allow.max_tokens, "allow.max_tokens"
+        if limit is None:
+            limit, whose = ModelSettings("").max_length, "model.max_length of a recipe that does not set it"
+        cut = sum(length > limit for length in lengths)
+        spread = f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
+        told = f"{spread}; {cut} of {len(lengths)} texts would be cut at {limit} ({whose})"
+        return told + (f"; {dropped} rows are empty and would be left out" if dropped else "")
+
+    def _columns(self, source: str) -> list[str]:
+        return [str(name) for name in next(iter(read_rows(source, self.site.name)))]
+
+    def _without_values(self, error: DataError) -> str:
+        """What is wrong with the rows, in the error's words where they quote none."""
+        row = re.search(r"row \d+$", error.found)
+        where = f" in {row[0]}" if row else ""
+        if error.expected.startswith("a column "):
+            for source in filter(None, (self.site.data.source, self.site.data.test_source)):
+                columns = self._columns(source)
+                if error.expected not in {f"a column {name!r}" for name in columns}:
+                    return f"{error.field}: expected {error.expected}, found {_few(columns)} in {source}"
+            return f"{error.field}: expected {error.expected}, found none{where}"
+        if error.field == "data.label":
+            expected = error.expected.partition(" (")[0]
+            return f"{error.field}: expected {expected}, found something else{where} (values are not shown)"
+        return _without_site(error)
+
+    def _size_of_model(self) -> int | None:
+        """Bytes of its weights in fp32; None where they cannot be told."""
+        from ..common.model import skeleton
+
+        if self.source is None:
+            return None
+        try:
+            return sum(4 * p.numel() for p in skeleton(ModelSettings(self.source)).parameters())
+        except Exception:  # what is wrong with the model is the next finding
+            return None
+
+
+def _way_out(site: SiteSettings) -> list[Check]:
+    """The checks of what the SuperNode needs."""
+    coordinator = site.coordinator
+
+    def missing() -> str:
+        raise Wrong("the site file has no table [coordinator] with address, ca and key")
+
+    if coordinator is None:
+        return [("coordinator", missing)]
+    way: Check = ("coordinator", lambda: check_coordinator(coordinator))
+    if coordinator.insecure:
+        return [("key", lambda: INSECURE), ("CA", lambda: INSECURE), way]
+    return [
+        ("key", lambda: check_key(Path(coordinator.key))),
+        ("CA", lambda: check_ca(Path(coordinator.ca))),
+        way,
+    ]
+
+
+def _finding(name: str, check: Callable[[], str]) -> Finding:
+    """Whatever a check meets is its own finding, and no other's."""
+    try:
+        return Finding(name, True, check())
+    except Wrong as error:
+        return Finding(name, False, str(error))
+    except ColoraError as error:
+        return Finding(name, False, _without_site(error))
+    except Exception as error:  # whose text may quote a row
+        return Finding(name, False, f"an unexpected {type(error).__name__}")
+
+
+def _without_site(error: ColoraError) -> str:
+    return str(error).removeprefix(f"site {error.site}: ")
+
+
+def _few(names: list[str]) -> str:
+    """Names of columns, cut: a file without a header line has a row there."""
+    cut = [name if len(name) <= LONGEST_COLUMN else name[:LONGEST_COLUMN] + "…" for name in names]
+    return ", ".join(cut[:MOST_COLUMNS]) + (", …" if len(names) > MOST_COLUMNS else "")
