@@ -77,12 +77,3 @@ def memory_left() -> tuple[int, int]:
     except (OSError, ValueError, KeyError):  # no cgroup, or "max"
         return machine.available, machine.total
     return min(machine.available, limit - used + int(cached)), min(machine.total, limit)
-
-
-def memory_taken(device: str) -> int:
-    """Bytes that this process holds where a model on ``device`` goes."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.memory_allocated(device)
-    return psutil.Process().memory_info().rss

@@ -20,7 +20,7 @@ from ..common.settings import EvaluationSettings, ModelSettings, Plan, SiteSetti
 from .credentials import check_ca, check_coordinator, check_key, check_link
 from .data import load_site_rows, read_rows
 from .findings import Finding, Wrong, report, size
-from .machine import check_device, check_socket, check_state, check_threads, memory_left, memory_taken
+from .machine import check_device, check_socket, check_state, check_threads, memory_left
 
 if TYPE_CHECKING:
     from ..common.model import BaseModel
@@ -135,11 +135,12 @@ class TrainerSide:
             raise Wrong(f"{self.source} was not loaded: it does not fit into memory")
         from ..common.model import load
 
-        before, began = memory_taken(self.device), time.monotonic()
+        began = time.monotonic()
         settings = ModelSettings(self.source, device=self.device)
         self.base = load(settings, generates=self.site.data.task == "generation")
-        seconds, taken = time.monotonic() - began, max(0, memory_taken(self.device) - before)
-        parameters = sum(p.numel() for p in (self.base.language_model or self.base.backbone).parameters())
+        seconds, model = time.monotonic() - began, self.base.language_model or self.base.backbone
+        tensors = [*model.parameters(), *model.buffers()]
+        parameters, taken = sum(p.numel() for p in model.parameters()), sum(t.nbytes for t in tensors)
         told = f"{parameters:,} parameters, loaded in {seconds:.1f} s, {size(taken)} of memory taken"
         return f"{self.source}: {told} ({self.device})"
 

@@ -124,6 +124,8 @@ def test_a_good_site_has_nothing_wrong_and_its_numbers_are_true(place: Place, ti
     assert (sum(counts[::2]), sum(counts[1::2]), len(counts)) == (30, 10, 4)
     parameters = 44 * 16 + 64 * 16 + 2 * 16 + 2 * 16 + 2 * (4 * (16 * 16 + 16) + 2 * 16 * 32 + 32 + 16 + 4 * 16) + 272
     assert found["model"].detail.startswith(f"{tiny_bert}: {parameters:,} parameters, loaded in ")
+    buffers = 2 * 64 * 8  # of positions and token types
+    assert found["model"].detail.endswith(f" s, {size(4 * parameters + buffers)} of memory taken (cpu)")
     assert f"the model's weights take {size(4 * parameters)}" in found["memory"].detail
     # 38 texts of 12 words, one of 299, one empty; the tokenizer splits at spaces and adds nothing
     words = (
