@@ -86,7 +86,7 @@ class TrainerConnection:
         while True:
             absence.begin()
             try:
-                with self._channel() as channel:
+                with self.channel() as channel:
                     return call(trainer_pb2_grpc.TrainerStub(channel), absence.alive)
             except grpc.RpcError as error:
                 code, said = error.code(), error.details() or ""  # type: ignore[attr-defined]
@@ -102,7 +102,8 @@ class TrainerConnection:
                 raise StateError("trainer", wanted, f"{absence.deaths} deaths", site=self.name)
             time.sleep(pause)
 
-    def _channel(self) -> grpc.Channel:
+    def channel(self) -> grpc.Channel:
+        """The way to the trainer. Raises RecipeError when the certificates for it are not there."""
         target = parts.target_of(self.address)
         if self.address.startswith(parts.UNIX):
             return grpc.insecure_channel(target, OPTIONS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import stat
@@ -14,6 +13,7 @@ import grpc
 import grpc.aio
 
 from ..common.errors import ColoraError, RecipeError, StateError
+from ..common.processes import sole
 from ..common.settings import TrainerSettings
 from .wire.parts import UNIX, target_of
 
@@ -27,20 +27,10 @@ def alone(state: Path) -> Iterator[None]:
     try:
         state.mkdir(parents=True, exist_ok=True)
         state.chmod(0o700)
-        handle = os.open(state / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StateError("trainer.state", "a folder of this user", f"{state} ({error.strerror})") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            found = f"process {os.pread(handle, 20, 0).decode() or '?'} at work in {state}"
-            raise StateError("trainer.state", "one trainer for a state folder", found) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+    with sole(state / LOCK, "trainer"):
         yield
-    finally:
-        os.close(handle)
 
 
 def listen(server: grpc.aio.Server, settings: TrainerSettings) -> str:

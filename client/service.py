@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,6 +54,14 @@ T = TypeVar("T")
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A reply, and the steps that were taken for it; None for a stored one."""
+
+    reply: Reply
+    steps: int | None
+
+
 class Service(trainer_pb2_grpc.TrainerServicer):
     """The two calls. ``work`` is the one thread of the model."""
 
@@ -84,9 +93,10 @@ class Service(trainer_pb2_grpc.TrainerServicer):
                 layout = await _done(self.work.submit(lambda: self.resident.trainer(plan).layout))
                 order = parts.order_of(head, await self._arrays(context, layout))
                 job = self.work.submit(self._answer, plan, order)
-                reply, replayed = await _done(job, lambda: context.write(wire.ReplyPart(progress=self.progress)))
-            size = await asyncio.to_thread(audit.reply, reply, order, replayed=replayed)
-            self._log(reply, size, replayed=replayed)
+                answer = await _done(job, lambda: context.write(wire.ReplyPart(progress=self.progress)))
+            reply = answer.reply
+            size = await asyncio.to_thread(audit.reply, reply, order, replayed=answer.steps is None)
+            _log_reply(answer, size)
             await context.write(wire.ReplyPart(head=parts.reply_head(reply)))
             for chunk in parts.chunks(reply.shared):
                 await context.write(wire.ReplyPart(chunk=chunk))
@@ -113,20 +123,15 @@ class Service(trainer_pb2_grpc.TrainerServicer):
                 gathering.add(part.chunk)
         return gathering.arrays()
 
-    def _answer(self, plan: Plan, order: Order) -> tuple[Reply, bool]:
+    def _answer(self, plan: Plan, order: Order) -> Answer:
         """In the thread of the model."""
 
         def watch(done: int, total: int) -> None:
             self.progress = wire.Progress(step=done, total=total, phase=order.phase)
 
         watch(0, 0)
-        return self.resident.answer(plan, order, watch)
-
-    def _log(self, reply: Reply, size: int, *, replayed: bool) -> None:
-        loss = reply.metrics.get("train.loss")
-        told = "stored reply again" if replayed else f"{self.progress.total} steps, {reply.seconds:.1f} s"
-        trained = "" if loss is None else f"loss {loss:.4f}, "
-        logger.info("%s round %d: %s%s, %d bytes out", reply.federation, reply.round, trained, told, size)
+        reply, replayed = self.resident.answer(plan, order, watch)
+        return Answer(reply, None if replayed else self.progress.step)
 
     async def _refuse(self, error: Exception, context: Context, audit: Audit | None) -> Any:
         """What went wrong: in full in the log, by its kind only for the other side."""
@@ -159,6 +164,13 @@ async def _done(job: Future[T], tell: Callable[[], Awaitable[None]] | None = Non
         job.add_done_callback(_log_abandoned)
         raise
     return waiting.result()
+
+
+def _log_reply(answer: Answer, size: int) -> None:
+    reply, loss = answer.reply, answer.reply.metrics.get("train.loss")
+    trained = "stored reply again" if answer.steps is None else f"{answer.steps} steps, {reply.seconds:.1f} s"
+    found = "" if loss is None else f"loss {loss:.4f}, "
+    logger.info("%s round %d: %s%s, %d bytes out", reply.federation, reply.round, found, trained, size)
 
 
 def _log_abandoned(job: Future[Any]) -> None:

@@ -81,7 +81,10 @@ class Store:
         """Deletes states before the last admitted one, but for the few it was trained from.
 
         A coordinator that was put back to an older checkpoint may name those. Candidates that were never admitted go.
+        A round that this site has no state of, whoever named it, deletes nothing.
         """
+        if not self._path(admitted).exists():
+            return
         kept, number = [], admitted
         while number and len(kept) < KEPT and self._path(number).exists():
             kept.append(self._path(number))

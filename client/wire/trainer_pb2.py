@@ -4,50 +4,53 @@
 # source: colora/client/wire/trainer.proto
 # Protobuf Python Version: 6.33.5
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 33, 5, "", "colora/client/wire/trainer.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    33,
+    5,
+    '',
+    'colora/client/wire/trainer.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n colora/client/wire/trainer.proto\x12\x11\x63olora.trainer.v1"E\n\x0f\x44\x65scribeRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04plan\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\x03"\xd6\x01\n\x0b\x44\x65scription\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\x03\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\ttokenizer\x18\x04 \x01(\t\x12\x15\n\rchat_template\x18\x05 \x01(\t\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\x0c\n\x04task\x18\x07 \x01(\t\x12\r\n\x05train\x18\x08 \x01(\x03\x12\x0c\n\x04test\x18\t \x01(\x03\x12\x11\n\ttruncated\x18\n \x01(\x03\x12\x0f\n\x07\x64ropped\x18\x0b \x01(\x03\x12\x0f\n\x07\x63lasses\x18\x0c \x01(\x03"l\n\tOrderPart\x12,\n\x04head\x18\x01 \x01(\x0b\x32\x1c.colora.trainer.v1.OrderHeadH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.colora.trainer.v1.ChunkH\x00\x42\x06\n\x04part"\x81\x01\n\tOrderHead\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x03\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x10\n\x08\x61\x64mitted\x18\x04 \x01(\x03\x12\x0c\n\x04plan\x18\x05 \x01(\t\x12\x10\n\x08\x65valuate\x18\x06 \x01(\x08\x12\x10\n\x08protocol\x18\x07 \x01(\x03"\x9d\x01\n\tReplyPart\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.colora.trainer.v1.ProgressH\x00\x12,\n\x04head\x18\x02 \x01(\x0b\x32\x1c.colora.trainer.v1.ReplyHeadH\x00\x12)\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x18.colora.trainer.v1.ChunkH\x00\x42\x06\n\x04part"6\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05total\x18\x02 \x01(\x03\x12\r\n\x05phase\x18\x03 \x01(\t"\xf6\x01\n\tReplyHead\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x03\x12\x0b\n\x03key\x18\x04 \x01(\t\x12\r\n\x05terms\x18\x05 \x01(\x03\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x03\x12:\n\x07metrics\x18\x07 \x03(\x0b\x32).colora.trainer.v1.ReplyHead.MetricsEntry\x12\x0f\n\x07seconds\x18\x08 \x01(\x01\x12\r\n\x05\x66resh\x18\t \x01(\x08\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01"A\n\x05\x43hunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x32\xa2\x01\n\x07Trainer\x12N\n\x08\x44\x65scribe\x12".colora.trainer.v1.DescribeRequest\x1a\x1e.colora.trainer.v1.Description\x12G\n\x05Train\x12\x1c.colora.trainer.v1.OrderPart\x1a\x1c.colora.trainer.v1.ReplyPart(\x01\x30\x01\x62\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n colora/client/wire/trainer.proto\x12\x11\x63olora.trainer.v1\"E\n\x0f\x44\x65scribeRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04plan\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\x03\"\xd6\x01\n\x0b\x44\x65scription\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\x03\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\ttokenizer\x18\x04 \x01(\t\x12\x15\n\rchat_template\x18\x05 \x01(\t\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\x0c\n\x04task\x18\x07 \x01(\t\x12\r\n\x05train\x18\x08 \x01(\x03\x12\x0c\n\x04test\x18\t \x01(\x03\x12\x11\n\ttruncated\x18\n \x01(\x03\x12\x0f\n\x07\x64ropped\x18\x0b \x01(\x03\x12\x0f\n\x07\x63lasses\x18\x0c \x01(\x03\"l\n\tOrderPart\x12,\n\x04head\x18\x01 \x01(\x0b\x32\x1c.colora.trainer.v1.OrderHeadH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.colora.trainer.v1.ChunkH\x00\x42\x06\n\x04part\"\x81\x01\n\tOrderHead\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x03\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x10\n\x08\x61\x64mitted\x18\x04 \x01(\x03\x12\x0c\n\x04plan\x18\x05 \x01(\t\x12\x10\n\x08\x65valuate\x18\x06 \x01(\x08\x12\x10\n\x08protocol\x18\x07 \x01(\x03\"\x9d\x01\n\tReplyPart\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.colora.trainer.v1.ProgressH\x00\x12,\n\x04head\x18\x02 \x01(\x0b\x32\x1c.colora.trainer.v1.ReplyHeadH\x00\x12)\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x18.colora.trainer.v1.ChunkH\x00\x42\x06\n\x04part\"6\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05total\x18\x02 \x01(\x03\x12\r\n\x05phase\x18\x03 \x01(\t\"\xf6\x01\n\tReplyHead\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x03\x12\x0b\n\x03key\x18\x04 \x01(\t\x12\r\n\x05terms\x18\x05 \x01(\x03\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x03\x12:\n\x07metrics\x18\x07 \x03(\x0b\x32).colora.trainer.v1.ReplyHead.MetricsEntry\x12\x0f\n\x07seconds\x18\x08 \x01(\x01\x12\r\n\x05\x66resh\x18\t \x01(\x08\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"A\n\x05\x43hunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x32\xa2\x01\n\x07Trainer\x12N\n\x08\x44\x65scribe\x12\".colora.trainer.v1.DescribeRequest\x1a\x1e.colora.trainer.v1.Description\x12G\n\x05Train\x12\x1c.colora.trainer.v1.OrderPart\x1a\x1c.colora.trainer.v1.ReplyPart(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "colora.client.wire.trainer_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'colora.client.wire.trainer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_REPLYHEAD_METRICSENTRY"]._loaded_options = None
-    _globals["_REPLYHEAD_METRICSENTRY"]._serialized_options = b"8\001"
-    _globals["_DESCRIBEREQUEST"]._serialized_start = 55
-    _globals["_DESCRIBEREQUEST"]._serialized_end = 124
-    _globals["_DESCRIPTION"]._serialized_start = 127
-    _globals["_DESCRIPTION"]._serialized_end = 341
-    _globals["_ORDERPART"]._serialized_start = 343
-    _globals["_ORDERPART"]._serialized_end = 451
-    _globals["_ORDERHEAD"]._serialized_start = 454
-    _globals["_ORDERHEAD"]._serialized_end = 583
-    _globals["_REPLYPART"]._serialized_start = 586
-    _globals["_REPLYPART"]._serialized_end = 743
-    _globals["_PROGRESS"]._serialized_start = 745
-    _globals["_PROGRESS"]._serialized_end = 799
-    _globals["_REPLYHEAD"]._serialized_start = 802
-    _globals["_REPLYHEAD"]._serialized_end = 1048
-    _globals["_REPLYHEAD_METRICSENTRY"]._serialized_start = 1002
-    _globals["_REPLYHEAD_METRICSENTRY"]._serialized_end = 1048
-    _globals["_CHUNK"]._serialized_start = 1050
-    _globals["_CHUNK"]._serialized_end = 1115
-    _globals["_TRAINER"]._serialized_start = 1118
-    _globals["_TRAINER"]._serialized_end = 1280
+  DESCRIPTOR._loaded_options = None
+  _globals['_REPLYHEAD_METRICSENTRY']._loaded_options = None
+  _globals['_REPLYHEAD_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_DESCRIBEREQUEST']._serialized_start=55
+  _globals['_DESCRIBEREQUEST']._serialized_end=124
+  _globals['_DESCRIPTION']._serialized_start=127
+  _globals['_DESCRIPTION']._serialized_end=341
+  _globals['_ORDERPART']._serialized_start=343
+  _globals['_ORDERPART']._serialized_end=451
+  _globals['_ORDERHEAD']._serialized_start=454
+  _globals['_ORDERHEAD']._serialized_end=583
+  _globals['_REPLYPART']._serialized_start=586
+  _globals['_REPLYPART']._serialized_end=743
+  _globals['_PROGRESS']._serialized_start=745
+  _globals['_PROGRESS']._serialized_end=799
+  _globals['_REPLYHEAD']._serialized_start=802
+  _globals['_REPLYHEAD']._serialized_end=1048
+  _globals['_REPLYHEAD_METRICSENTRY']._serialized_start=1002
+  _globals['_REPLYHEAD_METRICSENTRY']._serialized_end=1048
+  _globals['_CHUNK']._serialized_start=1050
+  _globals['_CHUNK']._serialized_end=1115
+  _globals['_TRAINER']._serialized_start=1118
+  _globals['_TRAINER']._serialized_end=1280
 # @@protoc_insertion_point(module_scope)

@@ -14,25 +14,10 @@ class DescribeRequest(_message.Message):
     federation: str
     plan: str
     protocol: int
-    def __init__(
-        self, federation: _Optional[str] = ..., plan: _Optional[str] = ..., protocol: _Optional[int] = ...
-    ) -> None: ...
+    def __init__(self, federation: _Optional[str] = ..., plan: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = (
-        "site",
-        "protocol",
-        "model",
-        "tokenizer",
-        "chat_template",
-        "layout",
-        "task",
-        "train",
-        "test",
-        "truncated",
-        "dropped",
-        "classes",
-    )
+    __slots__ = ("site", "protocol", "model", "tokenizer", "chat_template", "layout", "task", "train", "test", "truncated", "dropped", "classes")
     SITE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -57,21 +42,7 @@ class Description(_message.Message):
     truncated: int
     dropped: int
     classes: int
-    def __init__(
-        self,
-        site: _Optional[str] = ...,
-        protocol: _Optional[int] = ...,
-        model: _Optional[str] = ...,
-        tokenizer: _Optional[str] = ...,
-        chat_template: _Optional[str] = ...,
-        layout: _Optional[str] = ...,
-        task: _Optional[str] = ...,
-        train: _Optional[int] = ...,
-        test: _Optional[int] = ...,
-        truncated: _Optional[int] = ...,
-        dropped: _Optional[int] = ...,
-        classes: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, site: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., tokenizer: _Optional[str] = ..., chat_template: _Optional[str] = ..., layout: _Optional[str] = ..., task: _Optional[str] = ..., train: _Optional[int] = ..., test: _Optional[int] = ..., truncated: _Optional[int] = ..., dropped: _Optional[int] = ..., classes: _Optional[int] = ...) -> None: ...
 
 class OrderPart(_message.Message):
     __slots__ = ("head", "chunk")
@@ -79,9 +50,7 @@ class OrderPart(_message.Message):
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     head: OrderHead
     chunk: Chunk
-    def __init__(
-        self, head: _Optional[_Union[OrderHead, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...
-    ) -> None: ...
+    def __init__(self, head: _Optional[_Union[OrderHead, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class OrderHead(_message.Message):
     __slots__ = ("federation", "round", "phase", "admitted", "plan", "evaluate", "protocol")
@@ -99,16 +68,7 @@ class OrderHead(_message.Message):
     plan: str
     evaluate: bool
     protocol: int
-    def __init__(
-        self,
-        federation: _Optional[str] = ...,
-        round: _Optional[int] = ...,
-        phase: _Optional[str] = ...,
-        admitted: _Optional[int] = ...,
-        plan: _Optional[str] = ...,
-        evaluate: _Optional[bool] = ...,
-        protocol: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, federation: _Optional[str] = ..., round: _Optional[int] = ..., phase: _Optional[str] = ..., admitted: _Optional[int] = ..., plan: _Optional[str] = ..., evaluate: _Optional[bool] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class ReplyPart(_message.Message):
     __slots__ = ("progress", "head", "chunk")
@@ -118,12 +78,7 @@ class ReplyPart(_message.Message):
     progress: Progress
     head: ReplyHead
     chunk: Chunk
-    def __init__(
-        self,
-        progress: _Optional[_Union[Progress, _Mapping]] = ...,
-        head: _Optional[_Union[ReplyHead, _Mapping]] = ...,
-        chunk: _Optional[_Union[Chunk, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, progress: _Optional[_Union[Progress, _Mapping]] = ..., head: _Optional[_Union[ReplyHead, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("step", "total", "phase")
@@ -133,9 +88,7 @@ class Progress(_message.Message):
     step: int
     total: int
     phase: str
-    def __init__(
-        self, step: _Optional[int] = ..., total: _Optional[int] = ..., phase: _Optional[str] = ...
-    ) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., total: _Optional[int] = ..., phase: _Optional[str] = ...) -> None: ...
 
 class ReplyHead(_message.Message):
     __slots__ = ("site", "federation", "round", "key", "terms", "examples", "metrics", "seconds", "fresh")
@@ -146,7 +99,6 @@ class ReplyHead(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
-
     SITE_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -165,18 +117,7 @@ class ReplyHead(_message.Message):
     metrics: _containers.ScalarMap[str, float]
     seconds: float
     fresh: bool
-    def __init__(
-        self,
-        site: _Optional[str] = ...,
-        federation: _Optional[str] = ...,
-        round: _Optional[int] = ...,
-        key: _Optional[str] = ...,
-        terms: _Optional[int] = ...,
-        examples: _Optional[int] = ...,
-        metrics: _Optional[_Mapping[str, float]] = ...,
-        seconds: _Optional[float] = ...,
-        fresh: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, site: _Optional[str] = ..., federation: _Optional[str] = ..., round: _Optional[int] = ..., key: _Optional[str] = ..., terms: _Optional[int] = ..., examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., fresh: _Optional[bool] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("name", "dtype", "shape", "data")
@@ -188,10 +129,4 @@ class Chunk(_message.Message):
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
-    def __init__(
-        self,
-        name: _Optional[str] = ...,
-        dtype: _Optional[str] = ...,
-        shape: _Optional[_Iterable[int]] = ...,
-        data: _Optional[bytes] = ...,
-    ) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...

@@ -274,6 +274,17 @@ def test_the_base_stays_on_disk_until_a_later_order_names_another(town: Town) ->
     ]
 
 
+def test_an_order_that_names_a_round_the_site_never_had_deletes_nothing(town: Town) -> None:
+    """A coordinator that claims a far future must not clear the site's memory."""
+    plan = town.plan()
+    site, start = town.site(plan), first_shared(plan)
+    for t in (1, 2):
+        site.respond(order(plan, t, start))
+    before = files(site)
+    assert site.respond(order(plan, 900, start, admitted=899)).fresh
+    assert files(site).items() >= before.items()
+
+
 def test_orders_that_do_not_fit_are_refused_and_leave_no_state(town: Town) -> None:
     plan = town.plan()
     site, start = town.site(plan), first_shared(plan)
