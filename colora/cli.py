@@ -18,7 +18,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-BAD_INPUT, STOPPED = 2, 130
+UNHEALTHY, BAD_INPUT, STOPPED = 1, 2, 130
 
 app = typer.Typer(
     help="Federated fine-tuning of foundation models in which every site keeps its own model.",
@@ -49,6 +49,9 @@ def simulate(
         bool | None,
         typer.Option("--baseline/--no-baseline", help="Also train every site alone; default: as in the recipe."),
     ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="An events.jsonl: ask only the sites that it says were admitted.")
+    ] = None,
 ) -> None:
     """Play all sites of a federation on this machine.
 
@@ -60,6 +63,7 @@ def simulate(
     from colora.common.recipe import load_recipe
     from colora.server.board import board_of
     from colora.server.screen import Screen, report
+    from colora.simulation.run import replay_of
     from colora.simulation.run import simulate as run_simulation
 
     overrides = [*(set_ or [])]
@@ -68,11 +72,12 @@ def simulate(
     settings = load_recipe(find_recipe(recipe), tuple(overrides))
     folder = out or Path("runs") / settings.name
     console = Console()
+    log = replay_of(replay) if replay else None
     if resume and not (folder / "recipe.toml").exists():
         console.print(f"No run in {folder} yet: starting one.", highlight=False)
     try:
         with Screen(console) as screen:
-            run = run_simulation(settings, folder, resume=resume, listener=screen)
+            run = run_simulation(settings, folder, resume=resume, listener=screen, replay=log)
     except KeyboardInterrupt:
         typer.echo("Stopped. The same command with --resume goes on from the last round.", err=True)
         raise typer.Exit(STOPPED) from None
@@ -169,6 +174,38 @@ def provision(
     elif new:
         typer.echo(f"  {out / 'coordinator'} goes to the coordinator")
         typer.echo(f"  {out / 'ca.key'} signs further sites (--add): keep it where neither of them is")
+
+
+@app.command()
+def status(
+    run: Annotated[Path | None, typer.Argument(show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """Show how a run or a site stands.
+
+    RUN is a run folder (default: the newest below runs/), a site.toml or a site's state folder. Ends with 0 when all is
+    well or the run is over, with 1 when something is down or stands still.
+    """
+    import json
+
+    from rich.console import Console
+
+    from colora.client.status import show_site, site_file, site_status
+    from colora.common.errors import StateError
+    from colora.server.status import is_run, newest_run, run_status, show_run
+
+    place = newest_run(Path("runs")) if run is None else run
+    site = None if is_run(place) else site_file(place)
+    if site is None and not is_run(place):
+        raise StateError("RUN", "a run folder, a site.toml or a site's state folder", place)
+    found = site_status(site) if site else run_status(place)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=1))
+    elif site:
+        show_site(found, Console())
+    else:
+        show_run(found, Console())
+    raise typer.Exit(0 if found.healthy else UNHEALTHY)
 
 
 def find_recipe(name: str) -> Path:

@@ -62,3 +62,25 @@ class Checkpoints:
         save_arrays(self.folder / f"round-{state.round:06d}.safetensors", arrays, meta)
         for path in sorted(self.folder.glob("round-*.safetensors"))[:-KEPT]:
             path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What the newest checkpoint says, without its arrays. ``written`` is seconds since 1970."""
+
+    round: int
+    admitted: Mapping[str, int]
+    closed: bool
+    written: float
+
+
+def latest_mark(folder: Path) -> Mark | None:
+    """The newest checkpoint of any federation in ``folder``, also while another process goes on writing there."""
+    while paths := sorted(folder.glob("round-*.safetensors")):
+        try:
+            _, meta = load_arrays(paths[-1], prefix=" ")
+            return Mark(meta["round"], meta["admitted"], meta["closed"], paths[-1].stat().st_mtime)
+        except (StateError, OSError):
+            if paths[-1].exists():
+                raise
+    return None
