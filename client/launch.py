@@ -15,7 +15,7 @@ from ..common.recipe import load_site
 from ..common.settings import SiteSettings
 from .supernode import SuperNode
 
-PULSE = 0.2  # seconds
+PULSE = 0.4  # seconds
 Part = Literal["trainer", "node"]
 Say = Callable[[str], None]
 

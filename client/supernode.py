@@ -19,20 +19,11 @@ POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05"}  # seconds between a mes
 CLIENT_APP = "flwr-clientapp"
 NODE_ID = re.compile(rb"SuperNode ID: (\d+)")
 REASONS = (  # what SuperNode's log says, and what it means
-    (
-        rb"\[code: 2004\]|could not be activated",
-        "another client with this key is at work, or one that died is not forgotten yet",
-    ),
-    (
-        rb"\[code: 2003\]|No SuperNode found with the given public key|not registered",
-        "the coordinator does not know this site's key",
-    ),
-    (
-        rb"CERTIFICATE_VERIFY_FAILED|certificate verify failed",
-        "the coordinator's certificate is not signed by this site's CA",
-    ),
+    (rb"key is not registered", "the coordinator does not know this site's key"),
+    (rb"\[code: 2004\]", "another client with this key is at work, or one that died is not forgotten yet (a minute)"),
+    (rb"CERTIFICATE_VERIFY_FAILED", "the coordinator's certificate is not signed by this site's CA"),
     (rb"WRONG_VERSION_NUMBER|record layer failure", "the coordinator does not speak TLS at this address"),
-    (rb"401|UNAUTHORIZED|Unauthorized", "the coordinator does not accept this site's key"),
+    (rb"401|Unauthorized", "the coordinator does not accept this site's key"),
 )
 
 

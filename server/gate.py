@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
@@ -74,6 +74,8 @@ CALLS = {
     b"/v1/fleet/pull-object": Call(),
     b"/v1/fleet/confirm-message-received": Call(),
 }
+# In the form of Flower's errors, whose SuperNode says it to its owner; Flower's own answer does not tell why.
+UNKNOWN_KEY = {"code": 2004, "detail": "This key is not registered with the coordinator."}
 REGISTRATION = {b"/v1/fleet/register-node": Call(again=False), b"/v1/fleet/unregister-node": Call(again=False)}
 
 
@@ -90,6 +92,7 @@ class Upstream:
     url: str  # https://127.0.0.1:PORT
     ca: Path | None = None  # PEM; needed for https
     registration: bool = False
+    keys: frozenset[str] | None = None  # registered public keys, as SuperNodes send them; None: any
     hold: float = 25.0
     linger: float = 20.0
     pause: float = 0.1
@@ -155,6 +158,8 @@ class Passage:
         call = self.calls.get(path) if plain and request.method == "POST" else None
         if call is None:
             return _refuse(404, "not found")
+        if self.upstream.keys is not None and request.headers.get("flwr-public-key") not in self.upstream.keys:
+            return JSONResponse(UNKNOWN_KEY, 400, {"connection": "close"})
         body = Body(request)
         await body.begin()
         asked = Asked(request, body, path.decode(), call, time.monotonic() + min(call.hold, self.upstream.hold))

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from .events import Event, EventLog, Follower
 from .folder import RunFolder
 from .gate import Upstream
 from .strategy import Member
-from .superlink import Certificates, SuperLink
+from .superlink import Certificates, SuperLink, point_of
 
 PULSE, LOOK = 0.1, 0.5  # seconds between two looks at events, and at processes
 STARTING = 45.0  # seconds in which a run must show its ServerApp
@@ -229,4 +230,6 @@ def _places(post: Post) -> tuple[Callable[[str], Upstream], Door]:
     if post.keys is None:
         return (lambda url: Upstream(url, registration=True)), Door(post.host, post.port)
     files = post.keys.certificates
-    return (lambda url: Upstream(url, files.ca)), Door(post.host, post.port, files.certificate, files.key)
+    known = frozenset(b64encode(point_of(key, name)).decode() for name, key in post.keys.sites.items())
+    door = Door(post.host, post.port, files.certificate, files.key)
+    return (lambda url: Upstream(url, files.ca, keys=known)), door

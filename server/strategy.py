@@ -31,6 +31,7 @@ from .checkpoint import State
 from .events import EventLog
 from .roll import Present, Roll, wait_for_nodes
 
+INTERVAL = 0.25  # seconds between two questions to a SuperLink whether answers have come
 GRACE = 30.0  # seconds for sites that are here to introduce themselves once there is a quorum without them
 
 
@@ -43,17 +44,27 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """What a federation's log says of who counted: ``admitted`` sites by round (the close is the last round + 1).
+
+    A run in which only those are asked comes to the same bits.
+    """
+
+    admitted: Mapping[int, Sequence[str]]
+    weights: str
+
+
+@dataclass(frozen=True)
 class Conduct:
     """How a federation is led.
 
     ``enduring``: with sites in processes of their own; too few of them are waited for, and what fails is tried again.
-    ``stop`` is asked between rounds. ``replay`` is a log of admitted sites by round (close: the last round + 1): only
-    those are asked, so that the same bits come out.
+    ``stop`` is asked between rounds.
     """
 
     enduring: bool = False
     stop: Callable[[], bool] = lambda: False
-    replay: Mapping[int, Sequence[str]] | None = None
+    replay: Replay | None = None
 
 
 class Stopped(Exception):
@@ -96,7 +107,8 @@ class AdapterStrategy:
         self.roll = Roll(
             grid, names, lambda node: messages.join_message(self.recipe.name, self.plan, node), self.settings.attempts
         )
-        patience = Patience(self.settings.timeout, self.settings.attempts, self.conduct.enduring)
+        enduring = self.conduct.enduring
+        patience = Patience(self.settings.timeout, self.settings.attempts, enduring, INTERVAL if enduring else 0.05)
         self.asker = Asker(grid, self.roll, patience, self._tell_late)
         quorum = self.settings.quorum or len(self.roster) // 2 + 1
         self._gather(grid, quorum)
@@ -109,9 +121,15 @@ class AdapterStrategy:
             self._wait("join", quorum, list(self.sites))
             self.meet(state.round)
         self._need(quorum, list(self.sites), "join")
-        mixed = len({present.description.task for present in self.sites.values()}) > 1
-        weights = state.weights or self.settings.weights or ("uniform" if mixed else "tokens")
+        weights = state.weights or self._weights()
+        self.events.emit("agreed", weights=weights, pins=self.pins)
         return dataclasses.replace(state, pins=self.pins, weights=weights)
+
+    def _weights(self) -> str:
+        if self.conduct.replay:
+            return self.conduct.replay.weights
+        mixed = len({present.description.task for present in self.sites.values()}) > 1
+        return self.settings.weights or ("uniform" if mixed else "tokens")
 
     def _gather(self, grid: Grid, quorum: int) -> None:
         """Until enough sites have introduced themselves and nobody who is here is still asked."""
@@ -197,8 +215,8 @@ class AdapterStrategy:
         return self._orders([site for site in chosen if site in self.sites], state, t, "train", evaluate)
 
     def _chosen(self, t: int) -> list[str]:
-        if self.conduct.replay is not None:
-            return [member.site for member in self.roster if member.site in self.conduct.replay.get(t, ())]
+        if self.conduct.replay:
+            return [member.site for member in self.roster if member.site in self.conduct.replay.admitted.get(t, ())]
         eligible = [m.site for m in self.roster if m.from_round <= t]
         return sample(eligible, self.settings.fraction, seed_from(self.recipe.seed, self.recipe.name, "sample", t))
 
@@ -239,7 +257,7 @@ class AdapterStrategy:
         """The closing orders: final personalisation and metrics, no arrays back."""
         self.meet(state.round)
         replay = self.conduct.replay
-        closing = [m.site for m in self.roster if replay is None or m.site in replay.get(state.round + 1, ())]
+        closing = [m.site for m in self.roster if not replay or m.site in replay.admitted.get(state.round + 1, ())]
         return self._orders([site for site in closing if site in self.sites], state, state.round + 1, "close", True)
 
     def aggregate_close(self, state: State, asked: Mapping[str, Asked]) -> State:

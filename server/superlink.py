@@ -93,7 +93,7 @@ class SuperLink:
 
         with self._control() as control:
             known = {node.name: node for node in control.ListNodes(ListNodesRequest()).nodes_info}
-            wanted = {name: _point(key, name) for name, key in keys.items()}
+            wanted = {name: point_of(key, name) for name, key in keys.items()}
             for name, node in known.items():
                 if wanted.get(name) != node.public_key:
                     control.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
@@ -135,8 +135,8 @@ class SuperLink:
         )
 
 
-def _point(key: bytes, site: str) -> bytes:
-    """A public key as Flower sends and keeps it."""
+def point_of(key: bytes, site: str) -> bytes:
+    """A public key (OpenSSH) as Flower sends and keeps it. Raises StateError."""
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_ssh_public_key
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes

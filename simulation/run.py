@@ -6,12 +6,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
 
 from ..client.app import make_app as make_client_app
-from ..common.errors import QuorumError, RecipeError
+from ..common.errors import QuorumError, RecipeError, StateError
 from ..common.files import write_atomically
 from ..common.first import first_shared, head_layout
 from ..common.methods import SHARED
@@ -19,9 +20,9 @@ from ..common.model import skeleton
 from ..common.settings import MethodSettings, Recipe, to_dict
 from ..server.app import make_app as make_server_app
 from ..server.app import run_config
-from ..server.events import Event
+from ..server.events import Event, read_events
 from ..server.folder import RunFolder
-from ..server.strategy import Member
+from ..server.strategy import Conduct, Member, Replay
 from . import workshop
 from .engines import ENGINES, Job
 from .partition import SiteShare, make_sites, write_site
@@ -30,9 +31,16 @@ BASELINE = "local"  # the method of the local-only baseline
 
 
 def simulate(
-    recipe: Recipe, folder: Path, *, resume: bool, listener: Callable[[Event], None] | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool,
+    listener: Callable[[Event], None] | None = None,
+    replay: Replay | None = None,
 ) -> RunFolder:
     """Runs a recipe to its end in ``folder`` and returns it. Nothing is written before everything is checked.
+
+    With ``replay`` only those sites are asked that a log says were admitted, round by round.
 
     Raises RecipeError, DataError, ModelError, AssetError (bad input), StateError (a foreign folder), QuorumError.
     """
@@ -44,10 +52,10 @@ def simulate(
     if not run.recipe.exists():
         _found(run, recipe)
     roster = tuple(Member(*entry) for entry in json.loads(run.roster.read_text()))
-    federate(recipe, folder, folder, roster, listener)
+    federate(recipe, Places(folder, folder), roster, listener, Conduct(replay=replay))
     if recipe.simulation.baseline:
         told = (lambda event: listener({**event, "baseline": True})) if listener else None
-        federate(local_only(recipe), run.baseline, folder, roster, told)
+        federate(local_only(recipe), Places(run.baseline, folder), roster, told)
     return run
 
 
@@ -68,14 +76,23 @@ def local_only(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, method=method, evaluation=evaluation)
 
 
+@dataclass(frozen=True)
+class Places:
+    """The run folder of one federation, and the folder below which its sites have their rows."""
+
+    folder: Path
+    home: Path
+
+
 def federate(
     recipe: Recipe,
-    folder: Path,
-    home: Path,
+    places: Places,
     roster: tuple[Member, ...],
     listener: Callable[[Event], None] | None,
+    conduct: Conduct | None = None,
 ) -> None:
-    """One federation in ``folder``, with the sites' rows below ``home``; goes on where the folder stands."""
+    """One federation; goes on where its folder stands."""
+    folder, home = places.folder, places.home
     threads = recipe.simulation.threads or (1 if recipe.simulation.engine == "ray" else os.cpu_count() or 1)
     premises = workshop.Premises(
         (home / "sites").resolve(),
@@ -85,7 +102,7 @@ def federate(
         (home / "log.txt").resolve(),
     )
     job = Job(
-        server=make_server_app(listener),
+        server=make_server_app(listener, conduct),
         client=make_client_app(workshop.connect_to(premises)),
         config=run_config(recipe, roster, folder.resolve()),
         sites=len(roster),
@@ -114,3 +131,14 @@ def _check(recipe: Recipe, sites: list[SiteShare]) -> None:
     if labels:
         head_layout(skeleton(recipe.model), 2)
     first_shared(recipe.plan, max(map(len, labels), default=0))
+
+
+def replay_of(path: Path) -> Replay:
+    """What an ``events.jsonl`` says of who counted; of a round done again, the last time. StateError."""
+    events = read_events(path)
+    agreed = [event["weights"] for event in events if event["event"] == "agreed"]
+    admitted = {event["round"]: event["admitted"] for event in events if event["event"] == "round"}
+    closed = {event["round"] + 1: event["sites"] for event in events if event["event"] == "closed"}
+    if not agreed or not closed:
+        raise StateError(f"--replay {path}", "the events.jsonl of a federation that has ended", "no end")
+    return Replay({**admitted, **closed}, agreed[0])

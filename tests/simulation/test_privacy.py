@@ -163,7 +163,7 @@ def test_a_reply_with_an_extra_array_is_refused_by_the_coordinator(
 def test_an_error_tells_the_coordinator_its_kind_and_no_text(
     tiny_recipe: dict, tmp_path: Path, wire: list[Message], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Trainer, order, state):
+    def broken(self: Trainer, order, state, watch):
         raise ValueError(f"could not read {self.task.rows.train[0]['text']}")
 
     monkeypatch.setattr(Trainer, "_train", broken)

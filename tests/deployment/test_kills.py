@@ -1,0 +1,105 @@
+"""kill -9 of any process at a random moment: the federation ends by itself, with the bits of the calm run.
+
+Run with ``COLORA_KILLS=28 pytest tests/deployment/test_kills.py -s`` for more victims and the table.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+
+from colora.common.recipe import recipe_from
+from colora.simulation.run import simulate
+
+from .conftest import Town, simulated_outcome
+
+KILLS = int(os.environ.get("COLORA_KILLS", "7"))
+SEED = int(os.environ.get("COLORA_KILL_SEED", "0"))
+VICTIMS = {  # kind → the process of a command (none: the command itself)
+    "trainer": "colora.client.service",
+    "SuperNode": "flower-supernode",
+    "ClientApp": "flwr-clientapp",
+    "ServerApp": "flwr-serverapp",
+    "SuperLink": "flower-superlink",
+    "colora server": None,
+    "colora client": None,
+}
+AT_SERVER = {"ServerApp", "SuperLink", "colora server"}
+
+
+def kill_one(town: Town, kind: str, rng: random.Random) -> None:
+    """Waits a random moment, and for the victim to live where it comes and goes; then kills it."""
+    command = "server" if kind in AT_SERVER else rng.choice(town.names)
+    time.sleep(rng.uniform(0, 4))
+    name = VICTIMS[kind]
+    if name is None:
+        town.commands[command].send_signal(signal.SIGKILL)
+        return
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends:
+        if found := town.below(command, name):
+            time.sleep(rng.uniform(0, 1) if kind == "ClientApp" else 0)
+            if found[0].is_running():
+                found[0].kill()
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"no {kind} to kill")
+
+
+def rounds(town: Town) -> int:
+    return max((event["round"] for event in town.events("round")), default=0)
+
+
+@pytest.mark.slow
+def test_any_process_may_be_killed_at_any_moment(tmp_path: Path, tiny_recipe: dict) -> None:
+    tiny_recipe["rounds"] = 2 * KILLS + 2
+    tiny_recipe["train"] |= {"final_steps": 2, "keep_moments": True}
+    tiny_recipe["server"] |= {"optimizer": "adam"}
+    calm = simulate(recipe_from(tiny_recipe), tmp_path / "calm", resume=False)
+    town, rng = Town(tmp_path / "town", tiny_recipe).build(), random.Random(SEED)
+    kinds = [*VICTIMS] * (KILLS // len(VICTIMS) + 1)
+    rng.shuffle(kinds)
+    table: list[tuple[str, int, float]] = []
+    try:
+        town.start()
+        town.wait_for("round", 300, round=1)
+        for kind in kinds[:KILLS]:
+            before = rounds(town)
+            kill_one(town, kind, rng)
+            killed = time.monotonic()
+            at = rounds(town)
+            while rounds(town) == at and time.monotonic() < killed + 240:
+                town.tend()
+                time.sleep(0.05)
+            assert rounds(town) > at, f"stuck after {kind}:\n{town.said('server')}"
+            table.append((kind, at, time.monotonic() - killed))
+            while rounds(town) < max(at, before) + 1:
+                time.sleep(0.05)
+        assert town.wait("server", 600) == 0
+        told = town.events("round")
+        calm_rounds = [event["seconds"] for event in told]
+        report(table, statistics.median(calm_rounds))
+        assert town.outcome() == simulated_outcome(calm.path, town.names)
+    finally:
+        town.stop()
+    ends = time.monotonic() + 10
+    while town.orphans() and time.monotonic() < ends:
+        time.sleep(0.2)
+    assert town.orphans() == []
+
+
+def report(table: list[tuple[str, int, float]], calm: float) -> None:
+    """Victims, moments and seconds from the kill to the next round's end (an undisturbed round takes ``calm``)."""
+    print(f"\nmedian round: {calm:.1f} s; seconds from the kill to the end of the next round")
+    for kind, at, seconds in table:
+        print(f"  {kind:14} after round {at:3}  {seconds:6.1f} s")
+    for kind in VICTIMS:
+        of = [seconds for victim, _, seconds in table if victim == kind]
+        if of:
+            print(f"  median {kind:14} {statistics.median(of):6.1f} s, less a round {statistics.median(of) - calm:6.1f} s")
