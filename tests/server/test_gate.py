@@ -486,18 +486,15 @@ def test_a_pull_goes_on_when_the_superlink_comes_back(superlink: SuperLink) -> N
 def test_many_idle_nodes_ask_no_more_than_the_rate(superlink: SuperLink) -> None:
     """50 nodes at one question in 0.1 s each would be 500 a second."""
     superlink.answer = lambda _: (200, b"")
-    url = f"http://127.0.0.1:{superlink.port}"
+    url, began = f"http://127.0.0.1:{superlink.port}", time.monotonic()
     with Gate(Door("127.0.0.1", 0), Upstream(url, linger=6.0, rate=20.0)) as gate:
         callers = [threading.Thread(target=post, args=(gate, PULLS, b"%d" % n)) for n in range(50)]
         for caller in callers:
             caller.start()
-        assert superlink.wait_for(100)
-        before, began = len(superlink.seen), time.monotonic()
-        callers[0].join(2.0)
-        rate = (len(superlink.seen) - before) / (time.monotonic() - began)
-        assert rate < 40
-    for caller in callers:
-        caller.join(5)
+        for caller in callers:
+            caller.join(30)
+    first, last_ones = 50, 50
+    assert len(superlink.seen) < first + 2 * 20 * (time.monotonic() - began) + last_ones
 
 
 def test_news_for_one_node_wakes_all(superlink: SuperLink) -> None:
