@@ -21,7 +21,7 @@ def test_the_printed_recipe_runs(tiny_bert: Path, tmp_path: Path, monkeypatch: p
     import pyarrow
     import pyarrow.parquet
 
-    (printed,) = re.findall(r"```toml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (printed,) = re.findall(r"```toml\n(name = .*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     raw = tomllib.loads(printed)
     raw["model"] = {"source": str(tiny_bert)}  # the only change, with the length: no hub here
     raw["rounds"], raw["train"]["steps"] = 5, 1
