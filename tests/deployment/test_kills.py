@@ -102,4 +102,6 @@ def report(table: list[tuple[str, int, float]], calm: float) -> None:
     for kind in VICTIMS:
         of = [seconds for victim, _, seconds in table if victim == kind]
         if of:
-            print(f"  median {kind:14} {statistics.median(of):6.1f} s, less a round {statistics.median(of) - calm:6.1f} s")
+            print(
+                f"  median {kind:14} {statistics.median(of):6.1f} s, less a round {statistics.median(of) - calm:6.1f} s"
+            )

@@ -20,7 +20,7 @@ def status(path: Path) -> tuple[int, dict]:
     return done.returncode, json.loads(done.stdout)
 
 
-def test_status_tells_a_running_federation_from_a_stopped_one(town: Town) -> None:
+def test_running_or_gone(town: Town) -> None:  # a short name: sockets have short paths
     (town.folder / "recipe.toml").write_text(tomli_w.dumps({**town.recipe, "rounds": 200}))  # it will not end by itself
     town.start()
     town.wait_for("round", 180, round=1)

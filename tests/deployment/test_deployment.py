@@ -1,0 +1,92 @@
+"""Coordinator and sites as real processes: the simulation's bits, clean stops, late and slow sites."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from colora.client.audit import FILE as AUDIT
+from colora.common.files import load_arrays
+from colora.common.recipe import recipe_from
+from colora.simulation.run import replay_of, simulate
+
+from .conftest import Town, last, simulated_outcome
+
+pytestmark = pytest.mark.slow
+
+
+def wait_for_no_orphans(town: Town) -> None:
+    ends = time.monotonic() + 15
+    while town.orphans() and time.monotonic() < ends:
+        time.sleep(0.2)
+    assert [p.cmdline() for p in town.orphans()] == []
+
+
+def test_a_deployed_federation_equals_its_simulation_and_leaves_nothing_behind(town: Town, tmp_path: Path) -> None:
+    """SIGTERM in the middle: the server ends between rounds, and the same command goes on."""
+    town.start()
+    town.wait_for("round", 240, round=1)
+    town.commands["server"].send_signal(signal.SIGTERM)
+    assert town.wait("server", 120) == 130
+    assert "The same command goes on" in town.said("server")
+    stopped = load_arrays(last(town.run / "checkpoints"), prefix="none/")[1]["round"]
+    assert 1 <= stopped <= 3
+    town.start("server")
+    assert town.wait("server", 300) == 0
+    town.stop()
+    wait_for_no_orphans(town)
+    simulated = simulate(recipe_from(town.recipe), tmp_path / "simulated", resume=False)
+    assert town.outcome() == simulated_outcome(simulated.path, town.names)
+    audited = [json.loads(line) for line in (town.state("ada") / AUDIT).read_text().splitlines()]
+    assert {line["round"] for line in audited} >= {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("command", ["server", "ada"])
+def test_kill_9_of_a_command_leaves_no_orphan(town: Town, command: str) -> None:
+    town.start("server", "ada")
+    town.wait_for("started", 120)
+    ends = time.monotonic() + 120
+    while not town.below("ada", "flower-superexec") and time.monotonic() < ends:
+        time.sleep(0.1)
+    family = psutil.Process(town.commands[command].pid).children(recursive=True)
+    assert len(family) >= 3
+    town.commands[command].kill()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_straggler_is_left_out_and_told_and_the_log_replays_to_the_same_bits(
+    tmp_path: Path, tiny_recipe: dict
+) -> None:
+    """Two of three sites are a quorum. One trainer is frozen over a deadline; one site comes late, one leaves."""
+    tiny_recipe["rounds"] = 6
+    tiny_recipe["server"] = {"quorum": 2, "timeout": 25.0, "optimizer": "momentum"}
+    town = Town(tmp_path / "town", tiny_recipe).build()
+    try:
+        town.start("server", "ada", "bob")
+        town.wait_for("round", 240, round=1)
+        town.start("cyd")
+        town.wait_for("joined", 120, site="cyd")
+        (trainer,) = town.below("bob", "colora.client.service")
+        town.wait_for("reply", 120, site="cyd")
+        trainer.suspend()
+        left_out = town.wait_for("failed", 120, site="bob")
+        trainer.resume()
+        town.wait_for("late", 120, site="bob")
+        assert town.wait("server", 400) == 0
+    finally:
+        town.stop()
+    assert "no answer within 25 s" in left_out["reason"]
+    admitted = {event["round"]: event["admitted"] for event in town.events("round")}
+    assert admitted[1] == ["ada", "bob"]
+    assert "bob" not in admitted[left_out["round"]]
+    assert any("cyd" in sites for sites in admitted.values())
+    again = simulate(
+        recipe_from(tiny_recipe), tmp_path / "again", resume=False, replay=replay_of(town.run / "events.jsonl")
+    )
+    assert town.outcome() == simulated_outcome(again.path, town.names)
