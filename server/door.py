@@ -75,6 +75,14 @@ class Gate:
         self.thread.join(STARTUP)
         self.socket.close()
 
+    def hold(self) -> None:
+        """From now on requests wait as if the SuperLink were away: it may answer before it knows its sites' keys."""
+        self.server.passage.held = True
+
+    def release(self) -> None:
+        """Lets them through again."""
+        self.server.passage.held = False
+
     @property
     def address(self) -> str:
         """``host:port`` as it listens."""

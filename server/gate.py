@@ -130,6 +130,7 @@ class Passage:
         )
         self.waiting: dict[tuple[str, bytes], object] = {}  # nodes whose pull found nothing yet → the pull
         self.news, self.last_news = asyncio.Event(), 0.0
+        self.held = False  # the SuperLink counts as away although it may answer
         self.stopping = False
 
     def stop(self) -> None:
@@ -214,7 +215,9 @@ class Passage:
         """Forwards, and holds while the SuperLink is away and trying again is safe."""
         while True:
             try:
-                return await self._forward(asked, stack)
+                if not self.held:
+                    return await self._forward(asked, stack)
+                safe = True
             except (httpx.ConnectError, httpx.ConnectTimeout):
                 safe = not asked.body.spent  # nothing was sent yet
             except httpx.TimeoutException:

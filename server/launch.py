@@ -97,6 +97,7 @@ def run_server(post: Post, listener: Callable[[Event], None]) -> bool:
             post.keys.certificates if post.keys else None,
         )
         with Gate(door, upstream(link.url)) as gate:
+            gate.hold()
             return Supervisor(run, link, gate, post, listener).work()
 
 
@@ -169,6 +170,8 @@ class Supervisor:
             time.sleep(PULSE)
         if self.link.child.running and self.post.keys:
             self.link.register(self.post.keys.sites)
+        if self.link.child.running:
+            self.gate.release()
         self._tell_services()
 
     def _submit(self) -> None:

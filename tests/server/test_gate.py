@@ -360,6 +360,19 @@ def test_a_request_is_held_until_the_superlink_is_back() -> None:
     assert sorted(len(seen.body) for seen in link.seen) == [1, 5, 3 << 20]
 
 
+def test_a_gate_can_hold_although_the_superlink_answers(gate: Gate, superlink: SuperLink) -> None:
+    """It would refuse a SuperNode whose key it is still to be told, and SuperNode exits on that."""
+    gate.hold()
+    answers: list[int] = []
+    caller = threading.Thread(target=lambda: answers.append(post(gate, "/v1/fleet/activate-node").status_code))
+    caller.start()
+    caller.join(0.5)
+    assert (answers, superlink.seen) == ([], [])
+    gate.release()
+    caller.join(5)
+    assert (answers, len(superlink.seen)) == ([200], 1)
+
+
 @pytest.mark.parametrize("path", [GET_RUN, PULLS])
 def test_it_is_held_no_longer_than_said(path: str) -> None:
     with Gate(Door("127.0.0.1", 0), Upstream(f"http://127.0.0.1:{free_port()}", hold=0.5)) as gate:
