@@ -195,32 +195,38 @@ def serve(site: SiteSettings) -> None:
     """
     os.umask(0o077)
     with door.alone(Path(site.trainer.state)):
-        from .resident import Resident
-
-        resident = Resident(site)
-        work = ThreadPoolExecutor(1, "model")
-        work.submit(resident.start).result()
-        asyncio.run(_serve(Service(resident, work), site))
+        asyncio.run(_serve(site))
 
 
-async def _serve(service: Service, site: SiteSettings) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+async def _serve(site: SiteSettings) -> None:
     server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=CALLS)
-    trainer_pb2_grpc.add_TrainerServicer_to_server(service, server)
-    states = health.aio.HealthServicer()  # type: ignore[attr-defined]
-    health_pb2_grpc.add_HealthServicer_to_server(states, server)
     address = door.listen(server, site.trainer)
-    await server.start()
-    for name in ("", SERVICE):
-        await states.set(name, health_pb2.HealthCheckResponse.SERVING)
-    logger.info("the trainer of site %s listens at %s", site.name, address)
-    await stop.wait()
-    door.leave(site.trainer)
-    logger.info("stopped")
+    try:
+        trainer_pb2_grpc.add_TrainerServicer_to_server(_service(site), server)
+        states = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        health_pb2_grpc.add_HealthServicer_to_server(states, server)
+        for name in ("", SERVICE):
+            await states.set(name, health_pb2.HealthCheckResponse.SERVING)
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await server.start()
+        logger.info("the trainer of site %s listens at %s", site.name, address)
+        await stop.wait()
+        logger.info("stopped")
+    finally:
+        door.leave(site.trainer)
     logging.shutdown()
     os._exit(0)  # without waiting for the thread of the model
+
+
+def _service(site: SiteSettings) -> Service:
+    """The service with its one thread; what it imports takes seconds."""
+    from .resident import Resident
+
+    resident, work = Resident(site), ThreadPoolExecutor(1, "model")
+    work.submit(resident.start).result()
+    return Service(resident, work)
 
 
 def main(arguments: list[str]) -> int:
