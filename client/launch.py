@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from ..common.errors import RecipeError
+from ..common.errors import ColoraError, RecipeError
 from ..common.processes import Child, Command, Signals, sole, tell_services
 from ..common.recipe import load_site
 from ..common.settings import SiteSettings
 from .supernode import SuperNode
 
 PULSE = 0.4  # seconds
+BAD_INPUT, REFUSALS = 2, 3  # the trainer's exit code for bad input, and how often it may say so
 Part = Literal["trainer", "node"]
 Say = Callable[[str], None]
 
@@ -44,6 +45,14 @@ def run_site(path: Path, say: Say, only: Part | None = None) -> None:
                 keeper.stop()
 
 
+class TrainerRefused(ColoraError, RuntimeError):
+    """The trainer ended with what is wrong as its last word."""
+
+    def __init__(self, log: Path) -> None:
+        words = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+        super().__init__("trainer", "a site file that it can work with", words.removeprefix("colora: "))
+
+
 class TrainerKeeper:
     """The resident trainer: started again whenever it is gone."""
 
@@ -51,11 +60,15 @@ class TrainerKeeper:
         log = Path(site.trainer.state) / "logs" / "trainer.log"
         command = (sys.executable, "-m", "colora.client.service", str(path.resolve()))
         self.child, self.site, self.say = Child(Command("trainer", command, log)), site, say
+        self.refused = 0
 
     def keep(self) -> bool:
         """Starts it where it is due; True when it did."""
         if not self.child.due:
             return False
+        self.refused = self.refused + 1 if self.child.ended_with(BAD_INPUT) else 0
+        if self.refused == REFUSALS:
+            raise TrainerRefused(self.child.command.log)
         if self.child.starts:
             self.say(f"the trainer ended: starting it again (see {self.child.command.log})")
         self.child.start()

@@ -56,6 +56,10 @@ class Child:
         """Whether it runs; a process that ended is reaped here."""
         return self.process is not None and self.process.poll() is None
 
+    def ended_with(self, code: int) -> bool:
+        """Whether its last start has ended with this exit code."""
+        return self.process is not None and self.process.poll() == code
+
     @property
     def due(self) -> bool:
         """Whether it does not run and its pause is over."""
