@@ -15,7 +15,7 @@ from ..common.processes import Child, Command, free_port, program
 from ..common.settings import CoordinatorSettings, SiteSettings
 from .connection import LINK, SITE, TRAINER
 
-POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05"}  # seconds between a message and its ClientApp
+POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}  # seconds between a message and its ClientApp
 CLIENT_APP = "flwr-clientapp"
 NODE_ID = re.compile(rb"SuperNode ID: (\d+)")
 REASONS = (  # what SuperNode's log says, and what it means

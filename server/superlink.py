@@ -40,7 +40,7 @@ clientapp = "colora_stub.client:app"
     "colora_stub/server.py": "from colora.server.app import app as _app\n\napp = _app\n",
     "colora_stub/client.py": "from colora.client.app import app as _app\n\napp = _app\n",
 }
-POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}  # seconds between a run and its ServerApp
+POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}  # seconds between a run and its ServerApp
 RUN_FOLDER = "COLORA_RUN"  # environment of the ServerApp
 
 

@@ -43,7 +43,7 @@ def test_a_deployed_federation_equals_its_simulation_and_leaves_nothing_behind(t
     simulated = simulate(recipe_from(town.recipe), tmp_path / "simulated", resume=False)
     assert town.outcome() == simulated_outcome(simulated.path, town.names)
     audited = [json.loads(line) for line in (town.state("ada") / AUDIT).read_text().splitlines()]
-    assert {line["round"] for line in audited} >= {1, 2, 3, 4}
+    assert {line.get("round") for line in audited} >= {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("command", ["server", "ada"])
