@@ -62,8 +62,8 @@ def simulate(
 
     from colora.common.recipe import load_recipe
     from colora.server.board import board_of
+    from colora.server.conduct import replay_of
     from colora.server.screen import Screen, report
-    from colora.simulation.run import replay_of
     from colora.simulation.run import simulate as run_simulation
 
     overrides = [*(set_ or [])]

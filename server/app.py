@@ -22,8 +22,9 @@ from flwr.serverapp import Grid, ServerApp
 from ..common.recipe import recipe_from
 from ..common.settings import Recipe, to_json
 from .checkpoint import Checkpoints, State
+from .conduct import Conduct, Member, Stopped
 from .events import EventLog, Listener
-from .strategy import AdapterStrategy, Conduct, Member, Stopped
+from .strategy import AdapterStrategy
 
 RECIPE, ROSTER, FOLDER = "recipe", "roster", "folder"  # keys of Flower's run config
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from ..common.errors import ColoraError, QuorumError
 from ..common.recipe import load_recipe
 from .app import Run
+from .conduct import Conduct, Member, Stopped
 from .events import EventLog
 from .folder import RunFolder
-from .strategy import Conduct, Member, Stopped
 from .superlink import RUN_FOLDER
 
 

@@ -20,11 +20,11 @@ from ..common.errors import ColoraError, QuorumError, RecipeError, StateError
 from ..common.files import write_atomically
 from ..common.processes import Signals, listens, sole, tell_services
 from ..common.settings import Recipe, to_dict
+from .conduct import Member
 from .door import Door, Gate
 from .events import Event, EventLog, Follower
 from .folder import RunFolder
 from .gate import Upstream
-from .strategy import Member
 from .superlink import Certificates, SuperLink, point_of
 
 PULSE, LOOK = 0.1, 0.5  # seconds between two looks at events, and at processes

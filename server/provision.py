@@ -258,7 +258,7 @@ key = "site.key"
 [allow]                            # what the coordinator may ask; what is left out may be anything
 # federations = ["my-federation"]
 # models = ["sentence-transformers/all-MiniLM-L6-v2"]
-# methods = ["colora"]             # "colora+head" lets a recipe share the head as well
+# methods = ["colora"]             # "colora+head" lets a recipe share the head as well, which only this line can
 # max_rank = 16
 # max_steps = 100                  # optimiser steps in one round
 # max_seconds = 600                # of training in one round

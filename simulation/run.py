@@ -12,7 +12,7 @@ from pathlib import Path
 import tomli_w
 
 from ..client.app import make_app as make_client_app
-from ..common.errors import QuorumError, RecipeError, StateError
+from ..common.errors import QuorumError, RecipeError
 from ..common.files import write_atomically
 from ..common.first import first_shared, head_layout
 from ..common.methods import SHARED
@@ -20,9 +20,9 @@ from ..common.model import skeleton
 from ..common.settings import MethodSettings, Recipe, to_dict
 from ..server.app import make_app as make_server_app
 from ..server.app import run_config
-from ..server.events import Event, read_events
+from ..server.conduct import Conduct, Member, Replay
+from ..server.events import Event
 from ..server.folder import RunFolder
-from ..server.strategy import Conduct, Member, Replay
 from . import workshop
 from .engines import ENGINES, Job
 from .partition import SiteShare, make_sites, write_site
@@ -131,14 +131,3 @@ def _check(recipe: Recipe, sites: list[SiteShare]) -> None:
     if labels:
         head_layout(skeleton(recipe.model), 2)
     first_shared(recipe.plan, max(map(len, labels), default=0))
-
-
-def replay_of(path: Path) -> Replay:
-    """What an ``events.jsonl`` says of who counted; of a round done again, the last time. StateError."""
-    events = read_events(path)
-    agreed = [event["weights"] for event in events if event["event"] == "agreed"]
-    admitted = {event["round"]: event["admitted"] for event in events if event["event"] == "round"}
-    closed = {event["round"] + 1: event["sites"] for event in events if event["event"] == "closed"}
-    if not agreed or not closed:
-        raise StateError(f"--replay {path}", "the events.jsonl of a federation that has ended", "no end")
-    return Replay({**admitted, **closed}, agreed[0])

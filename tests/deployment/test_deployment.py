@@ -13,7 +13,8 @@ import pytest
 from colora.client.audit import FILE as AUDIT
 from colora.common.files import load_arrays
 from colora.common.recipe import recipe_from
-from colora.simulation.run import replay_of, simulate
+from colora.server.conduct import replay_of
+from colora.simulation.run import simulate
 
 from .conftest import Town, last, simulated_outcome
 

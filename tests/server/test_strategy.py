@@ -22,10 +22,12 @@ from colora.common.protocol import PROTOCOL, Arrays, Description, Order, Reply, 
 from colora.common.recipe import recipe_from
 from colora.common.seeds import seed_from
 from colora.common.settings import Recipe
+from colora.server.admission import PINNED
 from colora.server.app import federate
 from colora.server.checkpoint import Checkpoints, State
+from colora.server.conduct import Member
 from colora.server.events import Event, EventLog, read_events
-from colora.server.strategy import AdapterStrategy, Member, sample
+from colora.server.strategy import AdapterStrategy, sample
 from colora.simulation.grid import LocalGrid
 
 NAMES = ("ada", "bob", "cyd", "dee")
@@ -230,6 +232,20 @@ def test_strangers_and_misfits_are_refused_by_name_and_the_rest_goes_on(hall: Ha
     assert [e["site"] for e in hall.events("joined")] == ["ada", "cyd"]
     assert not sites[1].asked
     assert not sites[3].asked
+
+
+@pytest.mark.parametrize("field", [*PINNED, "layout", "protocol"])
+def test_a_site_that_differs_in_anything_agreed_upon_is_refused_in_words(hall: Hall, field: str) -> None:
+    """Base model, tokenizer, chat template, the shared arrays' names and shapes, and what the sides say to each other."""
+    settings = recipe(rounds=1)
+    sites = hall.sites(settings)
+    theirs = getattr(sites[0].describe("fed", ""), field)
+    sites[1].about[field] = 99 if field == "protocol" else "another"
+    hall.run(settings, sites)
+    (refused,) = hall.events("refused")
+    assert refused["reason"] == f"site bob: {field}: expected {str(theirs)[:16]}, found {sites[1].about[field]}"
+    assert hall.admitted == {1: ["ada", "cyd", "dee"]}
+    assert not sites[1].asked
 
 
 def test_a_site_that_comes_twice_is_the_same_as_once(hall: Hall, tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""Whom a federation is led with, and how: roster, patience, stopping, and the replay of a log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..common.errors import StateError
+from .events import read_events
+
+
+@dataclass(frozen=True)
+class Member:
+    """A site of the roster: its name and the first round that asks it."""
+
+    site: str
+    from_round: int = 1
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a federation's log says of who counted: ``admitted`` sites by round (the close is the last round + 1).
+
+    A run in which only those are asked comes to the same bits.
+    """
+
+    admitted: Mapping[int, Sequence[str]]
+    weights: str
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """How a federation is led.
+
+    ``enduring``: with sites in processes of their own; too few of them are waited for, and what fails is tried again.
+    ``stop`` is asked between rounds.
+    """
+
+    enduring: bool = False
+    stop: Callable[[], bool] = lambda: False
+    replay: Replay | None = None
+
+
+class Stopped(Exception):
+    """Somebody asked the federation to stop while it waited."""
+
+
+def replay_of(path: Path) -> Replay:
+    """What an ``events.jsonl`` says of who counted; of a round done again, the last time. StateError."""
+    events = read_events(path)
+    agreed = [event["weights"] for event in events if event["event"] == "agreed"]
+    admitted = {event["round"]: event["admitted"] for event in events if event["event"] == "round"}
+    closed = {event["round"] + 1: event["sites"] for event in events if event["event"] == "closed"}
+    if not agreed or not closed:
+        raise StateError(f"--replay {path}", "the events.jsonl of a federation that has ended", "no end")
+    return Replay({**admitted, **closed}, agreed[0])
