@@ -40,16 +40,15 @@ def _check_choice(field: str, found: str, key: str, site: SiteSettings) -> None:
 def _check_method(plan: Plan, site: SiteSettings) -> None:
     """An entry is a method, or ``METHOD+GROUP`` where a recipe may also share a group that the table's row does not.
 
-    A method's name alone must not be a way to a head or a matrix that the method leaves at the site.
+    A method's name alone must not be a way to a head or a matrix that the method leaves at the site, and a site that
+    names no methods has agreed to every method as it stands in the table, and to no more.
     """
     allowed, name = site.allow.methods, plan.method.name
-    if allowed is None:
-        return
-    entries = [entry.split("+") for entry in allowed]
+    entries = [entry.split("+") for entry in (METHODS if allowed is None else allowed)]
     extras = [set(groups) for method, *groups in entries if method == name]
-    if not extras:
+    if allowed is not None and not extras:
         raise RefusedError("method.name", _one_of(allowed, "methods"), repr(name[:SHOWN]), site=site.name)
-    row, usual = plan.method.row(), METHODS[name]  # RecipeError where the site's file names what is no method
+    row, usual = plan.method.row(), METHODS[name]  # RecipeError where this is no method
     moved = [group for group in GROUPS if getattr(row, group) is SHARED is not getattr(usual, group)]
     if not any(extra.issuperset(moved) for extra in extras):
         group = moved[0]

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,9 +21,10 @@ FILE = "audit.jsonl"
 
 
 class Audit:
-    """``audit.jsonl`` of one federation. Raises StateError when a line cannot be written: then nothing may leave."""
+    """``audit.jsonl`` of one federation, written by one thread at a time.
 
-    _lock = threading.Lock()  # of all: one trainer a process, a line at a time
+    Raises StateError when a line cannot be written: then nothing may leave.
+    """
 
     def __init__(self, folder: Path, federation: str) -> None:
         self.path, self.federation = folder / FILE, federation
@@ -48,8 +48,7 @@ class Audit:
     def _note(self, kind: str, what: Mapping[str, Any]) -> int:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {"time": time, "federation": self.federation, "kind": kind, **what}
-        with self._lock:
-            _append(self.path, json.dumps(line))
+        _append(self.path, json.dumps(line))
         return what["bytes"]
 
 

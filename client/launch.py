@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -12,10 +13,13 @@ from typing import Literal
 from ..common.errors import ColoraError, RecipeError
 from ..common.processes import Child, Command, Signals, sole, tell_services
 from ..common.recipe import load_site
+from ..common.services import plain
 from ..common.settings import SiteSettings
 from .supernode import SuperNode
 
 PULSE = 0.4  # seconds
+MOST = 1 << 20  # bytes of a log at a time
+UNIX = "unix:"
 BAD_INPUT, REFUSALS = 2, 3  # the trainer's exit code for bad input, and how often it may say so
 Part = Literal["trainer", "node"]
 Say = Callable[[str], None]
@@ -31,7 +35,7 @@ def run_site(path: Path, say: Say, only: Part | None = None) -> None:
             keepers.append(TrainerKeeper(path, site, say))
         if only != "trainer":
             keepers.append(NodeKeeper(site, say))
-        if only is None and site.trainer.listen.startswith("unix:"):
+        if only is None or site.trainer.listen.startswith(UNIX):  # a socket's two ends are one user's
             say("trainer and SuperNode run as one user: code that the coordinator ships could read this site's files")
         signals = Signals()
         try:
@@ -61,9 +65,12 @@ class TrainerKeeper:
         command = (sys.executable, "-m", "colora.client.service", str(path.resolve()))
         self.child, self.site, self.say = Child(Command("trainer", command, log)), site, say
         self.refused = 0
+        self.refusals = Tail(log, re.compile(rf"site {re.escape(site.name)}: .*\ballow\.[a-z_]+.*"))
 
     def keep(self) -> bool:
-        """Starts it where it is due; True when it did."""
+        """Starts it where it is due; True when it did. Says what the site's [allow] has refused."""
+        for refusal in self.refusals.new():
+            self.say(plain(f"refused: {refusal}"))
         if not self.child.due:
             return False
         self.refused = self.refused + 1 if self.child.ended_with(BAD_INPUT) else 0
@@ -83,6 +90,31 @@ class TrainerKeeper:
         return {"trainer": self.site.trainer.listen}
 
 
+class Tail:
+    """What is said anew in a growing file, from now on: the parts of its lines that match, and none twice in a row."""
+
+    def __init__(self, path: Path, pattern: re.Pattern[str]) -> None:
+        self.path, self.pattern = path, pattern
+        self.place = path.stat().st_size if path.exists() else 0
+        self.last = ""
+
+    def new(self) -> list[str]:
+        """Since the last time; whole lines only."""
+        if not self.path.exists() or self.path.stat().st_size <= self.place:
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.place)
+            text, end, _ = file.read(MOST).rpartition(b"\n")
+        self.place += len(text) + len(end)
+        found = []
+        for line in text.decode(errors="replace").splitlines():
+            match = self.pattern.search(line)
+            if match and match[0] != self.last:
+                self.last = match[0]
+                found.append(match[0])
+        return found
+
+
 class NodeKeeper:
     """The SuperNode: started again whenever it is gone, or waits for a ClientApp that crashed."""
 
@@ -91,7 +123,7 @@ class NodeKeeper:
             raise RecipeError("coordinator", "a table [coordinator] with address, ca and key", "none", site=site.name)
         self.node, self.site, self.say = SuperNode(site, site.coordinator), site, say
         self.told = ""
-        self.connected = False
+        self.connected = self.looked = False
 
     @property
     def child(self) -> Child:
@@ -107,11 +139,15 @@ class NodeKeeper:
             elif self.node.connected and not self.connected:
                 self.connected = True
                 self._tell(f"site {self.site.name} is connected to {self.node.coordinator.address}")
+            elif self.node.trying and not self.looked:
+                self.looked = True
+                if obstacle := self.node.obstacle():
+                    self._tell(f"no way to the coordinator: {obstacle}; trying again")
             return False
         if self.child.due:
             if self.child.starts and not self.child.killed:
                 self._tell(f"the SuperNode ended: {self.node.reason()}; trying again")
-            self.connected = False
+            self.connected = self.looked = False
             self.node.start()
             return True
         return False

@@ -63,10 +63,11 @@ class Answer:
 
 
 class Service(trainer_pb2_grpc.TrainerServicer):
-    """The two calls. ``work`` is the one thread of the model."""
+    """The two calls. ``work`` is the one thread of the model, ``notes`` that of the audit log."""
 
     def __init__(self, resident: Resident, work: ThreadPoolExecutor) -> None:
         self.resident, self.site, self.work = resident, resident.site, work
+        self.notes = ThreadPoolExecutor(1, "audit")
         self.progress = wire.Progress()
         self.orders = asyncio.Semaphore(ORDERS)
 
@@ -77,7 +78,7 @@ class Service(trainer_pb2_grpc.TrainerServicer):
             parts.check_protocol(request.protocol)
             plan, audit = self._accept(request.federation, request.plan)
             description = await _done(self.work.submit(lambda: self.resident.trainer(plan).describe()))
-            await asyncio.to_thread(audit.description, description)
+            await _done(self.notes.submit(audit.description, description))
             return parts.description_message(description)
         except Exception as error:
             return await self._refuse(error, context, audit)
@@ -95,7 +96,7 @@ class Service(trainer_pb2_grpc.TrainerServicer):
                 job = self.work.submit(self._answer, plan, order)
                 answer = await _done(job, lambda: context.write(wire.ReplyPart(progress=self.progress)))
             reply = answer.reply
-            size = await asyncio.to_thread(audit.reply, reply, order, replayed=answer.steps is None)
+            size = await _done(self.notes.submit(audit.reply, reply, order, replayed=answer.steps is None))
             _log_reply(answer, size)
             await context.write(wire.ReplyPart(head=parts.reply_head(reply)))
             for chunk in parts.chunks(reply.shared):
@@ -141,7 +142,7 @@ class Service(trainer_pb2_grpc.TrainerServicer):
         public = public.encode(errors="replace")[:ERROR_BYTES].decode(errors="ignore")
         if audit is not None:
             try:
-                await asyncio.to_thread(audit.error, public)
+                await _done(self.notes.submit(audit.error, public))
             except ColoraError as unwritten:
                 _log_error(unwritten)
                 public = unwritten.public()
@@ -178,7 +179,7 @@ def _log_abandoned(job: Future[Any]) -> None:
     if isinstance(error, Exception):
         _log_error(error)
     elif not job.cancelled():
-        logger.info("finished, and nobody waits: the reply is stored")
+        logger.info("finished, and nobody waits for it any more")
 
 
 def _log_error(error: Exception) -> None:

@@ -18,6 +18,7 @@ from .connection import LINK, SITE, TRAINER
 POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}  # seconds between a message and its ClientApp
 CLIENT_APP = "flwr-clientapp"
 NODE_ID = re.compile(rb"SuperNode ID: (\d+)")
+RETRYING = b"Connection attempt failed"
 REASONS = (  # what SuperNode's log says, and what it means
     (rb"key is not registered", "the coordinator does not know this site's key"),
     (rb"\[code: 2004\]", "another client with this key is at work, or one that died is not forgotten yet (a minute)"),
@@ -83,6 +84,22 @@ class SuperNode:
     def connected(self) -> bool:
         """Whether the coordinator has taken it in."""
         return self.child.running and NODE_ID.search(self.said()) is not None
+
+    @property
+    def trying(self) -> bool:
+        """Whether it has not come through to the coordinator and tries again, which it does without an end."""
+        return self.child.running and not self.connected and RETRYING in self.said()
+
+    def obstacle(self) -> str:
+        """What is in the way, as far as can be seen from here; empty where the coordinator answers as it should."""
+        from .credentials import check_coordinator
+        from .findings import Wrong
+
+        try:
+            check_coordinator(self.coordinator)
+        except Wrong as wrong:
+            return str(wrong)
+        return ""
 
     def reason(self) -> str:
         """Why it ended, in words."""

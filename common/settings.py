@@ -254,7 +254,10 @@ class TrainerSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class AllowSettings:
-    """What a coordinator may ask of this site; unset: anything. The trainer refuses the rest."""
+    """What a coordinator may ask of this site; the trainer refuses the rest. Unset: anything, as far as numbers go.
+
+    Unset ``methods``: every method as the table has it, but no plan that shares a group which the table leaves here.
+    """
 
     federations: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None  # sources as a recipe names them

@@ -52,6 +52,7 @@ class Board:
     residual: float | None = None
     baseline: bool = False  # the baseline is running, or ran
     seconds: float = 0.0
+    note: str = ""  # what is out of the ordinary now
     rows: dict[str, SiteRow] = field(default_factory=dict)
     troubles: list[str] = field(default_factory=list)  # of nodes that are no known site
     replies: dict[tuple[bool, str, int], Event] = field(default_factory=dict)
@@ -82,6 +83,22 @@ def board_of(events: Iterable[Event]) -> Board:
     return board
 
 
+def note_of(event: Event) -> str:
+    """What a waiting, restarted or late event says, in words."""
+    if event["event"] == "restarted":
+        return f"the {event['what']} was started again" + (f": {event['reason']}" if event.get("reason") else "")
+    if event["event"] == "late":
+        return f"round {event['round']}: {event['site']} {event['reason']}"
+    if event.get("missing"):
+        here = len(event["present"])
+        return f"waiting for {', '.join(event['missing'])}: {here} here, {event['quorum']} needed"
+    return f"waiting: {event['reason']}"
+
+
+def _noted(board: Board, event: Event) -> None:
+    board.note = note_of(event)
+
+
 def _started(board: Board, event: Event) -> None:
     board.federation, board.method, board.model = event["federation"], event["method"], event["model"]
     board.rounds = event["rounds"]
@@ -100,7 +117,7 @@ def _joined(board: Board, event: Event) -> None:
 
 
 def _round_started(board: Board, event: Event) -> None:
-    board.round = event["round"]
+    board.round, board.note = event["round"], ""
 
 
 def _round(board: Board, event: Event) -> None:
@@ -150,4 +167,7 @@ _HANDLERS: dict[tuple[str, bool | None], Callable[[Board, Any], None]] = {
     ("refused", None): _trouble,
     ("failed", None): _trouble,
     ("finished", None): _finished,
+    ("waiting", None): _noted,
+    ("restarted", None): _noted,
+    ("late", None): _noted,
 }

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import tomli_w
 
 from ..common.errors import ColoraError, QuorumError, RecipeError, StateError
@@ -28,7 +29,8 @@ from .gate import Upstream
 from .superlink import Certificates, SuperLink, point_of
 
 PULSE, LOOK = 0.1, 0.5  # seconds between two looks at events, and at processes
-STARTING = 45.0  # seconds in which a run must show its ServerApp
+STARTING = 45.0  # seconds in which a SuperLink must listen, and a run show its ServerApp
+PAUSE = 2.0
 STUBBORN = 5  # runs in a row that ended without a new round
 logger = logging.getLogger("colora.server")
 
@@ -166,10 +168,15 @@ class Supervisor:
         if self.link.child.starts:
             self._note("restarted", what="superlink")
         self.link.start()
-        while self.link.child.running and not listens("127.0.0.1", self.link.port):
+        ends = time.monotonic() + STARTING
+        while self.link.child.running and not listens("127.0.0.1", self.link.port) and time.monotonic() < ends:
             time.sleep(PULSE)
-        if self.link.child.running and self.post.keys:
-            self.link.register(self.post.keys.sites)
+        try:
+            if self.link.child.running and self.post.keys:
+                self.link.register(self.post.keys.sites)
+        except httpx.HTTPError as error:
+            logger.warning("the SuperLink does not take the sites' keys: %s", error)
+            self.link.child.kill()
         if self.link.child.running:
             self.gate.release()
         self._tell_services()
@@ -178,8 +185,9 @@ class Supervisor:
         """A new Flower run. One that cannot be handed over now is tried again."""
         try:
             self.link.submit()
-        except OSError as error:
+        except httpx.HTTPError as error:  # the SuperLink is starting, or has died just now
             logger.warning("the run could not be submitted: %s", error)
+            self.pause = time.monotonic() + PAUSE
             return
         self.submitted, self.seen, self.broken = time.monotonic(), False, None
 

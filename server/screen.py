@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..common.rows import COMPOSITIONS, LOWER_IS_BETTER, PRIMARY
-from .board import Board, SiteRow
+from .board import Board, SiteRow, note_of
 from .events import Event
 
 COLUMNS = (*COMPOSITIONS, "alone")
@@ -60,7 +60,8 @@ def _headline(board: Board) -> Text:
     if board.baseline:
         return Text(f"{board.federation}: baseline, every site alone, round {board.round} of {board.rounds}")
     phase = f"round {board.round} of {board.rounds}" if board.round else "sites are joining"
-    return Text(f"{board.federation}: {board.method} on {board.model}, {phase}")
+    note = f" ({board.note})" if board.note else ""
+    return Text(f"{board.federation}: {board.method} on {board.model}, {phase}{note}")
 
 
 def _progress_table(board: Board) -> Table:
@@ -95,6 +96,8 @@ def _line(board: Board, event: Event) -> str | None:
         metric = f", personal {personal:.3f}" if personal is not None else ""
         sites = f"{len(event['admitted'])} sites"
         return f"{who}round {event['round']}/{board.rounds}: {sites}{loss}{metric}, {event['seconds']:.1f} s"
+    if name in ("waiting", "restarted", "late"):
+        return f"{who}{note_of(event)}"
     if name in ("refused", "failed"):
         site = event.get("site") or "a node"
         reason = str(event["reason"]).removeprefix(f"site {site}: ")

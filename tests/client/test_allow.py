@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from colora.client.allow import check_allowed
-from colora.common.errors import RefusedError
+from colora.common.errors import RecipeError, RefusedError
 from colora.common.methods import METHODS
 from colora.common.settings import AllowSettings, Plan, SiteSettings, parse
 
@@ -38,8 +38,8 @@ def ask(allow: dict[str, Any], **changes: Any) -> None:
     check_allowed(plan, plan.name, parse(SiteSettings, {"name": "ada", "data": {"source": "a.csv"}, "allow": allow}))
 
 
-def test_a_site_without_limits_allows_anything() -> None:
-    ask({})
+def test_a_site_without_limits_allows_any_model_rank_and_steps() -> None:
+    ask({}, adapter={"rank": 512}, train={"steps": 10**6})
 
 
 def test_what_lies_on_every_limit_is_allowed() -> None:
@@ -77,18 +77,26 @@ def test_steps_of_the_other_schedule_do_not_count() -> None:
     ask({"max_steps": 5}, train=ALTERNATING)
 
 
-@pytest.mark.parametrize("allow", [{}, {"methods": ["colora+head"]}, {"methods": ["colora", "colora+A+head"]}])
+@pytest.mark.parametrize("allow", [{"methods": ["colora+head"]}, {"methods": ["colora", "colora+A+head"]}])
 def test_a_head_may_be_shared_where_the_site_says_so(allow: dict[str, Any]) -> None:
     ask(allow, method={"name": "colora", "head": "shared"})
 
 
-@pytest.mark.parametrize("methods", [["colora"], ["colora+A", "fedit+head"]])
-def test_an_allowed_name_is_no_way_to_a_group_that_the_method_leaves_at_the_site(methods: list[str]) -> None:
+@pytest.mark.parametrize("methods", [None, ["colora"], ["colora+A", "fedit+head"]])
+def test_an_allowed_name_is_no_way_to_a_group_that_the_method_leaves_at_the_site(methods: list[str] | None) -> None:
+    """Nor is a site file without limits: what the table calls personal leaves a site by its own word only."""
     with pytest.raises(RefusedError) as refusal:
-        ask({"methods": methods}, method={"name": "colora", "head": "shared"})
+        ask({"methods": methods} if methods else {}, method={"name": "colora", "head": "shared"})
     expected = 'personal as in colora (or "colora+head" in allow.methods)'
     assert str(refusal.value) == f"site ada: method.head: expected {expected}, found shared"
     assert refusal.value.public() == "RefusedError: method.head"
+
+
+def test_a_site_without_limits_takes_every_method_and_none_that_does_not_exist() -> None:
+    for name in METHODS:
+        ask({}, method={"name": name})
+    with pytest.raises(RecipeError, match=r"method\.name"):
+        ask({}, method={"name": "fedall"})
 
 
 def test_two_moved_groups_need_one_entry_that_has_both() -> None:

@@ -34,6 +34,7 @@ class Town:
     folder: Path
     recipe: dict[str, Any]
     port: int = field(default_factory=free_port)
+    home: Path = ROOT  # where the commands are started
     commands: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     started: list[int] = field(default_factory=list)
 
@@ -77,7 +78,7 @@ class Town:
             words = self.server_words() if name == "server" else ["client", str(self.site(name) / "site.toml")]
             with (self.folder / f"{name}.out").open("ab") as out:
                 self.commands[name] = subprocess.Popen(
-                    [*COLORA, *words], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **QUIET}
+                    [*COLORA, *words], cwd=self.home, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **QUIET}
                 )
             self.started.append(self.commands[name].pid)
 
