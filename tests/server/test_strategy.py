@@ -236,7 +236,7 @@ def test_strangers_and_misfits_are_refused_by_name_and_the_rest_goes_on(hall: Ha
 
 @pytest.mark.parametrize("field", [*PINNED, "layout", "protocol"])
 def test_a_site_that_differs_in_anything_agreed_upon_is_refused_in_words(hall: Hall, field: str) -> None:
-    """Base model, tokenizer, chat template, the shared arrays' names and shapes, and what the sides say to each other."""
+    """Base model, tokenizer, chat template, the shared arrays' names and shapes, and the protocol's version."""
     settings = recipe(rounds=1)
     sites = hall.sites(settings)
     theirs = getattr(sites[0].describe("fed", ""), field)
