@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.app import Error as FlowerError
 
-from .codec import CODECS, DEFAULT, decode
+from .codec import DEFAULT, decode, encode
 from .errors import RefusedError
 from .protocol import Arrays, Description, Order, Reply
 
 ARRAYS, METRICS, CONFIG = "shared", "metrics", "colora"
+ALL = "adapter"  # key of the one entry in the array record: all arrays of a message
 ORDER, JOIN = MessageType.TRAIN, MessageType.QUERY
 T = TypeVar("T", Order, Reply, Description)
 SITE_FAILED = 1001  # Flower error code of an answer that is an error of ours
@@ -21,7 +21,8 @@ SITE_FAILED = 1001  # Flower error code of an answer that is an error of ours
 
 def pack_arrays(arrays: Arrays) -> ArrayRecord:
     """Arrays in bytes, to be packed once and put into the orders of all sites."""
-    return ArrayRecord({key: _encode(arrays[key]) for key in sorted(arrays)})
+    data = encode(arrays)
+    return ArrayRecord({ALL: Array(dtype="uint8", shape=(len(data),), stype=DEFAULT, data=data)})
 
 
 def order_message(order: Order, packed: ArrayRecord, node_id: int) -> Message:
@@ -117,10 +118,7 @@ def _number(key: str, value: object) -> float:
     return float(value)
 
 
-def _encode(array: np.ndarray) -> Array:
-    data = CODECS[DEFAULT].encode(array)
-    return Array(dtype=str(array.dtype), shape=tuple(array.shape), stype=DEFAULT, data=data)
-
-
 def _arrays(record: ArrayRecord) -> Arrays:
-    return {key: decode(array.stype, array.data, key) for key, array in record.items()}
+    if list(record) != [ALL]:
+        raise RefusedError("arrays", f"one entry {ALL!r}", ", ".join(sorted(record))[:80] or "none")
+    return decode(record[ALL].stype, record[ALL].data)

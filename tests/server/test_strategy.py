@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 
 from colora.client.app import make_app
 from colora.common import messages
+from colora.common.codec import DEFAULT
 from colora.common.errors import DataError, QuorumError, StateError
 from colora.common.first import first_shared
 from colora.common.protocol import PROTOCOL, Arrays, Description, Order, Reply, hash_layout
@@ -403,23 +404,15 @@ def rewritten(change: Callable[[RecordDict], None], sites: Sequence[Pretender]) 
     return app
 
 
-def _bytes(data: bytes) -> Callable[[RecordDict], None]:
-    def change(content: RecordDict) -> None:
-        for key in list(content.array_records["shared"]):
-            content.array_records["shared"][key] = Array("float32", (2, 6), "numpy.ndarray", data)
-
-    return change
+def _bytes(data: bytes, stype: str = DEFAULT) -> Callable[[RecordDict], None]:
+    return lambda content: content.array_records["shared"].update(
+        {messages.ALL: Array("uint8", (len(data),), stype, data)}
+    )
 
 
-def _npz() -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, x=np.zeros(3))
-    return buffer.getvalue()
-
-
-def _header(shape: str) -> bytes:
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+def _header(**entry: Any) -> bytes:
+    text = json.dumps({"x": {"dtype": "F32", "shape": [2, 6], "data_offsets": [0, 48], **entry}}).encode()
+    return len(text).to_bytes(8, "little") + text
 
 
 def _config(**values: Any) -> Callable[[RecordDict], None]:
@@ -441,14 +434,15 @@ BROKEN: dict[str, Callable[[RecordDict], None]] = {
     "fresh in words": _config(fresh="yes"),
     "a list as a metric": lambda content: content.metric_records["metrics"].update({"personal.loss": [1.0, 2.0]}),
     "no bytes": _bytes(b""),
-    "half of an array": _bytes(_header("(2, 6)") + b"\x00" * 20),
+    "half of an array": _bytes(_header() + b"\x00" * 20),
     "bytes of no array": _bytes(b"\x93NUMPY\x01\x00 what"),
     "a pickle": _bytes(b"\x80\x04N."),
-    "a zip archive": _bytes(_npz()),
-    "a broken zip archive": _bytes(b"PK\x03\x04 what"),
-    "more numbers than any memory": _bytes(_header("(1000000, 1000000, 1000)")),
-    "an unknown codec": lambda content: content.array_records["shared"].update(
-        {key: Array("float32", (2, 6), "pickle", b"") for key in content.array_records["shared"]}
+    "a header longer than the bytes": _bytes((1 << 60).to_bytes(8, "little") + b"{}"),
+    "more numbers than any memory": _bytes(_header(shape=[10**6, 10**6, 10**3], data_offsets=[0, 4 * 10**15])),
+    "more numbers than bytes": _bytes(_header(shape=[10**6]) + b"\x00" * 48),
+    "an unknown codec": _bytes(b"", "pickle"),
+    "arrays one by one": lambda content: content.array_records["shared"].update(
+        {"x": Array("float32", (1,), "numpy.ndarray", b"")}
     ),
 }
 
