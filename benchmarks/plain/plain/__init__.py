@@ -1,0 +1,1 @@
+"""A plain Flower app: every message loads the model."""

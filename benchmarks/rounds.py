@@ -1,0 +1,237 @@
+"""Seconds of a round beyond training, over real Flower processes on one machine: a plain Flower app, and colora.
+
+Both play the same federation: two sites, MiniLM-L6 from this disk, two optimiser steps a round, the same rows and
+threads, at a small adapter and at 52 MiB of shared arrays. ``plain/`` is what one writes with Flower and PEFT alone:
+FedAvg, a ClientApp that loads the model, train and evaluate messages; it runs without TLS and without keys, which is in
+its favour. Ours runs as the README says: ``colora provision``, ``colora server``, ``colora client``.
+
+A round lasts from the end of the one before to its own end. What the slowest site spends in optimiser steps and in
+evaluation is taken off. ``marks/`` notes the same points in the processes of both.
+
+    python benchmarks/rounds.py [--rounds 6] [--only plain|ours] [--sizes small,large]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from figures import Figure, ratios, show
+from rounds_parts import Round, read_rounds
+
+HERE = Path(__file__).resolve().parent
+SITES, STEPS, BAR, PATIENCE = ("north", "south"), 2, 1 / 3, 900.0
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    "PYTHONPATH": str(HERE / "marks"),
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """An adapter; ``targets`` is a pattern that fits the backbone's names with and without a prefix."""
+
+    name: str
+    rank: int
+    targets: str
+
+
+SIZES = {
+    "small": Size("0.3 MiB", 8, r".*layer\.\d+\..*(query|value)"),
+    "large": Size("52 MiB", 328, r".*layer\.\d+\..*(query|key|value|dense)"),
+}
+
+
+class Processes:
+    """Processes of one measurement, each with a group of its own and its log; all are ended in the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.running = folder, []
+
+    def start(self, name: str, command: Sequence[str | Path], **environment: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{name}.log").open("wb") as log:
+            whole = {**ENVIRONMENT, "COLORA_MARKS": str(self.folder / "marks.jsonl"), **environment}
+            process = subprocess.Popen(
+                [str(word) for word in command], stdout=log, stderr=log, env=whole, start_new_session=True
+            )
+        self.running.append(process)
+        return process
+
+    def finish(self, name: str, command: Sequence[str | Path], **environment: str) -> None:
+        """Starts one and waits until it has ended well."""
+        self.until(self.start(name, command, **environment), name)
+
+    def until(self, process: subprocess.Popen[bytes], name: str) -> None:
+        """Waits until a process has ended well."""
+        code = process.wait(PATIENCE)
+        if code:
+            raise SystemExit(f"{name} ended with {code}:\n{(self.folder / f'{name}.log').read_text()[-4000:]}")
+
+    def end(self) -> None:
+        for process in reversed(self.running):
+            if process.poll() is None:
+                process.terminate()
+        for process in self.running:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextmanager
+def processes(folder: Path) -> Iterator[Processes]:
+    found = Processes(folder)
+    try:
+        yield found
+    finally:
+        found.end()
+
+
+def plain(size: Size, rounds: int, folder: Path) -> list[Round]:
+    """The plain app on flower-superlink and two flower-supernodes, submitted with ``flwr run``."""
+    port = free_port()
+    home = folder / "flower"
+    home.mkdir()
+    (home / "config.toml").write_text(f'[superlink.bench]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    own = {"FLWR_HOME": str(home)}
+    link = ["flower-superlink", "--insecure", "--port", str(port), "--disable-runtime-dependency-installation"]
+    with processes(folder) as run:
+        run.start("superlink", link, **own)
+        wait_for(port)
+        for site in SITES:
+            rows = " ".join(f"{part}='{folder / f'{site}-{part}.jsonl'}'" for part in ("train", "test"))
+            place = ["--superlink", f"127.0.0.1:{port}", "--port", str(free_port()), "--node-config", rows]
+            run.start(f"supernode-{site}", ["flower-supernode", "--insecure", *place], **own)
+        config = f"rounds={rounds} steps={STEPS} rank={size.rank} targets='{size.targets}'"
+        run.finish("run", ["flwr", "run", HERE / "plain", "bench", "--stream", "--run-config", config], **own)
+    return read_rounds(folder / "marks.jsonl", rounds)
+
+
+def ours(size: Size, rounds: int, folder: Path) -> list[Round]:
+    """``colora provision``, ``colora server`` and two ``colora client``, with TLS and keys."""
+    port, keys = free_port(), folder / "keys"
+    names = "".join(f'[[site]]\nname = "{site}"\n' for site in SITES)
+    (folder / "sites.toml").write_text(f'[coordinator]\naddress = "127.0.0.1:{port}"\n{names}')
+    recipe = RECIPE.format(rounds=rounds, steps=STEPS, rank=size.rank, targets=size.targets)
+    (folder / "recipe.toml").write_text(f'{recipe}data = {{ source = "each site has its own" }}\n{names}')
+    with processes(folder) as run:
+        run.finish("provision", ["colora", "provision", folder / "sites.toml", "--out", keys])
+        place = ["--keys", keys / "coordinator", "--host", "127.0.0.1", "--port", str(port), "--out", folder / "run"]
+        server = run.start("server", ["colora", "server", folder / "recipe.toml", *place])
+        for site in SITES:
+            file = keys / "sites" / site / "site.toml"
+            rows = "\n".join(
+                f'{key} = "{folder / f"{site}-{part}.jsonl"}"'
+                for key, part in (("source", "train"), ("test_source", "test"))
+            )
+            text, filled = re.subn(r"(?m)^source = .*$", rows, file.read_text())
+            assert filled == 1
+            file.write_text(text)
+            run.start(f"client-{site}", ["colora", "client", file])
+        run.until(server, "server")
+    return read_rounds(folder / "marks.jsonl", rounds)
+
+
+RECIPE = """\
+name = "bench"
+rounds = {rounds}
+model = {{ source = "asset:minilm-l6", max_length = 32 }}
+adapter = {{ rank = {rank}, alpha = 16.0, target_modules = '{targets}' }}
+train = {{ steps = {steps}, batch_size = 8 }}
+server = {{ quorum = 2 }}
+"""
+
+
+def write_rows(folder: Path) -> None:
+    """32 texts to train on and 32 to test for each site."""
+    words = (HERE.parent / "README.md").read_text(encoding="utf-8").split()
+    for site in SITES:
+        for part in ("train", "test"):
+            rng = random.Random(f"{site} {part}")
+            rows = [{"text": " ".join(rng.choices(words, k=30)), "label": ("yes", "no")[i % 2]} for i in range(32)]
+            (folder / f"{site}-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(port: int) -> None:
+    """Until somebody listens there."""
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise SystemExit(f"nobody listens at port {port}")
+
+
+KINDS = {"plain": plain, "ours": ours}
+
+
+def measure(kind: str, size: Size, rounds: int) -> list[Round]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder)
+        found = KINDS[kind](size, rounds, folder)
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    told = " ".join(f"{r.beyond:.1f}" for r in found)
+    print(f"{kind}, {size.name}: seconds beyond training by round {told} (load {load})", file=sys.stderr)
+    return found
+
+
+def tell(size: Size, taken: dict[str, list[Round]]) -> None:
+    """Both tables of one size."""
+    figures = []
+    for kind, rounds in taken.items():
+        figures += [Figure(f"{kind}: whole round", [r.seconds for r in rounds], "s")]
+        figures += [Figure(f"{kind}: its training and evaluation", [r.work for r in rounds], "s")]
+        figures += [Figure(f"{kind}: beyond training", [r.beyond for r in rounds], "s")]
+        figures += [Figure(f"{kind}: CPU of ClientApps and trainers beyond it", [r.cpu for r in rounds], "s")]
+    if len(taken) == 2:
+        of = {kind: ([r.beyond for r in rounds], [r.cpu for r in rounds]) for kind, rounds in taken.items()}
+        figures.append(Figure("ours ÷ plain, beyond training", ratios(of["ours"][0], of["plain"][0]), "", BAR))
+        figures.append(Figure("ours ÷ plain, that CPU", ratios(of["ours"][1], of["plain"][1])))
+    show(f"A round at {size.name} of shared arrays, {len(SITES)} sites", figures)
+    for kind, rounds in taken.items():
+        names = list(dict.fromkeys(name for r in rounds for name in r.parts))
+        parts = [Figure(name, [r.parts.get(name, 0.0) for r in rounds], "s") for name in names]
+        show(f"Where it goes: {kind}, {size.name}, along the slower site", parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--only", choices=list(KINDS))
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    options = parser.parse_args()
+    kinds = [options.only] if options.only else list(KINDS)
+    for key in options.sizes.split(","):
+        tell(SIZES[key], {kind: measure(kind, SIZES[key], options.rounds) for kind in kinds})
+
+
+if __name__ == "__main__":
+    main()
