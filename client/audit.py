@@ -57,7 +57,8 @@ def arrays_of(arrays: Arrays) -> list[dict[str, Any]]:
     found = []
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
-        norm = float(np.linalg.norm(array.astype(np.float64).ravel()))
+        flat = array.ravel()
+        norm = math.sqrt(float(np.einsum("i,i->", flat, flat, dtype=np.float64)))  # without a copy in float64
         found.append(
             {
                 "name": name,
@@ -65,7 +66,7 @@ def arrays_of(arrays: Arrays) -> list[dict[str, Any]]:
                 "dtype": str(array.dtype),
                 "bytes": array.nbytes,
                 "norm": norm if math.isfinite(norm) else str(norm),
-                "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+                "sha256": hashlib.sha256(array.data).hexdigest(),
             }
         )
     return found

@@ -40,10 +40,7 @@ class Resident:
         device = self.site.trainer.device
         try:
             torch.zeros(1, device=None if device == "auto" else device)
-        except (
-            RuntimeError,
-            AssertionError,
-        ):  # what torch raises for unknown devices and for those it is not built for
+        except (RuntimeError, AssertionError):  # unknown to torch, not there, or not what torch was built for
             found = f"{device!r}"
             raise RecipeError("trainer.device", "a device of this machine", found, site=self.site.name) from None
 
