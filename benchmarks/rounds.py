@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--only", choices=list(KINDS))
     parser.add_argument("--sizes", default=",".join(SIZES))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     kinds = [options.only] if options.only else list(KINDS)
     for key in options.sizes.split(","):
         tell(SIZES[key], {kind: measure(kind, SIZES[key], options.rounds) for kind in kinds})

@@ -168,6 +168,7 @@ class Supervisor:
         if self.link.child.starts:
             self._note("restarted", what="superlink")
         self.link.start()
+        self.link.prepare()
         ends = time.monotonic() + STARTING
         while self.link.child.running and not listens("127.0.0.1", self.link.port) and time.monotonic() < ends:
             time.sleep(PULSE)

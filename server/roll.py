@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from ..common import messages
 from ..common.errors import ColoraError, RefusedError
+from ..common.files import write_atomically
 from ..common.protocol import Description
 
 AGAIN = 30.0  # seconds after which a site that failed to introduce itself is asked once more
@@ -30,6 +34,14 @@ class Present:
         return self.description.site
 
 
+@dataclass(frozen=True)
+class Inquiry:
+    """How a node is asked who it is, and how often when its answer is an error."""
+
+    question: Callable[[int], Message]
+    attempts: int
+
+
 @dataclass
 class Introduction:
     """A question to a node that is here: who are you?"""
@@ -42,11 +54,13 @@ class Introduction:
 class Roll:
     """Meets nodes without ever waiting for one. ``welcome`` judges who came, and raises RefusedError.
 
-    Nodes that registered by a key carry the name that the key belongs to, and can speak for no other site.
+    Nodes that registered by a key carry the name that the key belongs to, and can speak for no other site. With a
+    ``memory`` (a file) a coordinator that starts again need not ask those that stayed.
     """
 
-    def __init__(self, grid: Grid, names: Collection[str], question: Callable[[int], Message], attempts: int) -> None:
-        self._grid, self._names, self._question, self._attempts = grid, names, question, attempts
+    def __init__(self, grid: Grid, names: Collection[str], inquiry: Inquiry, memory: Path | None = None) -> None:
+        self._grid, self._names, self._inquiry, self._memory = grid, names, inquiry, memory
+        self._known = _recall(memory) if memory else {}
         self.met: dict[str, Present] = {}
         self.failures: list[tuple[str, str | None]] = []  # (node or site, reason), for the caller to tell and clear
         self.refusals: list[ColoraError] = []
@@ -75,13 +89,16 @@ class Roll:
             there = self._here.get(node)
             if there is None or there.since != info.last_activated_at:
                 there = self._here[node] = Introduction(info.last_activated_at)
+                known = self._known.get(node)
+                if known and known.since == there.since and known.site in self._names:
+                    self.met[known.site], there.due = known, float("inf")
             if there.due <= now:
                 self._ask(node, there)
         return self._take_answers()
 
     def _ask(self, node: int, there: Introduction) -> None:
         there.tries, there.due = there.tries + 1, float("inf")
-        for message_id in self._grid.push_messages([self._question(node)]):
+        for message_id in self._grid.push_messages([self._inquiry.question(node)]):
             self._pending[message_id] = node
 
     def _take_answers(self) -> list[Present]:
@@ -97,7 +114,7 @@ class Roll:
     def _present(self, node: int, there: Introduction, message: Message) -> Present | None:
         name = self._registered.get(node) or f"node {node}"
         if message.has_error():
-            if there.tries < self._attempts:
+            if there.tries < self._inquiry.attempts:
                 self._ask(node, there)
             else:
                 there.tries, there.due = 0, time.monotonic() + AGAIN
@@ -110,7 +127,13 @@ class Roll:
             self.refusals.append(error if error.site else error.at(name))
             return None
         self.met[present.site] = present
+        self._remember()
         return present
+
+    def _remember(self) -> None:
+        if self._memory:
+            told = [dataclasses.asdict(present) for present in self.met.values()]
+            write_atomically(self._memory, json.dumps(told).encode(), lasting=False)
 
     def _check_name(self, present: Present) -> None:
         registered = self._registered.get(present.node)
@@ -118,6 +141,16 @@ class Roll:
             raise RefusedError("site", f"the name of its key, {registered}", present.site, site=registered)
         if present.site not in self._names:
             raise RefusedError("site", "a name of the roster", present.site)
+
+
+def _recall(memory: Path) -> dict[int, Present]:
+    """Who was met before, by node; nobody where the file is missing or from another version."""
+    try:
+        told = json.loads(memory.read_text())
+        found = [Present(each["node"], each["since"], Description(**each["description"])) for each in told]
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    return {present.node: present for present in found}
 
 
 def wait_for_nodes(grid: Grid, wanted: int, patience: float = 60.0, pause: float = 0.5) -> None:

@@ -32,7 +32,7 @@ from .chronicle import Chronicle
 from .conduct import Conduct, Member, Stopped
 from .events import EventLog
 from .members import Members
-from .roll import Roll, wait_for_nodes
+from .roll import Inquiry, Roll, wait_for_nodes
 
 INTERVAL = 0.25  # seconds between two questions to a SuperLink whether answers have come
 
@@ -63,7 +63,8 @@ class AdapterStrategy:
         ``first`` makes S_0 from the number of classes (for a shared head). Raises QuorumError, Stopped.
         """
         names, attempts, enduring = [m.site for m in self.roster], self.settings.attempts, self.conduct.enduring
-        roll = Roll(grid, names, lambda node: messages.join_message(self.recipe.name, self.plan, node), attempts)
+        inquiry = Inquiry(lambda node: messages.join_message(self.recipe.name, self.plan, node), attempts)
+        roll = Roll(grid, names, inquiry, self.spool.with_name("roll.json") if enduring else None)
         self.members = Members(roll, names, self.chronicle, self.conduct)
         patience = Patience(self.settings.timeout, attempts, enduring, INTERVAL if enduring else 0.05)
         self.asker = Asker(grid, roll, patience, self._tell_late)

@@ -6,7 +6,7 @@ stands in the run folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class SuperLink:
     """A ``flower-superlink`` with its database below ``home``; without certificates it knows sites by no key."""
 
     def __init__(self, home: Path, run: Path, log: Path, certificates: Certificates | None) -> None:
-        self.home, self.certificates = home, certificates
+        self.home, self.certificates, self.app = home, certificates, b""
         self.port, self.health_port = free_port(), free_port()
         arguments = ["--host", "127.0.0.1", "--port", str(self.port), "--database", str(home / "state.sqlite")]
         arguments += ["--health-server-address", f"127.0.0.1:{self.health_port}"]
@@ -101,27 +101,24 @@ class SuperLink:
                 if name not in known or known[name].public_key != key:
                     control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
 
+    def prepare(self) -> None:
+        """Makes the stub app, and loads what submitting needs, while the SuperLink starts."""
+        from flwr.cli.build import build_fab_from_disk
+        from flwr.supercore.control import ControlHttpClient  # noqa: F401
+
+        self.app = build_fab_from_disk(self.home / "app")
+
     def submit(self) -> int:
         """Starts a run of the stub app and returns Flower's number for it."""
         import hashlib
 
-        from flwr.cli.build import build_fab_from_disk
         from flwr.common.serde import fab_to_proto
         from flwr.proto.control_pb2 import StartRunRequest
         from flwr.supercore.fab import Fab
 
-        content = build_fab_from_disk(self.home / "app")
-        fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
+        fab = Fab(hashlib.sha256(self.app).hexdigest(), self.app, {})
         with self._control() as control:
             return control.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
-
-    def online(self) -> list[str]:
-        """Names of the sites whose SuperNodes are online (empty names where sites have no keys)."""
-        from flwr.proto.control_pb2 import ListNodesRequest
-
-        with self._control() as control:
-            nodes: Iterable = control.ListNodes(ListNodesRequest()).nodes_info
-            return [node.name for node in nodes if node.status == "online"]
 
     def _control(self):
         from flwr.supercore.control import ControlHttpClient

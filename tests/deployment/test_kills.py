@@ -1,6 +1,6 @@
 """kill -9 of any process at a random moment: the federation ends by itself, with the bits of the calm run.
 
-Run with ``COLORA_KILLS=28 pytest tests/deployment/test_kills.py -s`` for more victims and the table.
+Run with ``COLORA_KILLS=21 pytest -n 0 -s -m endurance tests/deployment/test_kills.py`` for more victims.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def rounds(town: Town) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 def test_any_process_may_be_killed_at_any_moment(tmp_path: Path, tiny_recipe: dict) -> None:
     tiny_recipe["rounds"] = 2 * KILLS + 2
     tiny_recipe["train"] |= {"final_steps": 2, "keep_moments": True}

@@ -26,7 +26,7 @@ from tests.server.test_gate import SECRET, SPELLINGS
 
 from .conftest import COLORA, QUIET, Town
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.endurance]
 SECONDS = 120.0  # until a client has said why
 DATA = ("source", "test_source")
 

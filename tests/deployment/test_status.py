@@ -11,7 +11,7 @@ import tomli_w
 
 from .conftest import COLORA, ROOT, Town
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.endurance]
 
 
 def status(path: Path) -> tuple[int, dict]:
