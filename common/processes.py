@@ -105,10 +105,13 @@ class Child:
         Flower's SuperExec starts a process for each message and does not look after it, so it stays a zombie, with
         its exit status, until the next one.
         """
-        return any(_status(p) in _SIGNALLED for p in self.below(name) if p.status() == psutil.STATUS_ZOMBIE)
+        return any(_exit_status(process) in _SIGNALLED for process in self._below(name) if _is_zombie(process))
 
-    def below(self, name: str) -> list[psutil.Process]:
-        """The processes called ``name`` among its descendants."""
+    def has_living(self, name: str) -> bool:
+        """Whether a process called ``name`` lives below it."""
+        return any(_is_zombie(process) is False for process in self._below(name))
+
+    def _below(self, name: str) -> list[psutil.Process]:
         try:
             found = psutil.Process(self.pid).children(recursive=True) if self.running else []
         except psutil.NoSuchProcess:
@@ -119,7 +122,15 @@ class Child:
 _SIGNALLED = range(1, 128)  # a wait status whose low bits are a signal's number
 
 
-def _status(process: psutil.Process) -> int:
+def _is_zombie(process: psutil.Process) -> bool | None:
+    """None for a process that is gone by now."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _exit_status(process: psutil.Process) -> int:
     """The wait status of a zombie; 0 where it cannot be read."""
     try:
         return int(Path(f"/proc/{process.pid}/stat").read_text().rsplit(" ", 1)[1])

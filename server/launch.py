@@ -194,7 +194,7 @@ class Supervisor:
 
     def _watch(self) -> None:
         """Notices that the run under way has ended, with or without a word."""
-        alive = any(process.status() != "zombie" for process in self.link.child.below("flwr-serverapp"))
+        alive = self.link.child.has_living("flwr-serverapp")
         self.seen = self.seen or alive
         if alive or (not self.seen and time.monotonic() < (self.submitted or 0) + STARTING):
             return
