@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Asker:
         self._grid, self._roll, self._patience, self._tell_late = grid, roll, patience, tell_late
         self._late: dict[str, str] = {}  # message id → site
         self._looked = 0.0
+        self._pull: Pull | None = None  # under way
 
     def ask(
         self, questions: Mapping[str, Callable[[], Message]], enough: Callable[[], bool] = lambda: False
@@ -67,7 +69,7 @@ class Asker:
         sent: dict[str, str] = {}  # message id → site
         while waiting and (ends is None or time.monotonic() < ends):
             self._send(waiting, sent)
-            answers = self._pull(sent)
+            answers = self._take(sent)
             for site, message in answers:
                 if site in waiting and not self._again(waiting[site], message):
                     del waiting[site]
@@ -78,6 +80,7 @@ class Asker:
                     break
                 time.sleep(self._patience.interval)
         self._late |= {message_id: site for message_id, site in sent.items() if site in waiting}
+        self._pull = None
 
     def _send(self, waiting: Mapping[str, Pending], sent: dict[str, str]) -> None:
         now = time.monotonic()
@@ -89,9 +92,9 @@ class Asker:
             pending.silence = pending.silence * 2 or self._patience.silence
             sent.update(dict.fromkeys(self._grid.push_messages([pending.message()]), site))
 
-    def _pull(self, sent: dict[str, str]) -> list[tuple[str, Message]]:
+    def _take(self, sent: dict[str, str]) -> list[tuple[str, Message]]:
         answers = []
-        for message in self._grid.pull_messages([*sent, *self._late]):
+        for message in self._pulled([*sent, *self._late]):
             message_id = message.metadata.reply_to_message_id
             if late := self._late.pop(message_id, None):
                 if not message.has_error():
@@ -99,6 +102,16 @@ class Asker:
             elif site := sent.pop(message_id, None):
                 answers.append((site, message))
         return answers
+
+    def _pulled(self, message_ids: list[str]) -> list[Message]:
+        """What has come. With sites that may die, in a thread of its own: see :class:`Pull`."""
+        if not self._patience.enduring:
+            return list(self._grid.pull_messages(message_ids))
+        self._pull = self._pull or Pull(self._grid, message_ids)
+        if not self._pull.over(self._patience.interval):
+            return []
+        pull, self._pull = self._pull, None
+        return pull.found()
 
     def _again(self, pending: Pending, message: Message) -> bool:
         """Whether an answer is an error after which the site is asked again."""
@@ -119,8 +132,42 @@ class Asker:
         self._looked = now
         self._roll.look()
         presences = {site: self._roll.presence(site) for site in waiting}
+        back = {s for s, p in waiting.items() if presences[s] is not None and presences[s] != p.presence}
+        stuck = bool(back) and self._pull is not None
+        if stuck:
+            self._pull = None
         for site, pending in waiting.items():
-            back = presences[site] is not None and presences[site] != pending.presence
-            if pending.due is None and (back or now - pending.sent > pending.silence):
+            if pending.due is None and (stuck or site in back or now - pending.sent > pending.silence):
                 pending.due = now
         return enough() and not any(presences.values())
+
+
+class Pull:
+    """One question to the grid for answers, which may take minutes.
+
+    Of a site that died while it sent its answer, Flower tells that there is one, and then waits for its parts for as
+    long as their upload may take. Whoever asks can leave such a pull alone and ask the sites again.
+    """
+
+    def __init__(self, grid: Grid, message_ids: list[str]) -> None:
+        self._found: list[Message] = []
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._work, args=(grid, message_ids), daemon=True)
+        self._thread.start()
+
+    def _work(self, grid: Grid, message_ids: list[str]) -> None:
+        try:
+            self._found = list(grid.pull_messages(message_ids))
+        except Exception as error:  # whatever it is, it belongs to who asked
+            self._error = error
+
+    def over(self, seconds: float) -> bool:
+        """Whether it has ended; waits for that, ``seconds`` at most."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def found(self) -> list[Message]:
+        """The answers. Raises what the grid raised."""
+        if self._error:
+            raise self._error
+        return self._found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -145,6 +146,27 @@ def test_a_message_that_is_lost_with_its_site_is_asked_again_when_the_site_is_ba
     assert lead(settings, street, tmp_path).closed
     assert [event["admitted"] for event in told(tmp_path, "round")] == [list(NAMES)] * 3
     assert sites[1].introduced == 2
+
+
+def test_an_answer_that_never_comes_whole_holds_up_nobody_once_its_site_is_back(tmp_path: Path) -> None:
+    """Flower waits minutes for the parts of an answer whose sender died, and with it for all that came together."""
+    settings = recipe()
+    release, stuck = threading.Event(), threading.Event()
+
+    class Half(Street):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            answers = super().pull_messages(message_ids)
+            if not stuck.is_set() and any(a.metadata.group_id == "2" for a in answers):
+                stuck.set()
+                release.wait(20)
+            return answers
+
+    street = Half(pretenders(settings))
+    street.later.append((stuck.is_set, lambda: street.since.update({2: "tuesday"})))
+    assert lead(settings, street, tmp_path).closed
+    assert stuck.is_set()
+    assert [event["admitted"] for event in told(tmp_path, "round")] == [list(NAMES)] * 3
+    release.set()
 
 
 def test_a_silent_site_is_asked_again_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
