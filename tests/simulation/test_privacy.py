@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message
+from flwr.app import Array, ConfigRecord, Message
 
 from colora.client import trainer as trainer_module
 from colora.client.trainer import Trainer
 from colora.common import messages
-from colora.common.files import load_arrays
+from colora.common.codec import CODECS, decode
 from colora.common.methods import METHODS
 from colora.common.recipe import recipe_from
 from colora.server.board import board_of
 from colora.simulation.grid import LocalGrid
 from colora.simulation.run import simulate
-
-WINDOW = 20  # characters of a text that must not be found together
+from tests.leaks import Secret, leaks_in, personal_tensors, text_windows
 
 
 @pytest.fixture
@@ -45,10 +42,15 @@ def numbers_of(message: Message) -> np.ndarray:
         return np.zeros(0, np.float32)
     found = [np.zeros(0, np.float32)]
     for record in message.content.array_records.values():
-        found += [array.numpy().ravel().astype(np.float32) for array in record.values()]
+        found += [part.ravel().astype(np.float32) for entry in record.values() for part in parts_of(entry)]
     for record in (*message.content.metric_records.values(), *message.content.config_records.values()):
         found += [np.atleast_1d(v).astype(np.float32) for v in record.values() if isinstance(v, int | float | list)]
     return np.concatenate(found)
+
+
+def parts_of(entry: Array) -> list[np.ndarray]:
+    """The arrays in one entry of a record, whoever packed it."""
+    return list(decode(entry.stype, entry.data).values()) if entry.stype in CODECS else [entry.numpy()]
 
 
 def texts_of(message: Message) -> str:
@@ -57,39 +59,25 @@ def texts_of(message: Message) -> str:
         return message.error.reason or ""
     records = [*message.content.config_records.values(), *message.content.metric_records.values()]
     keys = [key for record in message.content.values() for key in record]
+    packed = [entry for record in message.content.array_records.values() for entry in record.values()]
+    keys += [key for entry in packed if entry.stype in CODECS for key in decode(entry.stype, entry.data)]
     return "\n".join([*keys, *(str(v) for record in records for v in record.values())])
 
 
-def personal_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of every personal state that a run left on disk, constant ones aside."""
-    for path in sorted(folder.glob("sites/*/state/round-*")):
-        for key, value in load_arrays(path)[0].items():
-            if key.startswith(("state/", "moments/")) and "/step" not in key and np.unique(value).size > 2:
-                yield f"{path.parent.parent.name}/{path.stem}/{key}", value
+def secrets_of(folder: Path) -> list[Secret]:
+    return list(personal_tensors(folder.glob("sites/*/state/round-*")))
 
 
 def site_texts(folder: Path) -> set[str]:
-    """All windows of 20 characters of all rows of all sites."""
-    lines = [line for path in folder.glob("sites/*/data/*.jsonl") for line in path.read_text().splitlines()]
-    texts = [str(value) for line in lines for value in json.loads(line).values()]
-    return {text[i : i + WINDOW] for text in texts for i in range(max(0, len(text) - WINDOW + 1))}
+    return text_windows(folder.glob("sites/*/data/*.jsonl"))
 
 
 def leaks(seen: list[Message], folder: Path) -> list[str]:
-    """Names of what was found: tensors of which more than one value in twenty occurs in a message, and texts."""
-    secrets = list(personal_tensors(folder))
-    windows = site_texts(folder)
+    """Names of what was found in any message."""
+    secrets, windows = secrets_of(folder), site_texts(folder)
     assert secrets
     assert windows
-    found = []
-    for message in seen:
-        values, text = np.unique(numbers_of(message)), texts_of(message)
-        for name, secret in secrets:
-            own = np.setdiff1d(np.unique(secret.astype(np.float32)), [0.0, 1.0])
-            if np.isin(own, values).mean() > 0.05:
-                found.append(name)
-        found += [window for window in windows if window in text]
-    return found
+    return [leak for message in seen for leak in leaks_in(numbers_of(message), texts_of(message), secrets, windows)]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -104,9 +92,7 @@ def test_nothing_personal_is_in_any_message(
 
 
 def _plant_array(message: Message, secret: np.ndarray, text: str) -> None:
-    record = next(iter(message.content.array_records.values()))
-    key = next(iter(record))
-    record[key] = messages._encode(np.resize(secret, record[key].numpy().shape))
+    message.content[messages.ARRAYS] = messages.pack_arrays({"x": secret})
 
 
 def _plant_metric(message: Message, secret: np.ndarray, text: str) -> None:
@@ -122,7 +108,7 @@ def test_the_search_finds_what_is_planted(tiny_recipe: dict, tmp_path: Path, wir
     run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
     assert leaks(wire, run.path) == []
     reply = next(m for m in wire if m.has_content() and messages.METRICS in m.content)
-    _, secret = next(personal_tensors(run.path))
+    _, secret = secrets_of(run.path)[0]
     plant(reply, secret, sorted(site_texts(run.path))[0])
     assert leaks(wire, run.path) != []
 
