@@ -38,10 +38,11 @@ def encode(arrays: Arrays) -> bytes:
 
 
 def decode(stype: str, data: bytes) -> Arrays:
-    """Bytes → arrays. Raises RefusedError for an unknown codec or broken bytes."""
+    """Bytes → arrays in name order. Raises RefusedError for an unknown codec or broken bytes."""
     if stype not in CODECS:
         raise RefusedError("arrays", f"a codec of {', '.join(CODECS)}", stype[:40])
     try:
-        return CODECS[stype].decode(data)
+        arrays = CODECS[stype].decode(data)
+        return {key: arrays[key] for key in sorted(arrays)}
     except Exception as error:  # the bytes come from outside, and who reads them raises what it likes on broken ones
         raise RefusedError("arrays", "whole bytes of arrays", type(error).__name__) from None
