@@ -120,6 +120,13 @@ class SuperLink:
         with self._control() as control:
             return control.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
 
+    def online(self) -> list[str]:
+        """Names of the sites whose SuperNodes are online (empty names where sites have no keys)."""
+        from flwr.proto.control_pb2 import ListNodesRequest
+
+        with self._control() as control:
+            return [node.name for node in control.ListNodes(ListNodesRequest()).nodes_info if node.status == "online"]
+
     def _control(self):
         from flwr.supercore.control import ControlHttpClient
         from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
