@@ -18,7 +18,7 @@ from colora.simulation.run import simulate
 
 from .conftest import Town, last, simulated_outcome
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.endurance]
 
 
 def wait_for_no_orphans(town: Town) -> None:
@@ -61,7 +61,6 @@ def test_kill_9_of_a_command_leaves_no_orphan(town: Town, command: str) -> None:
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
-@pytest.mark.endurance
 def test_a_straggler_is_left_out_and_told_and_the_log_replays_to_the_same_bits(
     tmp_path: Path, tiny_recipe: dict
 ) -> None:
