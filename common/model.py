@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
         try:
             model: Any = kind.from_pretrained(folder, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, UnpicklingError) as error:
             raise ModelError("model.source", _WANTED[generates], f"{settings.source} ({error})") from None
     device = _device(settings.device)
     model.requires_grad_(False).to(device)
@@ -140,8 +141,11 @@ def source_folder(settings: ModelSettings) -> Path:
     source = settings.source
     if source.startswith("asset:"):
         return asset_folder(source.removeprefix("asset:"))
-    if Path(source).is_dir():
-        return Path(source)
+    try:
+        if Path(source).is_dir():
+            return Path(source)
+    except OSError as error:  # on the way to it
+        raise ModelError("model.source", "a folder that can be entered", f"{source!r} ({error.strerror})") from None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -35,8 +35,8 @@ def numbers_in(data: bytes) -> np.ndarray:
     with np.errstate(all="ignore"):
         for kind in (np.dtype("<f4"), np.dtype("<f8")):
             for start in range(kind.itemsize):
-                count = max(0, len(data) - start) // kind.itemsize
-                found.append(np.frombuffer(data, kind, count, start).astype(np.float32))
+                if count := max(0, len(data) - start) // kind.itemsize:
+                    found.append(np.frombuffer(data, kind, count, start).astype(np.float32))
     return np.unique(np.concatenate(found))
 
 

@@ -358,7 +358,8 @@ def test_whatever_array_came_stands_in_the_audit_log(world: World, name: str) ->
 def test_a_site_with_limits_answers_its_own_plan_only(world: World) -> None:
     site = world.sites["ada"]
     answered = {what.split(" ", 1)[1] for what, _ in site.loot if what.startswith(("train method", "train source"))}
-    assert answered == {f"method colora {more}{close}" for more in ({},) for close in ("", ", close")}
+    same = ("method colora {}", "method colora {'A': 'shared', 'B': 'shared'}")  # as the table has it
+    assert answered == {f"{plan}{close}" for plan in same for close in ("", ", close")}
     assert {path.name for path in (site.trainer / "state").iterdir() if path.is_dir()} == {"town", "logs"}
 
 
@@ -384,25 +385,3 @@ def test_as_one_user_a_site_is_open_and_says_so_at_its_start(world: World) -> No
     assert any(what.startswith("memory: ") for what, _ in site.loot)
     for name in ("ada", "bob"):
         assert "one user" not in world.said[f"{name}-trainer"].read_text() + world.said[f"{name}-node"].read_text()
-
-
-def test_what(world: World) -> None:
-    shutil.rmtree("/tmp/scratch/loot", ignore_errors=True)
-    os.makedirs("/tmp/scratch/loot")
-    for site in world.sites.values():
-        from collections import Counter
-
-        print(
-            site.name,
-            len(site.loot),
-            len(site.seen),
-            Counter(what.split(":")[0].split(" ")[0] for what, _ in site.loot),
-        )
-        print(Counter("|".join(e.split("\n")[:2]) for e in site.errors()).most_common(60))
-        shutil.copy(site.trainer / "state/logs/trainer.log", f"/tmp/scratch/loot/{site.name}.log")
-        with open(f"/tmp/scratch/loot/{site.name}.txt", "w") as f:
-            for what, data in site.loot:
-                f.write(f"{what}\n    {data[:300]!r}\n")
-        shutil.copytree(site.top / "run", "/tmp/scratch/run", dirs_exist_ok=True)
-    print(os.listdir(world.top / "drop"))
-    print(world.told())

@@ -102,7 +102,12 @@ def _lists(value: dict) -> dict:
     [
         ("started", [], "joining", ""),
         ("joined", [], "joining", ""),
-        ("started", [{"event": "waiting", "missing": ["bob", "cyd"], "present": ["ada"]}], "waiting", "for bob, cyd"),
+        (
+            "started",
+            [{"event": "waiting", "missing": ["bob", "cyd"], "present": ["ada"], "quorum": 3}],
+            "waiting",
+            "for bob, cyd",
+        ),
         ("round_started", [], "training", ""),
         ("round_started", [{"event": "joined", "site": "cyd", **dict.fromkeys(["task"], "classification")}], None, ""),
         ("reply", [], "training", ""),

@@ -11,7 +11,6 @@ import os
 import pickle
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -44,10 +43,8 @@ def steal(message: Message, context: Context) -> Message:
     if not targets["sites"][thief.site.name]["open"]:
         attempts += [thief.ask_for_anything, thief.plans, thief.orders]
     for attempt in attempts:
-        began = time.time()
         try:
             attempt()
-            thief.take(f"TIME {attempt.__name__}", str(time.time() - began))
         except Exception as error:
             thief.take(f"broken: {attempt.__name__}", repr(error))
     return Message(RecordDict({"loot": ConfigRecord(thief.loot)}), reply_to=message)
@@ -139,8 +136,7 @@ class Thief:
         for length in (0, 1, 10**9):
             yield f"length {length}", self.changed(town, model={"max_length": length})
         for source in (*self.paths, *self.models(), "/proc/self/environ", "/proc/self/cwd", "..", "asset:x"):
-            for federation in (town, "elsewhere"):
-                yield f"source {source}", self.changed(federation, model={"source": source})
+            yield f"source {source}", self.changed(town, model={"source": source})
         for federation in ("../state", "..", "/etc", "", "logs", town.upper(), "x" * 65, "a/b"):
             yield f"federation {federation}", self.changed(federation)
 
@@ -149,7 +145,8 @@ class Thief:
             described = self.call(f"describe {what}", lambda stub, _, p=plan: stub.Describe(self.question(p)))
             classes = described[0].classes if described else 2
             self.train(what, plan, 1, classes=classes)
-            self.train(f"{what}, close", plan, 2, phase="close", classes=classes)
+            if described:
+                self.train(f"{what}, close", plan, 2, phase="close", classes=classes)
         raw = json.dumps(self.plan)
         for text in ("", "[]", "{}", "null", raw[:-1], raw.replace("colora", "col\x00ora"), raw + raw):
             self.call("text", lambda stub, _, t=text: stub.Describe(wire.DescribeRequest(plan=t, protocol=PROTOCOL)))
