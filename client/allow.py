@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..common.errors import RefusedError
-from ..common.methods import GROUPS, METHODS, SHARED
+from ..common.methods import ABSENT, GROUPS, METHODS, SHARED
 from ..common.settings import Plan, SiteSettings
 
 SHOWN = 200  # characters of what a coordinator sent
@@ -18,11 +18,16 @@ def check_allowed(plan: Plan, federation: str, site: SiteSettings) -> None:
     allow, train = site.allow, plan.train
     _check_choice("federation", federation, "federations", site)
     _check_choice("model.source", plan.model.source, "models", site)
-    _check_choice("model.precision", plan.model.precision, "precision", site)
+    if site.trainer.precision is None:  # else the site has its own
+        _check_choice("model.precision", plan.model.precision, "precision", site)
     _check_method(plan, site)
     steps = "train.steps" if train.schedule == "joint" else "train.personal_steps + train.shared_steps"
+    modules = plan.adapter.modules if plan.row().scale is not ABSENT else 1
+    private = plan.private
+    own = 0 if site.private or private.kind == "none" else private.rank * private.modules  # of the plan's making
     for field, found, limit, key in (
-        ("adapter.rank", plan.adapter.rank, allow.max_rank, "max_rank"),
+        ("adapter.rank", plan.adapter.rank * modules, allow.max_rank, "max_rank"),
+        ("private.rank", own, allow.max_rank, "max_rank"),
         (steps, train.steps_per_round, allow.max_steps, "max_steps"),
         ("train.final_steps", train.final_steps, allow.max_steps, "max_steps"),
         ("model.max_length", plan.model.max_length, allow.max_tokens, "max_tokens"),

@@ -59,7 +59,22 @@ class Resident:
         if federation != plan.name:
             raise RefusedError("federation", plan.name, federation[:80], site=self.site.name)
         check_allowed(plan, federation, self.site)
-        return dataclasses.replace(plan, model=dataclasses.replace(plan.model, device=self.site.trainer.device))
+        return self._of_this_site(plan)
+
+    def _of_this_site(self, plan: Plan) -> Plan:
+        """The plan on this site's device, in the precision and with the private adapter that the site chose."""
+        own = self.site.trainer
+        checkpointing = own.gradient_checkpointing
+        return dataclasses.replace(
+            plan,
+            model=dataclasses.replace(plan.model, device=own.device, precision=own.precision or plan.model.precision),
+            private=self.site.private or plan.private,
+            train=dataclasses.replace(
+                plan.train,
+                micro_batch=own.micro_batch or plan.train.micro_batch,
+                gradient_checkpointing=plan.train.gradient_checkpointing if checkpointing is None else checkpointing,
+            ),
+        )
 
     def folder(self, plan: Plan) -> Path:
         """Where the site keeps what belongs to one federation."""

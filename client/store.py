@@ -16,9 +16,10 @@ import torch
 
 from ..common.errors import StateError
 from ..common.files import load_arrays, save_arrays
-from ..common.protocol import Reply
+from ..common.protocol import Arrays, Reply
+from ..common.saved import PERSONAL, SHARED, TRAINED, Card
 
-TENSORS, MOMENTS, REPLY, NOTHING = "state/", "moments/", "reply/", "none/"
+MOMENTS, NOTHING = "moments/", "none/"
 KEPT = 3  # admitted states on disk, as many as the coordinator keeps checkpoints
 
 
@@ -44,7 +45,7 @@ class Store:
         """The state after ``round_number``; None when there is none. Round 0 is always there."""
         if round_number == 0:
             return PersonalState()
-        path = self._path(round_number)
+        path = self.path(round_number)
         if not path.exists():
             return None
         arrays, meta = load_arrays(path)
@@ -53,29 +54,33 @@ class Store:
             round_number,
             meta["previous"],
             meta["position"],
-            _under(arrays, TENSORS),
+            _under(arrays, PERSONAL),
             _under(arrays, MOMENTS),
             meta["base"],
         )
 
     def reply(self, round_number: int, key: str) -> Reply | None:
         """The stored reply to exactly this order, if there is one."""
-        path = self._path(round_number)
+        path = self.path(round_number)
         if not path.exists():
             return None
-        arrays, meta = load_arrays(path, prefix=REPLY)
+        arrays, meta = load_arrays(path, prefix=TRAINED)
         self._check(path, meta)
         return Reply(**meta["reply"], shared=arrays) if meta["reply"]["key"] == key else None
 
-    def write(self, state: PersonalState, reply: Reply) -> None:
-        """Puts state and reply on disk in one rename. Raises StateError, and leaves the old files, when it cannot."""
-        arrays = {TENSORS + k: v.cpu().numpy() for k, v in state.tensors.items()}
+    def write(self, state: PersonalState, reply: Reply, card: Card, shared: Arrays) -> None:
+        """Puts state and reply on disk in one rename. Raises StateError, and leaves the old files, when it cannot.
+
+        ``shared`` is the adapter that the state was made on, where the reply has none: a file is a whole model.
+        """
+        arrays = {PERSONAL + k: v.cpu().numpy() for k, v in state.tensors.items()}
         arrays |= {MOMENTS + k: v.cpu().numpy() for k, v in state.moments.items()}
-        arrays |= {REPLY + k: v for k, v in reply.shared.items()}
+        arrays |= {TRAINED + k: v for k, v in reply.shared.items()}
+        arrays |= {SHARED + k: v for k, v in shared.items()}
         said = {f.name: getattr(reply, f.name) for f in dataclasses.fields(reply) if f.name != "shared"}
         meta = {"federation": self.federation, "previous": state.previous, "position": state.position}
-        meta |= {"base": state.base, "reply": said}
-        save_arrays(self._path(state.round), arrays, meta)
+        meta |= {"base": state.base, "reply": said, "card": dataclasses.asdict(card)}
+        save_arrays(self.path(state.round), arrays, meta)
 
     def forget_before(self, admitted: int) -> None:
         """Deletes states before the last admitted one, but for the few it was trained from.
@@ -83,17 +88,18 @@ class Store:
         A coordinator that was put back to an older checkpoint may name those. Candidates that were never admitted go.
         A round that this site has no state of, whoever named it, deletes nothing.
         """
-        if not self._path(admitted).exists():
+        if not self.path(admitted).exists():
             return
         kept, number = [], admitted
-        while number and len(kept) < KEPT and self._path(number).exists():
-            kept.append(self._path(number))
+        while number and len(kept) < KEPT and self.path(number).exists():
+            kept.append(self.path(number))
             number = load_arrays(kept[-1], prefix=NOTHING)[1]["previous"]
         for path in self.folder.glob("round-*.safetensors"):
-            if path < self._path(admitted) and path not in kept:
+            if path < self.path(admitted) and path not in kept:
                 path.unlink(missing_ok=True)
 
-    def _path(self, round_number: int) -> Path:
+    def path(self, round_number: int) -> Path:
+        """The file of a round."""
         return self.folder / f"round-{round_number:06d}.safetensors"
 
     def _check(self, path: Path, meta: Mapping[str, object]) -> None:

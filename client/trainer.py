@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from ..common.adapters.attach import attach, initial_values, layout_of
+from ..common.adapters.attach import ADAPTER, activate, attach, initial_values, inject, layout_of, private_form
 from ..common.errors import RefusedError
-from ..common.methods import PERSONAL, SHARED, Method
-from ..common.model import BaseModel
+from ..common.methods import PERSONAL, SHARED, Method, group_of
+from ..common.model import BaseModel, checkpoint_activations
 from ..common.protocol import PROTOCOL, Arrays, Description, Order, Reply, check_arrays, check_metrics, hash_layout
 from ..common.rows import SiteRows
+from ..common.saved import Card
 from ..common.seeds import seed_from
-from ..common.settings import Plan
+from ..common.settings import Plan, PrivateSettings, to_json
 from ..common.tasks import Task, build_task
 from ..common.training import Phase, Stretch, Trained, Watch, train
 from .store import PersonalState, Store
@@ -29,17 +30,40 @@ class Bench:
 
     base: BaseModel
     plan: Plan
-    row: Method
     adapter: Mapping[str, nn.Parameter]
+    privates: dict[PrivateSettings, Private] = field(default_factory=dict)
+
+    def private(self, settings: PrivateSettings) -> Private:
+        """The private adapter of this kind, attached at the first call; sites of one kind take turns on it."""
+        if settings.kind == "none":
+            return Private("", {})
+        if settings not in self.privates:
+            name = f"private{len(self.privates)}"
+            parameters = inject(self.base.backbone, private_form(settings, self.plan.adapter), name)
+            self.privates[settings] = Private(name, parameters)
+        return self.privates[settings]
+
+    def use(self, private: Private) -> None:
+        """Lets the shared adapter and this private one act, and no other."""
+        if self.privates:
+            activate(self.base.backbone, [name for name in (ADAPTER, private.name) if name])
+
+
+@dataclass(frozen=True)
+class Private:
+    """A private adapter on a bench: its name there, and its parameters."""
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
 
 
 def set_up(base: BaseModel, plan: Plan) -> Bench:
-    """Attaches the plan's adapter to the base model."""
-    row = plan.method.row()
-    adapter = attach(base.backbone, plan.adapter, row)
+    """Attaches the plan's shared adapter to the base model."""
+    checkpoint_activations(base.backbone, plan.train.gradient_checkpointing)
+    adapter = attach(base.backbone, plan.adapter, plan.method.row())
     for parameter in adapter.values():
         parameter.requires_grad_(False)
-    return Bench(base, plan, row, adapter)
+    return Bench(base, plan, adapter)
 
 
 class Trainer:
@@ -48,11 +72,13 @@ class Trainer:
     Nothing of the site stays on the bench between calls that matters: every call loads all groups first.
     """
 
-    def __init__(self, bench: Bench, rows: SiteRows, store: Store) -> None:
+    def __init__(self, bench: Bench, rows: SiteRows, store: Store, private: PrivateSettings | None = None) -> None:
         self.site, self.bench, self.store = rows.site, bench, store
-        self.row, self.plan = bench.row, bench.plan
-        self.task: Task = build_task(rows, bench.base, bench.plan)
-        self.parameters: dict[str, nn.Parameter] = {**bench.adapter, **self.task.head}
+        self.plan: Plan = dataclasses.replace(bench.plan, private=private) if private else bench.plan
+        self.row: Method = self.plan.row()
+        self.task: Task = build_task(rows, bench.base, self.plan)
+        self.private = bench.private(self.plan.private)
+        self.parameters: dict[str, nn.Parameter] = {**bench.adapter, **self.private.parameters, **self.task.head}
         layout = layout_of(self.parameters)
         self.layout = self.row.having(layout, SHARED)
         self.site_seed = seed_from(self.plan.seed, self.plan.name, self.site)
@@ -60,6 +86,8 @@ class Trainer:
         if self.row.head is PERSONAL:
             heads = {key: layout[key] for key in self.task.head}
             self.initial |= initial_values(heads, self.plan.adapter, seed_from(self.site_seed, "head"))
+        own = {key: layout[key] for key in self.private.parameters}
+        self.initial |= initial_values(own, self.plan.adapter, seed_from(self.site_seed, "private"))
 
     def describe(self) -> Description:
         """What the coordinator needs to know before the first round."""
@@ -122,15 +150,29 @@ class Trainer:
             seconds=time.perf_counter() - started,
             fresh=found is None,
         )
-        return self._send(new, reply, order.admitted)
+        return self._send(new, reply, order)
 
-    def _send(self, state: PersonalState, reply: Reply, admitted: int) -> Reply:
+    def _send(self, state: PersonalState, reply: Reply, order: Order) -> Reply:
         """The last gate: whatever happened before, only shared groups pass; stored before it is answered."""
         check_arrays(reply.shared, self.layout if reply.shared else {}, self.site)
         check_metrics(reply.metrics, self.site)
-        self.store.write(state, reply)
-        self.store.forget_before(admitted)
+        self.store.write(state, reply, self._card(reply), order.shared if order.phase == "close" else {})
+        self.store.forget_before(order.admitted)
         return reply
+
+    def _card(self, reply: Reply) -> Card:
+        task, prints = self.task.rows, self.bench.base.fingerprint
+        return Card(
+            federation=reply.federation,
+            round=reply.round,
+            plan=to_json(self.plan),
+            site=self.site,
+            task=task.task,
+            labels=task.labels,
+            chat=bool(task.train) and "messages" in task.train[0],
+            fingerprint=dataclasses.asdict(prints),
+            metrics=dict(reply.metrics),
+        )
 
     def load(self, shared: Arrays, personal: Mapping[str, torch.Tensor]) -> None:
         """Puts shared and personal values into the model; what neither has starts from its initial value.
@@ -140,6 +182,7 @@ class Trainer:
         foreign = [key for key in personal if key not in self.parameters]
         if foreign:
             raise RefusedError("personal state", "the parameters of this plan", foreign[0], site=self.site)
+        self.bench.use(self.private)
         with torch.no_grad():
             for key, parameter in self.parameters.items():
                 value = shared.get(key) if key in shared else personal.get(key, self.initial[key])
@@ -207,7 +250,11 @@ def phases(plan: Plan, row: Method, live: Mapping[str, object], phase: str) -> l
     everything, settings = frozenset(live), plan.train
     personal, shared = (frozenset(row.having(live, role)) for role in (PERSONAL, SHARED))
     if phase == "close":
-        planned = [Phase(settings.final_steps, personal)]
+        groups = settings.final_groups
+        chosen = personal if groups is None else frozenset(key for key in personal if group_of(key) in groups)
+        planned = [Phase(settings.final_steps, chosen)]
+    elif settings.schedule == "phases":
+        planned = [Phase(p.steps, frozenset(k for k in live if group_of(k) in p.groups)) for p in settings.phase]
     elif settings.schedule == "joint" or not personal or not shared:  # nothing to alternate with: as many steps
         planned = [Phase(settings.steps_per_round, everything)]
     else:

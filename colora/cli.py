@@ -128,6 +128,10 @@ def client(
     check: Annotated[bool, typer.Option("--check", help="Look whether all is well, and do nothing.")] = False,
     model: Annotated[str | None, typer.Option(help="For --check: the base model to look at.")] = None,
     only: Annotated[str | None, typer.Option(help="trainer or node: one of the two processes, for containers.")] = None,
+    join_core: Annotated[
+        Path | None, typer.Option(help="A finished run's folder or checkpoint: fit this site's core to it, and end.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="For --join-core: optimiser steps.")] = None,
 ) -> None:
     """Take part in a federation as one site.
 
@@ -144,9 +148,71 @@ def client(
         from colora.client.preflight import preflight, report
 
         raise typer.Exit(report(preflight(site, model, only), console))  # type: ignore[arg-type]
+    if join_core:
+        from colora.client.join import join_core as join
+        from colora.client.join import tell
+        from colora.common.recipe import load_site
+        from colora.common.saved import read_saved
+
+        tell(join(load_site(site), read_saved(join_core), steps=steps), console)
+        return
     from colora.client.launch import run_site
 
     run_site(site, lambda text: console.print(text, highlight=False, soft_wrap=True), only)  # type: ignore[arg-type]
+
+
+@app.command()
+def export(
+    state: Annotated[Path, typer.Argument(show_default=False)],
+    out: Annotated[Path, typer.Option(help="New folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Write a full model instead of an adapter.")] = False,
+    only: Annotated[
+        str | None, typer.Option(help="shared (what all sites have) or personal (what this one adds).")
+    ] = None,
+) -> None:
+    """Write a personalised model as a PEFT adapter that transformers and PEFT load without colora.
+
+    STATE is a site's folder or one of its state files; with --only shared also a run folder or checkpoint.
+    """
+    from colora.client.export import export as write
+    from colora.common.errors import RecipeError
+    from colora.common.saved import read_saved
+
+    if only not in (None, "shared", "personal"):
+        raise RecipeError("--only", "shared or personal", repr(only))
+    written = write(read_saved(state), out, only or "all", merge=merge)  # type: ignore[arg-type]
+    typer.echo(written.about(out, merged=merge))
+
+
+@app.command()
+def predict(
+    state: Annotated[Path, typer.Argument(show_default=False)],
+    source: Annotated[Path, typer.Option("--input", help="Rows: .jsonl, .csv, .tsv or .parquet.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write: .jsonl, .csv or .tsv. Default: the terminal.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column to read, where it is not text or prompt.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's evaluation.batch_size.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda:0, …")] = "auto",
+) -> None:
+    """Let a personalised model answer: labels with probabilities, or text.
+
+    STATE is a site's folder or one of its state files.
+    """
+    from colora.client.predict import predict_file, render, write_rows
+    from colora.common.saved import read_saved
+    from colora.common.settings import DataSettings
+
+    columns = DataSettings(text=column or "text", prompt=column or "prompt")
+    render([], out.suffix if out else ".jsonl")  # a wrong ending is told before the work
+    rows, cut = predict_file(read_saved(state), source, columns, device=device, batch_size=batch_size)
+    if out:
+        write_rows(rows, out)
+        typer.echo(f"{out}: {len(rows)} predictions")
+    else:
+        typer.echo(render(rows, ".jsonl"), nl=False)
+    if cut:
+        typer.echo(f"{cut} of {len(rows)} inputs were longer than the model's max_length and were cut", err=True)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from .settings import Plan
 
 def first_shared(plan: Plan, classes: int = 0) -> dict[str, np.ndarray]:
     """The shared arrays that round 1 starts from; ``classes`` sizes a shared head. Needs no weights and no GPU."""
-    row = plan.method.row()
+    row = plan.row()
     backbone = skeleton(plan.model)
     layout = layout_of(attach(backbone, plan.adapter, row))
     if row.head is SHARED and classes:

@@ -24,7 +24,8 @@ class Role(Enum):
 
 
 SHARED, PERSONAL, FROZEN, ABSENT = Role.SHARED, Role.PERSONAL, Role.FROZEN, Role.ABSENT
-GROUPS = ("A", "B", "core", "private", "head")
+GROUPS = ("A", "B", "core", "scale", "private", "head")
+PRIVATE = "private."  # begins the name of every parameter of a private adapter
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Method:
     B: Role
     core: Role
     head: Role
-    private: Role = ABSENT
+    private: Role = ABSENT  # an adapter of the site's own beside the shared one (settings: ``private``)
+    scale: Role = ABSENT  # MultiLoRA's s: A and B then are n modules side by side
 
     def role(self, key: str) -> Role:
         """The role of the parameter called ``key`` (see :func:`group_of`)."""
@@ -63,17 +65,21 @@ METHODS: dict[str, Method] = {
     "fedsa": Method(SHARED, PERSONAL, ABSENT, PERSONAL),  # FedSA-LoRA, arXiv 2410.01463
     "fed-alora": Method(PERSONAL, SHARED, ABSENT, PERSONAL),  # Fed-ALoRA: B shared, A personal
     "colora": Method(SHARED, SHARED, PERSONAL, PERSONAL),  # CoLoRA, arXiv 2602.07218 (reconstructed)
+    "multilora": Method(SHARED, SHARED, ABSENT, PERSONAL, scale=SHARED),  # MultiLoRA, arXiv 2311.11501, averaged
 }
 
-_GROUP_OF_LEAF = {"lora_A": "A", "lora_B": "B", "lora_core": "core"}
+_GROUP_OF_LEAF = {"lora_A": "A", "lora_B": "B", "lora_core": "core", "lora_scale": "scale"}
 
 
 def group_of(key: str) -> str:
     """The parameter group of a parameter name.
 
     ``encoder.layer.0.attention.self.query.lora_A.weight`` → ``A``; ``….lora_core`` → ``core``;
-    ``head.classifier.weight`` → ``head``. Raises KeyError for a name that belongs to no group.
+    ``private.encoder.….lora_A.weight`` → ``private``; ``head.classifier.weight`` → ``head``. Raises KeyError for a name
+    that belongs to no group.
     """
+    if key.startswith(PRIVATE):
+        return "private"
     if key.startswith("head."):
         return "head"
     for leaf in reversed(key.split(".")):

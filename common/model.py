@@ -31,6 +31,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+NOT_OF_A_HEAD = ("id2label", "label2id", "num_labels", "quantization_config")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MISSING_WEIGHTS_SEED = 0  # weights that a checkpoint lacks (a pooler, say) are the same at every site
 
 
@@ -57,6 +59,7 @@ class BaseModel:
     fingerprint: Fingerprint
     device: torch.device
     language_model: nn.Module | None = None
+    missing: tuple[str, ...] = ()  # names of weights that the source lacks (see MISSING_WEIGHTS_SEED)
 
     def classifier(self, labels: int) -> tuple[nn.Module, dict[str, nn.Module]]:
         """A sequence classification model around the backbone, with a fresh head for ``labels`` classes.
@@ -67,7 +70,7 @@ class BaseModel:
         """
         from transformers import AutoModelForSequenceClassification
 
-        values = {k: v for k, v in self.config.to_dict().items() if k not in ("id2label", "label2id", "num_labels")}
+        values = {k: v for k, v in self.config.to_dict().items() if k not in NOT_OF_A_HEAD}
         config = type(self.config).from_dict({**values, "num_labels": labels})
         if config.pad_token_id is None and self.tokenizer is not None:
             config.pad_token_id = self.tokenizer.pad_token_id
@@ -81,6 +84,7 @@ class BaseModel:
         parts = {n: m for n, m in model.named_children() if n != model.base_model_prefix and list(m.parameters())}
         for module in parts.values():
             module.to_empty(device=self.device)
+            module.register_forward_pre_hook(_in_fp32)
         return model, parts
 
     @staticmethod
@@ -90,25 +94,29 @@ class BaseModel:
 
 
 def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
-    """Loads a base model and its tokenizer for one process, in fp32, frozen.
+    """Loads a base model and its tokenizer for one process, in its precision, frozen.
 
     Raises ModelError when it is not there or cannot be read.
     """
     if settings.source.startswith(synthetic.PREFIX):
+        if settings.precision != "fp32":
+            raise ModelError("model.precision", f"fp32 for {settings.source}", settings.precision)
         return BaseModel(synthetic.model_of(settings.source), None, None, _no_files(settings), torch.device("cpu"))
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    folder = source_folder(settings)
+    folder, device = source_folder(settings), _device(settings.device)
     kind = AutoModelForCausalLM if generates else AutoModel
+    how = weights_as(settings.precision, device)
     with quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(MISSING_WEIGHTS_SEED)
         try:
-            model: Any = kind.from_pretrained(folder, dtype=torch.float32)
+            model, about = kind.from_pretrained(folder, **how, output_loading_info=True)  # type: ignore[misc]
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, UnpicklingError) as error:
             raise ModelError("model.source", _WANTED[generates], f"{settings.source} ({error})") from None
-    device = _device(settings.device)
-    model.requires_grad_(False).to(device)
+    model.requires_grad_(False)
+    if "quantization_config" not in how:
+        model.to(device)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # only fills batches: masks and labels go by length, not by id
     print_of = fingerprint(folder)
@@ -119,7 +127,51 @@ def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
         print_of,
         device,
         model if generates else None,
+        tuple(sorted(about["missing_keys"])),
     )
+
+
+def weights_as(precision: str, device: torch.device) -> dict[str, Any]:
+    """What ``from_pretrained`` needs to know to load weights in this precision. Raises ModelError without bitsandbytes.
+
+    8 bits are LLM.int8() (arXiv 2208.07339), 4 bits are QLoRA's NF4 with double quantisation (arXiv 2305.14314); what
+    they are computed in is bf16 on a GPU and fp32 on a CPU.
+    """
+    if precision in DTYPES:
+        return {"dtype": DTYPES[precision]}
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise ModelError("model.precision", f"bitsandbytes for {precision}: pip install 'colora[quantised]'", "no such")
+    from transformers import BitsAndBytesConfig
+
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    bits = {"load_in_4bit": True, **four} if precision == "int4" else {"load_in_8bit": True}
+    return {"dtype": dtype, "device_map": {"": device}, "quantization_config": BitsAndBytesConfig(**bits)}
+
+
+def checkpoint_activations(backbone: nn.Module, on: bool) -> None:
+    """Gradient checkpointing: activations are computed again for the backward pass instead of kept.
+
+    Raises ModelError where the architecture has no such thing.
+    """
+    if not on and not any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
+        return
+    model: Any = backbone
+    try:
+        if on:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.activation_checkpointing_disable()
+    except (AttributeError, ValueError):
+        wanted = "false for an architecture without gradient checkpointing"
+        raise ModelError("train.gradient_checkpointing", wanted, type(backbone).__name__) from None
+
+
+def _in_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Heads are trained in fp32, whatever the base model computes in."""
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def skeleton(settings: ModelSettings) -> nn.Module:
@@ -134,6 +186,13 @@ def skeleton(settings: ModelSettings) -> nn.Module:
             return AutoModel.from_config(AutoConfig.from_pretrained(folder))
         except (OSError, ValueError) as error:
             raise ModelError("model.source", _WANTED[False], f"{settings.source} ({error})") from None
+
+
+def stock_class(task: str) -> Any:
+    """The transformers class that a task's full model is of."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if task == "generation" else AutoModelForSequenceClassification
 
 
 def source_folder(settings: ModelSettings) -> Path:
@@ -189,6 +248,9 @@ def _no_files(settings: ModelSettings) -> Fingerprint:
 
 
 def _device(name: str) -> torch.device:
+    if "," in name:
+        wanted = "one device (a site per GPU is a way to use more)"
+        raise ModelError("device", wanted, repr(name))
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import RecipeError
 from .explain import naming_the_site
-from .methods import Role
+from .methods import GROUPS, Method, Role
 from .settings import DataSettings, Recipe, SitePlan, SiteSettings, parse
 
 
@@ -106,7 +106,8 @@ def _data_table(owner: dict[str, Any], site: str | None = None) -> dict[str, Any
 
 def _check(recipe: Recipe) -> None:
     """Rules that span keys."""
-    row = recipe.method.row()
+    row = recipe.row()
+    _check_phases(recipe, row)
     if not recipe.site and recipe.partition is None:
         raise RecipeError("site", "[[site]] tables, or a [partition] that makes them", "neither")
     if recipe.site and recipe.partition is not None:
@@ -124,3 +125,19 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("data.source", "a file, asset or data set", "nothing")
     if row.head is Role.SHARED and len({site.data.labels for site in recipe.site} or {recipe.data.labels}) > 1:
         raise RecipeError("method.head", "one list of labels at all sites for a shared head", "different lists")
+
+
+def _check_phases(recipe: Recipe, row: Method) -> None:
+    train = recipe.train
+    if (train.schedule == "phases") is not bool(train.phase):
+        found = "none" if train.schedule == "phases" else f'some with train.schedule = "{train.schedule}"'
+        raise RecipeError("train.phase", '[[train.phase]] tables with train.schedule = "phases"', found)
+    trained = {group for group in GROUPS if getattr(row, group) in (Role.SHARED, Role.PERSONAL)}
+    for phase in train.phase:
+        if not trained.intersection(phase.groups):
+            found = ", ".join(phase.groups) or "none"
+            raise RecipeError("train.phase.groups", f"some of {', '.join(sorted(trained))}", found)
+    foreign = [group for group in train.final_groups or () if getattr(row, group) is not Role.PERSONAL]
+    if foreign:
+        wanted = f"personal groups of {recipe.method.name}"
+        raise RecipeError("train.final_groups", wanted, foreign[0])

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from .errors import RecipeError
@@ -30,7 +30,8 @@ Rate = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 TaskKind = Literal["classification", "generation", "regression"]
-Precision = Literal["fp32"]
+Group = Literal["A", "B", "core", "scale", "private", "head"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -40,7 +41,7 @@ class ModelSettings:
     source: str
     revision: str | None = None
     max_length: Positive = 256  # tokens; longer texts are cut and counted
-    precision: Precision = "fp32"  # of the base model's weights
+    precision: Precision = "fp32"  # of the base model's weights; adapters and heads stay fp32
     device: str = "auto"  # of a simulation; a site of its own says its device in its site file
 
 
@@ -54,6 +55,27 @@ class AdapterSettings:
     target_modules: tuple[str, ...] | str = ("query", "value")
     core: Literal["full", "diagonal", "residual"] = "full"
     rslora: bool = False
+    modules: Positive = 3  # n, of a method with MultiLoRA modules; ``rank`` is that of each
+
+
+@dataclass(frozen=True, config=STRICT)
+class PrivateSettings:
+    """A private adapter beside the shared one, on any method: it never leaves its site.
+
+    ``lora``: s · B A. ``multilora``: s · Σ_i s_i ⊙ B_i A_i with ``modules`` modules of ``rank`` each.
+    """
+
+    kind: Literal["none", "lora", "multilora"] = "none"
+    rank: Positive = 4
+    alpha: Annotated[float, Field(gt=0)] = 8.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: tuple[str, ...] | str | None = None  # as the shared adapter's when unset
+    rslora: bool = False
+    modules: Positive = 3
+
+
+PrivateTable = PrivateSettings | Literal["none", "lora", "multilora"]  # ``private = "multilora"`` names the kind alone
+Private = Annotated[PrivateTable, AfterValidator(lambda v: PrivateSettings(kind=v) if isinstance(v, str) else v)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -75,24 +97,37 @@ class MethodSettings:
 
 
 @dataclass(frozen=True, config=STRICT)
+class PhaseSettings:
+    """``steps`` optimiser steps on these parameter groups; what a method does not have or train is left out."""
+
+    steps: Positive
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainSettings:
     """What one round of training means at a site.
 
     ``joint`` takes ``steps`` steps on all trained groups. ``alternating`` takes ``personal_steps`` on the personal
-    groups with the shared ones frozen, then ``shared_steps`` the other way round. After the last round
-    ``final_steps`` go to the personal groups alone.
+    groups with the shared ones frozen, then ``shared_steps`` the other way round. ``phases`` takes the ``phase`` tables
+    one after the other. After the last round ``final_steps`` go to the personal groups alone, or to ``final_groups``.
     """
 
-    schedule: Literal["joint", "alternating"] = "joint"
+    schedule: Literal["joint", "alternating", "phases"] = "joint"
     steps: Positive = 5
     personal_steps: Positive = 2
     shared_steps: Positive = 3
+    phase: tuple[PhaseSettings, ...] = ()
     final_steps: Count = 0
-    batch_size: Positive = 8
+    final_groups: tuple[Group, ...] | None = None  # of the personal ones; all of them when unset
+    batch_size: Positive = 8  # examples of one optimiser step
+    micro_batch: Positive | None = None  # of them at once; gradients add up. It is halved where the device is too small
+    gradient_checkpointing: bool = False
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Rate = 1e-3  # A and B
     core_lr: Rate | None = None  # as lr when unset
     head_lr: Rate | None = None  # as lr when unset
+    private_lr: Rate | None = None  # as lr when unset
     weight_decay: Rate = 0.0
     max_grad_norm: Rate = 1.0  # 0 turns clipping off
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
@@ -102,7 +137,11 @@ class TrainSettings:
     @property
     def steps_per_round(self) -> int:
         """Optimiser steps of one site in one round."""
-        return self.steps if self.schedule == "joint" else self.personal_steps + self.shared_steps
+        return {
+            "joint": self.steps,
+            "alternating": self.personal_steps + self.shared_steps,
+            "phases": sum(phase.steps for phase in self.phase),
+        }[self.schedule]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -125,8 +164,14 @@ class Plan:
     seed: int = 0
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
+    private: Private = field(default_factory=PrivateSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def row(self) -> Method:
+        """The method's row, with the private adapter where there is one."""
+        row = self.method.row()
+        return row if self.private.kind == "none" else dataclasses.replace(row, private=Role.PERSONAL)
 
     @property
     def total_steps(self) -> int:
@@ -174,7 +219,8 @@ class SitePlan:
 
     name: Name
     data: DataSettings = field(default_factory=DataSettings)
-    from_round: Positive = 1
+    from_round: Positive = 1  # the run's rounds + 1: joins when all is trained, and trains its personal groups alone
+    private: Private | None = None  # instead of the recipe's
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -250,6 +296,9 @@ class TrainerSettings:
     state: str = "state"  # folder of personal states and of the audit log
     device: str = "auto"
     threads: Positive | None = None  # torch threads; unset: all cores
+    precision: Precision | None = None  # instead of what the recipe says, as may suit a small device
+    gradient_checkpointing: bool | None = None
+    micro_batch: Positive | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -280,6 +329,7 @@ class SiteSettings:
     data: DataSettings
     coordinator: CoordinatorSettings | None = None
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    private: Private | None = None  # a private adapter of its own choice, instead of what the recipe says
     allow: AllowSettings = field(default_factory=AllowSettings)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import ModelError
 from .methods import group_of
 from .seeds import seed_from
 from .settings import TrainSettings
@@ -20,6 +21,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 Moments = dict[str, torch.Tensor]  # "<parameter>/<name of the moment>" → value
+LOSS_SCALE = {"fp16": 1024.0}  # keeps small gradients of a half-precision base above zero; a power of two is exact
 Watch = Callable[[int, int], None]  # (steps done, steps of the round); what it raises ends the training
 
 
@@ -75,7 +77,7 @@ def train(
         _load_moments(optimizer, parameters, stretch.moments)
     factor = lr_factor(settings, stretch.total)
     rates = [group["lr"] for group in optimizer.param_groups]
-    draws = draw(len(task.train.examples), settings.batch_size, stretch)
+    draws, fit = draw(len(task.train.examples), settings.batch_size, stretch), Fit(settings.micro_batch)
     step, loss_sum, terms, examples = stretch.step, 0.0, 0, 0
     planned, watch = sum(phase.steps for phase in phases), watch or (lambda done, total: None)
     watch(0, planned)
@@ -88,7 +90,7 @@ def train(
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor(step)
                 chosen = [task.train.examples[i] for i in next(draws)]
-                loss, n = optimizer_step(task, optimizer, task.collate(chosen), settings.max_grad_norm)
+                loss, n = fit.step(task, optimizer, chosen, settings.max_grad_norm)
                 step, loss_sum, terms, examples = (
                     step + 1,
                     loss_sum + loss * n,
@@ -102,27 +104,67 @@ def train(
 
 
 def optimizer_step(
-    task: Task, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], max_grad_norm: float
+    task: Task, optimizer: torch.optim.Optimizer, batches: Sequence[dict[str, torch.Tensor]], max_grad_norm: float
 ) -> tuple[float, int]:
-    """One step on one batch; returns the mean loss and the number of its terms."""
+    """One step on one batch, or on the micro-batches of one; returns the mean loss and the number of its terms.
+
+    The gradients of micro-batches add up to that of the whole, but for rounding.
+    """
     optimizer.zero_grad(set_to_none=True)
-    loss, terms = task.loss(batch)
-    loss.backward()
+    parts, scale = len(batches), LOSS_SCALE.get(task.plan.model.precision, 1.0)
+    total, terms = 0.0, 0
+    for batch in batches:
+        loss, n = task.loss(batch)
+        (loss * (scale * (n if parts > 1 else 1))).backward()
+        total, terms = total + float(loss.detach()) * n, terms + n
+    live = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    divisor = scale * (terms if parts > 1 else 1)
+    for parameter in live if divisor != 1 else ():
+        parameter.grad /= divisor  # type: ignore[operator]
     if max_grad_norm:
-        live = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         nn.utils.clip_grad_norm_(live, max_grad_norm)
     optimizer.step()
-    return float(loss.detach()), terms
+    return total / terms, terms
+
+
+class Fit:
+    """Finds how many examples the device takes at once: halves them when its memory is not enough."""
+
+    def __init__(self, size: int | None) -> None:
+        self.size = size
+
+    def step(
+        self, task: Task, optimizer: torch.optim.Optimizer, chosen: Sequence[Any], max_grad_norm: float
+    ) -> tuple[float, int]:
+        """One optimiser step on these examples. Raises ModelError where not even one of them fits."""
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+        while True:
+            size, noise = self.size or len(chosen), torch.get_rng_state()
+            try:
+                parts = [task.collate(chosen[at : at + size]) for at in range(0, len(chosen), size)]
+                return optimizer_step(task, optimizer, parts, max_grad_norm)
+            except (RuntimeError, MemoryError) as error:
+                if not should_reduce_batch_size(error):
+                    raise
+            optimizer.zero_grad(set_to_none=True)
+            if min(size, len(chosen)) == 1:
+                less = "model.max_length, model.precision or adapter.rank, or turn on train.gradient_checkpointing"
+                raise ModelError("train.batch_size", "a device with room for one example", f"too little: lower {less}")
+            self.size = (min(size, len(chosen)) + 1) // 2
+            clear_device_cache(garbage_collection=True)
+            torch.set_rng_state(noise)  # the same dropout again
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """One optimiser with a learning rate for each group: A and B, core, head."""
-    rates = {"core": settings.core_lr, "head": settings.head_lr}
+    """One optimiser with a learning rate a group: A and B, core, private, head. MultiLoRA's scales never decay."""
+    rates = {"core": settings.core_lr, "head": settings.head_lr, "private": settings.private_lr}
+    kinds = {key: (group_of(key), key.endswith("lora_scale")) for key in parameters}
     groups = []
-    for group in dict.fromkeys(map(group_of, parameters)):
-        rate = rates.get(group)
-        mine = [p for key, p in parameters.items() if group_of(key) == group]
-        groups.append({"params": mine, "lr": settings.lr if rate is None else rate})
+    for kind in dict.fromkeys(kinds.values()):
+        rate, decay = rates.get(kind[0]), 0.0 if kind[1] else settings.weight_decay
+        mine = [parameters[key] for key in parameters if kinds[key] == kind]
+        groups.append({"params": mine, "lr": settings.lr if rate is None else rate, "weight_decay": decay})
     return OPTIMIZERS[settings.optimizer](groups, weight_decay=settings.weight_decay)  # type: ignore[call-arg]
 
 

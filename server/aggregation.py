@@ -131,9 +131,9 @@ def product_residual(updates: list[Weighed], mean: Mapping[str, np.ndarray]) -> 
     total = sum(update.weight for update in updates)
     off, whole = 0.0, 0.0
     for a_key, b_key in _pairs(mean):
-        b = [update.weight / total * update.arrays[b_key].astype(np.float64) for update in updates]
+        b = [update.weight / total * _scaled(update.arrays, b_key) for update in updates]
         a = [update.arrays[a_key].astype(np.float64) for update in updates]
-        terms = _inner_products(np.hstack([*b, -mean[b_key].astype(np.float64)]), np.vstack([*a, mean[a_key]]))
+        terms = _inner_products(np.hstack([*b, -_scaled(mean, b_key)]), np.vstack([*a, mean[a_key]]))
         rank = len(mean[a_key])  # of the last terms, which are the mean's
         whole += float(np.sum(terms[:-rank, :-rank]))
         off += float(np.sum(terms))
@@ -143,6 +143,12 @@ def product_residual(updates: list[Weighed], mean: Mapping[str, np.ndarray]) -> 
 def _pairs(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
     for a_key in sorted(key for key in arrays if ".lora_A." in key):
         yield a_key, a_key.replace(".lora_A.", ".lora_B.")
+
+
+def _scaled(arrays: Mapping[str, np.ndarray], b_key: str) -> np.ndarray:
+    """A factor B in double precision, with MultiLoRA's scales (n, d_out) in it where there are some."""
+    b, scale = arrays[b_key].astype(np.float64), arrays.get(b_key.replace(".lora_B.weight", ".lora_scale"))
+    return b if scale is None else (b.reshape(len(b), len(scale), -1) * scale.T[:, :, None]).reshape(b.shape)
 
 
 def _inner_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:

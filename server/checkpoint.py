@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 
 from ..common.errors import StateError
 from ..common.files import load_arrays, save_arrays
+from ..common.saved import SHARED, Card
 
-SHARED, MEMORY = "shared/", "memory/"
+MEMORY = "memory/"
 KEPT = 3  # checkpoints that stay on disk
 
 
@@ -31,8 +33,8 @@ class State:
 class Checkpoints:
     """The ``checkpoints/`` folder of one federation."""
 
-    def __init__(self, folder: Path, federation: str, recipe: str) -> None:
-        self.folder, self.identity = folder, {"federation": federation, "recipe": recipe}
+    def __init__(self, folder: Path, federation: str, recipe: str, plan: str) -> None:
+        self.folder, self.identity, self.plan = folder, {"federation": federation, "recipe": recipe}, plan
 
     def latest(self) -> State | None:
         """The newest state, or None. Raises StateError when it belongs to another federation or recipe."""
@@ -58,6 +60,9 @@ class Checkpoints:
             "pins": dict(state.pins),
             "weights": state.weights,
             "closed": state.closed,
+            "card": dataclasses.asdict(
+                Card(self.identity["federation"], state.round, self.plan, fingerprint=dict(state.pins))
+            ),
         }
         save_arrays(self.folder / f"round-{state.round:06d}.safetensors", arrays, meta)
         for path in sorted(self.folder.glob("round-*.safetensors"))[:-KEPT]:

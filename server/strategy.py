@@ -53,7 +53,7 @@ class AdapterStrategy:
     ) -> None:
         self.recipe, self.roster, self.events, self.spool = recipe, roster, events, spool
         self.conduct, self.chronicle = conduct or Conduct(), Chronicle(events)
-        self.row, self.settings = recipe.method.row(), recipe.server
+        self.row, self.settings = recipe.row(), recipe.server
         self.plan = to_json(recipe.plan)
         self.layout: dict[str, tuple[int, ...]] = {}
 

@@ -65,7 +65,8 @@ def write_site(site: SiteShare, folder: Path) -> None:
         shuffle=False,
         messages="messages" if site.rows.train and "messages" in site.rows.train[0] else None,
     )
-    text = tomli_w.dumps({"name": site.plan.name, "data": to_dict(columns)})
+    private = {"private": to_dict(site.plan.private)} if site.plan.private else {}
+    text = tomli_w.dumps({"name": site.plan.name, "data": to_dict(columns), **private})
     write_atomically(folder / "site.toml", text.encode())
 
 

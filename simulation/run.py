@@ -12,6 +12,7 @@ from pathlib import Path
 import tomli_w
 
 from ..client.app import make_app as make_client_app
+from ..common.adapters.attach import inject, private_form
 from ..common.errors import QuorumError, RecipeError
 from ..common.files import write_atomically
 from ..common.first import first_shared, head_layout
@@ -121,9 +122,9 @@ def _check(recipe: Recipe, sites: list[SiteShare]) -> None:
     asked = max(1, round(recipe.server.fraction * starting)) if starting else 0
     if asked < quorum:
         raise QuorumError("server.quorum", f"at least {quorum} sites asked in round 1", asked)
-    if any(site.plan.from_round > recipe.rounds for site in sites):
-        late = next(site for site in sites if site.plan.from_round > recipe.rounds)
-        wanted = f"a round of the run, at most {recipe.rounds}"
+    late = next((site for site in sites if site.plan.from_round > recipe.rounds + 1), None)
+    if late:
+        wanted = f"a round of the run, or {recipe.rounds + 1} to join when it is trained"
         raise RecipeError("from_round", wanted, late.plan.from_round, site=late.plan.name)
     labels = {site.rows.labels for site in sites if site.rows.labels}
     if recipe.method.row().head is SHARED and len(labels) > 1:
@@ -131,3 +132,6 @@ def _check(recipe: Recipe, sites: list[SiteShare]) -> None:
     if labels:
         head_layout(skeleton(recipe.model), 2)
     first_shared(recipe.plan, max(map(len, labels), default=0))
+    for private in {recipe.private, *(site.plan.private for site in sites if site.plan.private)}:
+        if private.kind != "none":
+            inject(skeleton(recipe.model), private_form(private, recipe.adapter), "private")

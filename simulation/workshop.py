@@ -60,7 +60,7 @@ class Workshop:
         if name not in self.trainers:
             rows = load_site_rows(self.files[name], self.plan.seed)
             store = Store(self.premises.state_of(name), self.plan.name)
-            self.trainers[name] = Trainer(self.bench, rows, store)
+            self.trainers[name] = Trainer(self.bench, rows, store, self.files[name].private)
         return self.trainers[name]
 
 

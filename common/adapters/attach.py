@@ -1,7 +1,8 @@
-"""Attaching the adapter to a backbone, and the values that every party starts from.
+"""Attaching adapters to a backbone, and the values that every party starts from.
 
 Parameter names are PEFT's own, relative to the backbone and without the adapter's name:
-``encoder.layer.0.attention.self.query.lora_A.weight`` (r, d_in), ``….lora_B.weight`` (d_out, r), ``….lora_core``.
+``encoder.layer.0.attention.self.query.lora_A.weight`` (r, d_in), ``….lora_B.weight`` (d_out, r), ``….lora_core``,
+``….lora_scale``. Those of a private adapter begin with ``private.``
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,40 +20,89 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
 from ..errors import ModelError
-from ..methods import ABSENT, Method, group_of
+from ..methods import ABSENT, PRIVATE, Method
 from ..seeds import seed_from
-from ..settings import AdapterSettings
+from ..settings import AdapterSettings, PrivateSettings
 from .core import CORE_FORMS, CoreVariant
+from .multilora import MultiVariant
+from .variant import Variant
 
 ADAPTER = "shared"
 Layout = dict[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class Form:
+    """An adapter as PEFT's layers need to know it. ``field`` is the settings table that errors name."""
+
+    field: str
+    rank: int  # of the whole: n·r for n modules
+    scaling: float
+    dropout: float
+    targets: tuple[str, ...] | str
+    variant: Variant | None = None
+
+
+def shared_form(settings: AdapterSettings, method: Method) -> Form:
+    """The form of the shared adapter by the method's row."""
+    variant: Variant | None = None
+    if method.core is not ABSENT:
+        variant = CoreVariant(CORE_FORMS[settings.core])
+    modules = settings.modules if method.scale is not ABSENT else 1
+    if method.scale is not ABSENT:
+        variant = MultiVariant(modules)
+    targets = settings.target_modules
+    return Form("adapter", settings.rank * modules, scaling_of(settings), settings.dropout, targets, variant)
+
+
+def private_form(settings: PrivateSettings, usual: AdapterSettings) -> Form:
+    """The form of a private adapter, with the shared one's target modules unless it has its own."""
+    modules = settings.modules if settings.kind == "multilora" else 1
+    variant = MultiVariant(modules) if settings.kind == "multilora" else None
+    targets = settings.target_modules or usual.target_modules
+    return Form("private", settings.rank * modules, scaling_of(settings), settings.dropout, targets, variant)
+
+
+def scaling_of(settings: AdapterSettings | PrivateSettings) -> float:
+    """s = alpha/rank, or alpha/√rank with ``rslora``; the rank is that of one module."""
+    return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
+
+
 def attach(backbone: nn.Module, settings: AdapterSettings, method: Method) -> dict[str, nn.Parameter]:
-    """Injects the adapter into ``backbone`` in place and returns its parameters by name.
+    """Injects the shared adapter into ``backbone`` in place and returns its parameters by name.
 
     Raises ModelError when no module matches or the rank exceeds a layer.
     """
-    targets = settings.target_modules
+    return inject(backbone, shared_form(settings, method), ADAPTER)
+
+
+def inject(backbone: nn.Module, form: Form, adapter: str) -> dict[str, nn.Parameter]:
+    """Injects an adapter of any form under a name of its own, in fp32 whatever the base model's precision."""
     config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  (any number is used as one)
-        lora_dropout=settings.dropout,
-        use_rslora=settings.rslora,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        r=form.rank,
+        lora_alpha=form.rank,
+        lora_dropout=form.dropout,
+        target_modules=form.targets if isinstance(form.targets, str) else list(form.targets),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's hints are about its own saving formats
         try:
-            inject_adapter_in_model(config, backbone, adapter_name=ADAPTER)
+            inject_adapter_in_model(config, backbone, adapter_name=adapter)
         except (ValueError, re.error):
-            raise ModelError("adapter.target_modules", _linear_names(backbone), targets) from None
+            raise ModelError(f"{form.field}.target_modules", _linear_names(backbone), form.targets) from None
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in backbone.named_modules():
-        if isinstance(layer, LoraLayer):
-            _check_layer(name, layer, settings.rank)
-            parameters |= _parameters_of(name, layer, settings, method)
+        if isinstance(layer, LoraLayer) and adapter in layer.r:
+            _check_layer(name, layer, form)
+            parameters |= _parameters_of(name, layer, form, adapter)
     return parameters
+
+
+def activate(backbone: nn.Module, adapters: Sequence[str]) -> None:
+    """Lets these adapters, and no others, act on every layer that has them; none of their parameters is trained yet."""
+    for layer in backbone.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_adapter([adapter for adapter in adapters if adapter in layer.r], inference_mode=True)
 
 
 def detach(backbone: nn.Module) -> None:
@@ -69,57 +120,82 @@ def layout_of(parameters: Mapping[str, torch.Tensor]) -> Layout:
 
 
 def initial_values(layout: Layout, settings: AdapterSettings, seed: int) -> dict[str, torch.Tensor]:
-    """Values at step 0: A Kaiming-uniform(a=√5), B zero, Λ = I, so that ΔW = 0 and a step equals plain LoRA's.
+    """Values at step 0, where ΔW = 0: A Kaiming-uniform(a=√5), B zero, Λ = I, so that a step equals plain LoRA's.
 
-    Every tensor has its own generator seeded by (seed, name): the values depend on nothing else.
+    With MultiLoRA's scales in the layout those are zero, and every B_i is Kaiming-uniform on its own. Every tensor has
+    its own generator seeded by (seed, name): the values depend on nothing else.
     """
-    return {key: _INITIAL[group_of(key)](key, shape, settings, seed) for key, shape in layout.items()}
+    return {key: _initial(key, layout, settings, seed) for key in layout}
 
 
-def _kaiming(key: str, shape: tuple[int, ...], settings: AdapterSettings, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed_from(seed, key))
-    bound = 1 / math.sqrt(shape[1])  # √(6 / ((1 + a²) · fan_in)) with a = √5
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+def _initial(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
+    leaf = next((part for part in reversed(key.split(".")) if part in _INITIAL), "head")
+    return _INITIAL[leaf](key, layout, settings, seed)
 
 
-def _zeros(key: str, shape: tuple[int, ...], settings: AdapterSettings, seed: int) -> torch.Tensor:
-    return torch.zeros(shape)
+def _a(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
+    return _kaiming(key, layout[key], layout[key][1], seed)
 
 
-def _identity(key: str, shape: tuple[int, ...], settings: AdapterSettings, seed: int) -> torch.Tensor:
-    return CORE_FORMS[settings.core].initial(shape[0])
+def _b(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
+    scale = layout.get(key.replace("lora_B.weight", "lora_scale"))
+    if scale is None:
+        return torch.zeros(layout[key])
+    return _kaiming(key, layout[key], layout[key][1] // scale[0], seed)  # the inputs of one module
 
 
-def _head(key: str, shape: tuple[int, ...], settings: AdapterSettings, seed: int) -> torch.Tensor:
+def _core(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
+    return CORE_FORMS[settings.core].initial(layout[key][0])
+
+
+def _scale(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
+    return torch.zeros(layout[key])
+
+
+def _head(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
     """As BERT's: matrices N(0, 0.02²), biases zero, the scales of normalisations one."""
+    shape = layout[key]
     if len(shape) < 2:
         return torch.zeros(shape) if key.endswith("bias") else torch.ones(shape)
     generator = torch.Generator().manual_seed(seed_from(seed, key))
     return torch.empty(shape).normal_(0, 0.02, generator=generator)
 
 
-_INITIAL = {"A": _kaiming, "B": _zeros, "core": _identity, "head": _head}
+def _kaiming(key: str, shape: tuple[int, ...], fan_in: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed_from(seed, key))
+    bound = 1 / math.sqrt(fan_in)  # √(6 / ((1 + a²) · fan_in)) with a = √5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def _parameters_of(name: str, layer: Any, settings: AdapterSettings, method: Method) -> dict[str, nn.Parameter]:
+_INITIAL = {"lora_A": _a, "lora_B": _b, "lora_core": _core, "lora_scale": _scale, "head": _head}
+
+
+def _parameters_of(name: str, layer: Any, form: Form, adapter: str) -> dict[str, nn.Parameter]:
+    layer.scaling[adapter] = form.scaling
+    for leaf in (layer.lora_A, layer.lora_B):
+        leaf[adapter].float()
+    place = f"{name}." if adapter == ADAPTER else f"{PRIVATE}{name}."
     parameters = {
-        f"{name}.lora_A.weight": layer.lora_A[ADAPTER].weight,
-        f"{name}.lora_B.weight": layer.lora_B[ADAPTER].weight,
+        f"{place}lora_A.weight": layer.lora_A[adapter].weight,
+        f"{place}lora_B.weight": layer.lora_B[adapter].weight,
     }
-    if method.core is not ABSENT:
-        parameters[f"{name}.lora_core"] = CoreVariant(CORE_FORMS[settings.core]).install(layer, ADAPTER)
+    if form.variant:
+        parameters[f"{place}{form.variant.leaf}"] = form.variant.install(layer, adapter)
     return parameters
 
 
-def _check_layer(name: str, layer: Any, rank: int) -> None:
-    if not isinstance(layer, Linear):
-        kind = type(layer.get_base_layer()).__name__
-        raise ModelError("adapter.target_modules", "names of linear layers", f"{name}, which is of kind {kind}")
-    limit = min(layer.in_features, layer.out_features)  # type: ignore[type-var]
-    if rank > limit:
-        raise ModelError("adapter.rank", f"at most {limit} for {name}", rank)
+def _check_layer(name: str, layer: Any, form: Form) -> None:
+    base = layer.get_base_layer()
+    if not isinstance(layer, Linear) and not isinstance(base, nn.Linear):  # bitsandbytes' are nn.Linear, too
+        found = f"{name}, which is of kind {type(base).__name__}"
+        raise ModelError(f"{form.field}.target_modules", "names of linear layers", found)
+    limit = min(layer.in_features, layer.out_features)
+    if form.rank > limit:
+        raise ModelError(f"{form.field}.rank", f"at most {limit} for {name}", form.rank)
 
 
 def _linear_names(backbone: nn.Module) -> str:
-    names = {name.rsplit(".", 1)[-1] for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+    """Of the model itself, whether or not it has an adapter already."""
+    linear = (name for name, module in backbone.named_modules() if isinstance(module, nn.Linear))
+    names = {name.removesuffix(".base_layer").rsplit(".", 1)[-1] for name in linear if ".lora_" not in name}
     return f"names of linear layers of this model, such as {', '.join(sorted(names)[:8])}"

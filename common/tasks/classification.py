@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..rows import Row
-from .task import Batch, Encoded, Metrics, Task, pad
+from .task import Batch, Encoded, Metrics, Prediction, Task, pad
 
 
 class Classification(Task):
@@ -56,6 +56,25 @@ class Classification(Task):
         pairs = [(self._logits(batch), batch["labels"]) for batch in self.batches(self.test.examples)]
         logits, labels = (torch.cat(part).cpu() for part in zip(*pairs, strict=True))
         return self._scores(labels, logits.argmax(-1)) | {"loss": F.cross_entropy(logits, labels).item()}
+
+    @torch.no_grad()
+    def predict(self, rows: Sequence[Row]) -> Iterator[Prediction]:
+        """The likeliest label, and the probabilities of all labels."""
+        self.module.eval()
+        size, limit = self.plan.evaluation.batch_size, self.plan.model.max_length
+        for start in range(0, len(rows), size):
+            whole = self.base.tokenizer([row["text"] for row in rows[start : start + size]], verbose=False)["input_ids"]
+            encoded = self.base.tokenizer(
+                [row["text"] for row in rows[start : start + size]], truncation=True, max_length=limit
+            )["input_ids"]
+            logits = self._logits(self.collate([(ids, 0) for ids in encoded]))
+            for ids, given in zip(whole, logits.float().softmax(-1).tolist(), strict=True):
+                found = dict(zip(self.rows.labels, given, strict=True))
+                yield {
+                    "label": max(found, key=found.__getitem__),
+                    "probabilities": found,
+                    "truncated": len(ids) > limit,
+                }
 
     @torch.no_grad()
     def probe(self) -> Metrics | None:

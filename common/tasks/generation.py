@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import DataError
 from ..rows import Row
-from .task import Batch, Encoded, Metrics, Task, pad
+from .task import Batch, Encoded, Metrics, Prediction, Task, pad
 
 MASKED = -100  # what Hugging Face models leave out of the loss
 
@@ -80,6 +80,23 @@ class Generation(Task):
         exact = [reference.strip() == answer.strip() for reference, answer in pairs]
         return {"rouge_l": sum(rouge) / len(rouge), "exact_match": sum(exact) / len(exact)}
 
+    @torch.no_grad()
+    def predict(self, rows: Sequence[Row]) -> Iterator[Prediction]:
+        """Greedy completions, of ``evaluation.max_new_tokens`` tokens at most."""
+        self.module.eval()
+        size, limit = self.plan.evaluation.batch_size, max(1, self.plan.model.max_length - 1)
+        for start in range(0, len(rows), size):
+            prompts = [self._prompt(row) for row in rows[start : start + size]]
+            answers = self.answers([prompt[-limit:] for prompt in prompts])
+            for prompt, answer in zip(prompts, answers, strict=True):
+                yield {"completion": answer, "truncated": len(prompt) > limit}
+
+    def _prompt(self, row: Row) -> list[int]:
+        tokenizer = self.base.tokenizer
+        if "messages" in row:
+            return tokenizer(self._render(row["messages"], True), add_special_tokens=False)["input_ids"]
+        return tokenizer(row["prompt"])["input_ids"] or [tokenizer.eos_token_id]
+
     def answers(self, prompts: Sequence[list[int]]) -> list[str]:
         """Greedy continuations of token prompts, as text."""
         tokenizer, settings, found = self.base.tokenizer, self.plan.evaluation, []
@@ -120,7 +137,7 @@ class Generation(Task):
         if not row["completion"].strip():
             return []
         tokenizer = self.base.tokenizer
-        prompt = tokenizer(row["prompt"])["input_ids"] or [tokenizer.eos_token_id]
+        prompt = self._prompt({"prompt": row["prompt"]})
         completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
         return [(prompt, False), ([*completion, tokenizer.eos_token_id], True)]
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import DataError
 from ..model import BaseModel
 from ..rows import Row, SiteRows
 from ..settings import Plan
 
 Batch = dict[str, torch.Tensor]
 Metrics = dict[str, float]
+Prediction = dict[str, Any]  # ``label`` and ``probabilities`` by label, or ``completion``; ``truncated`` where it was
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class Task(ABC):
     @abstractmethod
     def measure(self, *, generate: bool) -> Metrics:
         """Metrics of the module as it stands on the test examples. ``generate`` also asks for the dear ones."""
+
+    def predict(self, rows: Sequence[Row]) -> Iterator[Prediction]:
+        """What the module as it stands says to each row, in order, for rows with inputs only. Raises DataError."""
+        raise DataError("task", "classification or generation", self.rows.task)
 
     def probe(self) -> Metrics | None:
         """Metrics with a head fitted to the frozen features; None where the head is no part of the question."""

@@ -1,0 +1,73 @@
+"""``colora client --join-core``: a site that comes when all is trained fits its own groups to the shared adapter.
+
+With CoLoRA those are the cores, r² numbers a layer, and the head; A and B stand still, and nothing leaves the site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from ..common.errors import StateError
+from ..common.methods import PERSONAL, group_of
+from ..common.protocol import Order
+from ..common.saved import Saved
+from ..common.settings import Plan, SiteSettings, to_json
+from ..common.training import Watch
+from .predict import check_fingerprint
+from .resident import Resident
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What came of it. ``trained`` counts numbers by parameter group."""
+
+    state: Path
+    trained: Mapping[str, int]
+    steps: int
+    seconds: float
+    metrics: Mapping[str, float]
+
+
+def join_core(site: SiteSettings, saved: Saved, *, steps: int | None = None, watch: Watch | None = None) -> Joined:
+    """Trains the site's personal groups on a finished shared adapter and writes its state, as a closing round does.
+
+    ``steps`` is by default the recipe's ``train.final_steps``, or, where it has none, the steps of all its rounds.
+    Asked again for the same adapter and steps, it finds its work done. Raises RefusedError for a plan that the site
+    does not allow, StateError for an adapter that cannot be joined.
+    """
+    if not saved.plan.method.row().shares:
+        raise StateError(str(saved.path), "a method that shares something", saved.plan.method.name)
+    check_fingerprint(saved)
+    train = saved.plan.train
+    steps = steps or train.final_steps or saved.plan.rounds * train.steps_per_round
+    plan = dataclasses.replace(saved.plan, train=dataclasses.replace(train, final_steps=steps))
+    resident = Resident(site)
+    resident.start()
+    accepted: Plan = resident.accept(plan.name, to_json(plan))
+    t = plan.rounds + 1
+    order = Order(plan.name, t, "close", 0, to_json(plan), dict(saved.shared), evaluate=True)
+    trainer, began = resident.trainer(accepted), time.monotonic()
+    reply, _ = resident.answer(accepted, order, watch or (lambda done, total: None))
+    personal = trainer.row.having(trainer.parameters, PERSONAL)
+    counts: dict[str, int] = {}
+    for key, parameter in personal.items():
+        counts[group_of(key)] = counts.get(group_of(key), 0) + parameter.numel()
+    return Joined(trainer.store.path(t), counts, steps, time.monotonic() - began, reply.metrics)
+
+
+def tell(joined: Joined, console: Console) -> None:
+    """One line each: what was trained, how long, and what it brought."""
+    counts = ", ".join(f"{group} {count:,}" for group, count in sorted(joined.trained.items()))
+    total = sum(joined.trained.values())
+    console.print(
+        f"{total:,} numbers trained ({counts}), {joined.steps} steps, {joined.seconds:.1f} s", highlight=False
+    )
+    for name, value in sorted(joined.metrics.items()):
+        console.print(f"  {name} {value:.4g}", highlight=False)
+    console.print(f"{joined.state}: for colora export and colora predict", highlight=False, soft_wrap=True)

@@ -1,0 +1,141 @@
+"""``colora predict``: rows in, predictions of a personalised model out."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.errors import DataError, StateError
+from ..common.files import write_atomically
+from ..common.model import fingerprint, load, source_folder
+from ..common.rows import Row, SiteRows
+from ..common.saved import Saved
+from ..common.settings import DataSettings
+from .data import read_rows
+from .store import Store
+from .trainer import Trainer, set_up
+
+FORMATS = (".jsonl", ".csv", ".tsv")
+
+
+class Predictor:
+    """A saved model in memory: the site's own one, or, of a checkpoint, what all sites share."""
+
+    def __init__(self, saved: Saved, *, device: str = "auto", batch_size: int | None = None) -> None:
+        card, plan = (
+            saved.card,
+            dataclasses.replace(saved.plan, model=dataclasses.replace(saved.plan.model, device=device)),
+        )
+        if not saved.is_of_a_site:
+            raise StateError(str(saved.path), "a site's state", "a coordinator's checkpoint, which has no task")
+        check_fingerprint(saved)
+        if batch_size:
+            plan = dataclasses.replace(plan, evaluation=dataclasses.replace(plan.evaluation, batch_size=batch_size))
+        base = load(plan.model, generates=card.task == "generation")
+        rows = SiteRows(card.site, card.task, (), (), card.labels)  # type: ignore[arg-type]
+        self.trainer = Trainer(set_up(base, plan), rows, Store(saved.path.parent, card.federation))
+        shared = dict(saved.shared)
+        self.trainer.load(shared, {key: torch.as_tensor(value) for key, value in saved.personal.items()})
+        self.chat = card.chat
+
+    def predict(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        """One prediction a row, in order (see ``Task.predict``)."""
+        return self.trainer.task.predict(rows)
+
+
+def check_fingerprint(saved: Saved) -> None:
+    """Raises StateError when the base model's files are not those that the model was trained on."""
+    if saved.plan.model.source.startswith("synthetic:"):
+        return
+    here = dataclasses.asdict(fingerprint(source_folder(saved.plan.model)))
+    for name, expected in saved.card.fingerprint.items():
+        if expected and here[name] != expected:
+            raise StateError(
+                f"{saved.plan.model.source}: {name}", f"the one with fingerprint {expected[:12]}", here[name][:12]
+            )
+
+
+def predict_file(
+    saved: Saved, source: Path, columns: DataSettings, *, device: str = "auto", batch_size: int | None = None
+) -> tuple[list[Row], int]:
+    """The rows of a file with what the model says to each, and how many inputs were cut to ``model.max_length``.
+
+    Raises DataError for a row without an input, before the model is loaded.
+    """
+    rows = list(read_rows(str(source)))
+    shape = _SHAPES["chat" if saved.card.chat else saved.card.task or ""] if saved.card.task in _SHAPES else None
+    if shape is None:
+        raise StateError(str(saved.path), "a model of texts", f"one of {saved.card.task or 'no task'}")
+    inputs = [shape(row, number, columns, source) for number, row in enumerate(rows, 1)]
+    found = list(Predictor(saved, device=device, batch_size=batch_size).predict(inputs))
+    cut = sum(prediction.pop("truncated") for prediction in found)
+    named = (
+        {f"predicted_{key}" if key in row else key: v for key, v in p.items()}
+        for row, p in zip(rows, found, strict=True)
+    )
+    return [{**row, **prediction} for row, prediction in zip(rows, named, strict=True)], cut
+
+
+def write_rows(rows: Sequence[Row], out: Path) -> None:
+    """``.jsonl``, or ``.csv`` and ``.tsv`` with nested values as JSON."""
+    write_atomically(out, render(rows, out.suffix).encode())
+
+
+def render(rows: Iterable[Row], suffix: str) -> str:
+    """Rows as the text of a file of this kind. Raises DataError for another kind."""
+    if suffix not in FORMATS:
+        raise DataError("--out", f"a file ending in {', '.join(FORMATS)}", suffix or "no ending")
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    rows, text = list(rows), io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], delimiter="\t" if suffix == ".tsv" else ",")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(
+            {k: json.dumps(v, ensure_ascii=False) if isinstance(v, dict | list) else v for k, v in row.items()}
+        )
+    return text.getvalue()
+
+
+def _text(row: Row, number: int, columns: DataSettings, source: Path) -> Row:
+    return {"text": _filled(row, columns.text, number, source)}
+
+
+def _prompt(row: Row, number: int, columns: DataSettings, source: Path) -> Row:
+    return {"prompt": _filled(row, columns.prompt, number, source)}
+
+
+def _chat(row: Row, number: int, columns: DataSettings, source: Path) -> Row:
+    """A conversation that ends before the answer, or a prompt as its only turn."""
+    turns = row.get(columns.messages or "messages")
+    if not turns:
+        return {"messages": [{"role": "user", "content": _filled(row, columns.prompt, number, source)}]}
+    turns = json.loads(turns) if isinstance(turns, str) else turns
+    while turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise DataError(columns.messages or "messages", "a turn to answer", f"none in row {number} of {source}")
+    return {"messages": turns}
+
+
+def _filled(row: Row, column: str, number: int, source: Path) -> str:
+    value = row.get(column)
+    if value is None:
+        raise DataError(f"row {number} of {source}", f"a column {column!r}", f"only {', '.join(map(str, row))}")
+    if not str(value).strip():
+        raise DataError(f"row {number} of {source}", f"a text in {column!r}", "an empty one")
+    return str(value)
+
+
+_SHAPES: dict[str, Callable[[Row, int, DataSettings, Path], Row]] = {
+    "classification": _text,
+    "generation": _prompt,
+    "chat": _chat,
+}

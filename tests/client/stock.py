@@ -1,0 +1,30 @@
+"""Run without colora: loads exported folders as any user of transformers and PEFT would, and writes their logits."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+assert importlib.util.find_spec("colora") is None
+todo = json.loads(Path(sys.argv[1]).read_text())
+found = {}
+for job in todo["jobs"]:
+    kind = AutoModelForSequenceClassification if job["labels"] else AutoModelForCausalLM
+    more = {"num_labels": job["labels"]} if job["labels"] and job["base"] else {}
+    model = kind.from_pretrained(job["base"] or job["folder"], dtype=torch.float32, **more)
+    if job["base"] and not job.get("bare"):
+        model = PeftModel.from_pretrained(model, job["folder"])
+    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(job["folder"])
+    rows = []
+    with torch.no_grad():
+        for text in todo["texts"]:
+            logits = model(**tokenizer([text], return_tensors="pt", return_token_type_ids=False)).logits
+            rows.append(logits.numpy().reshape(-1, logits.shape[-1])[-1])
+    found[job["name"]] = np.concatenate(rows)
+np.savez(todo["out"], **found)

@@ -1,0 +1,194 @@
+"""An exported adapter is the personalised model: stock transformers and PEFT, in a process without colora, agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from colora.client.data import load_site_rows
+from colora.client.export import compose, export
+from colora.client.predict import Predictor, predict_file
+from colora.client.store import Store
+from colora.client.trainer import Trainer, set_up
+from colora.common.errors import ColoraError
+from colora.common.first import first_shared
+from colora.common.methods import METHODS
+from colora.common.model import load
+from colora.common.protocol import Order
+from colora.common.recipe import recipe_from
+from colora.common.saved import Saved, read_saved
+from colora.common.settings import DataSettings, SiteSettings, to_json
+
+PRIVATES = ("none", "lora", "multilora")
+CLOSE = 1e-5
+STOCK = Path(__file__).with_name("stock.py")
+TEXTS = ["red a b", "blue cat dog c d e f", "x"]
+
+
+@dataclass
+class Trained:
+    """A site after one round and the close, its trainer still in memory."""
+
+    name: str
+    saved: Saved
+    trainer: Trainer
+
+    def logits(self) -> np.ndarray:
+        """Of the personalised model, one text at a time."""
+        task, tokenizer = self.trainer.task, self.trainer.bench.base.tokenizer
+        self.trainer.load(dict(self.saved.shared), {k: torch.as_tensor(v) for k, v in self.saved.personal.items()})
+        task.module.eval()
+        found = []
+        with torch.no_grad():
+            for text in TEXTS:
+                out = task.module(**tokenizer([text], return_tensors="pt", return_token_type_ids=False)).logits
+                found.append(out.numpy().reshape(-1, out.shape[-1])[-1])
+        return np.concatenate(found)
+
+
+def train(raw: dict, folder: Path, name: str) -> Trained:
+    """The first site of a recipe through one round and the close, without Flower."""
+    recipe = recipe_from(raw)
+    plan, site = recipe.plan, recipe.site[0]
+    generates = site.data.task == "generation"
+    bench = set_up(load(plan.model, generates=generates), plan)
+    rows = load_site_rows(SiteSettings(site.name, site.data), recipe.seed)
+    trainer = Trainer(bench, rows, Store(folder, plan.name))
+    shared = first_shared(plan, len(rows.labels))
+    reply = trainer.respond(Order(plan.name, 1, "train", 0, to_json(plan), shared, False))
+    order = Order(plan.name, 2, "close", 1, to_json(plan), dict(reply.shared), True)
+    trainer.respond(order)
+    return Trained(name, read_saved(folder), trainer)
+
+
+def varied(raw: dict, method: str, private: str) -> dict:
+    steps = {**raw["train"], "steps": 8, "final_steps": 8, "lr": 0.05, "private_lr": 0.05}
+    table = {"kind": private, "rank": 2, "modules": 3, "alpha": 5.0, "target_modules": ["value", "v_proj", "o_proj"]}
+    return {**raw, "method": {"name": method}, "private": table, "train": steps}
+
+
+@pytest.fixture(scope="module")
+def without_colora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that is installed but colora."""
+    folder = tmp_path_factory.mktemp("stock")
+    for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(place).iterdir():
+            if "colora" not in entry.name.lower() and entry.suffix != ".pth":
+                (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def stock(folder: Path, jobs: list[dict]) -> dict[str, np.ndarray]:
+    """Every job's logits, from a fresh process that cannot import colora."""
+    todo = folder.parent / "jobs.json"
+    todo.write_text(json.dumps({"jobs": jobs, "texts": TEXTS, "out": str(folder.parent / "logits.npz")}))
+    env = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-S", str(STOCK), str(todo)], env=env, cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(np.load(folder.parent / "logits.npz"))
+
+
+def cases(tiny_recipe: dict, generation_recipe: dict, top: Path) -> Iterator[Trained]:
+    for kind, raw in (("classification", tiny_recipe), ("generation", generation_recipe)):
+        for method in METHODS:
+            for private in PRIVATES:
+                name = f"{kind}-{method}-{private}"
+                yield train(varied(raw, method, private), top / name, name)
+
+
+def test_each_method_with_each_private_adapter_is_what_stock_peft_loads(
+    tiny_recipe: dict, generation_recipe: dict, tmp_path: Path, without_colora: Path
+) -> None:
+    jobs, ours = [], {}
+    for case in cases(tiny_recipe, generation_recipe, tmp_path / "states"):
+        ours[case.name] = case.logits()
+        for merge in (False, True):
+            out = tmp_path / "out" / f"{case.name}{'-merged' if merge else ''}"
+            export(case.saved, out, merge=merge)
+            base = None if merge else case.saved.plan.model.source
+            labels = len(case.saved.card.labels)
+            jobs.append({"name": out.name, "folder": str(out), "base": base, "labels": labels})
+            ours[out.name] = ours[case.name]
+    found = stock(without_colora, jobs)
+    assert len(found) == len(METHODS) * len(PRIVATES) * 2 * 2
+    worst = {name: float(np.abs(found[name] - ours[name]).max()) for name in found}
+    assert max(worst.values()) < CLOSE, sorted(worst.items(), key=lambda item: -item[1])[:5]
+    bare = stock(without_colora, [{**job, "bare": True} for job in jobs if job["base"]])
+    moved = [float(np.abs(bare[name] - ours[name]).max()) for name in bare if not name.startswith("classification")]
+    assert min(moved) > 100 * CLOSE, "and the adapters do something"
+
+
+def test_what_all_share_and_what_a_site_adds_make_the_whole(tiny_recipe: dict, tmp_path: Path) -> None:
+    for method in METHODS:
+        saved = train(varied(tiny_recipe, method, "multilora"), tmp_path / method, method).saved
+        whole, personal = compose(saved), compose(saved, "personal")
+        parts = [personal]
+        if saved.plan.method.row().averages_products or method == "ffa":
+            parts.append(compose(saved, "shared"))
+        for layer, (b, a) in whole.layers.items():
+            total = sum((p.layers[layer][0] @ p.layers[layer][1] for p in parts if layer in p.layers), torch.zeros(1))
+            if len(parts) > 1 or method in ("local", "fedsa"):
+                assert torch.allclose(total, b @ a, atol=1e-6), (method, layer)
+
+
+def test_predictions_are_those_of_the_stock_model(tiny_recipe: dict, generation_recipe: dict, tmp_path: Path) -> None:
+    case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "a", "a")
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)))
+    rows, cut = predict_file(case.saved, source, DataSettings(), batch_size=1)
+    logits = torch.as_tensor(case.logits()).reshape(len(TEXTS), -1).softmax(-1)
+    for i, row in enumerate(rows):
+        assert (row["id"], row["text"]) == (i, TEXTS[i])
+        assert row["label"] == case.saved.card.labels[int(logits[i].argmax())]
+        assert list(row["probabilities"].values()) == pytest.approx(logits[i].tolist(), abs=1e-6)
+    assert cut == 0
+    talk = train(varied(generation_recipe, "colora", "lora"), tmp_path / "b", "b")
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    rows, _ = predict_file(talk.saved, source, DataSettings(), batch_size=2)
+    talk.trainer.load(dict(talk.saved.shared), {k: torch.as_tensor(v) for k, v in talk.saved.personal.items()})
+    tokenizer = talk.trainer.bench.base.tokenizer
+    assert [r["completion"] for r in rows] == talk.trainer.task.answers([tokenizer(t)["input_ids"] for t in TEXTS])  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_exported_is_said(tiny_recipe: dict, tmp_path: Path) -> None:
+    saved = train(varied(tiny_recipe, "colora", "none"), tmp_path / "a", "a").saved
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    for arguments, words in (
+        ({"out": tmp_path / "full"}, "expected a new or empty folder, found other files"),
+        ({"out": tmp_path / "n", "part": "shared", "merge": True}, "the whole model, without --only"),
+    ):
+        with pytest.raises(ColoraError, match=words):
+            export(saved, **arguments)
+    alone = train(varied(tiny_recipe, "local", "none"), tmp_path / "b", "b").saved
+    with pytest.raises(ColoraError, match="a method with shared adapter values"):
+        export(alone, tmp_path / "n", "shared")
+    with pytest.raises(ColoraError, match="a run, a site's folder"):
+        read_saved(tmp_path / "nowhere")
+    assert not (tmp_path / "n").exists()
+
+
+def test_a_changed_base_model_is_refused(tiny_recipe: dict, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_recipe["model"]["source"], copy)
+    raw = {**tiny_recipe, "model": {**tiny_recipe["model"], "source": str(copy)}}
+    saved = train(varied(raw, "colora", "none"), tmp_path / "a", "a").saved
+    Predictor(saved)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "more": 1}))
+    with pytest.raises(ColoraError, match="model: expected the one with fingerprint"):
+        Predictor(saved)
