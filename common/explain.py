@@ -13,9 +13,8 @@ from .errors import ColoraError, RecipeError
 
 def explain(kind: type, error: pydantic.ValidationError) -> RecipeError:
     """The first thing that pydantic found wrong, as an error that names the key and the nearest known one."""
-    found = error.errors()
-    first = next((each for each in found if each["type"] != "dataclass_type"), found[0])  # a table, or a name for one
-    path = [part for part in first["loc"] if isinstance(part, int) or _is_key(part)]
+    first = error.errors()[0]
+    path = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
     where = _dotted(path)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _fields_at(kind, path[:-1])
@@ -39,11 +38,6 @@ def guess(word: str, known: Any) -> str:
     """A word as it was found, with the nearest known one."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"{word!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
-
-
-def _is_key(part: str) -> bool:
-    """Pydantic also names the kinds of a value that may have several."""
-    return part.isidentifier() and not part.endswith("Settings")
 
 
 def _dotted(path: list[Any]) -> str:

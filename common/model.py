@@ -146,8 +146,12 @@ def weights_as(precision: str, device: torch.device) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    bits = {"load_in_4bit": True, **four} if precision == "int4" else {"load_in_8bit": True}
+    four: dict[str, Any] = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }
+    bits: dict[str, Any] = {"load_in_4bit": True, **four} if precision == "int4" else {"load_in_8bit": True}
     return {"dtype": dtype, "device_map": {"": device}, "quantization_config": BitsAndBytesConfig(**bits)}
 
 

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from .errors import RecipeError
@@ -74,8 +74,14 @@ class PrivateSettings:
     modules: Positive = 3
 
 
-PrivateTable = PrivateSettings | Literal["none", "lora", "multilora"]  # ``private = "multilora"`` names the kind alone
-Private = Annotated[PrivateTable, AfterValidator(lambda v: PrivateSettings(kind=v) if isinstance(v, str) else v)]
+def _by_kind(value: object) -> object:
+    """``private = "multilora"`` names the kind alone; of a table, JSON's lists are the tuples that strict mode wants."""
+    if isinstance(value, str):
+        return {"kind": value}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+Private = Annotated[PrivateSettings, BeforeValidator(_by_kind)]
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -189,7 +189,7 @@ def _check_layer(name: str, layer: Any, form: Form) -> None:
     if not isinstance(layer, Linear) and not isinstance(base, nn.Linear):  # bitsandbytes' are nn.Linear, too
         found = f"{name}, which is of kind {type(base).__name__}"
         raise ModelError(f"{form.field}.target_modules", "names of linear layers", found)
-    limit = min(layer.in_features, layer.out_features)
+    limit = min(layer.in_features, layer.out_features)  # type: ignore[type-var]
     if form.rank > limit:
         raise ModelError(f"{form.field}.rank", f"at most {limit} for {name}", form.rank)
 
