@@ -75,7 +75,7 @@ class PrivateSettings:
 
 
 def _by_kind(value: object) -> object:
-    """``private = "multilora"`` names the kind alone; of a table, JSON's lists are the tuples that strict mode wants."""
+    """``private = "multilora"`` names the kind alone; a table's lists become the tuples that strict mode wants."""
     if isinstance(value, str):
         return {"kind": value}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()} if isinstance(value, dict) else value
