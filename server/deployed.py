@@ -19,7 +19,6 @@ from .events import EventLog
 from .folder import RunFolder
 from .superlink import RUN_FOLDER
 
-
 LOOK = 0.3  # seconds between two looks whether the process that started this one still lives
 
 
