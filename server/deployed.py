@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,8 @@ from .events import EventLog
 from .folder import RunFolder
 from .superlink import RUN_FOLDER
 
+LOOK = 0.3  # seconds between two looks whether the process that started this one still lives
+
 
 @contextmanager
 def deployed() -> Iterator[tuple[Run, Conduct]]:
@@ -24,6 +28,7 @@ def deployed() -> Iterator[tuple[Run, Conduct]]:
 
     Ends quietly after a stop; an error of ours is told in the events, for the supervisor to decide.
     """
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     files = RunFolder(Path(os.environ[RUN_FOLDER]))
     with (files.path / "leading.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -39,3 +44,13 @@ def deployed() -> Iterator[tuple[Run, Conduct]]:
         except Exception as error:
             events.emit("broken", reason=f"{type(error).__name__}: {error}", final=False)
             raise
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when Flower's SuperExec has gone: Flower itself would let it try for 20 seconds and more.
+
+    That is a kill like any other: the round is done again, by the ServerApp that waits for this one's lock.
+    """
+    while os.getppid() == parent:
+        time.sleep(LOOK)
+    os._exit(1)

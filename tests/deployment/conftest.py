@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import sys
 import time
 from collections.abc import Iterator
@@ -191,12 +192,19 @@ def words_of(process: psutil.Process) -> list[str]:
 
 
 @pytest.fixture
-def town(tmp_path: Path, tiny_recipe: dict) -> Iterator[Town]:
+def place() -> Iterator[Path]:
+    """A folder whose path leaves room for a socket's name."""
+    with tempfile.TemporaryDirectory(prefix="town-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def town(place: Path, tiny_recipe: dict) -> Iterator[Town]:
     """Three sites; an optimiser at the coordinator and moments at the sites, so that every kind of state is in use."""
     tiny_recipe["rounds"] = 3
     tiny_recipe["train"] |= {"final_steps": 2, "keep_moments": True}
     tiny_recipe["server"] |= {"optimizer": "adam"}
-    town = Town(tmp_path / "town", tiny_recipe).build()
+    town = Town(place / "town", tiny_recipe).build()
     yield town
     town.stop()
     left = town.orphans()

@@ -62,12 +62,12 @@ def test_kill_9_of_a_command_leaves_no_orphan(town: Town, command: str) -> None:
 
 
 def test_a_straggler_is_left_out_and_told_and_the_log_replays_to_the_same_bits(
-    tmp_path: Path, tiny_recipe: dict
+    tmp_path: Path, place: Path, tiny_recipe: dict
 ) -> None:
     """Two of three sites are a quorum. One trainer is frozen over a deadline; one site comes late, one leaves."""
     tiny_recipe["rounds"] = 6
     tiny_recipe["server"] = {"quorum": 2, "timeout": 25.0, "optimizer": "momentum"}
-    town = Town(tmp_path / "town", tiny_recipe).build()
+    town = Town(place / "town", tiny_recipe).build()
     try:
         town.start("server", "ada", "bob")
         town.wait_for("round", 240, round=1)

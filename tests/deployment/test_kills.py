@@ -58,12 +58,12 @@ def rounds(town: Town) -> int:
 
 @pytest.mark.slow
 @pytest.mark.endurance
-def test_any_process_may_be_killed_at_any_moment(tmp_path: Path, tiny_recipe: dict) -> None:
+def test_any_process_may_be_killed_at_any_moment(tmp_path: Path, place: Path, tiny_recipe: dict) -> None:
     tiny_recipe["rounds"] = 2 * KILLS + 2
     tiny_recipe["train"] |= {"final_steps": 2, "keep_moments": True}
     tiny_recipe["server"] |= {"optimizer": "adam"}
     calm = simulate(recipe_from(tiny_recipe), tmp_path / "calm", resume=False)
-    town, rng = Town(tmp_path / "town", tiny_recipe).build(), random.Random(SEED)
+    town, rng = Town(place / "town", tiny_recipe).build(), random.Random(SEED)
     kinds = [*VICTIMS] * (KILLS // len(VICTIMS) + 1)
     rng.shuffle(kinds)
     table: list[tuple[str, int, float]] = []
