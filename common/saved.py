@@ -18,6 +18,7 @@ from .errors import StateError
 from .files import load_arrays
 from .settings import Plan, parse
 
+PRINTS = ("model", "tokenizer", "chat_template")  # fingerprints
 SHARED, TRAINED, PERSONAL = "shared/", "reply/", "state/"
 FILES = "round-*.safetensors"
 PLACES = (FILES, f"checkpoints/{FILES}", f"state/{FILES}", f"state/*/{FILES}")  # below what a user names

@@ -64,7 +64,7 @@ def lead(grid: Grid, run: Run, listener: Listener | None = None, conduct: Conduc
     sites = [member.site for member in run.roster]
     events.emit("started", **about, model=recipe.model.source, sites=sites, recipe=recipe.identity)
     strategy = AdapterStrategy(recipe, run.roster, events, folder / "spool", conduct)
-    state = federate(grid, strategy, Checkpoints(folder / "checkpoints", recipe.name, recipe.identity, strategy.plan))
+    state = federate(grid, strategy, Checkpoints(folder / "checkpoints", recipe))
     events.emit("finished", seconds=time.monotonic() - began)
     return state
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..common.errors import StateError
 from ..common.files import load_arrays, save_arrays
-from ..common.saved import SHARED, Card
+from ..common.saved import PRINTS, SHARED, Card
+from ..common.settings import Recipe, to_json
 
 MEMORY = "memory/"
 KEPT = 3  # checkpoints that stay on disk
@@ -33,8 +34,9 @@ class State:
 class Checkpoints:
     """The ``checkpoints/`` folder of one federation."""
 
-    def __init__(self, folder: Path, federation: str, recipe: str, plan: str) -> None:
-        self.folder, self.identity, self.plan = folder, {"federation": federation, "recipe": recipe}, plan
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.folder, self.identity = folder, {"federation": recipe.name, "recipe": recipe.identity}
+        self.plan = to_json(recipe.plan)
 
     def latest(self) -> State | None:
         """The newest state, or None. Raises StateError when it belongs to another federation or recipe."""
@@ -60,13 +62,15 @@ class Checkpoints:
             "pins": dict(state.pins),
             "weights": state.weights,
             "closed": state.closed,
-            "card": dataclasses.asdict(
-                Card(self.identity["federation"], state.round, self.plan, fingerprint=dict(state.pins))
-            ),
+            "card": dataclasses.asdict(self._card(state)),
         }
         save_arrays(self.folder / f"round-{state.round:06d}.safetensors", arrays, meta)
         for path in sorted(self.folder.glob("round-*.safetensors"))[:-KEPT]:
             path.unlink(missing_ok=True)
+
+    def _card(self, state: State) -> Card:
+        prints = {name: state.pins[name] for name in PRINTS if name in state.pins}
+        return Card(self.identity["federation"], state.round, self.plan, fingerprint=prints)
 
 
 @dataclass(frozen=True)

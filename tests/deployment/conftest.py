@@ -6,8 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -204,6 +204,7 @@ def town(place: Path, tiny_recipe: dict) -> Iterator[Town]:
     tiny_recipe["rounds"] = 3
     tiny_recipe["train"] |= {"final_steps": 2, "keep_moments": True}
     tiny_recipe["server"] |= {"optimizer": "adam"}
+    tiny_recipe["private"] = "multilora"
     town = Town(place / "town", tiny_recipe).build()
     yield town
     town.stop()

@@ -125,7 +125,7 @@ def lead(settings: Recipe, street: Street, folder: Path, conduct: Conduct | None
     events = EventLog(folder / "events.jsonl")
     conduct = conduct or Conduct(enduring=True)
     strategy = AdapterStrategy(settings, tuple(map(Member, NAMES)), events, folder / "spool", conduct)
-    return federate(street, strategy, Checkpoints(folder / "checkpoints", settings.name, settings.identity))
+    return federate(street, strategy, Checkpoints(folder / "checkpoints", settings))
 
 
 def told(folder: Path, kind: str) -> list[Event]:
@@ -209,7 +209,7 @@ def test_it_waits_for_its_quorum_and_takes_in_who_comes_late(tmp_path: Path) -> 
         tmp_path / "again",
         Conduct(replay=replay_of(tmp_path / "events.jsonl")),
     )
-    before = Checkpoints(tmp_path / "checkpoints", settings.name, settings.identity).latest()
+    before = Checkpoints(tmp_path / "checkpoints", settings).latest()
     assert before
     assert {k: v.tobytes() for k, v in before.shared.items()} == {k: v.tobytes() for k, v in again.shared.items()}
     assert again.admitted == before.admitted

@@ -104,7 +104,7 @@ class Hall:
         return federate(grid(app or make_app(connect), len(nodes)), strategy, self.checkpoints(settings))
 
     def checkpoints(self, settings: Recipe) -> Checkpoints:
-        return Checkpoints(self.folder / "checkpoints", settings.name, settings.identity)
+        return Checkpoints(self.folder / "checkpoints", settings)
 
     def latest(self, settings: Recipe) -> State:
         state = self.checkpoints(settings).latest()

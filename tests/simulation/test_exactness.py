@@ -158,7 +158,7 @@ def writer(pool: Pool, site: str, rows: list[dict]) -> Member:
 def federated(recipe: Recipe, folder: Path) -> Values:
     """What a simulation ends with: the last checkpoint, and every site's state of the last round."""
     simulate(recipe, folder, resume=False)
-    state = Checkpoints(folder / "checkpoints", recipe.name, recipe.identity).latest()
+    state = Checkpoints(folder / "checkpoints", recipe).latest()
     assert state is not None
     assert (state.round, state.closed) == (ROUNDS, True)
     values = {key: torch.tensor(value) for key, value in state.shared.items()}

@@ -85,9 +85,10 @@ def test_nothing_personal_is_in_any_message(
     tiny_recipe: dict, tmp_path: Path, wire: list[Message], method: str
 ) -> None:
     train = {**tiny_recipe["train"], "keep_moments": True, "final_steps": 2}
-    recipe = recipe_from({**tiny_recipe, "train": train, "method": {"name": method}})
+    recipe = recipe_from({**tiny_recipe, "train": train, "method": {"name": method}, "private": "multilora"})
     run = simulate(recipe, tmp_path / "run", resume=False)
     assert len(wire) == 2 * 3 * (1 + 2 + 1), "join, two rounds and the close, there and back, for three sites"
+    assert any("private." in name for name, _ in secrets_of(run.path))
     assert leaks(wire, run.path) == []
 
 

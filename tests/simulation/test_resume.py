@@ -63,7 +63,13 @@ def durable(folder: Path) -> dict[str, tuple[dict[str, np.ndarray], dict]]:
 @pytest.mark.parametrize("seed", [1])
 def test_ten_kills_change_no_bit_of_adapter_or_personal_state(tiny_recipe: dict, tmp_path: Path, seed: int) -> None:
     train = {**tiny_recipe["train"], "steps": 6, "final_steps": 3, "keep_moments": True, "lr_schedule": "cosine"}
-    raw = {**tiny_recipe, "rounds": ROUNDS, "train": train, "server": {"quorum": 3, "optimizer": "adam"}}
+    raw = {
+        **tiny_recipe,
+        "rounds": ROUNDS,
+        "train": train,
+        "private": "multilora",
+        "server": {"quorum": 3, "optimizer": "adam"},
+    }
     recipe, calm, stormy = tmp_path / "recipe.toml", tmp_path / "calm", tmp_path / "stormy"
     recipe.write_text(tomli_w.dumps(raw))
     subprocess.run(command(recipe, calm), check=True, capture_output=True, env=os.environ)
