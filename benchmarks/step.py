@@ -86,7 +86,7 @@ def trainer_step(task: Task) -> Callable[[Batch], None]:
     optimizer = make_optimizer({**adapter, **task.head}, SETTINGS)
 
     def step(batch: Batch) -> None:
-        optimizer_step(task, optimizer, batch, SETTINGS.max_grad_norm)
+        optimizer_step(task, optimizer, [batch], SETTINGS.max_grad_norm)
 
     return step
 

@@ -1,0 +1,78 @@
+"""A site that comes when all is trained: its core and head only, on the adapter as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+
+from colora.client.join import join_core
+from colora.common.errors import RefusedError, StateError
+from colora.common.files import load_arrays
+from colora.common.recipe import load_site, recipe_from
+from colora.common.saved import read_saved
+from colora.common.settings import SiteSettings
+from colora.server.folder import RunFolder
+from colora.simulation.run import simulate
+
+ROUNDS, STEPS, RANK, LAYERS = 2, 4, 4, 4  # two modules in each of two layers
+
+
+def finished(raw: dict, folder: Path) -> RunFolder:
+    """A run in which cyd comes after the last round."""
+    raw["site"][2]["from_round"] = ROUNDS + 1
+    raw["train"] |= {"final_steps": STEPS}
+    raw["server"] = {"quorum": 2}
+    return simulate(recipe_from(raw), folder, resume=False)
+
+
+def site_file(folder: Path, raw: dict, **tables: object) -> SiteSettings:
+    """cyd as a site of its own, with the rows it has in the simulation."""
+    data = {key: raw["site"][2][key] for key in ("source", "test_source")}
+    folder.mkdir()
+    about = {"name": "cyd", "data": data, "trainer": {"threads": 1, "device": "cpu"}, **tables}
+    (folder / "site.toml").write_text(tomli_w.dumps(about))
+    return load_site(folder / "site.toml")
+
+
+def test_only_cores_and_heads_are_trained_and_simulation_does_the_same(tiny_recipe: dict, tmp_path: Path) -> None:
+    run = finished(tiny_recipe, tmp_path / "run")
+    adapter = read_saved(run.path)
+    assert not adapter.is_of_a_site
+    joined = join_core(site_file(tmp_path / "cyd", tiny_recipe), adapter)
+    assert joined.trained == {"core": RANK**2 * LAYERS, "head": 3 * 16 + 3}
+    assert joined.steps == STEPS
+    assert {"base.accuracy", "shared.accuracy", "personal.accuracy"} <= set(joined.metrics)
+    mine, simulated = read_saved(tmp_path / "cyd"), read_saved(run.path / "sites" / "cyd")
+    assert mine.path == joined.state
+    for key, value in adapter.shared.items():
+        assert np.array_equal(mine.shared[key], value)
+    assert set(mine.personal) == set(simulated.personal)
+    for key, value in simulated.personal.items():
+        assert np.array_equal(mine.personal[key], value), key
+
+
+def test_asked_again_it_finds_its_work_done_and_more_steps_are_other_work(tiny_recipe: dict, tmp_path: Path) -> None:
+    run, taken = finished(tiny_recipe, tmp_path / "run"), []
+    site, adapter = site_file(tmp_path / "cyd", tiny_recipe), read_saved(run.path)
+    first = join_core(site, adapter, watch=lambda done, total: taken.append((done, total)))
+    assert taken[-1] == (STEPS, STEPS)
+    before, taken[:] = load_arrays(first.state), []
+    assert join_core(site, adapter, watch=lambda done, total: taken.append((done, total))).metrics == first.metrics
+    assert not taken
+    assert load_arrays(first.state)[1] == before[1]
+    join_core(site, adapter, steps=7, watch=lambda done, total: taken.append((done, total)))
+    assert taken[-1] == (7, 7)
+
+
+def test_what_the_site_does_not_allow_or_nobody_shared_is_refused(tiny_recipe: dict, tmp_path: Path) -> None:
+    run = finished(tiny_recipe, tmp_path / "run")
+    careful = site_file(tmp_path / "cyd", tiny_recipe, allow={"methods": ["fedit"]})
+    with pytest.raises(RefusedError, match=r"method.name: expected one of fedit \(allow.methods\), found 'colora'"):
+        join_core(careful, read_saved(run.path))
+    assert not (tmp_path / "cyd" / "state").exists()
+    alone = finished({**tiny_recipe, "method": {"name": "local"}}, tmp_path / "alone")
+    with pytest.raises(StateError, match="a method that shares something, found local"):
+        join_core(careful, read_saved(alone.path))
