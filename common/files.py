@@ -75,9 +75,11 @@ class ArrayFile(Mapping[str, np.ndarray]):
         from safetensors import safe_open
 
         self._file = safe_open(path, framework="numpy")
-        self._keys = sorted(self._file.keys())
+        self._keys = dict.fromkeys(sorted(self._file.keys()))
 
     def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self._keys:
+            raise KeyError(key)
         return self._file.get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:

@@ -138,7 +138,7 @@ def _a(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.
 
 
 def _b(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
-    scale = layout.get(key.replace("lora_B.weight", "lora_scale"))
+    scale = layout.get(f"{key.rpartition('lora_B')[0]}lora_scale")
     if scale is None:
         return torch.zeros(layout[key])
     return _kaiming(key, layout[key], layout[key][1] // scale[0], seed)  # the inputs of one module

@@ -20,6 +20,7 @@ from colora.client.export import compose, export
 from colora.client.predict import Predictor, predict_file
 from colora.client.store import Store
 from colora.client.trainer import Trainer, set_up
+from colora.common.assets import asset_folder
 from colora.common.errors import ColoraError
 from colora.common.first import first_shared
 from colora.common.methods import METHODS
@@ -128,6 +129,27 @@ def test_each_method_with_each_private_adapter_is_what_stock_peft_loads(
     bare = stock(without_colora, [{**job, "bare": True} for job in jobs if job["base"]])
     moved = [float(np.abs(bare[name] - ours[name]).max()) for name in bare if not name.startswith("classification")]
     assert min(moved) > 100 * CLOSE, "and the adapters do something"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "kind"), [("minilm-l6", "classification"), ("smollm2-135m-instruct", "generation")])
+def test_real_models_as_well(
+    source: str, kind: str, tiny_recipe: dict, generation_recipe: dict, tmp_path: Path, without_colora: Path
+) -> None:
+    raw = tiny_recipe if kind == "classification" else generation_recipe
+    raw = {**varied(raw, "colora", "multilora"), "model": {"source": f"asset:{source}", "max_length": 16}}
+    raw["train"] = {**raw["train"], "steps": 2, "final_steps": 2, "lr": 0.01, "private_lr": 0.01}
+    raw["evaluation"] = {"max_new_tokens": 2}
+    case = train(raw, tmp_path / "state", kind)
+    jobs = []
+    for name, merge in (("adapter", False), ("merged", True)):
+        export(case.saved, tmp_path / name, merge=merge)
+        base = None if merge else str(asset_folder(source))
+        labels = len(case.saved.card.labels)
+        jobs.append({"name": name, "folder": str(tmp_path / name), "base": base, "labels": labels})
+    ours, found = case.logits(), stock(without_colora, jobs)
+    for name, logits in found.items():
+        assert np.abs(logits - ours).max() < CLOSE * max(1.0, np.abs(ours).max()), name
 
 
 def test_what_all_share_and_what_a_site_adds_make_the_whole(tiny_recipe: dict, tmp_path: Path) -> None:

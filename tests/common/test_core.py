@@ -220,7 +220,7 @@ def test_s0_from_the_meta_device_is_what_the_site_computes(tiny_bert: Path, tmp_
     site = Trainer(bench, SiteRows("ada", "classification", rows, rows, ("p", "q")), Store(tmp_path, "start"))
     coordinator = first_shared(plan)
     assert {key: value.shape for key, value in coordinator.items()} == site.layout
-    assert site.layout == bench.row.having(layout_of(site.parameters), SHARED)
+    assert site.layout == bench.plan.row().having(layout_of(site.parameters), SHARED)
     for key, value in coordinator.items():
         assert value.dtype == np.float32
         assert np.array_equal(value, site.initial[key].numpy()), key
