@@ -17,7 +17,8 @@ import torch
 from ..common.errors import StateError
 from ..common.files import load_arrays, save_arrays
 from ..common.protocol import Arrays, Reply
-from ..common.saved import PERSONAL, SHARED, TRAINED, Card
+from ..common.saved import PERSONAL, SHARED, TRAINED, TRANSFER, Card
+from ..transfer.preparation import Prepared
 
 MOMENTS, NOTHING = "moments/", "none/"
 KEPT = 3  # admitted states on disk, as many as the coordinator keeps checkpoints
@@ -68,10 +69,13 @@ class Store:
         self._check(path, meta)
         return Reply(**meta["reply"], shared=arrays) if meta["reply"]["key"] == key else None
 
-    def write(self, state: PersonalState, reply: Reply, card: Card, shared: Arrays) -> None:
+    def write(
+        self, state: PersonalState, reply: Reply, card: Card, shared: Arrays, prepared: Prepared | None = None
+    ) -> None:
         """Puts state and reply on disk in one rename. Raises StateError, and leaves the old files, when it cannot.
 
         ``shared`` is the adapter that the state was made on, where the reply has none: a file is a whole model.
+        ``prepared`` is what a later transfer needs.
         """
         arrays = {PERSONAL + k: v.cpu().numpy() for k, v in state.tensors.items()}
         arrays |= {MOMENTS + k: v.cpu().numpy() for k, v in state.moments.items()}
@@ -80,6 +84,10 @@ class Store:
         said = {f.name: getattr(reply, f.name) for f in dataclasses.fields(reply) if f.name != "shared"}
         meta = {"federation": self.federation, "previous": state.previous, "position": state.position}
         meta |= {"base": state.base, "reply": said, "card": dataclasses.asdict(card)}
+        if prepared:
+            arrays |= {TRANSFER + k: v.cpu().numpy() for k, v in prepared.discriminator.items()}
+            kept = {"seeds": prepared.seeds, "about": prepared.about, "examples": prepared.examples}
+            meta["transfer"] = kept
         save_arrays(self.path(state.round), arrays, meta)
 
     def forget_before(self, admitted: int) -> None:

@@ -21,6 +21,7 @@ from ..common.seeds import seed_from
 from ..common.settings import Plan, PrivateSettings, to_json
 from ..common.tasks import Task, build_task
 from ..common.training import Phase, Stretch, Trained, Watch, train
+from ..transfer.preparation import Prepared, load_speaker, prepare
 from .store import PersonalState, Store
 
 
@@ -32,6 +33,7 @@ class Bench:
     plan: Plan
     adapter: Mapping[str, nn.Parameter]
     privates: dict[PrivateSettings, Private] = field(default_factory=dict)
+    speakers: list[BaseModel] = field(default_factory=list)  # the generator beside an encoder, once it was needed
 
     def private(self, settings: PrivateSettings) -> Private:
         """The private adapter of this kind, attached at the first call; sites of one kind take turns on it."""
@@ -42,6 +44,14 @@ class Bench:
             parameters = inject(self.base.backbone, private_form(settings, self.plan.adapter), name)
             self.privates[settings] = Private(name, parameters)
         return self.privates[settings]
+
+    def speaker(self, task: str) -> BaseModel:
+        """The causal model that writes texts: the base model, or the generator beside it, loaded at the first call."""
+        if task == "generation":
+            return self.base
+        if not self.speakers:
+            self.speakers.append(load_speaker(self.plan, task))
+        return self.speakers[0]
 
     def use(self, private: Private) -> None:
         """Lets the shared adapter and this private one act, and no other."""
@@ -136,6 +146,7 @@ class Trainer:
             state.base,
         )
         shared = {} if closing else {k: v.numpy() for k, v in self._values(SHARED).items()}
+        prepared = self._prepare() if closing and self.plan.transfer.prepare else None
         if closing:
             new, metrics = self._measure_end(order, new)
         reply = Reply(
@@ -150,13 +161,20 @@ class Trainer:
             seconds=time.perf_counter() - started,
             fresh=found is None,
         )
-        return self._send(new, reply, order)
+        return self._send(new, reply, order, prepared)
 
-    def _send(self, state: PersonalState, reply: Reply, order: Order) -> Reply:
+    def _prepare(self) -> Prepared:
+        """Seeds and discriminator for a later transfer, on the bare model that writes texts."""
+        task = self.task.rows
+        found = prepare(self.bench.speaker(task.task), self.plan, task.task, task.train, self.site_seed)
+        activate(self.bench.base.backbone, [name for name in (ADAPTER, self.private.name) if name])
+        return found
+
+    def _send(self, state: PersonalState, reply: Reply, order: Order, prepared: Prepared | None = None) -> Reply:
         """The last gate: whatever happened before, only shared groups pass; stored before it is answered."""
         check_arrays(reply.shared, self.layout if reply.shared else {}, self.site)
         check_metrics(reply.metrics, self.site)
-        self.store.write(state, reply, self._card(reply), order.shared if order.phase == "close" else {})
+        self.store.write(state, reply, self._card(reply), order.shared if order.phase == "close" else {}, prepared)
         self.store.forget_before(order.admitted)
         return reply
 

@@ -19,7 +19,7 @@ from .files import load_arrays
 from .settings import Plan, parse
 
 PRINTS = ("model", "tokenizer", "chat_template")  # fingerprints
-SHARED, TRAINED, PERSONAL = "shared/", "reply/", "state/"
+SHARED, TRAINED, PERSONAL, TRANSFER = "shared/", "reply/", "state/", "transfer/"
 FILES = "round-*.safetensors"
 PLACES = (FILES, f"checkpoints/{FILES}", f"state/{FILES}", f"state/*/{FILES}")  # below what a user names
 
@@ -48,6 +48,8 @@ class Saved:
     plan: Plan
     shared: Mapping[str, np.ndarray]
     personal: Mapping[str, np.ndarray]
+    discriminator: Mapping[str, np.ndarray] = field(default_factory=dict)
+    kept: Mapping[str, Any] | None = None  # seeds and more, where the site prepared a transfer
 
     @property
     def is_of_a_site(self) -> bool:
@@ -63,7 +65,8 @@ def read_saved(place: Path) -> Saved:
         raise StateError(str(path), "a state or checkpoint of this version of colora", "one without a card")
     card = Card(**{**meta["card"], "labels": tuple(meta["card"]["labels"])})
     shared = _below(arrays, SHARED) or _below(arrays, TRAINED)
-    return Saved(path, card, _plan(path, card), shared, _below(arrays, PERSONAL))
+    kept, personal = meta.get("transfer"), _below(arrays, PERSONAL)
+    return Saved(path, card, _plan(path, card), shared, personal, _below(arrays, TRANSFER), kept)
 
 
 def find_saved(place: Path) -> Path:

@@ -161,6 +161,34 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True, config=STRICT)
+class TransferSettings:
+    """Trans-LoRA (arXiv 2405.17258): what a site prepares while it trains, and how it moves to another base model.
+
+    ``generator`` names a causal model that writes texts and tells them from real ones where the base model is an
+    encoder; a model that generates does both itself.
+    """
+
+    prepare: bool = False  # after the last round, keep seeds and train a discriminator (both personal)
+    seeds: Positive = 5  # examples that the site agrees to keep
+    about: str = ""  # what the discriminator's question calls the data; the federation's name when empty
+    generator: str | None = None
+    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")  # of the discriminator
+    rank: Positive = 8
+    lr: Rate = 1e-3
+    steps: Positive = 60  # of the discriminator, half of each batch real and half written
+    filter: Literal["discriminator", "titok", "none"] = "discriminator"
+    writer: Literal["target", "source"] = "target"  # of the texts, where both generate
+    samples: Positive | None = None  # texts wanted; as many as the site trained on when unset
+    calls: Positive = 200  # of the writer at most, each of ``batch`` prompts
+    batch: Positive = 8
+    max_new_tokens: Positive = 160  # of one prompt, which asks for as many texts as there are seeds
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Fraction = 0.95
+    distil_epochs: Positive = 20  # over the written texts
+    distil_lr: Rate = 1e-3
+
+
+@dataclass(frozen=True, config=STRICT)
 class Plan:
     """What all sites agree on: it travels to them with every order and is part of a round's identity."""
 
@@ -173,6 +201,7 @@ class Plan:
     private: Private = field(default_factory=PrivateSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    transfer: TransferSettings = field(default_factory=TransferSettings)
 
     def row(self) -> Method:
         """The method's row, with the private adapter where there is one."""

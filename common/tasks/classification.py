@@ -29,11 +29,12 @@ class Classification(Task):
         limit = self.plan.model.max_length
         ids = self.base.tokenizer([row["text"] for row in kept], verbose=False)["input_ids"]
         cut = self.base.tokenizer([row["text"] for row in kept], truncation=True, max_length=limit)["input_ids"]
-        examples = tuple((tokens, index[row["label"]]) for tokens, row in zip(cut, kept, strict=True))
+        targets = [row.get("probabilities") or index[row["label"]] for row in kept]
+        examples = tuple(zip(cut, targets, strict=True))
         return Encoded(examples, sum(len(i) > limit for i in ids), len(rows) - len(kept))
 
     def collate(self, examples: Sequence[Any]) -> Batch:
-        """``input_ids`` and ``attention_mask`` (n, longest), ``labels`` (n,)."""
+        """``input_ids`` and ``attention_mask`` (n, longest), ``labels`` (n,), or (n, classes) of probabilities."""
         ids = [tokens for tokens, _ in examples]
         batch = {
             "input_ids": pad(ids, self.base.tokenizer.pad_token_id),

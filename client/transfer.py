@@ -1,0 +1,219 @@
+"""``colora transfer``: a site's model on a new base model, from the seeds and the discriminator that it kept.
+
+The source model with the site's adapter answers synthetic inputs; the new base model's adapter learns those answers
+(Trans-LoRA, arXiv 2405.17258). The data that the source was trained on are not read, and need not be there any more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..common.adapters.attach import activate
+from ..common.assets import file_sha256
+from ..common.errors import DataError, RecipeError, StateError
+from ..common.files import write_atomically
+from ..common.first import first_shared
+from ..common.model import BaseModel, load
+from ..common.protocol import Order
+from ..common.rows import Row, SiteRows
+from ..common.saved import Saved
+from ..common.seeds import seed_from
+from ..common.settings import ModelSettings, Plan, digest, to_json
+from ..common.training import Watch as StepWatch
+from ..transfer.discriminator import Discriminator
+from ..transfer.preparation import Prepared, speaker
+from ..transfer.synthesis import Cast, Watch, synthesise
+from .predict import Predictor, check_fingerprint
+from .store import Store
+from .trainer import Trainer, set_up
+
+JOB, ROWS = "transfer.json", "synthetic.jsonl"
+TITOK_OVER = 2  # texts labelled for each one that TiTok's score keeps
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """A model on the new base: its state file, and how many synthetic examples it learnt from."""
+
+    state: Path
+    examples: int
+    seconds: float
+
+
+def target_plan(saved: Saved, plan: Plan) -> Plan:
+    """``plan``, which is the source's with its changes, as one round of distillation is still to be sized.
+
+    Raises RecipeError when nothing would change.
+    """
+    old = saved.plan
+    if (plan.model.source, plan.adapter, plan.method, plan.private) == (
+        old.model.source,
+        old.adapter,
+        old.method,
+        old.private,
+    ):
+        wanted = "another base model than the source's, or another adapter"
+        raise RecipeError("--to", wanted, f"{plan.model.source!r}, as the source")
+    if saved.card.task not in ("classification", "generation"):
+        raise StateError(str(saved.path), "a model of texts", f"one of {saved.card.task or 'no task'}")
+    return plan
+
+
+def transfer(
+    saved: Saved, plan: Plan, out: Path, *, watch: Watch | None = None, steps: StepWatch | None = None
+) -> Transferred:
+    """Moves a site's model to ``plan.model``; the same call goes on after an interruption.
+
+    Raises StateError where the site prepared nothing or ``out`` is another transfer's, ModelError where nobody can
+    write texts, DataError where none passed the filter.
+    """
+    plan, began = target_plan(saved, plan), time.monotonic()
+    _claim(saved, plan, out)
+    rows = synthetic_rows(saved, plan, out, watch)
+    batches = math.ceil(len(rows) / plan.train.batch_size)
+    train = dataclasses.replace(
+        plan.train,
+        schedule="joint",
+        phase=(),
+        steps=batches * plan.transfer.distil_epochs,
+        final_steps=0,
+        lr=plan.transfer.distil_lr,
+        lr_schedule="linear",
+        warmup_steps=0,
+        weight_decay=0.0,
+    )
+    quiet = dataclasses.replace(plan.transfer, prepare=False)
+    plan = dataclasses.replace(plan, rounds=1, train=train, transfer=quiet)
+    card = saved.card
+    base = load(plan.model, generates=card.task == "generation")
+    site = SiteRows(card.site, card.task, rows, (), card.labels)  # type: ignore[arg-type]
+    trainer = Trainer(set_up(base, plan), site, Store(out, plan.name))
+    shared = first_shared(plan, len(card.labels))
+    trainer.respond(Order(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False), steps)
+    return Transferred(trainer.store.path(1), len(rows), time.monotonic() - began)
+
+
+def synthetic_rows(saved: Saved, plan: Plan, folder: Path, watch: Watch | None = None) -> list[Row]:
+    """Written inputs with the source model's answers, as training rows; those of an earlier call are read again."""
+    path = folder / ROWS
+    if not path.exists():
+        prepared = prepared_of(saved)
+        texts = _texts(saved, plan, prepared, folder, watch)
+        rows = label(saved, texts)
+        if plan.transfer.filter == "titok":
+            rows = best_by_titok(saved, rows, plan.transfer.samples or prepared.examples)
+        if not rows:
+            raise DataError("transfer", "answers of the source model to learn from", "none but empty ones")
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        _free()
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def prepared_of(saved: Saved) -> Prepared:
+    """What the site kept. Raises StateError where it prepared nothing."""
+    if not saved.kept:
+        wanted = "seeds that the site kept (transfer.prepare = true while it trained)"
+        raise StateError(str(saved.path), wanted, "none")
+    values = {key: torch.as_tensor(value) for key, value in saved.discriminator.items()}
+    return Prepared(tuple(saved.kept["seeds"]), saved.kept["about"], saved.kept["examples"], values)
+
+
+def label(saved: Saved, texts: Sequence[str]) -> list[Row]:
+    """The answers of the source model with its adapters: probabilities of labels, or greedy completions."""
+    check_fingerprint(saved)
+    predictor = Predictor(saved, device=saved.plan.model.device)
+    if saved.card.task == "classification":
+        found = predictor.predict([{"text": text} for text in texts])
+        return [
+            {"text": text, "label": p["label"], "probabilities": list(p["probabilities"].values())}
+            for text, p in zip(texts, found, strict=True)
+        ]
+    asked = [
+        {"messages": [{"role": "user", "content": text}]} if saved.card.chat else {"prompt": text} for text in texts
+    ]
+    answers = zip(asked, predictor.predict(asked), strict=True)
+    return [_answered(row, str(p["completion"])) for row, p in answers if str(p["completion"]).strip()]
+
+
+def best_by_titok(saved: Saved, rows: Sequence[Row], wanted: int) -> list[Row]:
+    """The rows with the highest mean of log p_{M+θ}(y) − log p_M(y) over the answer's tokens (TiTok, arXiv 2510.04682)."""
+    predictor = Predictor(saved, device=saved.plan.model.device)
+    task, backbone = predictor.trainer.task, predictor.trainer.bench.base.backbone
+    task.module.eval()
+    examples = task.encode(rows).examples
+    with torch.no_grad():
+        adapted = [float(task.loss(task.collate([example]))[0]) for example in examples]
+        activate(backbone, [])
+        bare = [float(task.loss(task.collate([example]))[0]) for example in examples]
+    scores = [b - a for a, b in zip(adapted, bare, strict=True)]
+    best = sorted(range(len(rows)), key=lambda i: -scores[i])[:wanted]
+    return [rows[i] for i in sorted(best)]
+
+
+def _texts(saved: Saved, plan: Plan, prepared: Prepared, folder: Path, watch: Watch | None) -> list[str]:
+    """Written texts that the discriminator takes for real."""
+    card, settings = saved.card, plan.transfer
+    source = speaker(saved.plan, card.task)
+    if settings.filter == "titok":
+        if card.task != "generation":
+            raise RecipeError("transfer.filter", "discriminator or none for classification", "titok")
+        settings = dataclasses.replace(settings, samples=TITOK_OVER * (settings.samples or prepared.examples))
+    if settings.filter == "discriminator" and not prepared.discriminator:
+        raise StateError(str(saved.path), "a discriminator (transfer.filter as it was prepared)", "seeds only")
+    of_target = card.task == "generation" and settings.writer == "target"
+    writer = dataclasses.replace(plan.model, revision=None) if of_target else source
+
+    def judge(texts: list[str]) -> list[bool]:
+        with _in_memory(source) as base:
+            found = Discriminator(base, source, saved.plan.transfer, prepared.about, 0)
+            found.load(prepared.discriminator)
+            return found.keeps(texts)
+
+    seed = seed_from(plan.seed, plan.name, card.site, "transfer")
+    needed = judge if settings.filter == "discriminator" else None
+    return synthesise(prepared, settings, seed, Cast(lambda: _in_memory(writer), needed), folder, watch)
+
+
+def _answered(row: Row, completion: str) -> Row:
+    if "messages" in row:
+        return {"messages": [*row["messages"], {"role": "assistant", "content": completion}]}
+    return {**row, "completion": completion}
+
+
+def _claim(saved: Saved, plan: Plan, out: Path) -> None:
+    """Marks a new folder as this transfer's. Raises StateError for another's."""
+    job = {"source": file_sha256(saved.path), "plan": digest(to_json(plan))}
+    path = out / JOB
+    if path.exists():
+        if json.loads(path.read_text()) != job:
+            raise StateError(f"--out {out}", "a new folder, or this transfer begun before", "another transfer's")
+    elif out.exists() and any(out.iterdir()):
+        raise StateError(f"--out {out}", "a new or empty folder", "other files")
+    else:
+        write_atomically(path, json.dumps(job).encode())
+
+
+@contextmanager
+def _in_memory(model: ModelSettings) -> Iterator[BaseModel]:
+    base = load(model, generates=True)
+    try:
+        yield base
+    finally:
+        del base
+        _free()
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

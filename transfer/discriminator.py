@@ -1,0 +1,142 @@
+"""The discriminator φ: a LoRA on a causal model that says whether a text is of the site's kind (paper, section 3.1).
+
+It maximises log p("yes" | t(x)) for real inputs and log p("no" | t(x)) for written ones, with
+t(x) = ``x \\n Is the above question from NAME dataset?``; a text is kept iff p(yes) > p(no). It sees inputs only, never
+a label or an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from ..common.adapters.attach import Form, activate, initial_values, inject, layout_of
+from ..common.errors import ModelError
+from ..common.model import BaseModel
+from ..common.rows import Row, SiteRows
+from ..common.seeds import seed_from
+from ..common.settings import AdapterSettings, ModelSettings, Plan, TrainSettings, TransferSettings
+from ..common.tasks.task import Batch, Encoded, Metrics, Task, pad
+from ..common.training import Phase, Stretch, train
+
+ADAPTER = "discriminator"
+BATCH = 8
+ANSWERS = ("no", "yes")
+
+
+def question(text: str, about: str) -> str:
+    """t(x)."""
+    return f"{text}\nIs the above question from {about} dataset?"
+
+
+def answer_ids(tokenizer: Any, source: str) -> tuple[int, int]:
+    """The tokens of ``no`` and ``yes``. Raises ModelError where the vocabulary has no single token for one of them."""
+    for form in (" {}", "{}", " {}".title(), "{}".title()):
+        ids = [tokenizer(form.format(word), add_special_tokens=False)["input_ids"] for word in ANSWERS]
+        no, yes = ids
+        if len(no) == len(yes) == 1 and no != yes and tokenizer.unk_token_id not in (no[0], yes[0]):
+            return no[0], yes[0]
+    raise ModelError("transfer.generator", "a vocabulary with yes and no as single tokens", source)
+
+
+class Verdicts(Task):
+    """Rows ``{"text", "real"}`` as a task of the training loop: cross-entropy of the one token after the question."""
+
+    def __init__(self, base: BaseModel, about: str, rows: Sequence[Row], plan: Plan) -> None:
+        self.about, self.answers = about, answer_ids(base.tokenizer, plan.model.source)
+        super().__init__(SiteRows("", "generation", rows, ()), base, plan)
+
+    def _build(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        assert self.base.language_model is not None
+        return self.base.language_model, {}
+
+    def encode(self, rows: Sequence[Row]) -> Encoded:
+        """Token ids of t(x), the beginning of a long x, and the answer's token."""
+        limit, tokenizer = self.plan.model.max_length, self.base.tokenizer
+        ending = tokenizer(question("", self.about), add_special_tokens=False)["input_ids"]
+        room = max(1, limit - len(ending))
+        examples = []
+        for row in rows:
+            ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"][:room] + ending
+            examples.append((ids, self.answers[bool(row["real"])]))
+        return Encoded(tuple(examples))
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """``input_ids``, ``attention_mask`` (n, longest), padded at the left, and ``labels`` (n,)."""
+        batch = {
+            "input_ids": pad([ids for ids, _ in examples], self.base.tokenizer.pad_token_id, left=True),
+            "attention_mask": pad([[1] * len(ids) for ids, _ in examples], 0, left=True),
+            "labels": torch.tensor([answer for _, answer in examples]),
+        }
+        return {key: value.to(self.base.device) for key, value in batch.items()}
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        """−log p(answer | t(x)); one term a text."""
+        return F.cross_entropy(self.last_logits(batch), batch["labels"]), len(batch["labels"])
+
+    def last_logits(self, batch: Batch) -> torch.Tensor:
+        """Logits of the token after the question, (n, vocabulary), in fp32."""
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        return self.module(**inputs, logits_to_keep=1).logits[:, -1].float()
+
+    def measure(self, *, generate: bool) -> Metrics:
+        """Nothing: a discriminator is judged by what comes of what it keeps."""
+        return {}
+
+
+class Discriminator:
+    """The LoRA on its model, and the rule p(yes) > p(no)."""
+
+    def __init__(
+        self, base: BaseModel, model: ModelSettings, settings: TransferSettings, about: str, seed: int
+    ) -> None:
+        self.base, self.settings, self.about, self.seed = base, settings, about, seed
+        self.plan = Plan("discriminator", 1, model)
+        form = Form("transfer", settings.rank, 2.0, 0.0, settings.target_modules)
+        self.parameters = inject(base.backbone, form, ADAPTER)
+        self.load(initial_values(layout_of(self.parameters), AdapterSettings(), seed_from(seed, ADAPTER)))
+
+    def take_off(self) -> None:
+        """Takes the LoRA off its model again."""
+        for layer in list(self.base.backbone.modules()):
+            if isinstance(layer, LoraLayer) and ADAPTER in layer.r:
+                layer.delete_adapter(ADAPTER)
+
+    def load(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Puts values into the LoRA."""
+        with torch.no_grad():
+            for key, parameter in self.parameters.items():
+                parameter.copy_(torch.as_tensor(values[key]))
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """The LoRA's values, on the CPU."""
+        return {key: p.detach().to("cpu", copy=True) for key, p in self.parameters.items()}
+
+    def fit(self, real: Sequence[str], written: Sequence[str]) -> float:
+        """Trains φ on inputs and on what the model wrote; returns the mean loss."""
+        rows = [{"text": text, "real": True} for text in real] + [{"text": text, "real": False} for text in written]
+        settings = TrainSettings(steps=self.settings.steps, batch_size=BATCH, lr=self.settings.lr, lr_schedule="linear")
+        activate(self.base.backbone, [ADAPTER])
+        stretch = Stretch(0, self.settings.steps, 0, seed_from(self.seed, "order"), seed_from(self.seed, "noise"))
+        phase = Phase(self.settings.steps, frozenset(self.parameters))
+        task = Verdicts(self.base, self.about, rows, self.plan)
+        return train(task, self.parameters, [phase], settings, stretch).loss
+
+    @torch.no_grad()
+    def keeps(self, texts: Sequence[str]) -> list[bool]:
+        """Whether p(yes | t(x)) > p(no | t(x)) under M + φ, for each text."""
+        if not texts:
+            return []
+        activate(self.base.backbone, [ADAPTER])
+        task = Verdicts(self.base, self.about, [{"text": text, "real": True} for text in texts], self.plan)
+        task.module.eval()
+        no, yes = task.answers
+        margins = [
+            logits[:, yes] - logits[:, no] for logits in map(task.last_logits, task.batches(task.train.examples))
+        ]
+        return (torch.cat(margins) > 0).tolist()

@@ -1,0 +1,90 @@
+"""What a site keeps for a later transfer: seed examples that it agrees to keep, and a discriminator (paper, section 3.1).
+
+Both are personal state. Trained on inputs only: no label and no answer is read here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..common.adapters.attach import activate
+from ..common.errors import DataError, ModelError
+from ..common.model import BaseModel, load
+from ..common.rows import Row
+from ..common.seeds import seed_from
+from ..common.settings import ModelSettings, Plan, TransferSettings
+from .discriminator import Discriminator
+from .writing import Novel, one_line, write
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Seeds, the discriminator's values (none where no filter needs them), and how many examples the site had."""
+
+    seeds: tuple[str, ...]
+    about: str
+    examples: int
+    discriminator: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def speaker(plan: Plan, task: str) -> ModelSettings:
+    """The causal model beside a plan's base model: the base model itself where it generates, else the generator.
+
+    Raises ModelError where an encoder has no generator named.
+    """
+    if task == "generation":
+        return plan.model
+    if plan.transfer.generator is None:
+        wanted = "a causal model that writes texts, as the base model cannot"
+        raise ModelError("transfer.generator", wanted, "nothing")
+    return ModelSettings(plan.transfer.generator, device=plan.model.device, max_length=plan.model.max_length)
+
+
+def prepare(base: BaseModel, plan: Plan, task: str, rows: Sequence[Row], seed: int) -> Prepared:
+    """Draws seeds and trains the discriminator on ``base``, which is the model that :func:`speaker` names.
+
+    Raises DataError where there are not enough different texts.
+    """
+    settings, inputs = plan.transfer, list(dict.fromkeys(one_line(input_of(row)) for row in rows))
+    if len(inputs) < settings.seeds:
+        raise DataError("transfer.seeds", f"{settings.seeds} different texts to choose from", len(inputs))
+    seeds = tuple(random.Random(seed_from(seed, "seeds")).sample(inputs, settings.seeds))
+    about = settings.about or plan.name
+    if settings.filter != "discriminator":
+        return Prepared(seeds, about, len(rows))
+    found = Discriminator(base, speaker(plan, task), settings, about, seed)
+    try:
+        activate(base.backbone, [])
+        found.fit(inputs, written(base, seeds, settings, seed, len(inputs)))
+        return Prepared(seeds, about, len(rows), found.values())
+    finally:
+        found.take_off()
+
+
+def written(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, seed: int, wanted: int) -> list[str]:
+    """So many new texts of the bare model, or as many as come of ``settings.calls`` calls. Raises ModelError for none."""
+    texts: list[str] = []
+    new = Novel(seeds)
+    for call in range(settings.calls):
+        texts += [text for text in write(base, seeds, settings, seed_from(seed, "negatives"), call) if new(text)]
+        if len(texts) >= wanted:
+            break
+    if not texts:
+        raise ModelError("transfer.generator", "a model that goes on with a list of examples", "no text that is new")
+    return texts[:wanted]
+
+
+def input_of(row: Row) -> str:
+    """What a row asks: its text, its prompt, or the last turn before the answer."""
+    if "messages" in row:
+        return next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user")
+    return str(row["text"] if "text" in row else row["prompt"])
+
+
+def load_speaker(plan: Plan, task: str) -> BaseModel:
+    """The causal model that :func:`speaker` names, in memory."""
+    return load(speaker(plan, task), generates=True)

@@ -1,0 +1,120 @@
+"""Synthetic inputs that pass the filter, in files that a killed transfer goes on from.
+
+The writer's model and the discriminator's need not be in memory at once: texts are written in rounds, each judged when
+it is whole, until enough are kept or the writer's calls are used up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..common.adapters.attach import activate
+from ..common.errors import DataError
+from ..common.files import write_atomically
+from ..common.model import BaseModel
+from ..common.settings import TransferSettings
+from .preparation import Prepared
+from .writing import Novel, write
+
+OVER = 1.3  # texts written for each that is still wanted, at the acceptance seen so far
+FIRST_GUESS = 0.5  # of the acceptance
+
+Judge = Callable[[list[str]], list[bool]]
+Model = Callable[[], AbstractContextManager[BaseModel]]  # in memory while it is needed
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a transfer is: writer's calls, texts written, texts kept of those wanted."""
+
+    calls: int
+    written: int
+    kept: int
+    wanted: int
+
+    @property
+    def acceptance(self) -> float:
+        """Kept ÷ written; 0 before anything was written."""
+        return self.kept / self.written if self.written else 0.0
+
+
+Watch = Callable[[Progress], None]
+
+
+class Notebook:
+    """``written.json``: every text with its verdict (None: not judged yet), and the writer's calls so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.calls = path, 0
+        self.verdicts: dict[str, bool | None] = {}
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            self.calls, self.verdicts = found["calls"], found["verdicts"]
+
+    def save(self) -> None:
+        """Whole or not at all."""
+        text = json.dumps({"calls": self.calls, "verdicts": self.verdicts}, ensure_ascii=False)
+        write_atomically(self.path, text.encode())
+
+    def with_verdict(self, verdict: bool | None) -> list[str]:
+        """The texts so judged, in the order they were written."""
+        return [text for text, found in self.verdicts.items() if found is verdict]
+
+
+def synthesise(
+    prepared: Prepared,
+    settings: TransferSettings,
+    seed: int,
+    writer: Model,
+    judge: Judge | None,
+    folder: Path,
+    watch: Watch | None = None,
+) -> list[str]:
+    """As many kept texts as wanted, or all that came of ``settings.calls`` calls. Raises DataError for none at all.
+
+    ``judge`` is the filter of a list of texts; without one every new text is kept.
+    """
+    book, wanted = Notebook(folder / "written.json"), settings.samples or prepared.examples
+    tell = watch or (lambda progress: None)
+    while True:
+        _judge(book, judge)
+        kept = book.with_verdict(True)
+        tell(Progress(book.calls, len(book.verdicts), len(kept), wanted))
+        if len(kept) >= wanted or book.calls >= settings.calls:
+            break
+        acceptance = (len(kept) + FIRST_GUESS) / (len(book.verdicts) + 1)
+        aim = len(book.verdicts) + int(OVER * (wanted - len(kept)) / acceptance) + 1
+        with writer() as base:
+            for _ in _write(base, prepared, settings, seed, book, aim):
+                tell(Progress(book.calls, len(book.verdicts), len(kept), wanted))
+    if not kept:
+        found = f"none of {len(book.verdicts)} kept after {book.calls} calls of the writer (transfer.calls)"
+        raise DataError("transfer", "at least one written text that the discriminator takes for real", found)
+    return kept[:wanted]
+
+
+def _write(
+    base: BaseModel, prepared: Prepared, settings: TransferSettings, seed: int, book: Notebook, aim: int
+) -> Iterator[None]:
+    """Calls the writer until there are ``aim`` texts; every call is on disk before the next."""
+    activate(base.backbone, [])
+    new = Novel([*prepared.seeds, *book.verdicts])
+    while len(book.verdicts) < aim and book.calls < settings.calls:
+        for text in write(base, prepared.seeds, settings, seed, book.calls):
+            if new(text):
+                book.verdicts[text] = None
+        book.calls += 1
+        book.save()
+        yield
+
+
+def _judge(book: Notebook, judge: Judge | None) -> None:
+    waiting = book.with_verdict(None)
+    if waiting:
+        verdicts = judge(waiting) if judge else [True] * len(waiting)
+        book.verdicts |= dict(zip(waiting, verdicts, strict=True))
+        book.save()

@@ -1,0 +1,91 @@
+"""Synthetic inputs: a causal model goes on with a numbered list that begins with the seed examples."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..common.model import BaseModel
+from ..common.seeds import seed_from
+from ..common.settings import TransferSettings
+from ..common.tasks.task import pad
+
+ITEM = re.compile(r"^\s*(\d+)[.)]\s*(.*)$")
+SHORTEST = 2  # words of a text that counts
+
+
+def list_prompt(seeds: Sequence[str]) -> str:
+    """``Here are 10 examples:`` with the five seeds as items 1 to 5, and ``6.`` to go on from (paper, section 3.2)."""
+    lines = [f"{i}. {one_line(seed)}" for i, seed in enumerate(seeds, 1)]
+    return "\n".join([f"Here are {2 * len(seeds)} examples:", *lines, f"{len(seeds) + 1}."])
+
+
+def items_of(continuation: str, first: int, wanted: int, *, whole: bool) -> list[str]:
+    """The list items ``first`` to ``first + wanted - 1`` of what a model wrote after ``first.``.
+
+    The last item counts only where the model ended it itself: by the next number, or (``whole``) by its end of text.
+    """
+    found: list[str] = []
+    for line in f"{first}. {continuation.lstrip()}".split("\n"):
+        item = ITEM.match(line)
+        if item and int(item[1]) == first + len(found):
+            found.append(item[2])
+        elif found and line.strip() and not item:
+            found[-1] += f" {line}"
+        elif item:
+            break
+    ended = found if whole or len(found) > wanted else found[:-1]
+    return [one_line(text) for text in ended[:wanted] if len(text.split()) >= SHORTEST]
+
+
+def write(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, seed: int, call: int) -> Iterator[str]:
+    """The texts of one call of the writer; equal seeds and call numbers give equal texts on one machine."""
+    model, tokenizer = base.language_model, base.tokenizer
+    assert model is not None
+    order = random.Random(seed_from(seed, "writing", call))
+    prompts = [list_prompt(order.sample(list(seeds), len(seeds))) for _ in range(settings.batch)]
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    model.eval()
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed_from(seed, "sampling", call))
+        out = model.generate(  # type: ignore[operator]
+            input_ids=pad(encoded, tokenizer.pad_token_id, left=True).to(base.device),
+            attention_mask=pad([[1] * len(ids) for ids in encoded], 0, left=True).to(base.device),
+            do_sample=True,
+            top_k=0,
+            top_p=settings.top_p,
+            temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    longest = max(map(len, encoded))
+    for row in out[:, longest:]:
+        whole = bool((row == tokenizer.eos_token_id).any())
+        text = tokenizer.decode(row, skip_special_tokens=True)
+        yield from items_of(text, len(seeds) + 1, len(seeds), whole=whole)
+
+
+class Novel:
+    """Lets every text through once, whatever its case, spaces and punctuation at its ends; never a seed."""
+
+    def __init__(self, known: Sequence[str]) -> None:
+        self._seen = set(map(_essence, known))
+
+    def __call__(self, text: str) -> bool:
+        essence = _essence(text)
+        if not essence or essence in self._seen:
+            return False
+        self._seen.add(essence)
+        return True
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks, as an item of a list."""
+    return " ".join(text.split())
+
+
+def _essence(text: str) -> str:
+    return one_line(text).casefold().strip(" .,;:!?\"'()[]")
