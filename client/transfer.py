@@ -146,7 +146,7 @@ def label(saved: Saved, texts: Sequence[str]) -> list[Row]:
 
 
 def best_by_titok(saved: Saved, rows: Sequence[Row], wanted: int) -> list[Row]:
-    """The rows with the highest mean of log p_{M+θ}(y) − log p_M(y) over the answer's tokens (TiTok, arXiv 2510.04682)."""
+    """The rows with the highest mean log p_{M+θ}(y) − log p_M(y) of their answers (TiTok, arXiv 2510.04682)."""
     predictor = Predictor(saved, device=saved.plan.model.device)
     task, backbone = predictor.trainer.task, predictor.trainer.bench.base.backbone
     task.module.eval()

@@ -136,7 +136,5 @@ class Discriminator:
         task = Verdicts(self.base, self.about, [{"text": text, "real": True} for text in texts], self.plan)
         task.module.eval()
         no, yes = task.answers
-        margins = [
-            logits[:, yes] - logits[:, no] for logits in map(task.last_logits, task.batches(task.train.examples))
-        ]
-        return (torch.cat(margins) > 0).tolist()
+        logits = torch.cat([task.last_logits(batch) for batch in task.batches(task.train.examples)])
+        return (logits[:, yes] > logits[:, no]).tolist()

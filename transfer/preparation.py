@@ -1,4 +1,4 @@
-"""What a site keeps for a later transfer: seed examples that it agrees to keep, and a discriminator (paper, section 3.1).
+"""What a site keeps for a later transfer: seeds that it agrees to keep, and a discriminator (paper, section 3.1).
 
 Both are personal state. Trained on inputs only: no label and no answer is read here.
 """
@@ -66,7 +66,7 @@ def prepare(base: BaseModel, plan: Plan, task: str, rows: Sequence[Row], seed: i
 
 
 def written(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, seed: int, wanted: int) -> list[str]:
-    """So many new texts of the bare model, or as many as come of ``settings.calls`` calls. Raises ModelError for none."""
+    """So many new texts of the bare model, or what ``settings.calls`` calls give. Raises ModelError for none."""
     texts: list[str] = []
     new = Novel(seeds)
     for call in range(settings.calls):

@@ -65,30 +65,29 @@ class Notebook:
         return [text for text, found in self.verdicts.items() if found is verdict]
 
 
-def synthesise(
-    prepared: Prepared,
-    settings: TransferSettings,
-    seed: int,
-    writer: Model,
-    judge: Judge | None,
-    folder: Path,
-    watch: Watch | None = None,
-) -> list[str]:
-    """As many kept texts as wanted, or all that came of ``settings.calls`` calls. Raises DataError for none at all.
+@dataclass(frozen=True)
+class Cast:
+    """Who writes, and who judges a list of texts; without a judge every new text is kept."""
 
-    ``judge`` is the filter of a list of texts; without one every new text is kept.
-    """
+    writer: Model
+    judge: Judge | None
+
+
+def synthesise(
+    prepared: Prepared, settings: TransferSettings, seed: int, cast: Cast, folder: Path, watch: Watch | None = None
+) -> list[str]:
+    """As many kept texts as wanted, or all that came of ``settings.calls`` calls. Raises DataError for none at all."""
     book, wanted = Notebook(folder / "written.json"), settings.samples or prepared.examples
     tell = watch or (lambda progress: None)
     while True:
-        _judge(book, judge)
+        _judge(book, cast.judge)
         kept = book.with_verdict(True)
         tell(Progress(book.calls, len(book.verdicts), len(kept), wanted))
         if len(kept) >= wanted or book.calls >= settings.calls:
             break
         acceptance = (len(kept) + FIRST_GUESS) / (len(book.verdicts) + 1)
         aim = len(book.verdicts) + int(OVER * (wanted - len(kept)) / acceptance) + 1
-        with writer() as base:
+        with cast.writer() as base:
             for _ in _write(base, prepared, settings, seed, book, aim):
                 tell(Progress(book.calls, len(book.verdicts), len(kept), wanted))
     if not kept:

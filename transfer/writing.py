@@ -75,6 +75,7 @@ class Novel:
         self._seen = set(map(_essence, known))
 
     def __call__(self, text: str) -> bool:
+        """Whether this is the first text of its kind."""
         essence = _essence(text)
         if not essence or essence in self._seen:
             return False
