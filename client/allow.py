@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ..common.errors import RefusedError
 from ..common.methods import ABSENT, GROUPS, METHODS, SHARED
-from ..common.settings import Plan, SiteSettings
+from ..common.settings import Plan, PrivateSettings, SiteSettings
 
+ALTERNATING = "train.personal_steps + train.shared_steps"
 SHOWN = 200  # characters of what a coordinator sent
 
 
@@ -21,13 +22,13 @@ def check_allowed(plan: Plan, federation: str, site: SiteSettings) -> None:
     if site.trainer.precision is None:  # else the site has its own
         _check_choice("model.precision", plan.model.precision, "precision", site)
     _check_method(plan, site)
-    steps = "train.steps" if train.schedule == "joint" else "train.personal_steps + train.shared_steps"
+    steps = {"joint": "train.steps", "phases": "train.phase.steps"}.get(train.schedule, ALTERNATING)
     modules = plan.adapter.modules if plan.row().scale is not ABSENT else 1
-    private = plan.private
-    own = 0 if site.private or private.kind == "none" else private.rank * private.modules  # of the plan's making
+    asked = PrivateSettings("none") if site.private else plan.private  # a site's own choice needs no permission
+    private_rank = {"none": 0, "lora": asked.rank, "multilora": asked.rank * asked.modules}[asked.kind]
     for field, found, limit, key in (
         ("adapter.rank", plan.adapter.rank * modules, allow.max_rank, "max_rank"),
-        ("private.rank", own, allow.max_rank, "max_rank"),
+        ("private.rank", private_rank, allow.max_rank, "max_rank"),
         (steps, train.steps_per_round, allow.max_steps, "max_steps"),
         ("train.final_steps", train.final_steps, allow.max_steps, "max_steps"),
         ("model.max_length", plan.model.max_length, allow.max_tokens, "max_tokens"),

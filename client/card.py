@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from ..common.model import stock_name
+
 if TYPE_CHECKING:
     from .export import Exported
 
@@ -15,51 +17,75 @@ PARTS = {
     "shared": "the shared adapter alone, which is the same for every site",
     "personal": "what the site adds to the shared adapter",
 }
+LOADED = {
+    "fp32": ["dtype=torch.float32"],
+    "bf16": ["dtype=torch.bfloat16"],
+    "fp16": ["dtype=torch.float16"],
+    "int8": ["quantization_config=BitsAndBytesConfig(load_in_8bit=True)"],
+    "int4": [
+        'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+        "bnb_4bit_use_double_quant=True)"
+    ],
+}
 
 
 def text_of(exported: Exported, *, merged: bool) -> str:
-    """A README.md with the hub's front matter."""
-    from .export import base_name
-
-    saved, plan = exported.saved, exported.saved.plan
-    base, about = base_name(plan), saved.card
-    front = {"base_model": base, "library_name": "transformers" if merged else "peft", "tags": ["colora", "lora"]}
+    """A README.md with the hub's front matter. Of a shared adapter it names no site and nothing of one."""
+    plan, about = exported.saved.plan, exported.saved.card
+    personal = exported.part != "shared"
+    front = {
+        "base_model": stock_name(plan.model),
+        "library_name": "transformers" if merged else "peft",
+        "tags": ["colora", "lora"],
+    }
+    what = ", merged into the base model" if merged else f", as one LoRA of rank {exported.rank}"
     facts = {
-        "what": PARTS[exported.part]
-        + (", merged into the base model" if merged else f", as one LoRA of rank {exported.rank}"),
+        "what": PARTS[exported.part] + what,
         "base model": plan.model.source + (f" ({plan.model.revision})" if plan.model.revision else ""),
-        "base model's precision in training": plan.model.precision,
-        "fingerprint": "; ".join(f"{name} {value}" for name, value in sorted(about.fingerprint.items()) if value),
-        "federation": f"{about.federation}, round {about.round} of {plan.rounds}",
-        "site": about.site or "none (a coordinator's checkpoint)",
+        "its precision in training": plan.model.precision,
+        "its fingerprint": "; ".join(f"{name} {value}" for name, value in sorted(about.fingerprint.items()) if value),
+        "federation": f"{about.federation}, after round {min(about.round, plan.rounds)} of {plan.rounds}",
+        "site": about.site if personal else "",
         "method": f"{plan.method.name}, private adapter: {plan.private.kind}",
-        "task": exported.task + (f", labels {', '.join(about.labels)}" if about.labels else ""),
-        "metrics on the site's test data": ", ".join(
-            f"{name} {value:.4g}" for name, value in sorted(about.metrics.items()) if name.startswith("personal.")
-        ),
+        "task": about.task,
+        "metrics on the site's test data": _metrics(exported) if personal else "",
     }
     lines = [f"- **{name}**: {value}" for name, value in facts.items() if value]
+    title = f"{about.federation} {about.site if personal else 'shared'}".strip()
     header = yaml.safe_dump(front, sort_keys=False)
-    return (
-        f"---\n{header}---\n\n# {about.federation} {about.site}\n\n"
-        + "\n".join(lines)
-        + f"\n\n{_usage(exported, base, merged)}"
-    )
+    return f"---\n{header}---\n\n# {title}\n\n" + "\n".join(lines) + f"\n\n{_usage(exported, merged=merged)}"
 
 
-def _usage(exported: Exported, base: str, merged: bool) -> str:
-    kind, labels = CLASSES[exported.task], exported.saved.card.labels
-    count = f", num_labels={len(labels)}" if labels and not merged and exported.whole else ""
-    lines = [f"from transformers import {kind}, AutoTokenizer"]
+def _metrics(exported: Exported) -> str:
+    """Of the personalised model, which the last round measures as it is."""
+    if not exported.saved.closed:
+        return ""
+    found = {name: value for name, value in exported.saved.card.metrics.items() if name.startswith("personal.")}
+    return ", ".join(f"{name.removeprefix('personal.')} {value:.4g}" for name, value in sorted(found.items()))
+
+
+def _usage(exported: Exported, *, merged: bool) -> str:
+    plan, task = exported.saved.plan, exported.saved.card.task
+    kind, labels, precision = CLASSES[task], exported.labels, plan.model.precision
+    names = [kind, "AutoTokenizer"] + (["BitsAndBytesConfig"] if precision.startswith("int") else [])
+    lines = ["import torch", f"from transformers import {', '.join(sorted(names))}"]
     if merged:
-        lines += [f'model = {kind}.from_pretrained("HERE")']
+        lines += [f'model = {kind}.from_pretrained("HERE", {LOADED[precision][0]})']
     else:
-        lines += ["from peft import PeftModel", f'base = {kind}.from_pretrained("{base}"{count})']
+        more = LOADED[precision] + ([f'revision="{plan.model.revision}"'] if plan.model.revision else [])
+        more += [f"num_labels={_classes(exported)}"] if _classes(exported) else []
+        lines += ["from peft import PeftModel"]
+        lines += [f'base = {kind}.from_pretrained("{stock_name(plan.model)}", {", ".join(more)})']
         lines += ['model = PeftModel.from_pretrained(base, "HERE")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("HERE")']
-    names = ""
-    if labels:
-        names = (
-            f"\nClasses in the order of the logits: {', '.join(f'{i} {label}' for i, label in enumerate(labels))}.\n"
-        )
-    return "```python\n" + "\n".join(lines) + f"\n```\n\nHERE is this folder.\n{names}"
+    if task == "classification" and not merged:
+        lines += ["model.config.pad_token_id = tokenizer.pad_token_id"]
+    told = ", ".join(f"{i} {label}" for i, label in enumerate(labels))
+    classes = f"\nClasses in the order of the logits: {told}.\n" if told else ""
+    return "```python\n" + "\n".join(lines) + f"\n```\n\nHERE is this folder.\n{classes}"
+
+
+def _classes(exported: Exported) -> int:
+    """The number of classes of a head that is part of the export; 0 for none."""
+    heads = [v for k, v in exported.tensors.items() if k.partition(".")[0] in exported.modules and k.endswith("weight")]
+    return heads[-1].shape[0] if heads and exported.saved.card.task == "classification" else 0

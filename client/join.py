@@ -15,12 +15,14 @@ from rich.console import Console
 
 from ..common.errors import StateError
 from ..common.methods import PERSONAL, group_of
+from ..common.model import check_fingerprint
 from ..common.protocol import Order
 from ..common.saved import Saved
 from ..common.settings import Plan, SiteSettings, to_json
 from ..common.training import Watch
-from .predict import check_fingerprint
+from . import door
 from .resident import Resident
+from .store import Store
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,39 @@ def join_core(site: SiteSettings, saved: Saved, *, steps: int | None = None, wat
     """
     if not saved.plan.method.row().shares:
         raise StateError(str(saved.path), "a method that shares something", saved.plan.method.name)
-    check_fingerprint(saved)
     train = saved.plan.train
     steps = steps or train.final_steps or saved.plan.rounds * train.steps_per_round
     plan = dataclasses.replace(saved.plan, train=dataclasses.replace(train, final_steps=steps))
     resident = Resident(site)
     resident.start()
     accepted: Plan = resident.accept(plan.name, to_json(plan))
-    t = plan.rounds + 1
-    order = Order(plan.name, t, "close", 0, to_json(plan), dict(saved.shared), evaluate=True)
-    trainer, began = resident.trainer(accepted), time.monotonic()
-    reply, _ = resident.answer(accepted, order, watch or (lambda done, total: None))
-    personal = trainer.row.having(trainer.parameters, PERSONAL)
+    check_fingerprint(plan.model, saved.card.fingerprint)
+    with door.alone(Path(site.trainer.state)):
+        store = Store(resident.folder(accepted), plan.name)
+        _make_room(store, plan.rounds + 1, to_json(accepted), site.name)
+        order = Order(plan.name, plan.rounds + 1, "close", 0, to_json(plan), dict(saved.shared), evaluate=True)
+        trainer, began = resident.trainer(accepted), time.monotonic()
+        reply, _ = resident.answer(accepted, order, watch or (lambda done, total: None))
     counts: dict[str, int] = {}
-    for key, parameter in personal.items():
+    for key, parameter in trainer.row.having(trainer.parameters, PERSONAL).items():
         counts[group_of(key)] = counts.get(group_of(key), 0) + parameter.numel()
-    return Joined(trainer.store.path(t), counts, steps, time.monotonic() - began, reply.metrics)
+    return Joined(store.path(order.round), counts, steps, time.monotonic() - began, reply.metrics)
+
+
+def _make_room(store: Store, t: int, plan: str, site: str) -> None:
+    """Leaves a join by the same settings as it is, and removes one by others; a participant's states are not touched.
+
+    Raises StateError where the site took part in the federation.
+    """
+    states = sorted(store.folder.glob("round-*.safetensors"))
+    if not states:
+        return
+    last = store.state(t)
+    if last is None or last.previous or len(states) > 1:
+        found = f"its states of {len(states)} rounds in {store.folder}"
+        raise StateError("--join-core", "a site that took no part in the federation", found, site=site)
+    if last.plan != plan:
+        store.path(t).unlink()
 
 
 def tell(joined: Joined, console: Console) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from ..common.errors import DataError, StateError
 from ..common.files import write_atomically
-from ..common.model import fingerprint, load, source_folder
+from ..common.model import check_fingerprint, load
 from ..common.rows import Row, SiteRows
 from ..common.saved import Saved
 from ..common.settings import DataSettings
@@ -35,7 +35,7 @@ class Predictor:
         )
         if not saved.is_of_a_site:
             raise StateError(str(saved.path), "a site's state", "a coordinator's checkpoint, which has no task")
-        check_fingerprint(saved)
+        check_fingerprint(saved.plan.model, card.fingerprint)
         if batch_size:
             plan = dataclasses.replace(plan, evaluation=dataclasses.replace(plan.evaluation, batch_size=batch_size))
         base = load(plan.model, generates=card.task == "generation")
@@ -50,18 +50,6 @@ class Predictor:
         return self.trainer.task.predict(rows)
 
 
-def check_fingerprint(saved: Saved) -> None:
-    """Raises StateError when the base model's files are not those that the model was trained on."""
-    if saved.plan.model.source.startswith("synthetic:"):
-        return
-    here = dataclasses.asdict(fingerprint(source_folder(saved.plan.model)))
-    for name, expected in saved.card.fingerprint.items():
-        if expected and here[name] != expected:
-            raise StateError(
-                f"{saved.plan.model.source}: {name}", f"the one with fingerprint {expected[:12]}", here[name][:12]
-            )
-
-
 def predict_file(
     saved: Saved, source: Path, columns: DataSettings, *, device: str = "auto", batch_size: int | None = None
 ) -> tuple[list[Row], int]:
@@ -70,9 +58,9 @@ def predict_file(
     Raises DataError for a row without an input, before the model is loaded.
     """
     rows = list(read_rows(str(source)))
-    shape = _SHAPES["chat" if saved.card.chat else saved.card.task or ""] if saved.card.task in _SHAPES else None
+    shape = _SHAPES.get((saved.card.task, saved.card.chat))
     if shape is None:
-        raise StateError(str(saved.path), "a model of texts", f"one of {saved.card.task or 'no task'}")
+        raise StateError(str(saved.path), "a site's model of texts", f"one of {saved.card.task or 'no task'}")
     inputs = [shape(row, number, columns, source) for number, row in enumerate(rows, 1)]
     found = list(Predictor(saved, device=device, batch_size=batch_size).predict(inputs))
     cut = sum(prediction.pop("truncated") for prediction in found)
@@ -84,7 +72,7 @@ def predict_file(
 
 
 def write_rows(rows: Sequence[Row], out: Path) -> None:
-    """``.jsonl``, or ``.csv`` and ``.tsv`` with nested values as JSON."""
+    """``.jsonl``, or ``.csv`` and ``.tsv`` with nested values as JSON, atomically. Raises DataError, StateError."""
     write_atomically(out, render(rows, out.suffix).encode())
 
 
@@ -95,7 +83,8 @@ def render(rows: Iterable[Row], suffix: str) -> str:
     if suffix == ".jsonl":
         return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     rows, text = list(rows), io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], delimiter="\t" if suffix == ".tsv" else ",")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, delimiter="\t" if suffix == ".tsv" else ",")
     writer.writeheader()
     for row in rows:
         writer.writerow(
@@ -114,15 +103,24 @@ def _prompt(row: Row, number: int, columns: DataSettings, source: Path) -> Row:
 
 def _chat(row: Row, number: int, columns: DataSettings, source: Path) -> Row:
     """A conversation that ends before the answer, or a prompt as its only turn."""
-    turns = row.get(columns.messages or "messages")
-    if not turns:
+    if not row.get("messages"):
         return {"messages": [{"role": "user", "content": _filled(row, columns.prompt, number, source)}]}
-    turns = json.loads(turns) if isinstance(turns, str) else turns
+    turns = _turns(row["messages"])
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     if not turns:
-        raise DataError(columns.messages or "messages", "a turn to answer", f"none in row {number} of {source}")
+        wanted = "messages of role and content with a turn to answer"
+        raise DataError(f"row {number} of {source}", wanted, f"{str(row['messages'])[:80]!r}")
     return {"messages": turns}
+
+
+def _turns(value: Any) -> list[dict[str, str]]:
+    """The messages of a row, as a list or as its JSON; none where they are something else."""
+    try:
+        turns = json.loads(value) if isinstance(value, str) else value
+        return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in turns]
+    except (ValueError, TypeError, KeyError):
+        return []
 
 
 def _filled(row: Row, column: str, number: int, source: Path) -> str:
@@ -134,8 +132,8 @@ def _filled(row: Row, column: str, number: int, source: Path) -> str:
     return str(value)
 
 
-_SHAPES: dict[str, Callable[[Row, int, DataSettings, Path], Row]] = {
-    "classification": _text,
-    "generation": _prompt,
-    "chat": _chat,
+_SHAPES: dict[tuple[str, bool], Callable[[Row, int, DataSettings, Path], Row]] = {  # by task, and whether it is chat
+    ("classification", False): _text,
+    ("generation", False): _prompt,
+    ("generation", True): _chat,
 }

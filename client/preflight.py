@@ -34,6 +34,7 @@ Check = tuple[str, Callable[[], str]]
 Part = Literal["trainer", "node"]
 PARTS: tuple[Part, ...] = ("trainer", "node")
 NO_MODEL = "not checked: no model named (--model SOURCE, or one entry in allow.models)"
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}  # of a weight
 INSECURE = "none needed: coordinator.insecure = true"
 
 
@@ -136,7 +137,8 @@ class TrainerSide:
         from ..common.model import load
 
         began = time.monotonic()
-        settings = ModelSettings(self.source, device=self.device)
+        precision = self.site.trainer.precision or "fp32"
+        settings = ModelSettings(self.source, device=self.device, precision=precision)
         self.base = load(settings, generates=self.site.data.task == "generation")
         seconds, model = time.monotonic() - began, self.base.language_model or self.base.backbone
         tensors = [*model.parameters(), *model.buffers()]
@@ -189,13 +191,14 @@ class TrainerSide:
         return _without_site(error)
 
     def _size_of_model(self) -> int | None:
-        """Bytes of its weights in fp32; None where they cannot be told."""
+        """Bytes of its weights in the precision that the site wants; None where they cannot be told."""
         from ..common.model import skeleton
 
         if self.source is None:
             return None
         try:
-            return sum(4 * p.numel() for p in skeleton(ModelSettings(self.source)).parameters())
+            each = BYTES[self.site.trainer.precision or "fp32"]
+            return round(sum(each * p.numel() for p in skeleton(ModelSettings(self.source)).parameters()))
         except Exception:  # what is wrong with the model is the next finding
             return None
 

@@ -34,6 +34,7 @@ class PersonalState:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
     base: Mapping[str, float] | None = None  # metrics of the bare base model, measured once
+    plan: str = ""  # JSON of the plan it was trained by, with the site's own choices
 
 
 class Store:
@@ -58,6 +59,7 @@ class Store:
             _under(arrays, PERSONAL),
             _under(arrays, MOMENTS),
             meta["base"],
+            meta["card"]["plan"],
         )
 
     def reply(self, round_number: int, key: str) -> Reply | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from ..common.adapters.attach import ADAPTER, activate, attach, initial_values, inject, layout_of, private_form
@@ -18,7 +20,7 @@ from ..common.protocol import PROTOCOL, Arrays, Description, Order, Reply, check
 from ..common.rows import SiteRows
 from ..common.saved import Card
 from ..common.seeds import seed_from
-from ..common.settings import Plan, PrivateSettings, to_json
+from ..common.settings import Plan, PrivateSettings, parse, to_dict, to_json
 from ..common.tasks import Task, build_task
 from ..common.training import Phase, Stretch, Trained, Watch, train
 from ..transfer.preparation import Prepared, load_speaker, prepare
@@ -132,6 +134,7 @@ class Trainer:
         started = time.perf_counter()
         found = self.store.state(order.admitted)
         state = found or PersonalState()
+        self._check_private(state)
         closing = order.phase == "close"
         metrics: dict[str, float] = {}
         if not closing:
@@ -162,6 +165,13 @@ class Trainer:
             fresh=found is None,
         )
         return self._send(new, reply, order, prepared)
+
+    def _check_private(self, state: PersonalState) -> None:
+        """A private adapter goes on as it began."""
+        old = parse(Plan, json.loads(state.plan)).private if state.plan else self.plan.private
+        if old != self.plan.private:
+            wanted = f"{_told(old)}, as in the site's state of round {state.round} (or a new state folder)"
+            raise RefusedError("private", wanted, _told(self.plan.private), site=self.site)
 
     def _prepare(self) -> Prepared:
         """Seeds and discriminator for a later transfer, on the bare model that writes texts."""
@@ -242,33 +252,49 @@ class Trainer:
     ) -> dict[str, float]:
         """Metrics of one composition; without a head of its own, a head is fitted to the site's training data."""
         self.load(shared, personal)
-        if not own_head and (self.row.head is PERSONAL or not shared):
-            fitted = self.task.probe()
-            if fitted is not None:
-                return fitted
-        return self.task.measure(generate=generate)
+        probing = not own_head and (self.row.head is PERSONAL or not shared)
+        while True:
+            try:
+                fitted = self.task.probe() if probing else None
+                return self.task.measure(generate=generate) if fitted is None else fitted
+            except RuntimeError as error:
+                self._measure_less(error)
+
+    def _measure_less(self, error: RuntimeError) -> None:
+        """Half the evaluation batch, after an error that says that the device is too small for it."""
+        evaluation = self.task.plan.evaluation
+        if not should_reduce_batch_size(error) or evaluation.batch_size == 1:
+            raise error
+        half = dataclasses.replace(evaluation, batch_size=(evaluation.batch_size + 1) // 2)
+        self.task.plan = dataclasses.replace(self.task.plan, evaluation=half)
+        clear_device_cache(garbage_collection=True)
 
     def _train(self, order: Order, state: PersonalState, watch: Watch | None) -> Trained:
         self.load(order.shared, state.tensors)
         settings, per_round = self.plan.train, self.plan.train.steps_per_round
+        late = order.phase == "close" and state.round == 0  # it comes when all is trained, with a schedule of its own
         stretch = Stretch(
-            step=(order.round - 1) * per_round,
-            total=self.plan.total_steps,
+            step=0 if late else (order.round - 1) * per_round,
+            total=settings.final_steps if late else self.plan.total_steps,
             position=state.position,
             seed=self.site_seed,
             noise=seed_from(self.site_seed, "round", order.round),
             moments=state.moments if settings.keep_moments else None,
         )
         live = {k: p for k, p in self.parameters.items() if self.row.role(k) in (SHARED, PERSONAL)}
-        return train(self.task, live, phases(self.plan, self.row, live, order.phase), settings, stretch, watch)
+        planned = phases(self.plan, self.row, live, order.phase, late=late)
+        return train(self.task, live, planned, settings, stretch, watch)
 
 
-def phases(plan: Plan, row: Method, live: Mapping[str, object], phase: str) -> list[Phase]:
-    """The steps of a round: joint, or personal groups and then shared ones; at the close personal groups only."""
+def phases(plan: Plan, row: Method, live: Mapping[str, object], phase: str, *, late: bool = False) -> list[Phase]:
+    """The steps of a round: joint, or personal groups and then shared ones; at the close personal groups only.
+
+    A site that comes ``late``, when all is trained, trains all its personal groups then.
+    """
     everything, settings = frozenset(live), plan.train
     personal, shared = (frozenset(row.having(live, role)) for role in (PERSONAL, SHARED))
     if phase == "close":
-        groups = settings.final_groups
+        groups = None if late else settings.final_groups
         chosen = personal if groups is None else frozenset(key for key in personal if group_of(key) in groups)
         planned = [Phase(settings.final_steps, chosen)]
     elif settings.schedule == "phases":
@@ -278,6 +304,10 @@ def phases(plan: Plan, row: Method, live: Mapping[str, object], phase: str) -> l
     else:
         planned = [Phase(settings.personal_steps, personal), Phase(settings.shared_steps, shared)]
     return [p for p in planned if p.keys and p.steps]
+
+
+def _told(private: PrivateSettings) -> str:
+    return ", ".join(f"{k} {v}" for k, v in to_dict(private).items()) if private.kind != "none" else "none"
 
 
 def _named(kind: str, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -33,7 +33,7 @@ from ..common.training import Watch as StepWatch
 from ..transfer.discriminator import Discriminator
 from ..transfer.preparation import Prepared, speaker
 from ..transfer.synthesis import Cast, Watch, synthesise
-from .predict import Predictor, check_fingerprint
+from .predict import Predictor
 from .store import Store
 from .trainer import Trainer, set_up
 
@@ -130,7 +130,6 @@ def prepared_of(saved: Saved) -> Prepared:
 
 def label(saved: Saved, texts: Sequence[str]) -> list[Row]:
     """The answers of the source model with its adapters: probabilities of labels, or greedy completions."""
-    check_fingerprint(saved)
     predictor = Predictor(saved, device=saved.plan.model.device)
     if saved.card.task == "classification":
         found = predictor.predict([{"text": text} for text in texts])

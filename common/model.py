@@ -15,7 +15,7 @@ from torch import nn
 
 from . import synthetic
 from .assets import asset_folder, cache_folder, file_sha256
-from .errors import ModelError
+from .errors import ModelError, StateError
 from .quiet import quiet_transformers
 from .settings import ModelSettings
 
@@ -199,6 +199,21 @@ def stock_class(task: str) -> Any:
     return AutoModelForCausalLM if task == "generation" else AutoModelForSequenceClassification
 
 
+def stock_name(settings: ModelSettings) -> str:
+    """What a stock loader is to load: the hub's id, or the local folder."""
+    local = settings.source.startswith("asset:") or Path(settings.source).is_dir()
+    return str(source_folder(settings).resolve()) if local else settings.source
+
+
+def check_fingerprint(settings: ModelSettings, expected: Mapping[str, str]) -> None:
+    """Raises StateError when the base model's files are not those with this :class:`Fingerprint`, by field."""
+    here = _no_files(settings) if settings.source.startswith(synthetic.PREFIX) else fingerprint(source_folder(settings))
+    for name, value in expected.items():
+        if value and getattr(here, name) != value:
+            found = getattr(here, name)[:12]
+            raise StateError(f"{settings.source}: {name}", f"the one with fingerprint {value[:12]}", found)
+
+
 def source_folder(settings: ModelSettings) -> Path:
     """The local folder of a model: an asset, a folder, or a snapshot of a hub repository."""
     source = settings.source
@@ -255,9 +270,12 @@ def _device(name: str) -> torch.device:
     if "," in name:
         wanted = "one device (a site per GPU is a way to use more)"
         raise ModelError("device", wanted, repr(name))
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):  # unknown to torch, not there, or not what torch was built for
+        raise ModelError("device", "a device of this machine", repr(name)) from None
 
 
 class _HashMemory:

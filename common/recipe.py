@@ -132,6 +132,8 @@ def _check_phases(recipe: Recipe, row: Method) -> None:
     if (train.schedule == "phases") is not bool(train.phase):
         found = "none" if train.schedule == "phases" else f'some with train.schedule = "{train.schedule}"'
         raise RecipeError("train.phase", '[[train.phase]] tables with train.schedule = "phases"', found)
+    own = any(site.private and site.private.kind != "none" for site in recipe.site)
+    row = dataclasses.replace(row, private=Role.PERSONAL) if own else row
     trained = {group for group in GROUPS if getattr(row, group) in (Role.SHARED, Role.PERSONAL)}
     for phase in train.phase:
         if not trained.intersection(phase.groups):

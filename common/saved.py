@@ -50,6 +50,7 @@ class Saved:
     personal: Mapping[str, np.ndarray]
     discriminator: Mapping[str, np.ndarray] = field(default_factory=dict)
     kept: Mapping[str, Any] | None = None  # seeds and more, where the site prepared a transfer
+    closed: bool = True  # ``shared`` is what all sites have, and not what this site made of it in a round
 
     @property
     def is_of_a_site(self) -> bool:
@@ -64,9 +65,17 @@ def read_saved(place: Path) -> Saved:
     if "card" not in meta:
         raise StateError(str(path), "a state or checkpoint of this version of colora", "one without a card")
     card = Card(**{**meta["card"], "labels": tuple(meta["card"]["labels"])})
-    shared = _below(arrays, SHARED) or _below(arrays, TRAINED)
-    kept, personal = meta.get("transfer"), _below(arrays, PERSONAL)
-    return Saved(path, card, _plan(path, card), shared, personal, _below(arrays, TRANSFER), kept)
+    shared, trained = _below(arrays, SHARED), _below(arrays, TRAINED)
+    return Saved(
+        path,
+        card,
+        _plan(path, card),
+        trained or shared,
+        _below(arrays, PERSONAL),
+        _below(arrays, TRANSFER),
+        meta.get("transfer"),
+        closed=not trained,
+    )
 
 
 def find_saved(place: Path) -> Path:

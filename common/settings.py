@@ -65,7 +65,7 @@ class PrivateSettings:
     ``lora``: s · B A. ``multilora``: s · Σ_i s_i ⊙ B_i A_i with ``modules`` modules of ``rank`` each.
     """
 
-    kind: Literal["none", "lora", "multilora"] = "none"
+    kind: Literal["none", "lora", "multilora"]
     rank: Positive = 4
     alpha: Annotated[float, Field(gt=0)] = 8.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -198,7 +198,7 @@ class Plan:
     seed: int = 0
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
-    private: Private = field(default_factory=PrivateSettings)
+    private: Private = field(default_factory=lambda: PrivateSettings("none"))
     train: TrainSettings = field(default_factory=TrainSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     transfer: TransferSettings = field(default_factory=TransferSettings)

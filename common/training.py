@@ -106,25 +106,47 @@ def train(
 def optimizer_step(
     task: Task, optimizer: torch.optim.Optimizer, batches: Sequence[dict[str, torch.Tensor]], max_grad_norm: float
 ) -> tuple[float, int]:
-    """One step on one batch, or on the micro-batches of one; returns the mean loss and the number of its terms.
+    """One step on one batch, or on the micro-batches of one; returns the mean loss and the number of its terms."""
+    done = gradients(task, optimizer, batches)
+    apply_gradients(task, optimizer, max_grad_norm)
+    return done
 
-    The gradients of micro-batches add up to that of the whole, but for rounding.
+
+def gradients(
+    task: Task, optimizer: torch.optim.Optimizer, batches: Sequence[dict[str, torch.Tensor]]
+) -> tuple[float, int]:
+    """The gradients of a batch, of whose micro-batches they add up but for rounding; its mean loss and its terms.
+
+    In half precision they are ``LOSS_SCALE`` times as large until they are applied.
     """
     optimizer.zero_grad(set_to_none=True)
-    parts, scale = len(batches), LOSS_SCALE.get(task.plan.model.precision, 1.0)
-    total, terms = 0.0, 0
-    for batch in batches:
+    scale, total, terms, first = LOSS_SCALE.get(task.plan.model.precision, 1.0), 0.0, 0, 1
+    for number, batch in enumerate(batches):
         loss, n = task.loss(batch)
-        (loss * (scale * (n if parts > 1 else 1))).backward()
+        first = first if number else n
+        (loss * (scale * n / first)).backward()
         total, terms = total + float(loss.detach()) * n, terms + n
-    live = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    divisor = scale * (terms if parts > 1 else 1)
-    for parameter in live if divisor != 1 else ():
-        parameter.grad /= divisor  # type: ignore[operator]
+    if terms != first:
+        for parameter in _with_gradients(optimizer):
+            parameter.grad *= first / terms  # type: ignore[operator]
+    return total / terms, terms
+
+
+def apply_gradients(task: Task, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    """Clips and takes the step; one whose gradients overflowed in half precision is left out."""
+    live, scale = _with_gradients(optimizer), LOSS_SCALE.get(task.plan.model.precision, 1.0)
+    if scale != 1:
+        for parameter in live:
+            parameter.grad /= scale  # type: ignore[operator]
+        if not all(bool(p.grad.isfinite().all()) for p in live if p.grad is not None):
+            return
     if max_grad_norm:
         nn.utils.clip_grad_norm_(live, max_grad_norm)
     optimizer.step()
-    return total / terms, terms
+
+
+def _with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 class Fit:
@@ -140,11 +162,12 @@ class Fit:
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
         while True:
-            size, noise = self.size or len(chosen), torch.get_rng_state()
+            size, noise = self.size or len(chosen), _noise()
             try:
                 parts = [task.collate(chosen[at : at + size]) for at in range(0, len(chosen), size)]
-                return optimizer_step(task, optimizer, parts, max_grad_norm)
-            except (RuntimeError, MemoryError) as error:
+                done = gradients(task, optimizer, parts)
+                break
+            except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
             optimizer.zero_grad(set_to_none=True)
@@ -153,7 +176,19 @@ class Fit:
                 raise ModelError("train.batch_size", "a device with room for one example", f"too little: lower {less}")
             self.size = (min(size, len(chosen)) + 1) // 2
             clear_device_cache(garbage_collection=True)
-            torch.set_rng_state(noise)  # the same dropout again
+            _set_noise(noise)  # the same dropout again
+        apply_gradients(task, optimizer, max_grad_norm)
+        return done
+
+
+def _noise() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _set_noise(noise: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    torch.set_rng_state(noise[0])
+    if noise[1]:
+        torch.cuda.set_rng_state_all(noise[1])
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:

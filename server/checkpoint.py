@@ -29,6 +29,7 @@ class State:
     pins: Mapping[str, str] = field(default_factory=dict)  # fingerprints that every site must have
     weights: str = ""  # how updates are weighed, chosen at the first join
     closed: bool = False
+    task: str = ""  # of all sites; empty where they have different ones
 
 
 class Checkpoints:
@@ -50,7 +51,9 @@ class Checkpoints:
         shared, memory = (
             {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in (SHARED, MEMORY)
         )
-        return State(meta["round"], shared, memory, meta["admitted"], meta["pins"], meta["weights"], meta["closed"])
+        return State(
+            meta["round"], shared, memory, meta["admitted"], meta["pins"], meta["weights"], meta["closed"], meta["task"]
+        )
 
     def write(self, state: State) -> None:
         """Puts a state on disk and deletes all but the newest few."""
@@ -62,6 +65,7 @@ class Checkpoints:
             "pins": dict(state.pins),
             "weights": state.weights,
             "closed": state.closed,
+            "task": state.task,
             "card": dataclasses.asdict(self._card(state)),
         }
         save_arrays(self.folder / f"round-{state.round:06d}.safetensors", arrays, meta)
@@ -70,7 +74,7 @@ class Checkpoints:
 
     def _card(self, state: State) -> Card:
         prints = {name: state.pins[name] for name in PRINTS if name in state.pins}
-        return Card(self.identity["federation"], state.round, self.plan, fingerprint=prints)
+        return Card(self.identity["federation"], state.round, self.plan, task=state.task, fingerprint=prints)
 
 
 @dataclass(frozen=True)

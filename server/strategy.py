@@ -76,14 +76,15 @@ class AdapterStrategy:
         self.layout = {key: tuple(array.shape) for key, array in state.shared.items()}
         pins = dict(state.pins) or most_common(met)
         self.members.agree(pins, hash_layout(self.layout), quorum, state.round)
-        weights = state.weights or self._weights()
+        tasks = {present.description.task for present in self.members.sites.values()}
+        weights = state.weights or self._weights(mixed=len(tasks) > 1)
+        task = state.task or (tasks.pop() if len(tasks) == 1 else "")
         self.chronicle.tell("agreed", weights=weights, pins=pins)
-        return dataclasses.replace(state, pins=pins, weights=weights)
+        return dataclasses.replace(state, pins=pins, weights=weights, task=task)
 
-    def _weights(self) -> str:
+    def _weights(self, *, mixed: bool) -> str:
         if self.conduct.replay:
             return self.conduct.replay.weights
-        mixed = len({present.description.task for present in self.members.sites.values()}) > 1
         return self.settings.weights or ("uniform" if mixed else "tokens")
 
     def insist(self, attempt: Callable[[], State]) -> State:

@@ -71,10 +71,15 @@ def _found(run: RunFolder, recipe: Recipe) -> None:
 
 
 def local_only(recipe: Recipe) -> Recipe:
-    """The same recipe with every site alone: as many steps, the same data, nothing shared, measured at the end."""
+    """The same recipe with every site alone: as many steps, the same data, nothing shared, measured at the end.
+
+    All groups train together: there is nothing to take turns with.
+    """
     evaluation = dataclasses.replace(recipe.evaluation, every=0)
+    steps = recipe.train.steps_per_round
+    train = dataclasses.replace(recipe.train, schedule="joint", steps=steps, phase=(), final_groups=None)
     method = MethodSettings(name=BASELINE)
-    return dataclasses.replace(recipe, method=method, evaluation=evaluation)
+    return dataclasses.replace(recipe, method=method, evaluation=evaluation, train=train)
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,9 @@ def _check(recipe: Recipe, sites: list[SiteShare]) -> None:
     if late:
         wanted = f"a round of the run, or {recipe.rounds + 1} to join when it is trained"
         raise RecipeError("from_round", wanted, late.plan.from_round, site=late.plan.name)
+    if any(site.plan.from_round > recipe.rounds for site in sites) and not recipe.train.final_steps:
+        wanted = "some, as a site that joins when all is trained has no other steps"
+        raise RecipeError("train.final_steps", wanted, 0)
     labels = {site.rows.labels for site in sites if site.rows.labels}
     if recipe.method.row().head is SHARED and len(labels) > 1:
         raise RecipeError("method.head", "one list of labels at all sites for a shared head", "different lists")

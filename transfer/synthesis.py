@@ -21,7 +21,6 @@ from .preparation import Prepared
 from .writing import Novel, write
 
 OVER = 1.3  # texts written for each that is still wanted, at the acceptance seen so far
-FIRST_GUESS = 0.5  # of the acceptance
 
 Judge = Callable[[list[str]], list[bool]]
 Model = Callable[[], AbstractContextManager[BaseModel]]  # in memory while it is needed
@@ -85,8 +84,9 @@ def synthesise(
         tell(Progress(book.calls, len(book.verdicts), len(kept), wanted))
         if len(kept) >= wanted or book.calls >= settings.calls:
             break
-        acceptance = (len(kept) + FIRST_GUESS) / (len(book.verdicts) + 1)
-        aim = len(book.verdicts) + int(OVER * (wanted - len(kept)) / acceptance) + 1
+        acceptance = (len(kept) + 1) / (len(book.verdicts) + 2)
+        more = OVER * (wanted - len(kept)) / acceptance
+        aim = len(book.verdicts) + 1 + int(min(more, len(book.verdicts) + 2 * wanted))  # a first guess may be far off
         with cast.writer() as base:
             for _ in _write(base, prepared, settings, seed, book, aim):
                 tell(Progress(book.calls, len(book.verdicts), len(kept), wanted))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from colora.client.data import load_site_rows
 from colora.client.export import compose, export
@@ -30,6 +34,21 @@ from colora.common.recipe import recipe_from
 from colora.common.saved import Saved, read_saved
 from colora.common.settings import DataSettings, SiteSettings, to_json
 
+SIZES = {"vocab_size": 44, "pad_token_id": 0}
+WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+ARCHITECTURES = {
+    "roberta": ("Roberta", {**SIZES, **WIDE, "max_position_embeddings": 66}, ["query", "value"]),
+    "distilbert": (
+        "DistilBert",
+        {**SIZES, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+        ["q_lin", "v_lin"],
+    ),
+    "gpt2": (
+        "GPT2",
+        {"vocab_size": 44, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+        ["c_attn", "c_proj"],
+    ),
+}
 PRIVATES = ("none", "lora", "multilora")
 CLOSE = 1e-5
 STOCK = Path(__file__).with_name("stock.py")
@@ -129,6 +148,81 @@ def test_each_method_with_each_private_adapter_is_what_stock_peft_loads(
     bare = stock(without_colora, [{**job, "bare": True} for job in jobs if job["base"]])
     moved = [float(np.abs(bare[name] - ours[name]).max()) for name in bare if not name.startswith("classification")]
     assert min(moved) > 100 * CLOSE, "and the adapters do something"
+
+
+def test_architectures_with_heads_of_their_own(tiny_recipe: dict, tmp_path: Path, without_colora: Path) -> None:
+    """RoBERTa's head is a module of modules, DistilBERT has two, GPT-2 no padding token and turned weights."""
+    tokenizer, jobs, ours = Path(tiny_recipe["model"]["source"]), [], {}
+    for name, (kind, sizes, targets) in ARCHITECTURES.items():
+        place = tmp_path / name
+        shutil.copytree(tokenizer, place)
+        for weights in place.glob("*.safetensors"):
+            weights.unlink()
+        torch.manual_seed(1)
+        getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)).save_pretrained(place)
+        raw = varied({**tiny_recipe, "model": {"source": str(place), "max_length": 16}}, "colora", "lora")
+        raw["adapter"] = {**raw["adapter"], "target_modules": targets}
+        raw["private"] |= {"target_modules": targets[:1]}
+        case = train(raw, tmp_path / f"{name}-state", name)
+        ours |= dict.fromkeys((f"{name}-out", f"{name}-merged"), case.logits())
+        for out, base in ((f"{name}-out", str(place)), (f"{name}-merged", None)):
+            export(case.saved, tmp_path / out, merge=base is None)
+            jobs.append({"name": out, "folder": str(tmp_path / out), "base": base, "labels": 2})
+    for name, logits in stock(without_colora, jobs).items():
+        assert np.abs(logits - ours[name]).max() < CLOSE, name
+
+
+def test_weights_that_the_source_lacks_go_with_the_adapter(
+    tiny_recipe: dict, tmp_path: Path, without_colora: Path
+) -> None:
+    """A BERT without a pooler, and a LoRA on the pooler as well: elsewhere it would be drawn anew."""
+    source, place = Path(tiny_recipe["model"]["source"]), tmp_path / "model"
+    shutil.copytree(source, place)
+    weights = {k: v for k, v in load_file(place / "model.safetensors").items() if "pooler" not in k}
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    raw = varied({**tiny_recipe, "model": {"source": str(place), "max_length": 16}}, "colora", "none")
+    raw["adapter"] = {**raw["adapter"], "target_modules": ["query", "dense"]}
+    case = train(raw, tmp_path / "state", "a")
+    jobs = []
+    for out, base in (("out", str(place)), ("merged", None)):
+        export(case.saved, tmp_path / out, merge=base is None)
+        jobs.append({"name": out, "folder": str(tmp_path / out), "base": base, "labels": 2})
+    for name, logits in stock(without_colora, jobs).items():
+        assert np.abs(logits - case.logits()).max() < CLOSE, name
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own, about transformers
+def test_the_cards_own_lines_load_it_and_equal_models_give_equal_files(tiny_recipe: dict, tmp_path: Path) -> None:
+    case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "state", "a")
+    export(case.saved, tmp_path / "out")
+    export(case.saved, tmp_path / "again")
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    text = (tmp_path / "out" / "README.md").read_text()
+    for fact in (
+        "round 2 of 2",
+        "site**: ada",
+        "private adapter: lora",
+        "accuracy",
+        case.saved.card.fingerprint["model"],
+    ):
+        assert fact in text, fact
+    lines = text.partition("```python\n")[2].partition("```")[0].replace("HERE", str(tmp_path / "out"))
+    names: dict = {}
+    exec(lines, names)
+    batch = names["tokenizer"](TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        assert np.abs(names["model"](**batch).logits.numpy().ravel() - case.logits()).max() < CLOSE
+
+
+def test_what_all_sites_share_names_no_site(tiny_recipe: dict, tmp_path: Path) -> None:
+    case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "state", "a")
+    export(case.saved, tmp_path / "out", "shared")
+    text = (tmp_path / "out" / "README.md").read_text()
+    for secret in ("ada", *case.saved.card.labels, "accuracy"):
+        assert not re.search(rf"\b{secret}\b", text), secret
+    with pytest.raises(ColoraError, match="found what the site made of it in round 1"):
+        export(read_saved(case.trainer.store.path(1)), tmp_path / "no", "shared")
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from colora.common.errors import RefusedError, StateError
 from colora.common.files import load_arrays
 from colora.common.recipe import load_site, recipe_from
 from colora.common.saved import read_saved
-from colora.common.settings import SiteSettings
+from colora.common.settings import PrivateSettings, SiteSettings
 from colora.server.folder import RunFolder
 from colora.simulation.run import simulate
 
@@ -65,6 +67,37 @@ def test_asked_again_it_finds_its_work_done_and_more_steps_are_other_work(tiny_r
     assert load_arrays(first.state)[1] == before[1]
     join_core(site, adapter, steps=7, watch=lambda done, total: taken.append((done, total)))
     assert taken[-1] == (7, 7)
+
+
+def test_a_participants_states_are_not_touched_and_other_settings_are_other_work(
+    tiny_recipe: dict, tmp_path: Path
+) -> None:
+    run = finished(tiny_recipe, tmp_path / "run")
+    site, adapter = site_file(tmp_path / "cyd", tiny_recipe), read_saved(run.path)
+    first = join_core(site, adapter)
+    private = join_core(dataclasses.replace(site, private=PrivateSettings("lora", rank=2)), adapter)
+    assert set(private.trained) == {"core", "head", "private"}
+    assert "private" not in first.trained
+    assert any(key.startswith("private.") for key in read_saved(first.state).personal)
+    ada = run.path / "sites" / "ada"
+    shutil.copytree(ada / "state", tmp_path / "cyd" / "state" / "copy")
+    shutil.rmtree(tmp_path / "cyd" / "state" / "tiny")
+    (tmp_path / "cyd" / "state" / "copy").rename(tmp_path / "cyd" / "state" / "tiny")
+    with pytest.raises(StateError, match="site cyd: --join-core: expected a site that took no part"):
+        join_core(site, adapter)
+
+
+def test_a_late_site_starts_at_the_full_learning_rate(tiny_recipe: dict, tmp_path: Path) -> None:
+    """A linear schedule over the steps of the others would have left it next to nothing."""
+    tiny_recipe["train"] |= {"lr_schedule": "linear", "optimizer": "sgd", "max_grad_norm": 0.0}
+    moved = {}
+    for schedule in ("linear", "constant"):
+        tiny_recipe["train"]["lr_schedule"] = schedule
+        run = finished(tiny_recipe, tmp_path / schedule)
+        saved = read_saved(run.path / "sites" / "cyd")
+        cores = [value for key, value in saved.personal.items() if key.endswith("lora_core")]
+        moved[schedule] = float(sum(np.abs(core - np.eye(RANK)).sum() for core in cores))
+    assert moved["linear"] > 0.4 * moved["constant"]
 
 
 def test_what_the_site_does_not_allow_or_nobody_shared_is_refused(tiny_recipe: dict, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from colora.client.data import load_site_rows
 from colora.client.store import Store
 from colora.client.trainer import Trainer, phases, set_up
-from colora.common.errors import ModelError, RecipeError
+from colora.common.errors import ModelError, RecipeError, RefusedError
 from colora.common.first import first_shared
 from colora.common.methods import group_of
 from colora.common.model import load
@@ -80,6 +80,17 @@ def test_a_half_precision_base_trains_adapters_in_fp32(
         assert value.dtype == torch.float32
         moved = (full[key] - start[key]).norm()
         assert (value - full[key]).norm() <= 0.1 * moved + 1e-6, key
+
+
+def test_a_private_adapter_goes_on_as_it_began(tiny_recipe: dict, tmp_path: Path) -> None:
+    one_round({**tiny_recipe, "private": "lora"}, tmp_path)
+    recipe = recipe_from({**tiny_recipe, "private": {"kind": "lora", "rank": 2}})
+    site = recipe.site[0]
+    rows = load_site_rows(SiteSettings(site.name, site.data), 0)
+    other = Trainer(set_up(load(recipe.model, generates=False), recipe.plan), rows, Store(tmp_path, recipe.name))
+    order = Order(recipe.name, 2, "train", 1, to_json(recipe.plan), first_shared(recipe.plan, 0), False)
+    with pytest.raises(RefusedError, match=r"site ada: private: expected .*rank 4.*round 1.* found .*rank 2"):
+        other.respond(order)
 
 
 def test_phases_train_their_groups_and_no_others(tiny_recipe: dict) -> None:

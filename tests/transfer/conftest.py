@@ -1,0 +1,54 @@
+"""A tiny causal model that knows yes and no, and a writer that needs no model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colora.common.seeds import seed_from
+from colora.transfer import preparation, synthesis
+from tests.conftest import SIZES, WORDS
+
+SPECIAL = ["[PAD]", "[UNK]", "<end>", "yes", "no", "Is", "the", "above", "question", "from", "dataset?", "tiny"]
+
+
+@pytest.fixture(scope="session")
+def speaking_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama of width 16 whose vocabulary has yes and no."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("speaking-llama")
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="<end>", model_max_length=64
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": len(vocabulary)}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, bos_token_id=None, eos_token_id=2)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture
+def writer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Takes the place of the writing model; returns the numbers of its calls. Its words are of the alphabet's end."""
+    calls: list[int] = []
+
+    def write(base: Any, seeds: Sequence[str], settings: Any, seed: int, call: int) -> Iterator[str]:
+        calls.append(call)
+        rng = random.Random(seed_from(seed, call))
+        for _ in range(settings.batch):
+            yield " ".join(rng.choices("stuvwxyz", k=6))
+
+    monkeypatch.setattr(preparation, "write", write)
+    monkeypatch.setattr(synthesis, "write", write)
+    return calls

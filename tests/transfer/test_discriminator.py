@@ -1,0 +1,88 @@
+"""The discriminator: trained on inputs alone, and the rule p(yes) > p(no)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from colora.common.adapters.attach import activate
+from colora.common.errors import DataError, ModelError
+from colora.common.model import BaseModel, load
+from colora.common.settings import ModelSettings, Plan, TransferSettings
+from colora.transfer.discriminator import ADAPTER, Discriminator, question
+from colora.transfer.preparation import prepare, speaker
+
+SETTINGS = TransferSettings(prepare=True, about="tiny", rank=4, lr=0.05, steps=60, batch=8)
+REAL = [f"a b c d {word} f" for word in "abcdefghijkl"]
+FALSE = [f"s t u v {word} z" for word in "stuvwxyzqpon"]
+
+
+@pytest.fixture
+def base(speaking_llama: Path) -> BaseModel:
+    torch.set_num_threads(1)
+    return load(ModelSettings(str(speaking_llama), max_length=32), generates=True)
+
+
+def made(base: BaseModel, source: Path) -> Discriminator:
+    return Discriminator(base, ModelSettings(str(source), max_length=32), SETTINGS, "tiny", seed=1)
+
+
+def test_it_keeps_by_p_yes_above_p_no_under_its_own_lora(base: BaseModel, speaking_llama: Path) -> None:
+    found = made(base, speaking_llama)
+    found.fit(REAL[:8], FALSE[:8])
+    kept = found.keeps(REAL + FALSE)
+    activate(base.backbone, [ADAPTER])
+    tokenizer, model = base.tokenizer, base.language_model
+    assert model is not None
+    yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+    for text, verdict in zip(REAL + FALSE, kept, strict=True):  # the oracle: one text at a time, the whole softmax
+        with torch.no_grad():
+            ids = tokenizer([question(text, "tiny")], return_tensors="pt", return_token_type_ids=False)
+            last = model(**ids).logits[0, -1].softmax(-1)
+        assert verdict == bool(last[yes] > last[no])
+    assert kept[:8] == [True] * 8
+    assert kept[12:20] == [False] * 8
+    assert sum(kept[8:12]) - sum(kept[20:]) >= 3, "and it goes beyond what it has seen"
+
+
+def test_its_values_come_back_and_it_leaves_the_model_as_it_was(base: BaseModel, speaking_llama: Path) -> None:
+    assert base.language_model is not None
+    ids = torch.tensor([[12, 13, 14]])
+    before = base.language_model(ids).logits
+    found = made(base, speaking_llama)
+    found.fit(REAL[:8], FALSE[:8])
+    kept, values = found.keeps(REAL + FALSE), found.values()
+    found.take_off()
+    assert torch.equal(base.language_model(ids).logits, before)
+    again = made(base, speaking_llama)
+    assert again.keeps(REAL + FALSE) != kept, "without its values it knows nothing"
+    again.load(values)
+    assert again.keeps(REAL + FALSE) == kept
+
+
+def test_labels_and_answers_are_never_read(base: BaseModel, speaking_llama: Path, writer: list[int]) -> None:
+    model = ModelSettings(str(speaking_llama), max_length=32)
+    plan = Plan("tiny", 1, model, transfer=SETTINGS)
+    rows = [{"prompt": text, "completion": f"answer {i}"} for i, text in enumerate(REAL)]
+    inputs = [{"prompt": row["prompt"]} for row in rows]
+    with_answers, without = (prepare(base, plan, "generation", each, 7) for each in (rows, inputs))
+    assert with_answers.seeds == without.seeds
+    assert set(with_answers.seeds) <= set(REAL)
+    assert len(with_answers.seeds) == 5
+    for key, value in with_answers.discriminator.items():
+        assert torch.equal(value, without.discriminator[key])
+
+
+def test_what_cannot_be_prepared_is_said(
+    base: BaseModel, tiny_llama: Path, speaking_llama: Path, writer: list[int]
+) -> None:
+    silent = load(ModelSettings(str(tiny_llama), max_length=32), generates=True)
+    with pytest.raises(ModelError, match="a vocabulary with yes and no as single tokens"):
+        made(silent, tiny_llama).fit(REAL, FALSE)
+    plan = Plan("tiny", 1, ModelSettings(str(speaking_llama), max_length=32), transfer=SETTINGS)
+    with pytest.raises(DataError, match=r"transfer.seeds: expected 5 different texts to choose from, found 2"):
+        prepare(base, plan, "generation", [{"prompt": "a b"}, {"prompt": "a  b"}, {"prompt": "c d"}], 0)
+    with pytest.raises(ModelError, match=r"transfer.generator: expected a causal model that writes texts"):
+        speaker(plan, "classification")

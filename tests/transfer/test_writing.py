@@ -1,0 +1,34 @@
+"""The list prompt of the paper, and what is read out of its continuation."""
+
+from __future__ import annotations
+
+import pytest
+
+from colora.transfer.writing import Novel, items_of, list_prompt
+
+
+def test_the_prompt_is_the_papers() -> None:
+    seeds = ["one is", "two\nlines", "three", "four", "five"]
+    assert list_prompt(seeds) == ("Here are 10 examples:\n1. one is\n2. two lines\n3. three\n4. four\n5. five\n6.")
+
+
+@pytest.mark.parametrize(
+    ("continuation", "whole", "expected"),
+    [
+        (" a b\n7. c d\n8. e f\n9. g h\n10. i j\n11. k l", False, ["a b", "c d", "e f", "g h", "i j"]),
+        (" a b\n7. c d\n8. cut o", False, ["a b", "c d"]),
+        (" a b\n7. c d\n8. e f", True, ["a b", "c d", "e f"]),
+        (" a b\n  goes on\n7. c d\n8.", False, ["a b goes on", "c d"]),
+        (" a b\n7. c d\n9. e f\n10. g h", False, ["a b"]),  # where the numbers break, the list ends
+        (" a b\n7. word\n8. c d\n9.", False, ["a b", "c d"]),  # one word is no example
+        ("", True, []),
+    ],
+)
+def test_items_are_read_up_to_where_the_list_breaks(continuation: str, whole: bool, expected: list[str]) -> None:
+    assert items_of(continuation, 6, 5, whole=whole) == expected
+
+
+def test_a_text_passes_once_and_a_seed_never() -> None:
+    new = Novel(["A seed text."])
+    texts = ["a seed text", "B  text!", "b text", "c text", ""]
+    assert [new(text) for text in texts] == [False, True, False, True, False]
