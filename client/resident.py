@@ -14,12 +14,14 @@ from ..common.adapters.attach import detach
 from ..common.errors import RecipeError, RefusedError
 from ..common.model import BaseModel, load
 from ..common.protocol import Order, Reply
+from ..common.rows import SiteRows
 from ..common.settings import ModelSettings, Plan, SiteSettings, parse
 from ..common.training import Watch
 from .allow import check_allowed
 from .data import load_site_rows
 from .store import Store
 from .trainer import Trainer, set_up
+from .transfer import is_prepared, rows_on_new_base
 
 
 class Resident:
@@ -85,9 +87,9 @@ class Resident:
         if self._current is None or self._current[0] != plan:
             self._current = None  # and the old bench goes before the new one comes
             gc.collect()
+            rows = self._rows(plan)
             base = self._base_of(plan.model)
             store = Store(self.folder(plan), plan.name)
-            rows = load_site_rows(self.site, plan.seed)
             self._current = plan, Trainer(set_up(base, plan), rows, store)
         return self._current[1]
 
@@ -96,6 +98,17 @@ class Resident:
         trainer = self.trainer(plan)
         stored = trainer.store.reply(order.round, order.key)
         return (stored, True) if stored else (trainer.respond(order, self._limited(watch)), False)
+
+    def _rows(self, plan: Plan) -> SiteRows:
+        """The site's own, or, in a federation that moved to another base model, written ones with its old answers."""
+        if plan.transfer.of is None:
+            return load_site_rows(self.site, plan.seed)
+        old = Path(self.site.trainer.state) / plan.transfer.of
+        if self.site.unprepared == "afresh" and not is_prepared(old):
+            return load_site_rows(self.site, plan.seed)
+        self._base = None  # two base models need not be in memory
+        gc.collect()
+        return rows_on_new_base(plan, old, self.folder(plan) / "transfer")
 
     def _base_of(self, settings: ModelSettings) -> BaseModel:
         if self._base is None or self._base[0] != settings:

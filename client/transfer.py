@@ -25,10 +25,11 @@ from ..common.files import write_atomically
 from ..common.first import first_shared
 from ..common.model import BaseModel, load
 from ..common.protocol import Order
+from ..common.recipe import overridden
 from ..common.rows import Row, SiteRows
-from ..common.saved import Saved
+from ..common.saved import Saved, read_saved
 from ..common.seeds import seed_from
-from ..common.settings import ModelSettings, Plan, digest, to_json
+from ..common.settings import ModelSettings, Plan, digest, parse, to_dict, to_json
 from ..common.training import Watch as StepWatch
 from ..transfer.discriminator import Discriminator
 from ..transfer.preparation import Prepared, speaker
@@ -37,6 +38,7 @@ from .predict import Predictor
 from .store import Store
 from .trainer import Trainer, set_up
 
+HELD_OUT = 0.2  # of the written examples, to measure on in a federation
 JOB, ROWS = "transfer.json", "synthetic.jsonl"
 TITOK_OVER = 2  # texts labelled for each one that TiTok's score keeps
 
@@ -48,6 +50,13 @@ class Transferred:
     state: Path
     examples: int
     seconds: float
+
+
+def plan_for(saved: Saved, to: str, overrides: tuple[str, ...] = ()) -> Plan:
+    """The source's plan on another base model, with ``key.path=value`` overrides. Raises RecipeError."""
+    raw = to_dict(saved.plan)
+    raw["model"] = {key: value for key, value in raw["model"].items() if key != "revision"} | {"source": to}
+    return parse(Plan, overridden(raw, overrides))
 
 
 def target_plan(saved: Saved, plan: Plan) -> Plan:
@@ -117,6 +126,24 @@ def synthetic_rows(saved: Saved, plan: Plan, folder: Path, watch: Watch | None =
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         _free()
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rows_on_new_base(plan: Plan, states: Path, folder: Path) -> SiteRows:
+    """What a site trains and measures on in a federation that moved: written inputs with its old model's answers.
+
+    ``states`` has its state in the federation ``plan.transfer.of``; ``folder`` is where the work is kept.
+    Raises StateError where it prepared nothing.
+    """
+    saved = read_saved(states)
+    rows = synthetic_rows(saved, plan, folder)
+    held_out = max(1, round(HELD_OUT * len(rows)))
+    card = saved.card
+    return SiteRows(card.site, card.task, rows[held_out:], rows[:held_out], card.labels)  # type: ignore[arg-type]
+
+
+def is_prepared(states: Path) -> bool:
+    """Whether there is a state with seeds in this folder."""
+    return bool(list(states.glob("round-*.safetensors"))) and read_saved(states).kept is not None
 
 
 def prepared_of(saved: Saved) -> Prepared:

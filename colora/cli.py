@@ -52,15 +52,22 @@ def simulate(
     replay: Annotated[
         Path | None, typer.Option(help="An events.jsonl: ask only the sites that it says were admitted.")
     ] = None,
+    transfer_from: Annotated[
+        Path | None, typer.Option(help="A run whose sites prepared: its recipe on the model of --transfer-to.")
+    ] = None,
+    transfer_to: Annotated[str | None, typer.Option(help="The new base model of --transfer-from.")] = None,
 ) -> None:
     """Play all sites of a federation on this machine.
 
     RECIPE is a .toml file, or demo (the default), newsgroups, regression or chatterbot. At the end a table shows what
     each site gains.
     """
+    import json
+
     from rich.console import Console
 
-    from colora.common.recipe import load_recipe
+    from colora.common.errors import RecipeError
+    from colora.common.recipe import load_recipe, moved
     from colora.server.board import board_of
     from colora.server.conduct import replay_of
     from colora.server.screen import Screen, report
@@ -69,7 +76,13 @@ def simulate(
     overrides = [*(set_ or [])]
     overrides += [f'simulation.engine="{engine}"'] if engine else []
     overrides += [f"simulation.baseline={str(baseline).lower()}"] if baseline is not None else []
-    settings = load_recipe(find_recipe(recipe), tuple(overrides))
+    if (transfer_from is None) != (transfer_to is None):
+        raise RecipeError("--transfer-from", "a run folder, together with --transfer-to MODEL", "one without the other")
+    if transfer_from and transfer_to:
+        overrides += [f"simulation.states={json.dumps(str(transfer_from))}"]
+        settings = moved(load_recipe(transfer_from / "recipe.toml", tuple(overrides)), transfer_to)
+    else:
+        settings = load_recipe(find_recipe(recipe), tuple(overrides))
     folder = out or Path("runs") / settings.name
     console = Console()
     log = replay_of(replay) if replay else None
@@ -93,6 +106,9 @@ def server(
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a key: rounds=20. Repeatable.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Neither TLS nor keys: trials on one machine.")] = False,
+    transfer_to: Annotated[
+        str | None, typer.Option(help="A new base model: the sites of RECIPE, which prepared, move to it.")
+    ] = None,
 ) -> None:
     """Lead a federation whose sites run elsewhere.
 
@@ -102,7 +118,7 @@ def server(
     from rich.console import Console
 
     from colora.common.errors import RecipeError
-    from colora.common.recipe import load_recipe
+    from colora.common.recipe import load_recipe, moved
     from colora.server.folder import RunFolder
     from colora.server.launch import Post, read_keys, run_server
     from colora.server.screen import Screen, report
@@ -110,6 +126,7 @@ def server(
     if (keys is None) != insecure:
         raise RecipeError("--keys", "a folder of keys, or --insecure for none", "both" if keys else "neither")
     settings = load_recipe(find_recipe(recipe), tuple(set_ or []))
+    settings = moved(settings, transfer_to) if transfer_to else settings
     folder, console = out or Path("runs") / settings.name, Console()
     post = Post(settings, folder, host, port, read_keys(keys) if keys else None)
     with Screen(console) as screen:
@@ -213,6 +230,33 @@ def predict(
         typer.echo(render(rows, ".jsonl"), nl=False)
     if cut:
         typer.echo(f"{cut} of {len(rows)} inputs were longer than the model's max_length and were cut", err=True)
+
+
+@app.command()
+def transfer(
+    state: Annotated[Path, typer.Argument(show_default=False)],
+    to: Annotated[str, typer.Option(help="The new base model: a hub id, a local folder, or asset:NAME.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; the same command goes on after an interruption.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a key: transfer.samples=100. Repeatable.")
+    ] = None,
+) -> None:
+    """Move a personalised model to a new base model without its data.
+
+    STATE is the folder of a site that prepared for this (transfer.prepare = true in the recipe while it trained).
+    """
+    from rich.console import Console
+
+    from colora.client.transfer import plan_for
+    from colora.client.transfer import transfer as move
+    from colora.client.transferring import Bar
+    from colora.common.saved import read_saved
+
+    saved = read_saved(state)
+    with Bar(Console()) as bar:
+        done = move(saved, plan_for(saved, to, tuple(set_ or [])), out, watch=bar.wrote, steps=bar.stepped)
+    typer.echo(f"{done.state}: learnt from {done.examples} written examples in {done.seconds:.0f} s")
+    typer.echo(f"  colora export {out}, colora predict {out} and colora transfer {out} take it as any other")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,31 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
     Raises RecipeError naming the key, the nearest known key, and what was expected and found.
     """
-    raw = read_toml(path)
+    return recipe_from(overridden(read_toml(path), overrides))
+
+
+def moved(recipe: Recipe, model: str) -> Recipe:
+    """The recipe of the same federation on another base model, to which its sites transfer what they have.
+
+    It has a name of its own, as a federation has one base model. Raises RecipeError for the model it has already.
+    """
+    if model == recipe.model.source:
+        raise RecipeError("--transfer-to", "another base model", f"{model!r}, as in the recipe")
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-._")[-30:].strip("-._")
+    return dataclasses.replace(
+        recipe,
+        name=f"{recipe.name[:30]}-on-{slug}",
+        model=dataclasses.replace(recipe.model, source=model, revision=None),
+        transfer=dataclasses.replace(recipe.transfer, of=recipe.name),
+        simulation=dataclasses.replace(recipe.simulation, baseline=False),
+    )
+
+
+def overridden(raw: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Parsed settings with ``key.path=value`` overrides (values in TOML, bare words as text). Raises RecipeError."""
     for override in overrides:
         _apply(raw, override)
-    return recipe_from(raw)
+    return raw
 
 
 def recipe_from(raw: dict[str, Any]) -> Recipe:

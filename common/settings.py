@@ -169,6 +169,7 @@ class TransferSettings:
     """
 
     prepare: bool = False  # after the last round, keep seeds and train a discriminator (both personal)
+    of: Name | None = None  # a federation: its sites' models move to this plan's base model before round 1
     seeds: Positive = 5  # examples that the site agrees to keep
     about: str = ""  # what the discriminator's question calls the data; the federation's name when empty
     generator: str | None = None
@@ -283,6 +284,7 @@ class SimulationSettings:
 
     engine: Literal["local", "ray"] = "local"
     threads: Positive | None = None  # torch threads; unset: all cores (local), 1 (ray)
+    states: str | None = None  # the run folder of the federation that ``transfer.of`` names
     baseline: bool = False  # also train every site alone, with the same number of steps
 
 
@@ -365,6 +367,7 @@ class SiteSettings:
     coordinator: CoordinatorSettings | None = None
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     private: Private | None = None  # a private adapter of its own choice, instead of what the recipe says
+    unprepared: Literal["wait", "afresh"] = "wait"  # in a transfer, where it kept nothing: or train on its rows anew
     allow: AllowSettings = field(default_factory=AllowSettings)
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import tomli_w
 
 from ..client.app import make_app as make_client_app
+from ..client.transfer import is_prepared
 from ..common.adapters.attach import inject, private_form
-from ..common.errors import QuorumError, RecipeError
+from ..common.errors import QuorumError, RecipeError, StateError
 from ..common.files import write_atomically
 from ..common.first import first_shared, head_layout
 from ..common.methods import SHARED
@@ -62,11 +63,32 @@ def simulate(
 
 def _found(run: RunFolder, recipe: Recipe) -> None:
     """Makes the sites, checks all that can be checked, and writes the folder; the recipe last, as the seal."""
+    if recipe.transfer.of is not None:
+        return _found_moved(run, recipe)
     sites = make_sites(recipe)
     _check(recipe, sites)
     for site in sites:
         write_site(site, run.path / "sites" / site.plan.name)
     write_atomically(run.roster, json.dumps([[site.plan.name, site.plan.from_round] for site in sites]).encode())
+    write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
+
+
+def _found_moved(run: RunFolder, recipe: Recipe) -> None:
+    """The sites of an earlier run, without their data: what they know is in their states."""
+    old = RunFolder(Path(recipe.simulation.states or ""))
+    if not recipe.simulation.states or not old.recipe.exists():
+        wanted = f"the run folder of {recipe.transfer.of}"
+        raise RecipeError("simulation.states", wanted, recipe.simulation.states or "nothing")
+    roster = [(site, 1) for site, _ in json.loads(old.roster.read_text())]
+    for site, _ in roster:
+        states = old.path / "sites" / site / "state"
+        if not is_prepared(states):
+            raise StateError(str(states), "a site that prepared (transfer.prepare = true)", "no seeds", site=site)
+    first_shared(recipe.plan, 2)
+    for site, _ in roster:
+        copy = (old.path / "sites" / site / "site.toml").read_bytes()
+        write_atomically(run.path / "sites" / site / "site.toml", copy)
+    write_atomically(run.roster, json.dumps(roster).encode())
     write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
 
 
@@ -106,6 +128,7 @@ def federate(
         tuple(m.site for m in roster),
         threads,
         (home / "log.txt").resolve(),
+        Path(recipe.simulation.states).resolve() if recipe.simulation.states else None,
     )
     job = Job(
         server=make_server_app(listener, conduct),

@@ -14,9 +14,11 @@ from ..client.app import Connect, Site
 from ..client.data import load_site_rows
 from ..client.store import Store
 from ..client.trainer import Bench, Trainer, set_up
+from ..client.transfer import rows_on_new_base
 from ..common.model import load
 from ..common.protocol import Description, Order, Reply
 from ..common.recipe import load_site
+from ..common.rows import SiteRows
 from ..common.settings import Plan, SiteSettings, parse
 
 
@@ -29,6 +31,7 @@ class Premises:
     names: tuple[str, ...]
     threads: int
     log: Path
+    moved_from: Path | None = None  # the run folder of the federation that these sites had before
 
     def data_of(self, name: str) -> Path:
         """A site's folder with ``site.toml`` and rows."""
@@ -58,10 +61,17 @@ class Workshop:
     def trainer(self, name: str) -> Trainer:
         """The trainer of one site, made at the first call."""
         if name not in self.trainers:
-            rows = load_site_rows(self.files[name], self.plan.seed)
+            rows = self._rows(name)
             store = Store(self.premises.state_of(name), self.plan.name)
             self.trainers[name] = Trainer(self.bench, rows, store, self.files[name].private)
         return self.trainers[name]
+
+    def _rows(self, name: str) -> SiteRows:
+        if self.plan.transfer.of is None:
+            return load_site_rows(self.files[name], self.plan.seed)
+        assert self.premises.moved_from is not None
+        old = self.premises.moved_from / "sites" / name / "state"
+        return rows_on_new_base(self.plan, old, self.premises.state / name / "transfer")
 
 
 @dataclass(frozen=True)

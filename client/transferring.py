@@ -1,0 +1,47 @@
+"""What a person sees of a transfer: how many texts were written and kept, then the steps of the distillation."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from ..transfer.synthesis import Progress as Written
+
+
+class Bar:
+    """One line a stage, as texts are written and as the new adapter learns; nothing where the output is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeElapsedColumn(),
+        )
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.lines: dict[str, TaskID] = {}
+
+    def wrote(self, progress: Written) -> None:
+        """After every call of the writer, and after every judgement."""
+        told = f"{progress.kept} of {progress.wanted} kept, {progress.written} written ({progress.acceptance:.0%} kept)"
+        self._show("writing", min(progress.kept, progress.wanted), progress.wanted, told)
+
+    def stepped(self, done: int, total: int) -> None:
+        """After every optimiser step."""
+        self._show("learning", done, total, f"step {done} of {total}")
+
+    def _show(self, stage: str, done: int, total: int, told: str) -> None:
+        if stage not in self.lines:
+            self.lines[stage] = self.progress.add_task(stage, total=total, told="")
+        self.progress.update(self.lines[stage], completed=done, total=total, told=told)
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()

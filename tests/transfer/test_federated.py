@@ -1,0 +1,91 @@
+"""A federation moves to a new base model: every site on its own written examples, nothing of them on the wire."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from flwr.app import Message
+
+from colora.common.errors import RecipeError, StateError
+from colora.common.recipe import load_recipe, moved, recipe_from
+from colora.common.saved import read_saved
+from colora.simulation.grid import LocalGrid
+from colora.simulation.run import simulate
+
+SITES = ("ada", "bob", "cyd")
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
+    seen: list[Message] = []
+    answer = LocalGrid._answer
+
+    def tapped(self: LocalGrid, message: Message) -> Message:
+        seen.extend((message, answer(self, message)))
+        return seen[-1]
+
+    monkeypatch.setattr(LocalGrid, "_answer", tapped)
+    return seen
+
+
+@pytest.fixture
+def first(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: list[int]) -> Path:
+    """A finished run whose sites prepared; then their data go."""
+    kept = {"prepare": True, "filter": "none", "generator": str(speaking_llama), "samples": 10}
+    recipe = recipe_from({**tiny_recipe, "transfer": kept})
+    run = simulate(recipe, tmp_path / "first", resume=False)
+    for site in SITES:
+        shutil.rmtree(run.path / "sites" / site / "data")
+    shutil.rmtree(tmp_path / "rows")
+    return run.path
+
+
+def test_all_sites_move_and_nothing_written_is_in_any_message(
+    first: Path, tiny_bert: Path, tmp_path: Path, wire: list[Message]
+) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(tiny_bert, target)
+    old = load_recipe(first / "recipe.toml", (f'simulation.states="{first}"',))
+    recipe = moved(old, str(target))
+    assert recipe.name.startswith("tiny-on-")
+    run = simulate(recipe, tmp_path / "second", resume=False)
+    texts = set()
+    for site in SITES:
+        saved, before = read_saved(run.path / "sites" / site), read_saved(first / "sites" / site)
+        assert saved.plan.model.source == str(target)
+        assert saved.card.labels == before.card.labels
+        assert saved.kept is not None, "and it is prepared for the next"
+        lines = (run.path / "sites" / site / "transfer" / "synthetic.jsonl").read_text().splitlines()
+        assert len(lines) == 10
+        texts |= {json.loads(line)["text"] for line in lines} | set((before.kept or {})["seeds"])
+    sent = b"".join(
+        repr(message.content).encode() + str(message.content).encode() for message in wire if message.has_content()
+    )
+    arrays = b"".join(
+        entry.data
+        for message in wire
+        if message.has_content()
+        for record in message.content.array_records.values()
+        for entry in record.values()
+    )
+    assert len(wire) > 20
+    assert not [text for text in texts if text.encode() in sent + arrays]
+
+
+def test_what_is_missing_for_a_move_is_said(first: Path, tiny_recipe: dict, tiny_bert: Path, tmp_path: Path) -> None:
+    old = load_recipe(first / "recipe.toml")
+    with pytest.raises(RecipeError, match="--transfer-to: expected another base model"):
+        moved(old, old.model.source)
+    target = tmp_path / "target"
+    shutil.copytree(tiny_bert, target)
+    with pytest.raises(RecipeError, match=r"simulation.states: expected the run folder of tiny, found nothing"):
+        simulate(moved(old, str(target)), tmp_path / "no", resume=False)
+    for path in (first / "sites" / "bob" / "state").iterdir():
+        path.unlink()
+    states = load_recipe(first / "recipe.toml", (f'simulation.states="{first}"',))
+    with pytest.raises(StateError, match=r"site bob: .*expected a site that prepared .*, found no seeds"):
+        simulate(moved(states, str(target)), tmp_path / "no", resume=False)
+    assert not (tmp_path / "no" / "recipe.toml").exists()

@@ -1,0 +1,146 @@
+"""A site's model moves to another base model, and the data it was trained on are gone by then."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from colora.client.predict import Predictor
+from colora.client.transfer import label, plan_for, synthetic_rows, transfer
+from colora.common.errors import ColoraError, DataError
+from colora.common.recipe import recipe_from
+from colora.common.saved import Saved, read_saved
+from colora.simulation.run import simulate
+from tests.conftest import WORDS, write_lines
+
+TEXTS = [" ".join(pair) for pair in pairwise(WORDS)]
+
+
+@pytest.fixture
+def prepared(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: list[int]) -> Saved:
+    """ada after a federation with ``transfer.prepare``, her rows deleted."""
+    tiny_recipe["transfer"] = {
+        "prepare": True,
+        "generator": str(speaking_llama),
+        "rank": 4,
+        "steps": 20,
+        "lr": 0.05,
+        "samples": 16,
+        "distil_epochs": 5,
+        "distil_lr": 0.02,
+    }
+    tiny_recipe["train"] |= {"final_steps": 10, "head_lr": 0.05}
+    run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
+    shutil.rmtree(run.path / "sites" / "ada" / "data")
+    shutil.rmtree(tmp_path / "rows")
+    return read_saved(run.path / "sites" / "ada")
+
+
+@pytest.fixture
+def other_bert(tiny_bert: Path, tmp_path: Path) -> Path:
+    """The tiny BERT with other weights and one layer less."""
+    from transformers import BertConfig, BertModel
+
+    place = tmp_path / "other"
+    shutil.copytree(tiny_bert, place)
+    torch.manual_seed(5)
+    BertModel(BertConfig.from_pretrained(tiny_bert, num_hidden_layers=1)).save_pretrained(place)
+    return place
+
+
+def test_a_classifier_moves_without_its_data_and_two_hops_as_well(
+    prepared: Saved, other_bert: Path, tmp_path: Path
+) -> None:
+    plan = plan_for(prepared, str(other_bert), ("transfer.filter=none",))
+    first = transfer(prepared, plan, tmp_path / "out")
+    assert first.examples == 16
+    moved = read_saved(tmp_path / "out")
+    assert moved.plan.model.source == str(other_bert)
+    assert (moved.card.site, moved.card.labels) == ("ada", prepared.card.labels)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "synthetic.jsonl").read_text().splitlines()]
+    source = [p["probabilities"] for p in Predictor(prepared).predict(rows)]
+    target = [p["probabilities"] for p in Predictor(moved).predict(rows)]
+    off = [abs(a[k] - b[k]) for a, b in zip(source, target, strict=True) for k in a]
+    assert np.mean(off) < 0.1, "it answers as the source does"
+    assert [row["probabilities"] for row in rows] == [pytest.approx(list(p.values())) for p in source]
+    again = transfer(prepared, plan, tmp_path / "out")
+    assert again.state.read_bytes() == first.state.read_bytes()
+
+
+def test_only_what_the_discriminator_keeps_is_learnt_from(prepared: Saved, other_bert: Path, tmp_path: Path) -> None:
+    with suppress(DataError):  # a discriminator that takes none of these for real is a good one
+        synthetic_rows(prepared, plan_for(prepared, str(other_bert)), tmp_path / "out")
+    path = tmp_path / "out" / "synthetic.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    book = json.loads((tmp_path / "out" / "written.json").read_text())
+    kept = [text for text, verdict in book["verdicts"].items() if verdict]
+    assert [row["text"] for row in rows] == kept[:16]
+    assert not set(book["verdicts"]) & set(prepared.kept["seeds"] if prepared.kept else ())
+
+
+def test_seeds_and_discriminator_are_in_the_state_and_in_no_message(prepared: Saved, tmp_path: Path) -> None:
+    assert prepared.kept is not None
+    assert len(prepared.kept["seeds"]) == 5
+    assert prepared.kept["examples"] == 12
+    assert any(key.endswith("lora_B.weight") and value.any() for key, value in prepared.discriminator.items())
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    for seed in prepared.kept["seeds"]:
+        assert seed not in events
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        assert not any(seed.encode() in path.read_bytes() for seed in prepared.kept["seeds"])
+
+
+def test_what_cannot_be_transferred_is_said(prepared: Saved, other_bert: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    same = plan_for(prepared, prepared.plan.model.source)
+    for plan, words in (
+        (same, "--to: expected another base model than the source's"),
+        (plan_for(prepared, str(other_bert), ("transfer.filter=titok",)), "discriminator or none for classification"),
+        (plan_for(prepared, str(other_bert), ("adapter.target_modules=['nothing']", "transfer.filter=none")), "query"),
+    ):
+        with pytest.raises(ColoraError, match=words):
+            transfer(prepared, plan, tmp_path / "no" / str(abs(hash(words))))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    with pytest.raises(ColoraError, match="a new or empty folder, found other files"):
+        transfer(prepared, plan_for(prepared, str(other_bert)), tmp_path / "full")
+    bare = Saved(prepared.path, prepared.card, prepared.plan, prepared.shared, prepared.personal)
+    with pytest.raises(ColoraError, match=r"seeds that the site kept \(transfer.prepare = true while it trained\)"):
+        transfer(bare, plan_for(prepared, str(other_bert)), tmp_path / "bare")
+
+
+@pytest.fixture
+def talker(speaking_llama: Path, tmp_path: Path, writer: list[int]) -> Saved:
+    """A site that generates, prepared."""
+    rows = [{"prompt": text, "completion": "sun moon"} for text in TEXTS]
+    raw = {
+        "name": "talk",
+        "rounds": 1,
+        "model": {"source": str(speaking_llama), "max_length": 32},
+        "adapter": {"rank": 4, "target_modules": ["q_proj", "v_proj"]},
+        "train": {"steps": 20, "batch_size": 4, "lr": 0.02},
+        "evaluation": {"max_new_tokens": 4},
+        "transfer": {"prepare": True, "steps": 10, "samples": 12, "rank": 4, "distil_epochs": 10, "distil_lr": 0.02},
+        "simulation": {"threads": 1},
+        "data": {"task": "generation", "test": 3},
+        "site": [{"name": "eva", "source": str(write_lines(tmp_path / "eva.jsonl", rows))}],
+    }
+    run = simulate(recipe_from(raw), tmp_path / "run", resume=False)
+    return read_saved(run.path / "sites" / "eva")
+
+
+@pytest.mark.parametrize("kind", ["none", "titok"])
+def test_a_generator_moves_to_another_adapter_form_by_its_own_answers(talker: Saved, kind: str, tmp_path: Path) -> None:
+    plan = plan_for(talker, talker.plan.model.source, ("method.name=multilora", f"transfer.filter={kind}"))
+    done = transfer(talker, plan, tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "synthetic.jsonl").read_text().splitlines()]
+    assert done.examples == len(rows) == 12
+    assert rows == label(talker, [row["prompt"] for row in rows])
+    answers = [p["completion"] for p in Predictor(read_saved(tmp_path / "out")).predict(rows)]
+    assert sum(a == row["completion"] for a, row in zip(answers, rows, strict=True)) >= 6
