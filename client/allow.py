@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..common.errors import RefusedError
 from ..common.methods import ABSENT, GROUPS, METHODS, SHARED
-from ..common.settings import Plan, PrivateSettings, SiteSettings
+from ..common.settings import Plan
+from ..common.site import SiteSettings
 
 ALTERNATING = "train.personal_steps + train.shared_steps"
 SHOWN = 200  # characters of what a coordinator sent
@@ -24,8 +25,7 @@ def check_allowed(plan: Plan, federation: str, site: SiteSettings) -> None:
     _check_method(plan, site)
     steps = {"joint": "train.steps", "phases": "train.phase.steps"}.get(train.schedule, ALTERNATING)
     modules = plan.adapter.modules if plan.row().scale is not ABSENT else 1
-    asked = PrivateSettings("none") if site.private else plan.private  # a site's own choice needs no permission
-    private_rank = {"none": 0, "lora": asked.rank, "multilora": asked.rank * asked.modules}[asked.kind]
+    private_rank = 0 if site.private else plan.private.total_rank  # a site's own choice needs no permission
     for field, found, limit, key in (
         ("adapter.rank", plan.adapter.rank * modules, allow.max_rank, "max_rank"),
         ("private.rank", private_rank, allow.max_rank, "max_rank"),

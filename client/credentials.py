@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 
-from ..common.settings import CoordinatorSettings
+from ..common.site import CoordinatorSettings
 from .findings import Wrong
 
 PATIENCE = 10.0  # seconds for the coordinator

@@ -18,7 +18,8 @@ from ..common.assets import asset_folder
 from ..common.errors import AssetError, DataError, RecipeError
 from ..common.rows import Row, SiteRows
 from ..common.seeds import seed_from
-from ..common.settings import DataSettings, SiteSettings
+from ..common.settings import DataSettings
+from ..common.site import SiteSettings
 
 
 @dataclass

@@ -14,7 +14,7 @@ import grpc.aio
 
 from ..common.errors import ColoraError, RecipeError, StateError
 from ..common.processes import sole
-from ..common.settings import TrainerSettings
+from ..common.site import TrainerSettings
 from .wire.parts import UNIX, target_of
 
 LONGEST = 100  # bytes of a socket's path; the system's limit is 107

@@ -150,7 +150,7 @@ def _values(saved: Saved) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tens
     plan, row = saved.plan, saved.plan.row()
     backbone = skeleton(plan.model)
     parameters = attach(backbone, plan.adapter, plan.method.row())
-    if plan.private.kind != "none":
+    if plan.private.present:
         parameters |= inject(backbone, private_form(plan.private, plan.adapter), "private")
     start = initial_values(layout_of(parameters), plan.adapter, plan.seed)
     missing = [k for k in row.having(start, SHARED) if k not in saved.shared]

@@ -18,7 +18,8 @@ from ..common.methods import PERSONAL, group_of
 from ..common.model import check_fingerprint
 from ..common.protocol import Order
 from ..common.saved import Saved
-from ..common.settings import Plan, SiteSettings, to_json
+from ..common.settings import Plan, to_json
+from ..common.site import SiteSettings
 from ..common.training import Watch
 from . import door
 from .resident import Resident

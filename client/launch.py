@@ -14,7 +14,7 @@ from ..common.errors import ColoraError, RecipeError
 from ..common.processes import Child, Command, Signals, sole, tell_services
 from ..common.recipe import load_site
 from ..common.services import plain
-from ..common.settings import SiteSettings
+from ..common.site import SiteSettings
 from .supernode import SuperNode
 
 PULSE = 0.4  # seconds

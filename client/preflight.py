@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal
 from ..common.errors import ColoraError, DataError
 from ..common.recipe import load_site
 from ..common.rows import SiteRows
-from ..common.settings import EvaluationSettings, ModelSettings, Plan, SiteSettings
+from ..common.settings import EvaluationSettings, ModelSettings, Plan
+from ..common.site import SiteSettings
 from .credentials import check_ca, check_coordinator, check_key, check_link
 from .data import load_site_rows, read_rows
 from .findings import Finding, Wrong, report, size

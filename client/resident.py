@@ -15,7 +15,8 @@ from ..common.errors import RecipeError, RefusedError
 from ..common.model import BaseModel, load
 from ..common.protocol import Order, Reply
 from ..common.rows import SiteRows
-from ..common.settings import ModelSettings, Plan, SiteSettings, parse
+from ..common.settings import ModelSettings, Plan, parse
+from ..common.site import SiteSettings
 from ..common.training import Watch
 from .allow import check_allowed
 from .data import load_site_rows

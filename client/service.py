@@ -27,7 +27,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from ..common.errors import ColoraError, RecipeError, RefusedError
 from ..common.protocol import Arrays, Order, Reply
 from ..common.recipe import load_site
-from ..common.settings import Plan, SiteSettings
+from ..common.settings import Plan
+from ..common.site import SiteSettings
 from . import door
 from .audit import Audit
 from .wire import parts, trainer_pb2_grpc

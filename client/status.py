@@ -26,7 +26,7 @@ from rich.table import Table
 from ..common.errors import ColoraError
 from ..common.recipe import load_site
 from ..common.services import Process, Service, Told, ago, grpc_health, here, plain, read_services, show_services
-from ..common.settings import SiteSettings
+from ..common.site import SiteSettings
 from .audit import FILE as AUDIT
 from .connection import TrainerConnection
 

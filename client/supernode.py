@@ -12,7 +12,7 @@ import psutil
 
 from ..common.files import write_atomically
 from ..common.processes import Child, Command, free_port, program
-from ..common.settings import CoordinatorSettings, SiteSettings
+from ..common.site import CoordinatorSettings, SiteSettings
 from .connection import LINK, SITE, TRAINER
 
 POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}  # seconds between a message and its ClientApp

@@ -39,7 +39,7 @@ class Bench:
 
     def private(self, settings: PrivateSettings) -> Private:
         """The private adapter of this kind, attached at the first call; sites of one kind take turns on it."""
-        if settings.kind == "none":
+        if not settings.present:
             return Private("", {})
         if settings not in self.privates:
             name = f"private{len(self.privates)}"
@@ -307,7 +307,7 @@ def phases(plan: Plan, row: Method, live: Mapping[str, object], phase: str, *, l
 
 
 def _told(private: PrivateSettings) -> str:
-    return ", ".join(f"{k} {v}" for k, v in to_dict(private).items()) if private.kind != "none" else "none"
+    return ", ".join(f"{k} {v}" for k, v in to_dict(private).items()) if private.present else "none"
 
 
 def _named(kind: str, metrics: Mapping[str, float]) -> dict[str, float]:

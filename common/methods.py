@@ -68,6 +68,12 @@ METHODS: dict[str, Method] = {
     "multilora": Method(SHARED, SHARED, ABSENT, PERSONAL, scale=SHARED),  # MultiLoRA, arXiv 2311.11501, averaged
 }
 
+PRIVATE_KINDS: dict[str, bool] = {  # of a private adapter: whether it has MultiLoRA's modules
+    "none": False,
+    "lora": False,
+    "multilora": True,
+}
+
 _GROUP_OF_LEAF = {"lora_A": "A", "lora_B": "B", "lora_core": "core", "lora_scale": "scale"}
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from .errors import RecipeError
 from .explain import naming_the_site
 from .methods import GROUPS, Method, Role
-from .settings import DataSettings, Recipe, SitePlan, SiteSettings, parse
+from .settings import DataSettings, Recipe, SitePlan, parse
+from .site import SiteSettings
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -154,7 +155,7 @@ def _check_phases(recipe: Recipe, row: Method) -> None:
     if (train.schedule == "phases") is not bool(train.phase):
         found = "none" if train.schedule == "phases" else f'some with train.schedule = "{train.schedule}"'
         raise RecipeError("train.phase", '[[train.phase]] tables with train.schedule = "phases"', found)
-    own = any(site.private and site.private.kind != "none" for site in recipe.site)
+    own = any(site.private and site.private.present for site in recipe.site)
     row = dataclasses.replace(row, private=Role.PERSONAL) if own else row
     trained = {group for group in GROUPS if getattr(row, group) in (Role.SHARED, Role.PERSONAL)}
     for phase in train.phase:

@@ -1,4 +1,4 @@
-"""Recipes and site files as frozen dataclasses; ``recipe.py`` reads the files.
+"""Recipes as frozen dataclasses (site files: ``site.py``); ``recipe.py`` reads the files.
 
 A recipe is one TOML file. Its ``Plan`` is the part that every site must agree on and that is hashed into
 each order; the rest (data, sites, server, simulation) is the coordinator's or the simulation's own business.
@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import field
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from .errors import RecipeError
 from .explain import explain, guess
-from .methods import GROUPS, METHODS, Method, Role
+from .methods import GROUPS, METHODS, PRIVATE_KINDS, Method, Role
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 T = TypeVar("T")
@@ -30,6 +30,10 @@ Rate = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 TaskKind = Literal["classification", "generation", "regression"]
+if TYPE_CHECKING:
+    PrivateKind = str
+else:
+    PrivateKind = Literal[tuple(PRIVATE_KINDS)]
 Group = Literal["A", "B", "core", "scale", "private", "head"]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 
@@ -65,13 +69,28 @@ class PrivateSettings:
     ``lora``: s · B A. ``multilora``: s · Σ_i s_i ⊙ B_i A_i with ``modules`` modules of ``rank`` each.
     """
 
-    kind: Literal["none", "lora", "multilora"]
+    kind: PrivateKind
     rank: Positive = 4
     alpha: Annotated[float, Field(gt=0)] = 8.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: tuple[str, ...] | str | None = None  # as the shared adapter's when unset
     rslora: bool = False
     modules: Positive = 3
+
+    @property
+    def present(self) -> bool:
+        """Whether there is one."""
+        return self.kind != "none"
+
+    @property
+    def slices(self) -> int:
+        """n of n·r: MultiLoRA's modules, or 1."""
+        return self.modules if PRIVATE_KINDS[self.kind] else 1
+
+    @property
+    def total_rank(self) -> int:
+        """n·r; 0 where there is none."""
+        return self.rank * self.slices if self.present else 0
 
 
 def _by_kind(value: object) -> object:
@@ -207,7 +226,7 @@ class Plan:
     def row(self) -> Method:
         """The method's row, with the private adapter where there is one."""
         row = self.method.row()
-        return row if self.private.kind == "none" else dataclasses.replace(row, private=Role.PERSONAL)
+        return dataclasses.replace(row, private=Role.PERSONAL) if self.private.present else row
 
     @property
     def total_steps(self) -> int:
@@ -308,67 +327,6 @@ class Recipe(Plan):
     def identity(self) -> str:
         """A hash of everything that can change a result: not of how the machine plays the sites."""
         return digest(to_json(dataclasses.replace(self, simulation=SimulationSettings(), description="")))
-
-
-@dataclass(frozen=True, config=STRICT)
-class CoordinatorSettings:
-    """Where a site finds its coordinator, and the key it is known by there. Relative paths start at the site file."""
-
-    address: str  # host:port
-    ca: str = "ca.crt"  # PEM
-    key: str = "site.key"  # OpenSSH private key (ECDSA)
-    insecure: bool = False  # neither TLS nor a key, for trials on one machine
-
-
-@dataclass(frozen=True, config=STRICT)
-class TrainerSettings:
-    """The resident trainer of a site.
-
-    ``listen`` is ``unix:PATH`` (the socket is the user's own, mode 0600) or ``HOST:PORT``, which needs the ``link``
-    folder with ``ca.crt``, ``trainer.crt``, ``trainer.key``, ``node.crt`` and ``node.key`` for TLS on both sides.
-    """
-
-    listen: str = "unix:state/trainer.sock"
-    link: str = "link"
-    state: str = "state"  # folder of personal states and of the audit log
-    device: str = "auto"
-    threads: Positive | None = None  # torch threads; unset: all cores
-    precision: Precision | None = None  # instead of what the recipe says, as may suit a small device
-    gradient_checkpointing: bool | None = None
-    micro_batch: Positive | None = None
-
-
-@dataclass(frozen=True, config=STRICT)
-class AllowSettings:
-    """What a coordinator may ask of this site; the trainer refuses the rest. Unset: anything, as far as numbers go.
-
-    Unset ``methods``: every method as the table has it, but no plan that shares a group which the table leaves here.
-    """
-
-    federations: tuple[str, ...] | None = None
-    models: tuple[str, ...] | None = None  # sources as a recipe names them
-    methods: tuple[str, ...] | None = None  # "colora"; "colora+head" where a recipe may share the head as well
-    max_rank: Positive | None = None
-    max_steps: Positive | None = None  # optimiser steps in one round, the final ones too
-    max_seconds: Annotated[float, Field(gt=0)] | None = None  # of training in one round
-    max_tokens: Positive | None = None  # tokens of one text (model.max_length)
-    precision: tuple[Precision, ...] | None = None
-
-
-@dataclass(frozen=True, config=STRICT)
-class SiteSettings:
-    """A site file: who the site is, where its rows lie, whom it serves and what it allows.
-
-    Relative paths start at the file's folder. A simulation needs no more than ``name`` and ``data``.
-    """
-
-    name: Name
-    data: DataSettings
-    coordinator: CoordinatorSettings | None = None
-    trainer: TrainerSettings = field(default_factory=TrainerSettings)
-    private: Private | None = None  # a private adapter of its own choice, instead of what the recipe says
-    unprepared: Literal["wait", "afresh"] = "wait"  # in a transfer, where it kept nothing: or train on its rows anew
-    allow: AllowSettings = field(default_factory=AllowSettings)
 
 
 def parse(kind: type[T], raw: dict[str, Any]) -> T:

@@ -28,7 +28,8 @@ from ..common.errors import DataError
 from ..common.files import write_atomically
 from ..common.rows import Row, SiteRows
 from ..common.seeds import seed_from
-from ..common.settings import DataSettings, PartitionSettings, Recipe, SitePlan, SiteSettings, to_dict
+from ..common.settings import DataSettings, PartitionSettings, Recipe, SitePlan, to_dict
+from ..common.site import SiteSettings
 from .regression import SOURCE, regression_sites
 
 Parts = dict[str, list[int]]  # site name → row numbers

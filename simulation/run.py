@@ -164,5 +164,5 @@ def _check(recipe: Recipe, sites: list[SiteShare]) -> None:
         head_layout(skeleton(recipe.model), 2)
     first_shared(recipe.plan, max(map(len, labels), default=0))
     for private in {recipe.private, *(site.plan.private for site in sites if site.plan.private)}:
-        if private.kind != "none":
+        if private.present:
             inject(skeleton(recipe.model), private_form(private, recipe.adapter), "private")

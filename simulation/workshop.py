@@ -19,7 +19,8 @@ from ..common.model import load
 from ..common.protocol import Description, Order, Reply
 from ..common.recipe import load_site
 from ..common.rows import SiteRows
-from ..common.settings import Plan, SiteSettings, parse
+from ..common.settings import Plan, parse
+from ..common.site import SiteSettings
 
 
 @dataclass(frozen=True)

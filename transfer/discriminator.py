@@ -103,6 +103,7 @@ class Discriminator:
 
     def take_off(self) -> None:
         """Takes the LoRA off its model again."""
+        activate(self.base.backbone, [])
         for layer in list(self.base.backbone.modules()):
             if isinstance(layer, LoraLayer) and ADAPTER in layer.r:
                 layer.delete_adapter(ADAPTER)

@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
 from ..errors import ModelError
-from ..methods import ABSENT, PRIVATE, Method
+from ..methods import ABSENT, PRIVATE, PRIVATE_KINDS, Method
 from ..seeds import seed_from
 from ..settings import AdapterSettings, PrivateSettings
 from .core import CORE_FORMS, CoreVariant
@@ -57,10 +57,9 @@ def shared_form(settings: AdapterSettings, method: Method) -> Form:
 
 def private_form(settings: PrivateSettings, usual: AdapterSettings) -> Form:
     """The form of a private adapter, with the shared one's target modules unless it has its own."""
-    modules = settings.modules if settings.kind == "multilora" else 1
-    variant = MultiVariant(modules) if settings.kind == "multilora" else None
+    variant = MultiVariant(settings.slices) if PRIVATE_KINDS[settings.kind] else None
     targets = settings.target_modules or usual.target_modules
-    return Form("private", settings.rank * modules, scaling_of(settings), settings.dropout, targets, variant)
+    return Form("private", settings.total_rank, scaling_of(settings), settings.dropout, targets, variant)
 
 
 def scaling_of(settings: AdapterSettings | PrivateSettings) -> float:

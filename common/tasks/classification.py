@@ -56,7 +56,9 @@ class Classification(Task):
             return {}
         pairs = [(self._logits(batch), batch["labels"]) for batch in self.batches(self.test.examples)]
         logits, labels = (torch.cat(part).cpu() for part in zip(*pairs, strict=True))
-        return self._scores(labels, logits.argmax(-1)) | {"loss": F.cross_entropy(logits, labels).item()}
+        return self._scores([_likeliest(label) for label in labels.tolist()], logits.argmax(-1)) | {
+            "loss": F.cross_entropy(logits, labels).item()
+        }
 
     @torch.no_grad()
     def predict(self, rows: Sequence[Row]) -> Iterator[Prediction]:
@@ -90,6 +92,8 @@ class Classification(Task):
         if not self.test.examples:
             return {}
         (x, y), (x_test, y_test) = self._features(self.train.examples), self._features(self.test.examples)
+        if len(set(y)) < 2:
+            return self._scores(y_test, y[:1] * len(y_test))
         fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500)).fit(x, y)
         return self._scores(y_test, fitted.predict(x_test))
 
@@ -108,7 +112,7 @@ class Classification(Task):
                 setattr(self.module, name, module)
         # a head that pools by itself (RoBERTa's) is handed the whole sequence and reads its first token
         pooled = torch.cat([f[:, 0] if f.dim() == 3 else f for f in found])
-        return pooled.cpu().double().numpy(), [label for _, label in examples]
+        return pooled.cpu().double().numpy(), [_likeliest(label) for _, label in examples]
 
     def _scores(self, labels: Any, predicted: Any) -> Metrics:
         from sklearn.metrics import accuracy_score, f1_score
@@ -116,3 +120,8 @@ class Classification(Task):
         classes = list(range(len(self.rows.labels)))
         f1 = f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)  # type: ignore[arg-type]
         return {"accuracy": float(accuracy_score(labels, predicted)), "macro_f1": float(f1)}
+
+
+def _likeliest(label: int | list[float]) -> int:
+    """The class of an example whose label may be probabilities."""
+    return label if isinstance(label, int) else max(range(len(label)), key=label.__getitem__)

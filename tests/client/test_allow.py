@@ -10,7 +10,8 @@ import pytest
 from colora.client.allow import check_allowed
 from colora.common.errors import RecipeError, RefusedError
 from colora.common.methods import METHODS
-from colora.common.settings import AllowSettings, Plan, SiteSettings, parse
+from colora.common.settings import Plan, parse
+from colora.common.site import AllowSettings, SiteSettings
 
 PLAN: dict[str, Any] = {
     "name": "north-sea",

@@ -16,7 +16,8 @@ import pytest
 from colora.client.data import check_rows, hold_out, load_site_rows, read_rows, select_numbered
 from colora.common.errors import DataError
 from colora.common.rows import Row
-from colora.common.settings import DataSettings, SiteSettings
+from colora.common.settings import DataSettings
+from colora.common.site import SiteSettings
 
 ROWS: list[Row] = [
     {"text": 'größer, "so"\nsaid', "label": "yes"},

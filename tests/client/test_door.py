@@ -16,7 +16,8 @@ import pytest
 from colora.client import door
 from colora.common.errors import ColoraError, RecipeError, StateError
 from colora.common.processes import free_port
-from colora.common.settings import TrainerSettings, to_json
+from colora.common.settings import to_json
+from colora.common.site import TrainerSettings
 from colora.server.provision import provision
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ from colora.common.model import load
 from colora.common.protocol import Order
 from colora.common.recipe import recipe_from
 from colora.common.saved import Saved, read_saved
-from colora.common.settings import DataSettings, SiteSettings, to_json
+from colora.common.settings import DataSettings, to_json
+from colora.common.site import SiteSettings
 
 SIZES = {"vocab_size": 44, "pad_token_id": 0}
 WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

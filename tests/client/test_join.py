@@ -15,7 +15,8 @@ from colora.common.errors import RefusedError, StateError
 from colora.common.files import load_arrays
 from colora.common.recipe import load_site, recipe_from
 from colora.common.saved import read_saved
-from colora.common.settings import PrivateSettings, SiteSettings
+from colora.common.settings import PrivateSettings
+from colora.common.site import SiteSettings
 from colora.server.folder import RunFolder
 from colora.simulation.run import simulate
 

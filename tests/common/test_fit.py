@@ -18,7 +18,8 @@ from colora.common.methods import group_of
 from colora.common.model import load
 from colora.common.protocol import Order
 from colora.common.recipe import recipe_from
-from colora.common.settings import SiteSettings, to_json
+from colora.common.settings import to_json
+from colora.common.site import SiteSettings
 
 SMALL = 3  # examples that the small device takes
 

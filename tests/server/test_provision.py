@@ -27,7 +27,8 @@ from flwr.cli.supernode.register import try_load_public_key
 from colora.cli import main
 from colora.common.errors import ColoraError, RecipeError, StateError
 from colora.common.recipe import load_site
-from colora.common.settings import AllowSettings, SiteSettings, TrainerSettings, parse
+from colora.common.settings import parse
+from colora.common.site import AllowSettings, SiteSettings, TrainerSettings
 from colora.server import provision as module
 from colora.server.provision import provision
 
