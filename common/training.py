@@ -124,7 +124,8 @@ def gradients(
     for number, batch in enumerate(batches):
         loss, n = task.loss(batch)
         first = first if number else n
-        (loss * (scale * n / first)).backward()
+        factor = scale * n / first
+        (loss if factor == 1 else loss * factor).backward()
         total, terms = total + float(loss.detach()) * n, terms + n
     if terms != first:
         for parameter in _with_gradients(optimizer):

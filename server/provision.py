@@ -254,6 +254,9 @@ key = "site.key"
 # state = "state"
 # device = "auto"                  # or "cpu", "cuda:0"
 # threads = 4                      # unset: all cores
+# precision = "int4"               # of the base model, instead of the recipe's: for a small GPU
+# gradient_checkpointing = true
+# micro_batch = 2                  # examples at once; unset: as many as fit
 
 [allow]                            # what the coordinator may ask; what is left out may be anything
 # federations = ["my-federation"]
@@ -264,4 +267,7 @@ key = "site.key"
 # max_seconds = 600                # of training in one round
 # max_tokens = 256                 # of one text
 # precision = ["fp32"]
+
+# [private]                        # an adapter of this site's own beside the shared one, instead of the recipe's
+# kind = "multilora"               # or "lora"
 """

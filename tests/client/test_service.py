@@ -477,6 +477,7 @@ def resident_bytes(pid: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is read from /proc")
+@pytest.mark.endurance
 def test_fifty_rounds_take_no_more_memory_than_five(house: House, wide_bert: Path) -> None:
     """With more than 4 MiB of shared arrays in every order and reply."""
     trainer = house.furnish().start()

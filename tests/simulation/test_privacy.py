@@ -123,7 +123,7 @@ def test_a_reply_with_an_extra_array_does_not_leave_the_site(
     tiny_recipe: dict, tmp_path: Path, wire: list[Message], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send = Trainer._send
-    monkeypatch.setattr(Trainer, "_send", lambda self, s, reply, a: send(self, s, _with_a_core(reply, self), a))
+    monkeypatch.setattr(Trainer, "_send", lambda self, s, reply, *more: send(self, s, _with_a_core(reply, self), *more))
     with pytest.raises(Exception, match="quorum"):
         simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
     reasons = {m.error.reason for m in wire if m.has_error()}
@@ -136,8 +136,8 @@ def test_a_reply_with_an_extra_array_is_refused_by_the_coordinator(
 ) -> None:
     send = Trainer._send
 
-    def careless(self: Trainer, state, reply, admitted):
-        sent = send(self, state, reply, admitted)
+    def careless(self: Trainer, state, reply, *more):
+        sent = send(self, state, reply, *more)
         return _with_a_core(sent, self) if self.site == "bob" else sent
 
     monkeypatch.setattr(Trainer, "_send", careless)

@@ -38,7 +38,7 @@ def relative_error(recipe: Recipe, folder: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.endurance) for seed in (1, 2))])
 def test_colora_recovers_the_tasks_where_local_and_fedit_cannot(tmp_path: Path, seed: int) -> None:
     errors = {}
     for method in ("colora", "local", "fedit"):

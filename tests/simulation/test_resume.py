@@ -19,8 +19,6 @@ from colora.common.files import load_arrays
 from colora.server.board import board_of
 from colora.simulation.run import RunFolder
 
-KILLS, ROUNDS = 10, 40
-
 
 def command(recipe: Path, folder: Path) -> list[str]:
     return [sys.executable, "-m", "colora", "simulate", str(recipe), "--out", str(folder), "--resume"]
@@ -60,12 +58,14 @@ def durable(folder: Path) -> dict[str, tuple[dict[str, np.ndarray], dict]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1])
-def test_ten_kills_change_no_bit_of_adapter_or_personal_state(tiny_recipe: dict, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("kills", "rounds"), [(3, 12), pytest.param(10, 40, marks=pytest.mark.endurance)])
+def test_kills_change_no_bit_of_adapter_or_personal_state(
+    tiny_recipe: dict, tmp_path: Path, kills: int, rounds: int
+) -> None:
     train = {**tiny_recipe["train"], "steps": 6, "final_steps": 3, "keep_moments": True, "lr_schedule": "cosine"}
     raw = {
         **tiny_recipe,
-        "rounds": ROUNDS,
+        "rounds": rounds,
         "train": train,
         "private": "multilora",
         "server": {"quorum": 3, "optimizer": "adam"},
@@ -73,16 +73,16 @@ def test_ten_kills_change_no_bit_of_adapter_or_personal_state(tiny_recipe: dict,
     recipe, calm, stormy = tmp_path / "recipe.toml", tmp_path / "calm", tmp_path / "stormy"
     recipe.write_text(tomli_w.dumps(raw))
     subprocess.run(command(recipe, calm), check=True, capture_output=True, env=os.environ)
-    rng, moments = random.Random(seed), []
-    while len(moments) < KILLS:
+    rng, moments = random.Random(1), []
+    while len(moments) < kills:
         reached = last_event(stormy).get("round", 0) if events_in(stormy) else 0
-        ahead = (ROUNDS - reached) * 5 // (KILLS - len(moments))  # events that this process may see
+        ahead = (rounds - reached) * 5 // (kills - len(moments))  # events that this process may see
         process = subprocess.Popen(command(recipe, stormy), stdout=subprocess.DEVNULL, env=os.environ)
         moments.append(kill_after(process, stormy, rng.randint(1, 2 * ahead), rng.uniform(0, 0.05)))
     done = subprocess.run(command(recipe, stormy), capture_output=True, text=True, env=os.environ)
     print("\nkilled at:", *moments, sep="\n  ")
     assert done.returncode == 0, done.stderr
-    assert sum(moment is not None for moment in moments) == KILLS, "a run ended before its kill"
+    assert sum(moment is not None for moment in moments) == kills, "a run ended before its kill"
 
     a, b = durable(calm), durable(stormy)
     assert a.keys() == b.keys()
