@@ -140,7 +140,7 @@ def test_a_generator_moves_to_another_adapter_form_by_its_own_answers(talker: Sa
     plan = plan_for(talker, talker.plan.model.source, ("method.name=multilora", f"transfer.filter={kind}"))
     done = transfer(talker, plan, tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out" / "synthetic.jsonl").read_text().splitlines()]
-    assert done.examples == len(rows) == 12
+    assert 9 < done.examples == len(rows) <= 12, "but for empty answers"
     assert rows == label(talker, [row["prompt"] for row in rows])
     answers = [p["completion"] for p in Predictor(read_saved(tmp_path / "out")).predict(rows)]
     assert sum(a == row["completion"] for a, row in zip(answers, rows, strict=True)) >= 6
