@@ -143,6 +143,13 @@ def at_start(contender: Contender, seed: int) -> Outcome:
     return Outcome(contender, layers, math.nan, math.nan)
 
 
+def best_part(outcome: Outcome) -> Outcome:
+    """The first directions of every ΔW, as many as an adapter has: what adapters can be compared with."""
+    contender = dataclasses.replace(outcome.contender, name=f"its best rank-{RANK} part", lr=0.0, line=":")
+    layers = {layer: Spectrum(spectrum.values[:RANK]) for layer, spectrum in outcome.layers.items()}
+    return Outcome(contender, layers, math.nan, math.nan)
+
+
 def target_weights(backbone: nn.Module) -> dict[str, nn.Parameter]:
     """The weights (d_out, d_in) that the adapters stand on, by layer."""
     named: Any = backbone.named_modules()
@@ -202,7 +209,7 @@ def draw(outcomes: Sequence[Outcome], picture: Path) -> None:
 
 
 def draw_energy(axis: Any, outcomes: Sequence[Outcome]) -> None:
-    """Share of ‖ΔW‖_F² in the first k directions: mean over layers, and every layer faintly; untrained dotted."""
+    """Share of ‖ΔW‖_F² in the first k directions: mean over layers, and every layer faintly; references dotted."""
     for one in outcomes:
         curves = torch.stack([spectrum.cumulative[:RANK] for spectrum in one.layers.values()])
         ks, contender = range(1, RANK + 1), one.contender
@@ -247,7 +254,7 @@ def main() -> None:
         for lr in [contender.lr * factor for factor in ((0.5, 1, 2) if asked.rates else (1,))]:
             outcomes.append(learn(dataclasses.replace(contender, lr=lr), rows, asked.seed))
             print(f"{contender.name} at {lr:g}: loss {outcomes[-1].loss:.3f}", flush=True)
-    outcomes.append(at_start(UNTRAINED, asked.seed))
+    outcomes += [best_part(outcomes[-1]), at_start(UNTRAINED, asked.seed)]
     report(outcomes)
     if not asked.rates:
         write_layers(outcomes, asked.picture.with_suffix(".csv"))
