@@ -32,16 +32,23 @@ class Figure:
 
 def show(title: str, figures: Sequence[Figure]) -> None:
     """Prints median, quartiles, number of measurements and verdict of every figure."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("what", no_wrap=True)
-    for name in ("median", "quartiles", "n", "bar", ""):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for figure in figures:
         low, high = figure.quartiles
         verdict = "" if figure.bar is None else "met" if figure.median <= figure.bar else "MISSED"
         bar = "" if figure.bar is None else f"≤ {figure.bar:g} {figure.unit}".rstrip()
         median, spread = f"{figure.median:.3f} {figure.unit}".rstrip(), f"{low:.3f} … {high:.3f}"
-        table.add_row(figure.what, median, spread, str(len(figure.values)), bar, verdict)
+        rows.append((figure.what, median, spread, str(len(figure.values)), bar, verdict))
+    show_table(title, ("what", "median", "quartiles", "n", "bar", ""), rows)
+
+
+def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints one table, the first column to the left and the numbers to the right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     Console(width=120).print(table)
 
 
