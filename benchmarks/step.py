@@ -1,114 +1,77 @@
-"""A CoLoRA training step ÷ the same step with stock PEFT LoRA, side by side in one process.
+"""A training step with our adapters ÷ the same step with stock PEFT LoRA, side by side in one process.
 
-MiniLM-L6 with a four-class head on random token ids, targets query and value, r = 8, AdamW. All contenders read one
-copy of the base weights and take turns, in another order every round; a ratio is of two steps of the same round.
-``LoRA ÷ LoRA`` compares two equal models: it is the noise. Seconds are CPU seconds of this one-thread process, which
-other work on the machine disturbs less than wall time.
+MiniLM-L6 with a four-class head on random token ids, targets query and value, AdamW. All contenders read one copy of
+the base weights and take turns, in another order every round; a ratio is of two steps of the same round, and its
+reference has the same total rank. ``LoRA ÷ LoRA`` compares two equal models: it is the noise. Seconds are CPU
+seconds of this one-thread process, which other work on the machine disturbs less than wall time.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from figures import Figure, ratios, show
-from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+from step_models import CLASSES, MODEL, Batch, Put, Step, model_with, ours, plain_step, stock, trainer_step
 
-from colora.common.adapters.attach import attach, initial_values, layout_of
-from colora.common.methods import METHODS
-from colora.common.model import BaseModel, load
-from colora.common.rows import SiteRows
-from colora.common.settings import AdapterSettings, ModelSettings, Plan, TrainSettings
-from colora.common.tasks import Task, build_task
-from colora.common.training import make_optimizer, optimizer_step
+from colora.common.model import load
+from colora.common.settings import PrivateSettings
 
-BAR = 1.05
-MODEL = ModelSettings(source="asset:minilm-l6")
-BATCHES = {(8, 64): 32, (16, 64): 20}  # (texts, tokens) → rounds
-CLASSES = ("a", "b", "c", "d")
-TARGETS = ("query", "value")
-SETTINGS = TrainSettings(lr=1e-3, weight_decay=0.01)
-REFERENCE, AGAIN, TRAINER = "PEFT LoRA", "LoRA ÷ LoRA (noise)", "our optimizer_step, core full ÷ plain PEFT loop"
-Batch = dict[str, torch.Tensor]
+BATCHES = {(8, 64): 40, (16, 64): 24}  # (texts, tokens) → rounds
+CORE_BAR, MULTI_BAR = 1.05, 1.10
+LORA, MULTI = PrivateSettings("lora", rank=8), PrivateSettings("multilora", rank=4, modules=2)
 
 
-def stock(backbone: nn.Module) -> None:
-    """Plain LoRA as PEFT's users attach it."""
-    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS)), backbone)
+@dataclass(frozen=True)
+class Contender:
+    """An adapter, the total rank of the stock LoRA it is compared with, and the most that the ratio may be."""
+
+    put: Put
+    rank: int
+    bar: float | None = None
+    as_trainer: bool = False  # our optimizer_step instead of the plain loop
 
 
-def colora(core: str) -> Callable[[nn.Module], None]:
-    """Our adapter with one form of core."""
-    settings = AdapterSettings(rank=8, alpha=16.0, target_modules=TARGETS, core=core)  # type: ignore[arg-type]
-
-    def put(backbone: nn.Module) -> None:
-        attach(backbone, settings, METHODS["colora"])
-
-    return put
-
-
-def model_with(adapter: Callable[[nn.Module], None], weights: BaseModel) -> Task:
-    """A model of its own whose frozen weights are those of ``weights``, with an adapter and a head."""
-    base = load(MODEL, generates=False)
-    for mine, one in zip(base.backbone.parameters(), weights.backbone.parameters(), strict=True):
-        mine.data = one.data
-    adapter(base.backbone)
-    plan = Plan(name="bench", rounds=1, model=MODEL)
-    rows = [{"text": label, "label": label} for label in CLASSES]
-    task = build_task(SiteRows("bench", "classification", rows, rows, CLASSES), base, plan)
-    with torch.no_grad():
-        for key, value in initial_values(layout_of(task.head), plan.adapter, 0).items():
-            task.head[key].copy_(value)
-    return task
+CONTENDERS = {
+    "noise: LoRA ÷ LoRA, r=8": Contender(stock(8), 8),
+    "CoLoRA full ÷ LoRA, r=8": Contender(ours(core="full"), 8, CORE_BAR),
+    "CoLoRA diagonal ÷ LoRA, r=8": Contender(ours(core="diagonal"), 8, CORE_BAR),
+    "CoLoRA residual ÷ LoRA, r=8": Contender(ours(core="residual"), 8, CORE_BAR),
+    "our optimizer_step, core full ÷ plain PEFT loop, r=8": Contender(ours(), 8, CORE_BAR, as_trainer=True),
+    "MultiLoRA 3·8 in one pass ÷ LoRA, r=24": Contender(ours("multilora"), 24, MULTI_BAR),
+    "three active PEFT LoRA of 8 ÷ LoRA, r=24": Contender(stock(8, adapters=3), 24),
+    "CoLoRA 8 + private LoRA 8 ÷ LoRA, r=16": Contender(ours(private=LORA), 16, MULTI_BAR),
+    "CoLoRA 8 + private MultiLoRA 2·4 ÷ LoRA, r=16": Contender(ours(private=MULTI), 16),
+}
 
 
-def plain_step(task: Task) -> Callable[[Batch], None]:
-    """The loop of any PyTorch user: AdamW over what is trainable, gradients clipped at 1."""
-    live = [p for p in task.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(live, lr=SETTINGS.lr, weight_decay=SETTINGS.weight_decay)
-
-    def step(batch: Batch) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss, _ = task.loss(batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(live, SETTINGS.max_grad_norm)
-        optimizer.step()
-        loss.item()
-
-    return step
+def reference(rank: int) -> str:
+    return f"PEFT LoRA, r={rank}"
 
 
-def trainer_step(task: Task) -> Callable[[Batch], None]:
-    """A step as the trainer takes it, with its optimiser of three groups."""
-    adapter = {name: p for name, p in task.module.named_parameters() if ".lora_" in name}
-    optimizer = make_optimizer({**adapter, **task.head}, SETTINGS)
-
-    def step(batch: Batch) -> None:
-        optimizer_step(task, optimizer, [batch], SETTINGS.max_grad_norm)
-
-    return step
-
-
-def contenders() -> dict[str, Callable[[Batch], None]]:
+def steps_of_all() -> dict[str, Step]:
+    """A step of every contender and of a reference of every rank, by name."""
     weights = load(MODEL, generates=False)
+    ranks = sorted({contender.rank for contender in CONTENDERS.values()})
+    steps = {reference(rank): plain_step(model_with(stock(rank), weights)) for rank in ranks}
+    for name, contender in CONTENDERS.items():
+        task = model_with(contender.put, weights)
+        steps[name] = trainer_step(task) if contender.as_trainer else plain_step(task)
+    return steps
+
+
+def random_batch(size: tuple[int, int]) -> Batch:
     return {
-        REFERENCE: plain_step(model_with(stock, weights)),
-        AGAIN: plain_step(model_with(stock, weights)),
-        **{f"CoLoRA {c} ÷ LoRA": plain_step(model_with(colora(c), weights)) for c in ("full", "diagonal", "residual")},
-        TRAINER: trainer_step(model_with(colora("full"), weights)),
-    }
-
-
-def race(steps: dict[str, Callable[[Batch], None]], size: tuple[int, int], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every step by name, one a round; every round goes through the contenders in another order."""
-    batch = {
         "input_ids": torch.randint(1000, 30000, size),
         "attention_mask": torch.ones(size, dtype=torch.long),
         "labels": torch.randint(len(CLASSES), size[:1]),
     }
-    names = list(steps)
+
+
+def race(steps: dict[str, Step], size: tuple[int, int], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of every step by name, one a round; every round goes through the contenders in another order."""
+    batch, names = random_batch(size), list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-3, rounds):
         for i in torch.randperm(len(names)).tolist():
@@ -119,17 +82,21 @@ def race(steps: dict[str, Callable[[Batch], None]], size: tuple[int, int], round
     return seconds
 
 
+def figures_of(seconds: dict[str, list[float]]) -> list[Figure]:
+    """The references in milliseconds, and every contender as a ratio to its reference."""
+    absolute = [Figure(name, [1e3 * s for s in seconds[name]], "ms") for name in seconds if name not in CONTENDERS]
+    return absolute + [
+        Figure(name, ratios(seconds[name], seconds[reference(contender.rank)]), bar=contender.bar)
+        for name, contender in CONTENDERS.items()
+    ]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    steps = contenders()
+    steps = steps_of_all()
     for size, rounds in BATCHES.items():
-        seconds = race(steps, size, rounds)
-        figures = [Figure(REFERENCE, [1e3 * s for s in seconds[REFERENCE]], "ms")]
-        for name in list(steps)[1:]:
-            values = ratios(seconds[name], seconds[REFERENCE])
-            figures.append(Figure(name, values, bar=None if name == AGAIN else BAR))
-        show(f"One training step, batch {size[0]}×{size[1]}", figures)
+        show(f"One training step, batch {size[0]}×{size[1]}", figures_of(race(steps, size, rounds)))
 
 
 if __name__ == "__main__":
