@@ -87,7 +87,7 @@ def transfer(
     write texts, DataError where none passed the filter.
     """
     plan, began = target_plan(saved, plan), time.monotonic()
-    _claim(saved, plan, out)
+    claim(saved, plan, out)
     rows = synthetic_rows(saved, plan, out, watch)
     batches = math.ceil(len(rows) / plan.train.batch_size)
     train = dataclasses.replace(
@@ -216,7 +216,7 @@ def _answered(row: Row, completion: str) -> Row:
     return {**row, "completion": completion}
 
 
-def _claim(saved: Saved, plan: Plan, out: Path) -> None:
+def claim(saved: Saved, plan: Plan, out: Path) -> None:
     """Marks a new folder as this transfer's. Raises StateError for another's."""
     job = {"source": file_sha256(saved.path), "plan": digest(to_json(plan))}
     path = out / JOB

