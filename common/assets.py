@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import AssetError
 
@@ -54,8 +55,8 @@ def _gguf_to_safetensors(folder: Path) -> None:
 def _onnx_to_safetensors(folder: Path) -> None:
     """Rewrites the only ONNX file of a folder, a BERT without pooler, as a Hugging Face folder with L6's tokenizer."""
     try:
-        import onnx
-        from onnx import numpy_helper
+        import onnx  # pyright: ignore[reportMissingImports]
+        from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise AssetError(
             "asset paraphrase-minilm-l3", "the package onnx, to read it: pip install onnx", "none"
@@ -71,7 +72,12 @@ def _onnx_to_safetensors(folder: Path) -> None:
         if node.op_type == "MatMul" and node.input[1] in arrays:
             place = node.name.partition("/auto_model/")[2].removesuffix("/MatMul").replace("/", ".")
             weights[f"{place}.weight"] = torch.tensor(arrays[node.input[1]].T.copy())
-    sizes = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 12, "intermediate_size": 1536}
+    sizes: dict[str, Any] = {
+        "hidden_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    }
     model = BertModel(BertConfig(**sizes), add_pooling_layer=False)
     model.load_state_dict(weights)
     model.save_pretrained(folder)
