@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -263,6 +263,12 @@ def _read_newsgroups(folder: Path, part: str) -> Iterator[Row]:
             yield {"label": label, "family": label.split(".")[0], "text": text}
 
 
+def _read_orange(folder: Path, part: str) -> Iterator[Row]:
+    """Any of the package's tables, by its file's name: below the columns' names stand their types and their roles."""
+    with (folder / f"{part}.tab").open(encoding="utf-8", newline="") as file:
+        yield from islice(csv.DictReader(file, delimiter="\t"), 2, None)
+
+
 def _read_chatterbot(folder: Path, part: str) -> Iterator[Row]:
     """The first two turns of every conversation; the corpus repeats itself, so each pair comes once."""
     import yaml
@@ -278,6 +284,7 @@ def _read_chatterbot(folder: Path, part: str) -> Iterator[Row]:
 
 _ASSET_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     "20newsgroups": _read_newsgroups,
+    "orange-texts": _read_orange,
     "chatterbot": _read_chatterbot,
 }
 

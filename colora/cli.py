@@ -59,8 +59,8 @@ def simulate(
 ) -> None:
     """Play all sites of a federation on this machine.
 
-    RECIPE is a .toml file, or demo (the default), newsgroups, regression or chatterbot. At the end a table shows what
-    each site gains.
+    RECIPE is a .toml file, or demo (the default), newsgroups, dissimilar, regression or chatterbot. At the end a table
+    shows what each site gains.
     """
     import json
 

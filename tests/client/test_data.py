@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from colora.client import data as data_module
 from colora.client.data import check_rows, hold_out, load_site_rows, read_rows, select_numbered
 from colora.common.errors import DataError
 from colora.common.rows import Row
@@ -53,6 +54,15 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, ending: str, wri
     path = tmp_path / f"rows{ending}"
     write(path)
     assert list(read_rows(str(path))) == ROWS
+
+
+def test_orange_tables_are_read_without_their_lines_of_types_and_roles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "asset_folder", lambda name: tmp_path)
+    (tmp_path / "a.tab").write_text('Category\tText\nd\tstring\nclass\t\n\ngrain\twheat rose\nship\t"a ""port"""\n')
+    rows = list(read_rows("asset:orange-texts/a"))
+    assert rows == [{"Category": "grain", "Text": "wheat rose"}, {"Category": "ship", "Text": 'a "port"'}]
 
 
 def test_arrays_are_read_in_pairs(tmp_path: Path) -> None:
