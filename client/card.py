@@ -46,8 +46,9 @@ def text_of(exported: Exported, *, merged: bool) -> str:
         "its fingerprint": "; ".join(f"{name} {value}" for name, value in sorted(about.fingerprint.items()) if value),
         "federation": f"{about.federation}, after round {min(about.round, plan.rounds)} of {plan.rounds}",
         "site": about.site if personal else "",
-        "method": f"{plan.method.name}, private adapter: {plan.private.kind}",
-        "task": about.task,
+        "method": plan.method.name + (f", private adapter: {plan.private.kind}" if personal else ""),
+        "task": about.task + ("" if exported.complete else "; without a head, which is each site's own"),
+        "longest text in training": f"{plan.model.max_length} tokens",
         "metrics on the site's test data": _metrics(exported) if personal else "",
     }
     lines = [f"- **{name}**: {value}" for name, value in facts.items() if value]
@@ -73,16 +74,21 @@ def _usage(exported: Exported, *, merged: bool) -> str:
         lines += [f'model = {kind}.from_pretrained("HERE", {LOADED[precision][0]})']
     else:
         more = LOADED[precision] + ([f'revision="{plan.model.revision}"'] if plan.model.revision else [])
-        more += [f"num_labels={_classes(exported)}"] if _classes(exported) else []
+        if labels:
+            lines += [f"labels = {list(labels)}"]
+            more += ["id2label=dict(enumerate(labels))", "label2id={label: i for i, label in enumerate(labels)}"]
+        elif _classes(exported):
+            more += [f"num_labels={_classes(exported)}"]
         lines += ["from peft import PeftModel"]
         lines += [f'base = {kind}.from_pretrained("{stock_name(plan.model)}", {", ".join(more)})']
         lines += ['model = PeftModel.from_pretrained(base, "HERE")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("HERE")']
     if task == "classification" and not merged:
         lines += ["model.config.pad_token_id = tokenizer.pad_token_id"]
-    told = ", ".join(f"{i} {label}" for i, label in enumerate(labels))
-    classes = f"\nClasses in the order of the logits: {told}.\n" if told else ""
-    return "```python\n" + "\n".join(lines) + f"\n```\n\nHERE is this folder.\n{classes}"
+    told = "HERE is this folder."
+    if not merged and labels:
+        told += " That the classifier's weights are newly initialised is said before the adapter brings them."
+    return "```python\n" + "\n".join(lines) + f"\n```\n\n{told}\n"
 
 
 def _classes(exported: Exported) -> int:

@@ -48,9 +48,19 @@ class Exported:
         return next(iter(self.layers.values()))[1].shape[0] if self.layers else 0
 
     @property
+    def complete(self) -> bool:
+        """Whether it has all that its task needs, as PEFT expects where a task is named: a classifier's head."""
+        return self.saved.card.task != "classification" or bool(self.heads)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The modules of the head that are part of this."""
+        return tuple(name for name in self.modules if "." not in name)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The classes in the order of the logits, where the head is part of this."""
-        return self.saved.card.labels if self.tensors and self.part != "shared" else ()
+        return self.saved.card.labels if self.heads and self.part != "shared" else ()
 
     def about(self, out: Path, *, merged: bool) -> str:
         """What was written, in a line."""

@@ -25,7 +25,7 @@ def write_adapter(exported: Exported, out: Path) -> None:
 
     plan = exported.saved.plan
     config = LoraConfig(
-        task_type=PEFT_TASKS[exported.saved.card.task],
+        task_type=PEFT_TASKS.get(exported.saved.card.task) if exported.complete else None,
         base_model_name_or_path=stock_name(plan.model),
         revision=plan.model.revision,
         r=exported.rank,
@@ -70,13 +70,14 @@ def write_merged(exported: Exported, out: Path) -> None:
 
 
 def _tokenizer(exported: Exported) -> Any:
-    """The base model's, with the padding token that it was trained with here."""
+    """The base model's, with the padding token and the length that it was trained with here."""
     from transformers import AutoTokenizer
 
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source_folder(exported.saved.plan.model))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = exported.saved.plan.model.max_length
     return tokenizer
 
 

@@ -126,7 +126,8 @@ def _turns(value: Any) -> list[dict[str, str]]:
 def _filled(row: Row, column: str, number: int, source: Path) -> str:
     value = row.get(column)
     if value is None:
-        raise DataError(f"row {number} of {source}", f"a column {column!r}", f"only {', '.join(map(str, row))}")
+        wanted = f"a column {column!r} (or another, named by --column)"
+        raise DataError(f"row {number} of {source}", wanted, f"only {', '.join(map(str, row))}")
     if not str(value).strip():
         raise DataError(f"row {number} of {source}", f"a text in {column!r}", "an empty one")
     return str(value)

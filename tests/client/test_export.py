@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,6 +215,21 @@ def test_the_cards_own_lines_load_it_and_equal_models_give_equal_files(tiny_reci
     batch = names["tokenizer"](TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         assert np.abs(names["model"](**batch).logits.numpy().ravel() - case.logits()).max() < CLOSE
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("part", ["shared", "personal"])
+def test_the_lines_of_a_part_load_it_too(tiny_recipe: dict, tmp_path: Path, part: Any) -> None:
+    case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "state", "a")
+    export(case.saved, tmp_path / "out", part)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert ("without a head" in text) is (part == "shared")
+    names: dict = {}
+    exec(text.partition("```python\n")[2].partition("```")[0].replace("HERE", str(tmp_path / "out")), names)
+    state, layers = names["model"].state_dict(), compose(case.saved, part).layers
+    for layer, (b, a) in layers.items():
+        found = [state[f"base_model.model.{layer}.lora_{x}.default.weight"] for x in "BA"]
+        assert torch.equal(found[0] @ found[1], b @ a), layer
 
 
 def test_what_all_sites_share_names_no_site(tiny_recipe: dict, tmp_path: Path) -> None:
