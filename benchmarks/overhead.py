@@ -30,7 +30,8 @@ from colora.simulation.run import simulate
 BAR = 50.0
 STEP, SITE, COORDINATOR = "a step", "else at the site", "else at the coordinator"
 PARTS: list[tuple[str, Any, str]] = [  # (part, where the function is looked up, its name)
-    (STEP, training, "optimizer_step"),
+    (STEP, training, "gradients"),
+    (STEP, training, "apply_gradients"),
     (STEP, Classification, "measure"),
     (STEP, Classification, "probe"),
     (SITE, grid.LocalGrid, "_answer"),

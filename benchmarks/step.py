@@ -30,7 +30,7 @@ class Contender:
     put: Put
     rank: int
     bar: float | None = None
-    as_trainer: bool = False  # our optimizer_step instead of the plain loop
+    as_trainer: bool = False  # the trainer's step instead of the plain loop
 
 
 CONTENDERS = {
@@ -38,7 +38,7 @@ CONTENDERS = {
     "CoLoRA full ÷ LoRA, r=8": Contender(ours(core="full"), 8, CORE_BAR),
     "CoLoRA diagonal ÷ LoRA, r=8": Contender(ours(core="diagonal"), 8, CORE_BAR),
     "CoLoRA residual ÷ LoRA, r=8": Contender(ours(core="residual"), 8, CORE_BAR),
-    "our optimizer_step, core full ÷ plain PEFT loop, r=8": Contender(ours(), 8, CORE_BAR, as_trainer=True),
+    "the trainer's step, core full ÷ plain PEFT loop, r=8": Contender(ours(), 8, CORE_BAR, as_trainer=True),
     "MultiLoRA 3·8 in one pass ÷ LoRA, r=24": Contender(ours("multilora"), 24, MULTI_BAR),
     "three active PEFT LoRA of 8 ÷ LoRA, r=24": Contender(stock(8, adapters=3), 24),
     "CoLoRA 8 + private LoRA 8 ÷ LoRA, r=16": Contender(ours(private=LORA), 16, MULTI_BAR),

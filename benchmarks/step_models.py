@@ -24,7 +24,7 @@ from colora.common.model import BaseModel, load
 from colora.common.rows import SiteRows
 from colora.common.settings import AdapterSettings, ModelSettings, Plan, PrivateSettings, TrainSettings
 from colora.common.tasks import Task, build_task
-from colora.common.training import make_optimizer, optimizer_step
+from colora.common.training import apply_gradients, gradients, make_optimizer
 
 MODEL = ModelSettings(source="asset:minilm-l6")
 CLASSES = ("a", "b", "c", "d")
@@ -104,6 +104,7 @@ def trainer_step(task: Task) -> Step:
     optimizer = make_optimizer({**adapter, **task.head}, SETTINGS)
 
     def step(batch: Batch) -> None:
-        optimizer_step(task, optimizer, [batch], SETTINGS.max_grad_norm)
+        gradients(task, optimizer, [batch])
+        apply_gradients(task, optimizer, SETTINGS.max_grad_norm)
 
     return step

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from ..common.errors import ModelError
 from .findings import Wrong, size
 
 ROOM = 100 << 20  # bytes of disk that personal states and logs need at least
@@ -22,10 +23,11 @@ def check_device(name: str) -> tuple[str, str]:
     """(torch's name of the device, what it is)."""
     import torch
 
-    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    from ..common.model import device_of
+
     try:
-        device = torch.zeros(1, device=wanted).device
-    except (RuntimeError, AssertionError):  # what torch raises for unknown ones and for those it is not built for
+        device = device_of(name)
+    except ModelError:
         cards = torch.cuda.device_count()
         there = f"cpu and {cards} CUDA device{'s' * (cards > 1)}" if cards else "cpu only"
         raise Wrong(f"trainer.device is {name!r}, which this machine or its torch does not have: {there}") from None

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ..common.adapters.attach import detach
-from ..common.errors import RecipeError, RefusedError
-from ..common.model import BaseModel, load
+from ..common.errors import ModelError, RecipeError, RefusedError
+from ..common.model import BaseModel, device_of, load
 from ..common.protocol import Order, Reply
 from ..common.rows import SiteRows
 from ..common.settings import ModelSettings, Plan, parse
@@ -40,12 +40,10 @@ class Resident:
         """Threads and device as the site file says. Raises RecipeError when there is no such device."""
         if self.site.trainer.threads:
             torch.set_num_threads(self.site.trainer.threads)
-        device = self.site.trainer.device
         try:
-            torch.zeros(1, device=None if device == "auto" else device)
-        except (RuntimeError, AssertionError):  # unknown to torch, not there, or not what torch was built for
-            found = f"{device!r}"
-            raise RecipeError("trainer.device", "a device of this machine", found, site=self.site.name) from None
+            device_of(self.site.trainer.device)
+        except ModelError as error:
+            raise RecipeError("trainer.device", error.expected, error.found, site=self.site.name) from None
 
     def accept(self, federation: str, text: str) -> Plan:
         """The plan of a message, if the site allows it, on the site's own device. Touches neither disk nor model.

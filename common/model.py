@@ -104,7 +104,7 @@ def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
         return BaseModel(synthetic.model_of(settings.source), None, None, _no_files(settings), torch.device("cpu"))
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    folder, device = source_folder(settings), _device(settings.device)
+    folder, device = source_folder(settings), device_of(settings.device)
     kind = AutoModelForCausalLM if generates else AutoModel
     how = weights_as(settings.precision, device)
     with quiet_transformers(), torch.random.fork_rng():
@@ -266,7 +266,8 @@ def _no_files(settings: ModelSettings) -> Fingerprint:
     return Fingerprint(hashlib.sha256(settings.source.encode()).hexdigest(), "", "")
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that a name means here, ``auto`` among them. Raises ModelError where there is none of it."""
     if "," in name:
         wanted = "one device (a site per GPU is a way to use more)"
         raise ModelError("device", wanted, repr(name))

@@ -103,15 +103,6 @@ def train(
     return Trained(loss_sum / terms if terms else float("nan"), terms, examples, kept)
 
 
-def optimizer_step(
-    task: Task, optimizer: torch.optim.Optimizer, batches: Sequence[dict[str, torch.Tensor]], max_grad_norm: float
-) -> tuple[float, int]:
-    """One step on one batch, or on the micro-batches of one; returns the mean loss and the number of its terms."""
-    done = gradients(task, optimizer, batches)
-    apply_gradients(task, optimizer, max_grad_norm)
-    return done
-
-
 def gradients(
     task: Task, optimizer: torch.optim.Optimizer, batches: Sequence[dict[str, torch.Tensor]]
 ) -> tuple[float, int]:

@@ -62,15 +62,14 @@ def simulate(
 
 
 def _found(run: RunFolder, recipe: Recipe) -> None:
-    """Makes the sites, checks all that can be checked, and writes the folder; the recipe last, as the seal."""
+    """Makes the sites, checks all that can be checked, and writes the folder."""
     if recipe.transfer.of is not None:
         return _found_moved(run, recipe)
     sites = make_sites(recipe)
     _check(recipe, sites)
     for site in sites:
         write_site(site, run.path / "sites" / site.plan.name)
-    write_atomically(run.roster, json.dumps([[site.plan.name, site.plan.from_round] for site in sites]).encode())
-    write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
+    _seal(run, recipe, [(site.plan.name, site.plan.from_round) for site in sites])
 
 
 def _found_moved(run: RunFolder, recipe: Recipe) -> None:
@@ -88,6 +87,11 @@ def _found_moved(run: RunFolder, recipe: Recipe) -> None:
     for site, _ in roster:
         copy = (old.path / "sites" / site / "site.toml").read_bytes()
         write_atomically(run.path / "sites" / site / "site.toml", copy)
+    _seal(run, recipe, roster)
+
+
+def _seal(run: RunFolder, recipe: Recipe, roster: list[tuple[str, int]]) -> None:
+    """Roster, and the recipe last: with it the folder is a run."""
     write_atomically(run.roster, json.dumps(roster).encode())
     write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
 

@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +87,24 @@ def offenders(broken: Iterator[tuple[Source, object]]) -> list[str]:
 
 def test_there_is_something_to_judge() -> None:
     """Every law below holds of an empty list too."""
-    assert {source.room for source in SOURCES} >= {"common", "client", "server", "simulation", "colora"}
+    assert {source.room for source in SOURCES} == {*MAY_IMPORT}
     assert len(SOURCES) > 30
     found = {room for source in SOURCES if source.path == "simulation/run.py" for room in source.rooms()}
     assert found >= {"common", "client", "server"}
+
+
+def test_every_room_is_installed_and_copied() -> None:
+    """A room that the wheel, the type checker or the images leave out is missed only on a fresh machine."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    wheel = project["hatch"]["build"]["targets"]["wheel"]
+    assert {*wheel["only-include"]} == {*MAY_IMPORT, "recipes"}
+    assert wheel["sources"] == {room: f"colora/{room}" for room in {*MAY_IMPORT, "recipes"} - {"colora"}}
+    assert {*project["pyright"]["include"]} == {*MAY_IMPORT}
+    image = (ROOT / "containers/Dockerfile").read_text(encoding="utf-8")
+    sent = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    for room in wheel["only-include"]:
+        assert f"COPY {room} /src/{room}\n" in image
+        assert f"!{room}" in sent
 
 
 def test_server_and_client_meet_only_in_common_and_simulation_stands_above() -> None:
