@@ -75,7 +75,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.command.environment},
+                env={**os.environ, "PATH": _path(), **self.command.environment},
                 start_new_session=True,
             )
         now = time.monotonic()
@@ -158,6 +158,11 @@ def sole(path: Path, what: str) -> Iterator[IO[str]]:
         file.write(str(os.getpid()))
         file.flush()
         yield file
+
+
+def _path() -> str:
+    """Where commands are looked for: Flower's start one another by name, also when nobody activated this Python."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def program(name: str) -> str:

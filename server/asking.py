@@ -42,6 +42,7 @@ class Pending:
     due: float | None = 0.0  # when to send it (again); None: it is under way
     tries: int = 0
     errors: int = 0
+    newest: str = ""  # id of the last message, the only one whose error counts
     presence: object = None  # of the site when it was asked
     sent: float = 0.0
     silence: float = 0.0
@@ -90,7 +91,8 @@ class Asker:
             pending.due, pending.sent, pending.tries = None, now, pending.tries + 1
             pending.presence = self._roll.presence(site)
             pending.silence = pending.silence * 2 or self._patience.silence
-            sent.update(dict.fromkeys(self._grid.push_messages([pending.message()]), site))
+            for message_id in self._grid.push_messages([pending.message()]):
+                sent[message_id], pending.newest = site, message_id
 
     def _take(self, sent: dict[str, str]) -> list[tuple[str, Message]]:
         answers = []
@@ -117,6 +119,8 @@ class Asker:
         """Whether an answer is an error after which the site is asked again."""
         if not message.has_error():
             return False
+        if message.metadata.reply_to_message_id != pending.newest:  # lost with a process that died; asked again since
+            return True
         if self._patience.enduring and message.error.code not in SITES_FAULT:
             pending.due = time.monotonic() + PAUSE
             return True

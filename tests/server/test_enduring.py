@@ -148,6 +148,39 @@ def test_a_message_that_is_lost_with_its_site_is_asked_again_when_the_site_is_ba
     assert sites[1].introduced == 2
 
 
+def test_an_error_for_a_message_that_was_asked_again_since_asks_nobody_a_third_time(tmp_path: Path) -> None:
+    settings = recipe()
+
+    class Slow(Street):
+        pushed, given_up = 0, float("inf")
+
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            asked = list(messages)
+            self.pushed += sum(m.metadata.dst_node_id == 2 and m.metadata.group_id == "1" for m in asked)
+            return super().push_messages(asked)
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            if self.pushed == 2 and self.lost:  # Flower gives the lost one up only now
+                self.given_up = time.monotonic()
+                return [self._answer(self.lost.pop())]
+            if self.pushed == 2 and time.monotonic() < self.given_up + 0.3:  # and the other one is worked on
+                return []
+            return super().pull_messages(message_ids)
+
+    street = Slow(pretenders(settings))
+    street.swallow.add(2)
+    street.errors[2] = [ErrorCode.MESSAGE_UNAVAILABLE]
+
+    def back() -> None:
+        street.swallow.clear()
+        street.since[2] = "tuesday"
+
+    street.later.append((lambda: bool(street.lost), back))
+    assert lead(settings, street, tmp_path).closed
+    assert street.errors[2] == []
+    assert street.pushed == 2
+
+
 def test_an_answer_that_never_comes_whole_holds_up_nobody_once_its_site_is_back(tmp_path: Path) -> None:
     """Flower waits minutes for the parts of an answer whose sender died, and with it for all that came together."""
     settings = recipe()
