@@ -29,7 +29,8 @@ from .gate import Upstream
 from .superlink import Certificates, SuperLink, point_of
 
 PULSE, LOOK = 0.1, 0.5  # seconds between two looks at events, and at processes
-STARTING = 45.0  # seconds in which a SuperLink must listen, and a run show its ServerApp
+LISTENING = 45.0  # seconds in which a SuperLink must listen
+SHOWING = 15.0  # seconds in which a run's ServerApp must be there; twice that after each run that showed none
 PAUSE = 2.0
 STUBBORN = 5  # runs in a row that ended without a new round
 logger = logging.getLogger("colora.server")
@@ -169,7 +170,7 @@ class Supervisor:
             self._note("restarted", what="superlink")
         self.link.start()
         self.link.prepare()
-        ends = time.monotonic() + STARTING
+        ends = time.monotonic() + LISTENING
         while self.link.child.running and not listens("127.0.0.1", self.link.port) and time.monotonic() < ends:
             time.sleep(PULSE)
         try:
@@ -193,10 +194,14 @@ class Supervisor:
         self.submitted, self.seen, self.broken = time.monotonic(), False, None
 
     def _watch(self) -> None:
-        """Notices that the run under way has ended, with or without a word."""
+        """Notices that the run under way has ended, with or without a word.
+
+        One whose task Flower gave away without anybody taking it shows no ServerApp for a minute; a new run is
+        quicker, and harmless, since one ServerApp at a time leads a run folder.
+        """
         alive = self.link.child.has_living("flwr-serverapp")
         self.seen = self.seen or alive
-        if alive or (not self.seen and time.monotonic() < (self.submitted or 0) + STARTING):
+        if alive or (not self.seen and time.monotonic() < (self.submitted or 0) + SHOWING * 2**self.fruitless):
             return
         for event in self.events.new():
             self._take(event)
@@ -205,7 +210,8 @@ class Supervisor:
     def _ended(self) -> None:
         """The run is over before its time: for good, or to be followed by another."""
         self.submitted, self.fruitless = None, self.fruitless + 1
-        reason = self.broken["reason"] if self.broken else "its ServerApp died"
+        died = "its ServerApp died" if self.seen else "its ServerApp never started"
+        reason = self.broken["reason"] if self.broken else died
         if (self.broken and self.broken["final"]) or self.fruitless >= STUBBORN:
             raise RunFailed(reason, self.run.path)
         self.pause = time.monotonic() + (2.0**self.fruitless if self.broken else 0.0)

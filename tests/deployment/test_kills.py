@@ -86,6 +86,8 @@ def test_any_process_may_be_killed_at_any_moment(tmp_path: Path, place: Path, ti
         told = town.events("round")
         calm_rounds = [event["seconds"] for event in told]
         report(table, statistics.median(calm_rounds))
+        for event in town.events("restarted"):
+            print(f"  {event['time']:.0f} {event['what']} started again: {event.get('reason', 'it was gone')}")
         assert town.outcome() == simulated_outcome(calm.path, town.names)
     finally:
         town.stop()
