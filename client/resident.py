@@ -86,10 +86,9 @@ class Resident:
         if self._current is None or self._current[0] != plan:
             self._current = None  # and the old bench goes before the new one comes
             gc.collect()
-            rows = self._rows(plan)
-            base = self._base_of(plan.model)
-            store = Store(self.folder(plan), plan.name)
-            self._current = plan, Trainer(set_up(base, plan), rows, store)
+            rows, learns = self._rows(plan)
+            bench, store = set_up(self._base_of(plan.model), plan), Store(self.folder(plan), plan.name)
+            self._current = plan, Trainer(bench, rows, store, learns=learns)
         return self._current[1]
 
     def answer(self, plan: Plan, order: Order, watch: Watch) -> tuple[Reply, bool]:
@@ -98,16 +97,19 @@ class Resident:
         stored = trainer.store.reply(order.round, order.key)
         return (stored, True) if stored else (trainer.respond(order, self._limited(watch)), False)
 
-    def _rows(self, plan: Plan) -> SiteRows:
-        """The site's own, or, in a federation that moved to another base model, written ones with its old answers."""
-        if plan.transfer.of is None:
-            return load_site_rows(self.site, plan.seed)
-        old = Path(self.site.trainer.state) / plan.transfer.of
-        if self.site.unprepared == "afresh" and not is_prepared(old):
-            return load_site_rows(self.site, plan.seed)
-        self._base = None  # two base models need not be in memory
-        gc.collect()
-        return rows_on_new_base(plan, old, self.folder(plan) / "transfer")
+    def _rows(self, plan: Plan) -> tuple[SiteRows, bool]:
+        """The site's own, or written ones in a federation that moved to another base model; and whether it learns.
+
+        Where it kept nothing to write by, it does as its file says: it learns anew from its own rows (``afresh``),
+        tells only at the close what the adapter is worth on them (``evaluate``), or stays away by an error (``wait``).
+        """
+        if plan.transfer.of is not None:
+            old = Path(self.site.trainer.state) / plan.transfer.of
+            if self.site.unprepared == "wait" or is_prepared(old):
+                self._base = None  # two base models need not be in memory
+                gc.collect()
+                return rows_on_new_base(plan, old, self.folder(plan) / "transfer"), True
+        return load_site_rows(self.site, plan.seed), plan.transfer.of is None or self.site.unprepared == "afresh"
 
     def _base_of(self, settings: ModelSettings) -> BaseModel:
         if self._base is None or self._base[0] != settings:

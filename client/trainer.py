@@ -81,11 +81,20 @@ def set_up(base: BaseModel, plan: Plan) -> Bench:
 class Trainer:
     """One site: its rows, its task and its personal state, on a bench that it may share with other sites.
 
-    Nothing of the site stays on the bench between calls that matters: every call loads all groups first.
+    Nothing of the site stays on the bench between calls that matters: every call loads all groups first. A site that
+    does not learn measures only, with heads fitted to its training rows where heads are personal.
     """
 
-    def __init__(self, bench: Bench, rows: SiteRows, store: Store, private: PrivateSettings | None = None) -> None:
-        self.site, self.bench, self.store = rows.site, bench, store
+    def __init__(
+        self,
+        bench: Bench,
+        rows: SiteRows,
+        store: Store,
+        private: PrivateSettings | None = None,
+        *,
+        learns: bool = True,
+    ) -> None:
+        self.site, self.bench, self.store, self.learns = rows.site, bench, store, learns
         self.plan: Plan = dataclasses.replace(bench.plan, private=private) if private else bench.plan
         self.row: Method = self.plan.row()
         self.task: Task = build_task(rows, bench.base, self.plan)
@@ -112,7 +121,7 @@ class Trainer:
             chat_template=prints.chat_template,
             layout=hash_layout(self.layout),
             task=task.rows.task,
-            train=len(task.train.examples),
+            train=len(task.train.examples) if self.learns else 0,
             test=len(task.test.examples),
             truncated=task.train.truncated + task.test.truncated,
             dropped=task.train.dropped + task.test.dropped,
@@ -234,9 +243,10 @@ class Trainer:
         return state, metrics
 
     def _measure_end(self, order: Order, state: PersonalState) -> tuple[PersonalState, dict[str, float]]:
-        own = self._measure(order.shared, state.tensors, generate=True, own_head=True)
         state = self._with_base(state)
-        metrics = _named("base", state.base or {}) | _named("personal", own)
+        metrics = _named("base", state.base or {})
+        if self.learns:
+            metrics |= _named("personal", self._measure(order.shared, state.tensors, generate=True, own_head=True))
         if self.row.shares:
             metrics |= _named("shared", self._measure(order.shared, {}, generate=True))
         return state, metrics
@@ -282,7 +292,7 @@ class Trainer:
             moments=state.moments if settings.keep_moments else None,
         )
         live = {k: p for k, p in self.parameters.items() if self.row.role(k) in (SHARED, PERSONAL)}
-        planned = phases(self.plan, self.row, live, order.phase, late=late)
+        planned = phases(self.plan, self.row, live, order.phase, late=late) if self.learns else []
         return train(self.task, live, planned, settings, stretch, watch)
 
 

@@ -39,6 +39,7 @@ from .store import Store
 from .trainer import Trainer, set_up
 
 HELD_OUT = 0.2  # of the written examples, to measure on in a federation
+KEPT = "seeds that the site kept (transfer.prepare = true while it trained)"
 JOB, ROWS = "transfer.json", "synthetic.jsonl"
 TITOK_OVER = 2  # texts labelled for each one that TiTok's score keeps
 
@@ -134,6 +135,8 @@ def rows_on_new_base(plan: Plan, states: Path, folder: Path) -> SiteRows:
     ``states`` has its state in the federation ``plan.transfer.of``; ``folder`` is where the work is kept.
     Raises StateError where it prepared nothing.
     """
+    if not is_prepared(states):
+        raise StateError(str(states), KEPT, "none")
     saved = read_saved(states)
     rows = synthetic_rows(saved, plan, folder)
     held_out = max(1, round(HELD_OUT * len(rows)))
@@ -149,8 +152,7 @@ def is_prepared(states: Path) -> bool:
 def prepared_of(saved: Saved) -> Prepared:
     """What the site kept. Raises StateError where it prepared nothing."""
     if not saved.kept:
-        wanted = "seeds that the site kept (transfer.prepare = true while it trained)"
-        raise StateError(str(saved.path), wanted, "none")
+        raise StateError(str(saved.path), KEPT, "none")
     values = {key: torch.as_tensor(value) for key, value in saved.discriminator.items()}
     return Prepared(tuple(saved.kept["seeds"]), saved.kept["about"], saved.kept["examples"], values)
 

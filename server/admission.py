@@ -51,5 +51,5 @@ def admit_site(description: Description, expected: Mapping[str, object]) -> None
     for field, value in {"protocol": PROTOCOL, **expected}.items():
         if found[field] != value:
             raise RefusedError(field, str(value)[:16], str(found[field])[:16], site=description.site)
-    if description.train < 1:
-        raise RefusedError("train", "examples to train on", description.train, site=description.site)
+    if description.train < 1 and description.test < 1:
+        raise RefusedError("train", "examples to train or to measure on", description.train, site=description.site)

@@ -55,6 +55,10 @@ class Members:
         self.roll.look()
         self.judge(t)
 
+    def trains(self, site: str) -> bool:
+        """Whether a site is here and learns; one with no examples to train on is asked at the close only."""
+        return site in self.sites and self.sites[site].description.train > 0
+
     def judge(self, t: int) -> None:
         """Admits to the federation who fits it, and tells who does not."""
         self._tell(t)

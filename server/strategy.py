@@ -110,7 +110,7 @@ class AdapterStrategy:
         every = self.recipe.evaluation.every
         evaluate = bool(every) and (t == 1 or (t - 1) % every == 0)
         self.chronicle.tell("round_started", round=t, sites=chosen)
-        return self._orders([site for site in chosen if site in self.members.sites], state, t, "train", evaluate)
+        return self._orders([site for site in chosen if self.members.trains(site)], state, t, "train", evaluate)
 
     def _chosen(self, t: int) -> list[str]:
         if self.conduct.replay:

@@ -1,4 +1,4 @@
-"""Run without colora: loads exported folders as any user of transformers and PEFT would, and writes their logits."""
+"""Run without colora: loads exported folders as any user of transformers and PEFT would; writes logits and answers."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 assert importlib.util.find_spec("colora") is None
 todo = json.loads(Path(sys.argv[1]).read_text())
-found = {}
+found, answers = {}, {}
 for job in todo["jobs"]:
     kind = AutoModelForSequenceClassification if job["labels"] else AutoModelForCausalLM
     more = {"num_labels": job["labels"]} if job["labels"] and job["base"] else {}
@@ -21,10 +21,17 @@ for job in todo["jobs"]:
         model = PeftModel.from_pretrained(model, job["folder"])
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(job["folder"])
-    rows = []
+    rows, said = [], []
     with torch.no_grad():
         for text in todo["texts"]:
-            logits = model(**tokenizer([text], return_tensors="pt", return_token_type_ids=False)).logits
+            batch = tokenizer([text], return_tensors="pt", return_token_type_ids=False)
+            logits = model(**batch).logits
             rows.append(logits.numpy().reshape(-1, logits.shape[-1])[-1])
-    found[job["name"]] = np.concatenate(rows)
+            if job["labels"]:
+                said.append(int(rows[-1].argmax()))
+            else:
+                out = model.generate(**batch, do_sample=False, max_new_tokens=job["tokens"])
+                said.append(tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))
+    found[job["name"]], answers[job["name"]] = np.concatenate(rows), said
 np.savez(todo["out"], **found)
+Path(todo["out"]).with_suffix(".json").write_text(json.dumps(answers))

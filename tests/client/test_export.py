@@ -65,6 +65,19 @@ class Trained:
     saved: Saved
     trainer: Trainer
 
+    def answers(self) -> list:
+        """``colora predict``'s: the numbers of labels, or completions."""
+        labels = self.saved.card.labels
+        if labels:
+            return [labels.index(p["label"]) for p in Predictor(self.saved).predict([{"text": t} for t in TEXTS])]
+        return [p["completion"] for p in Predictor(self.saved).predict([{"prompt": t} for t in TEXTS])]
+
+    def job(self, name: str, folder: Path, base: str | None) -> dict:
+        """An order to the stock process: this model, exported to ``folder``."""
+        tokens = self.saved.plan.evaluation.max_new_tokens
+        labels = len(self.saved.card.labels)
+        return {"name": name, "folder": str(folder), "base": base, "labels": labels, "tokens": tokens}
+
     def logits(self) -> np.ndarray:
         """Of the personalised model, one text at a time."""
         task, tokenizer = self.trainer.task, self.trainer.bench.base.tokenizer
@@ -110,8 +123,16 @@ def without_colora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stock(folder: Path, jobs: list[dict]) -> dict[str, np.ndarray]:
-    """Every job's logits, from a fresh process that cannot import colora."""
+@dataclass(frozen=True)
+class Stock:
+    """Logits, and labels or greedy completions, by the names of the jobs."""
+
+    logits: dict[str, np.ndarray]
+    answers: dict[str, list]
+
+
+def stock(folder: Path, jobs: list[dict]) -> Stock:
+    """What every job's model says, from a fresh process that cannot import colora."""
     todo = folder.parent / "jobs.json"
     todo.write_text(json.dumps({"jobs": jobs, "texts": TEXTS, "out": str(folder.parent / "logits.npz")}))
     env = {**os.environ, "PYTHONPATH": str(folder)}
@@ -119,7 +140,8 @@ def stock(folder: Path, jobs: list[dict]) -> dict[str, np.ndarray]:
         [sys.executable, "-S", str(STOCK), str(todo)], env=env, cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(np.load(folder.parent / "logits.npz"))
+    answers = json.loads((folder.parent / "logits.json").read_text())
+    return Stock(dict(np.load(folder.parent / "logits.npz")), answers)
 
 
 def cases(tiny_recipe: dict, generation_recipe: dict, top: Path) -> Iterator[Trained]:
@@ -133,21 +155,23 @@ def cases(tiny_recipe: dict, generation_recipe: dict, top: Path) -> Iterator[Tra
 def test_each_method_with_each_private_adapter_is_what_stock_peft_loads(
     tiny_recipe: dict, generation_recipe: dict, tmp_path: Path, without_colora: Path
 ) -> None:
-    jobs, ours = [], {}
+    jobs, ours, answers = [], {}, {}
     for case in cases(tiny_recipe, generation_recipe, tmp_path / "states"):
-        ours[case.name] = case.logits()
+        ours[case.name], said = case.logits(), case.answers()
         for merge in (False, True):
             out = tmp_path / "out" / f"{case.name}{'-merged' if merge else ''}"
             export(case.saved, out, merge=merge)
             base = None if merge else case.saved.plan.model.source
-            labels = len(case.saved.card.labels)
-            jobs.append({"name": out.name, "folder": str(out), "base": base, "labels": labels})
-            ours[out.name] = ours[case.name]
-    found = stock(without_colora, jobs)
+            jobs.append(case.job(out.name, out, base))
+            ours[out.name], answers[out.name] = ours[case.name], said
+    everything = stock(without_colora, jobs)
+    assert everything.answers == answers
+    assert len({str(said) for said in answers.values()}) > 5, "and they are not all the same"
+    found = everything.logits
     assert len(found) == len(METHODS) * len(PRIVATES) * 2 * 2
     worst = {name: float(np.abs(found[name] - ours[name]).max()) for name in found}
     assert max(worst.values()) < CLOSE, sorted(worst.items(), key=lambda item: -item[1])[:5]
-    bare = stock(without_colora, [{**job, "bare": True} for job in jobs if job["base"]])
+    bare = stock(without_colora, [{**job, "bare": True} for job in jobs if job["base"]]).logits
     moved = [float(np.abs(bare[name] - ours[name]).max()) for name in bare if not name.startswith("classification")]
     assert min(moved) > 100 * CLOSE, "and the adapters do something"
 
@@ -169,8 +193,8 @@ def test_architectures_with_heads_of_their_own(tiny_recipe: dict, tmp_path: Path
         ours |= dict.fromkeys((f"{name}-out", f"{name}-merged"), case.logits())
         for out, base in ((f"{name}-out", str(place)), (f"{name}-merged", None)):
             export(case.saved, tmp_path / out, merge=base is None)
-            jobs.append({"name": out, "folder": str(tmp_path / out), "base": base, "labels": 2})
-    for name, logits in stock(without_colora, jobs).items():
+            jobs.append(case.job(out, tmp_path / out, base))
+    for name, logits in stock(without_colora, jobs).logits.items():
         assert np.abs(logits - ours[name]).max() < CLOSE, name
 
 
@@ -188,8 +212,8 @@ def test_weights_that_the_source_lacks_go_with_the_adapter(
     jobs = []
     for out, base in (("out", str(place)), ("merged", None)):
         export(case.saved, tmp_path / out, merge=base is None)
-        jobs.append({"name": out, "folder": str(tmp_path / out), "base": base, "labels": 2})
-    for name, logits in stock(without_colora, jobs).items():
+        jobs.append(case.job(out, tmp_path / out, base))
+    for name, logits in stock(without_colora, jobs).logits.items():
         assert np.abs(logits - case.logits()).max() < CLOSE, name
 
 
@@ -250,16 +274,16 @@ def test_real_models_as_well(
     raw = tiny_recipe if kind == "classification" else generation_recipe
     raw = {**varied(raw, "colora", "multilora"), "model": {"source": f"asset:{source}", "max_length": 16}}
     raw["train"] = {**raw["train"], "steps": 2, "final_steps": 2, "lr": 0.01, "private_lr": 0.01}
-    raw["evaluation"] = {"max_new_tokens": 2}
+    raw["evaluation"] = {"max_new_tokens": 8}
     case = train(raw, tmp_path / "state", kind)
     jobs = []
     for name, merge in (("adapter", False), ("merged", True)):
         export(case.saved, tmp_path / name, merge=merge)
         base = None if merge else str(asset_folder(source))
-        labels = len(case.saved.card.labels)
-        jobs.append({"name": name, "folder": str(tmp_path / name), "base": base, "labels": labels})
+        jobs.append(case.job(name, tmp_path / name, base))
     ours, found = case.logits(), stock(without_colora, jobs)
-    for name, logits in found.items():
+    assert found.answers == dict.fromkeys(("adapter", "merged"), case.answers())
+    for name, logits in found.logits.items():
         assert np.abs(logits - ours).max() < CLOSE * max(1.0, np.abs(ours).max()), name
 
 

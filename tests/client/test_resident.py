@@ -10,8 +10,9 @@ import torch
 
 from colora.client import resident as module
 from colora.client.resident import Resident
+from colora.client.trainer import Trainer
 from colora.common.adapters.attach import attach, detach
-from colora.common.errors import ColoraError, DataError, RecipeError, RefusedError
+from colora.common.errors import ColoraError, DataError, RecipeError, RefusedError, StateError
 from colora.common.model import load
 from colora.common.recipe import load_site
 from colora.common.settings import Plan, to_json
@@ -112,6 +113,25 @@ def test_what_is_no_plan_of_a_safe_name_touches_nothing(house: House, federation
         resident.accept(federation, text)
     assert caught.value.field.endswith(told)
     assert not house.state.exists()
+
+
+def test_a_site_that_kept_nothing_does_in_a_moved_federation_as_its_file_says(house: House) -> None:
+    site, plan = load_site(house.furnish().file), house.plan("town-on-another")
+    plan = dataclasses.replace(plan, transfer=dataclasses.replace(plan.transfer, of="town"))
+
+    def trainer(choice: str) -> Trainer:
+        resident = Resident(dataclasses.replace(site, unprepared=choice))  # type: ignore[arg-type]
+        return resident.trainer(accepted(resident, plan))
+
+    with pytest.raises(StateError, match="seeds that the site kept"):
+        trainer("wait")
+    assert trainer("afresh").describe().train > 0
+    guest = trainer("evaluate")
+    assert guest.describe().train == 0
+    assert guest.describe().test > 0
+    reply = guest.respond(house.order(plan, 5, admitted=0, phase="close"))
+    assert (reply.terms, reply.examples, reply.shared) == (0, 0, {})
+    assert {name.partition(".")[0] for name in reply.metrics} == {"base", "shared"}
 
 
 def test_the_limit_of_seconds_counts_from_the_first_step_on(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,5 +142,6 @@ def test_another_fingerprint_may_not_join(field: str) -> None:
 def test_another_protocol_or_an_empty_site_may_not_join() -> None:
     with pytest.raises(RefusedError, match=f"site ada: protocol: expected {PROTOCOL}, found {PROTOCOL + 1}"):
         admit_site(dataclasses.replace(SITE, protocol=PROTOCOL + 1), PINS)
-    with pytest.raises(RefusedError, match="site ada: train: expected examples to train on, found 0"):
-        admit_site(dataclasses.replace(SITE, train=0), PINS)
+    with pytest.raises(RefusedError, match="site ada: train: expected examples to train or to measure on, found 0"):
+        admit_site(dataclasses.replace(SITE, train=0, test=0), PINS)
+    admit_site(dataclasses.replace(SITE, train=0), PINS)

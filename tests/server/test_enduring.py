@@ -47,13 +47,14 @@ class Pretender:
     name: str
     layout: str
     model: str = "model"
+    train: int = 20
     introduced: int = 0
     rounds: list[int] = field(default_factory=list)
 
     def describe(self, federation: str, plan: str) -> Description:
         self.introduced += 1
         return Description(
-            self.name, PROTOCOL, self.model, "tokenizer", "template", self.layout, "regression", 20, 5, 0, 0
+            self.name, PROTOCOL, self.model, "tokenizer", "template", self.layout, "regression", self.train, 5, 0, 0
         )
 
     def respond(self, order: Order) -> Reply:
@@ -256,6 +257,15 @@ def test_who_is_offline_is_not_waited_for_once_there_is_a_quorum(tmp_path: Path)
     assert lead(settings, street, tmp_path).closed
     assert told(tmp_path, "round")[0]["admitted"] == ["ada", "bob"]
     assert told(tmp_path, "failed")[0]["reason"] == "not there"
+
+
+def test_a_site_without_examples_to_train_on_is_asked_at_the_close_only(tmp_path: Path) -> None:
+    settings = recipe(quorum=2)
+    sites = pretenders(settings)
+    sites[2].train = 0
+    assert lead(settings, Street(sites), tmp_path).closed
+    assert [event["admitted"] for event in told(tmp_path, "round")] == [["ada", "bob"]] * 3
+    assert [site.rounds for site in sites] == [[1, 2, 3, 4], [1, 2, 3, 4], [4]]
 
 
 def test_a_coordinator_that_starts_again_does_not_ask_those_who_stayed(tmp_path: Path) -> None:

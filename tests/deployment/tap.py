@@ -1,0 +1,55 @@
+"""A second gate before the coordinator's that keeps what the sites send through it, out of its TLS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from colora.common.files import load_arrays
+from colora.common.saved import TRAINED
+from colora.server.door import Door, Gate
+from colora.server.gate import Passage, Upstream
+from tests.leaks import Secret, leaks_in, numbers_in
+
+from .conftest import Town
+
+
+@contextmanager
+def tapped(town: Town, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
+    """The bodies of all requests of a town's sites, whose site files lead to the tap from now on."""
+    sent: list[bytes] = []
+    forward = Passage._forward
+
+    async def kept(self: Passage, asked, stack):
+        assert asked.body.whole, "a body too large to be kept"
+        sent.append(asked.body.head)
+        return await forward(self, asked, stack)
+
+    monkeypatch.setattr(Passage, "_forward", kept)
+    keys = town.folder / "keys" / "coordinator"
+    door = Door("127.0.0.1", 0, keys / "server.crt", keys / "server.key")
+    with Gate(door, Upstream(f"https://127.0.0.1:{town.port}", keys / "ca.crt")) as gate:
+        for name in town.names:
+            path = town.site(name) / "site.toml"
+            path.write_text(path.read_text().replace(f"127.0.0.1:{town.port}", gate.address))
+        yield sent
+
+
+def found_in(sent: Iterable[bytes], secrets: Iterable[Secret], windows: Iterable[str]) -> list[str]:
+    """Personal tensors and texts that are in any of these bodies, however they were packed."""
+    secrets, windows = list(secrets), list(windows)
+    assert secrets
+    assert windows
+    bodies = list(dict.fromkeys(sent))
+    return [leak for body in bodies for leak in leaks_in(numbers_in(body), body.decode("latin-1"), secrets, windows)]
+
+
+def replies(states: Iterable[Path]) -> Iterator[Secret]:
+    """The arrays that did go out: what a search that works must find."""
+    for path in states:
+        arrays: dict[str, np.ndarray] = load_arrays(path, prefix=TRAINED)[0]
+        yield from ((f"{path}/{key}", value) for key, value in arrays.items())
