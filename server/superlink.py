@@ -109,15 +109,23 @@ class SuperLink:
         self.app = build_fab_from_disk(self.home / "app")
 
     def submit(self) -> int:
-        """Starts a run of the stub app and returns Flower's number for it."""
+        """Starts a run of the stub app, after ending the ones before it, and returns Flower's number for it.
+
+        A run whose ServerApp died counts as running for a minute more. For as long a SuperNode would wait for the rest
+        of an order that the ServerApp was sending just then.
+        """
         import hashlib
 
+        from flwr.common.constant import Status
         from flwr.common.serde import fab_to_proto
-        from flwr.proto.control_pb2 import StartRunRequest
+        from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest, StopRunRequest
         from flwr.supercore.fab import Fab
 
         fab = Fab(hashlib.sha256(self.app).hexdigest(), self.app, {})
         with self._control() as control:
+            for number, run in control.ListRuns(ListRunsRequest()).run_dict.items():
+                if run.status.status != Status.FINISHED:
+                    control.StopRun(StopRunRequest(run_id=number))
             return control.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
 
     def online(self) -> list[str]:

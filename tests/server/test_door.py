@@ -20,6 +20,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.control_pb2 import ListRunsRequest
 
 from colora.common.errors import StateError
 from colora.common.processes import free_port, program
@@ -258,3 +259,15 @@ def test_a_supernode_survives_the_superlinks_death(world: World) -> None:
         assert time.monotonic() - began < 20
         assert world.node.poll() is None
     assert world.log.read_bytes()[said:].count(b"retrying") <= 2, world.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_new_run_ends_the_one_before(world: World) -> None:
+    """Or a SuperNode waits a minute for the rest of what a dead ServerApp was sending it."""
+    assert eventually(lambda: world.link.online() == ["north"])
+    world.link.prepare()
+    first, second = world.link.submit(), world.link.submit()
+    with world.link._control() as control:
+        runs = control.ListRuns(ListRunsRequest()).run_dict
+    assert (runs[first].status.status, runs[first].status.sub_status) == ("finished", "stopped")
+    assert runs[second].status.sub_status != "stopped"
