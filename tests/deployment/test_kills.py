@@ -10,6 +10,7 @@ import random
 import signal
 import statistics
 import time
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
@@ -64,13 +65,13 @@ def test_any_process_may_be_killed_at_any_moment(tmp_path: Path, place: Path, ti
     tiny_recipe["server"] |= {"optimizer": "adam"}
     calm = simulate(recipe_from(tiny_recipe), tmp_path / "calm", resume=False)
     town, rng = Town(place / "town", tiny_recipe).build(), random.Random(SEED)
-    kinds = [*VICTIMS] * (KILLS // len(VICTIMS) + 1)
+    kinds = list(islice(cycle(VICTIMS), KILLS))
     rng.shuffle(kinds)
     table: list[tuple[str, int, float]] = []
     try:
         town.start()
         town.wait_for("round", 300, round=1)
-        for kind in kinds[:KILLS]:
+        for kind in kinds:
             before = rounds(town)
             kill_one(town, kind, rng)
             killed = time.monotonic()
