@@ -109,7 +109,8 @@ class Resident:
                 self._base = None  # two base models need not be in memory
                 gc.collect()
                 return rows_on_new_base(plan, old, self.folder(plan) / "transfer"), True
-        return load_site_rows(self.site, plan.seed), plan.transfer.of is None or self.site.unprepared == "afresh"
+            return load_site_rows(self.site, plan.seed), self.site.unprepared == "afresh"
+        return load_site_rows(self.site, plan.seed), True
 
     def _base_of(self, settings: ModelSettings) -> BaseModel:
         if self._base is None or self._base[0] != settings:

@@ -68,5 +68,5 @@ class SiteSettings:
     coordinator: CoordinatorSettings | None = None
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     private: Private | None = None  # a private adapter of its own choice, instead of what the recipe says
-    unprepared: Literal["wait", "evaluate", "afresh"] = "wait"  # in a transfer, where it kept nothing: see Resident
+    unprepared: Literal["wait", "evaluate", "afresh"] = "wait"  # in a move where it kept nothing; README
     allow: AllowSettings = field(default_factory=AllowSettings)

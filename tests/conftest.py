@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
 
 os.environ.update(
     FLWR_TELEMETRY_ENABLED="0",
@@ -91,6 +92,22 @@ def labelled_rows(labels: list[str], count: int, seed: int = 0, words: int = 12)
 
     rng = random.Random(seed)
     return [{"text": " ".join(rng.choices(WORDS, k=words)), "label": labels[i % len(labels)]} for i in range(count)]
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
+    """Every message of the runs of a test: the coordinator's orders and the sites' answers."""
+    from colora.simulation.grid import LocalGrid
+
+    seen: list[Message] = []
+    answer = LocalGrid._answer
+
+    def tapped(self: LocalGrid, message: Message) -> Message:
+        seen.extend((message, answer(self, message)))
+        return seen[-1]
+
+    monkeypatch.setattr(LocalGrid, "_answer", tapped)
+    return seen
 
 
 @pytest.fixture

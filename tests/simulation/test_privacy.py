@@ -16,24 +16,8 @@ from colora.common.codec import CODECS, decode
 from colora.common.methods import METHODS
 from colora.common.recipe import recipe_from
 from colora.server.board import board_of
-from colora.simulation.grid import LocalGrid
 from colora.simulation.run import simulate
 from tests.leaks import Secret, leaks_in, personal_tensors, text_windows
-
-
-@pytest.fixture
-def wire(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
-    """Every message of the runs of a test: the coordinator's orders and the sites' answers."""
-    seen: list[Message] = []
-    answer = LocalGrid._answer
-
-    def tapped(self: LocalGrid, message: Message) -> Message:
-        seen.append(message)
-        seen.append(answer(self, message))
-        return seen[-1]
-
-    monkeypatch.setattr(LocalGrid, "_answer", tapped)
-    return seen
 
 
 def numbers_of(message: Message) -> np.ndarray:

@@ -12,23 +12,9 @@ from flwr.app import Message
 from colora.common.errors import RecipeError, StateError
 from colora.common.recipe import load_recipe, moved, recipe_from
 from colora.common.saved import read_saved
-from colora.simulation.grid import LocalGrid
 from colora.simulation.run import simulate
 
 SITES = ("ada", "bob", "cyd")
-
-
-@pytest.fixture
-def wire(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
-    seen: list[Message] = []
-    answer = LocalGrid._answer
-
-    def tapped(self: LocalGrid, message: Message) -> Message:
-        seen.extend((message, answer(self, message)))
-        return seen[-1]
-
-    monkeypatch.setattr(LocalGrid, "_answer", tapped)
-    return seen
 
 
 @pytest.fixture
