@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .connection import LINK, SITE, TRAINER
 
 POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}  # seconds between a message and its ClientApp
 CLIENT_APP = "flwr-clientapp"
+LIGHT = "#!{python}\nfrom colora.client.clientapp import main\n\nmain()\n"  # what that command does here
 NODE_ID = re.compile(rb"SuperNode ID: (\d+)")
 RETRYING = b"Connection attempt failed"
 REASONS = (  # what SuperNode's log says, and what it means
@@ -54,13 +56,18 @@ class SuperNode:
         else:
             arguments += ["--root-certificates", coordinator.ca, "--auth-supernode-private-key", coordinator.key]
         where = {TRAINER: site.trainer.listen, LINK: site.trainer.link, SITE: site.name}
-        environment = {**POLLING, **where, "FLWR_HOME": str(state / "flower")}
-        self.child = Child(Command("supernode", (program("flower-supernode"), *arguments), self.log, environment))
+        self.home = state / "flower"
+        environment = {**POLLING, **where, "FLWR_HOME": str(self.home)}
+        command = Command("supernode", (program("flower-supernode"), *arguments), self.log, environment, self.home)
+        self.child = Child(command)
         self._read_from = 0
 
     def start(self) -> None:
         """Starts it, after signing off the one before where that is surely dead."""
         self.sign_off()
+        light = self.home / CLIENT_APP
+        write_atomically(light, LIGHT.format(python=sys.executable).encode(), lasting=False)
+        light.chmod(0o755)
         self._read_from = self.log.stat().st_size if self.log.exists() else 0
         self.child.start()
 

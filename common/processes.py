@@ -28,12 +28,16 @@ FIRST_PAUSE, LONGEST_PAUSE, SETTLED = 0.5, 30.0, 60.0  # seconds
 
 @dataclass(frozen=True)
 class Command:
-    """What to run: its name in logs, its arguments, what it needs in its environment, and the file it writes to."""
+    """What to run: its name in logs, its arguments, what it needs in its environment, and the file it writes to.
+
+    Commands that it starts by name are looked for in ``commands`` first.
+    """
 
     name: str
     arguments: tuple[str, ...]
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    commands: Path | None = None
 
 
 class Child:
@@ -75,7 +79,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PATH": _path(), **self.command.environment},
+                env={**os.environ, "PATH": _path(self.command.commands), **self.command.environment},
                 start_new_session=True,
             )
         now = time.monotonic()
@@ -160,9 +164,10 @@ def sole(path: Path, what: str) -> Iterator[IO[str]]:
         yield file
 
 
-def _path() -> str:
+def _path(commands: Path | None) -> str:
     """Where commands are looked for: Flower's start one another by name, also when nobody activated this Python."""
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    first = [str(commands.resolve())] if commands else []
+    return os.pathsep.join([*first, str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def program(name: str) -> str:

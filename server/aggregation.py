@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -126,18 +128,49 @@ def product_residual(updates: list[Weighed], mean: Mapping[str, np.ndarray]) -> 
     """How far the mean of the factors is from the mean of the products.
 
     √(Σ_layers ‖Σ p_k B_k A_k − B̄ Ā‖²_F ÷ Σ_layers ‖Σ p_k B_k A_k‖²_F): 0 when averaging A and B apart loses nothing.
-    Computed through Gram matrices of size (K·r)², never the (d_out, d_in) products.
+    Computed through Gram matrices of size (K·r)² where these are smaller than the (d_out, d_in) products.
     """
     total = sum(update.weight for update in updates)
     off, whole = 0.0, 0.0
     for a_key, b_key in _pairs(mean):
         b = [update.weight / total * _scaled(update.arrays, b_key) for update in updates]
         a = [update.arrays[a_key].astype(np.float64) for update in updates]
-        terms = _inner_products(np.hstack([*b, -_scaled(mean, b_key)]), np.vstack([*a, mean[a_key]]))
-        rank = len(mean[a_key])  # of the last terms, which are the mean's
-        whole += float(np.sum(terms[:-rank, :-rank]))
-        off += float(np.sum(terms))
+        products = Factors(np.hstack(b), np.vstack(a))
+        squares = _dense_squares if products.wide else _gram_squares
+        of_products, of_difference = squares(products, Factors(_scaled(mean, b_key), mean[a_key].astype(np.float64)))
+        whole += of_products
+        off += of_difference
     return float(np.sqrt(max(off, 0.0) / whole)) if whole else 0.0
+
+
+class Factors(NamedTuple):
+    """A product of two thin matrices: ``left`` (d_out, n) and ``right`` (n, d_in)."""
+
+    left: np.ndarray
+    right: np.ndarray
+
+    @property
+    def wide(self) -> bool:
+        """Whether n is so large that the product itself takes fewer steps than two Gram matrices of n²."""
+        d_out, n, d_in = *self.left.shape, self.right.shape[1]
+        return n * (d_out + d_in) > 2 * d_out * d_in
+
+
+def _dense_squares(products: Factors, mean: Factors) -> tuple[float, float]:
+    """‖P‖²_F and ‖P − M‖²_F."""
+    with _threads(products):
+        whole = products.left @ products.right
+        off = whole - mean.left @ mean.right
+    return float(np.vdot(whole, whole)), float(np.vdot(off, off))
+
+
+def _gram_squares(products: Factors, mean: Factors) -> tuple[float, float]:
+    """The same as sums of ⟨l_i r_i, l_j r_j⟩ over the rank-one terms of P, and of P − M."""
+    left, right = np.hstack([products.left, -mean.left]), np.vstack([products.right, mean.right])
+    with _threads(products):
+        terms = (left.T @ left) * (right @ right.T)
+    rank = len(mean.right)
+    return float(np.sum(terms[:-rank, :-rank])), float(np.sum(terms))
 
 
 def _pairs(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
@@ -151,11 +184,10 @@ def _scaled(arrays: Mapping[str, np.ndarray], b_key: str) -> np.ndarray:
     return b if scale is None else (b.reshape(len(b), len(scale), -1) * scale.T[:, :, None]).reshape(b.shape)
 
 
-def _inner_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """⟨l_i r_i, l_j r_j⟩ of the rank-one terms of left · right, shape (n, n); their sum is ‖left · right‖²_F."""
-    threads = 1 if left.shape[1] * max(left.size, right.size) < SMALL else None
-    with _blas().limit(limits=threads, user_api="blas"):
-        return (left.T @ left) * (right @ right.T)
+def _threads(factors: Factors) -> AbstractContextManager[object]:
+    """Small products stay on one thread: on a busy machine several wait for each other."""
+    threads = 1 if factors.left.shape[1] * max(factors.left.size, factors.right.size) < SMALL else None
+    return _blas().limit(limits=threads, user_api="blas")
 
 
 @cache

@@ -4,9 +4,10 @@ The SuperLink answers everything on one port, and its Control and Runtime APIs a
 them ships code to every site. So it listens on loopback, and this ASGI app stands before it. It knows a closed list of
 paths, compares them byte by byte and asks the SuperLink for its own spelling of them, never for the caller's.
 
-It also keeps two things short. A SuperLink that is being restarted costs seconds instead of SuperNode's growing
+It also keeps three things short. A SuperLink that is being restarted costs seconds instead of SuperNode's growing
 delays: requests are held until it is back. And a message reaches an idle SuperNode at once instead of at its next
-question three seconds later: a pull that finds nothing is repeated here.
+question three seconds later: a pull that finds nothing is repeated here. So is one for a part of a message that is
+still on its way to the SuperLink.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Call:
     hold: float = 25.0  # seconds at most that it waits for the SuperLink
 
 
-PULL = b"/v1/fleet/pull-messages"
+PULL, OBJECT = b"/v1/fleet/pull-messages", b"/v1/fleet/pull-object"
 CALLS = {
     # A second activation is refused, and SuperNode exits on that; so its own retry decides.
     b"/v1/fleet/activate-node": Call(again=False),
@@ -71,7 +72,7 @@ CALLS = {
     b"/v1/fleet/get-run": Call(),
     b"/v1/fleet/get-fab": Call(),
     b"/v1/fleet/push-object": Call(),  # objects are named by their hash
-    b"/v1/fleet/pull-object": Call(),
+    OBJECT: Call(),
     b"/v1/fleet/confirm-message-received": Call(),
 }
 # In the form of Flower's errors, whose SuperNode says it to its owner; Flower's own answer does not tell why.
@@ -129,6 +130,7 @@ class Passage:
             headers={"accept-encoding": "identity", "user-agent": "colora-gate"},
         )
         self.waiting: dict[tuple[str, bytes], object] = {}  # nodes whose pull found nothing yet → the pull
+        self.awaited = 0  # objects that are asked for
         self.news, self.last_news = asyncio.Event(), 0.0
         self.held = False  # the SuperLink counts as away although it may answer
         self.stopping = False
@@ -164,7 +166,8 @@ class Passage:
         body = Body(request)
         await body.begin()
         asked = Asked(request, body, path.decode(), call, time.monotonic() + min(call.hold, self.upstream.hold))
-        return await (self._pull(asked, stack) if path == PULL else self._reach(asked, stack))
+        ways = {PULL: self._pull, OBJECT: self._object}
+        return await ways.get(path, self._reach)(asked, stack)
 
     async def _pull(self, asked: Asked, stack: AsyncExitStack) -> Response:
         """Asks until there is a message; a later pull of the same node ends this one, whose caller must be gone."""
@@ -175,7 +178,7 @@ class Passage:
             if is_empty(answer):  # so the SuperLink knows the node by its signature
                 self.waiting[name] = me
             while is_empty(answer):
-                pause = self._pause()
+                pause = self._pause(len(self.waiting))
                 if time.monotonic() + pause > ends:
                     return answer
                 await self._rest(pause)
@@ -189,9 +192,22 @@ class Passage:
             self._tell()
         return answer
 
-    def _pause(self) -> float:
-        shared = len(self.waiting) / self.upstream.rate
-        return max(self.upstream.pause, min(shared, self.upstream.slowest))
+    async def _object(self, asked: Asked, stack: AsyncExitStack) -> Response:
+        """Asks until a part of a message that is still on its way has come: SuperNode by itself waits 1 s, 2 s, 4 s."""
+        ends = time.monotonic() + self.upstream.linger
+        self.awaited += 1
+        try:
+            while is_on_its_way(answer := await self._reach(asked, stack)):
+                pause = self._pause(self.awaited)
+                if time.monotonic() + pause > ends or await self._pointless(asked):
+                    break
+                await asyncio.sleep(pause)
+            return answer
+        finally:
+            self.awaited -= 1
+
+    def _pause(self, waiting: int) -> float:
+        return max(self.upstream.pause, min(waiting / self.upstream.rate, self.upstream.slowest))
 
     def _tell(self) -> None:
         """One node has a message, so others are likely to have theirs: they ask now, however long their pause."""
@@ -245,7 +261,7 @@ class Passage:
         stack.push_async_callback(answer.aclose)
         if length is not None:
             kept["content-length"] = length
-        return StreamingResponse(answer.aiter_raw(), answer.status_code, kept)
+        return StreamingResponse(_in_batches(answer.aiter_raw()), answer.status_code, kept)
 
 
 class TooLarge(Exception):
@@ -274,7 +290,7 @@ class Body:
 
     def content(self) -> bytes | AsyncIterator[bytes]:
         """What to send upstream."""
-        return self.head if self.whole else self._rest()
+        return self.head if self.whole else _in_batches(self._rest())
 
     async def _rest(self) -> AsyncIterator[bytes]:
         self.spent = True
@@ -289,6 +305,18 @@ class Body:
         if self._seen > MOST:
             raise TooLarge
         return chunk
+
+
+async def _in_batches(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same bytes in fewer chunks: each costs the SuperLink's layers of middleware more than its bytes do."""
+    batch = bytearray()
+    async for chunk in chunks:
+        batch += chunk
+        if len(batch) >= KEPT:
+            yield bytes(batch)
+            batch.clear()
+    if batch:
+        yield bytes(batch)
 
 
 @dataclass(frozen=True)
@@ -308,6 +336,11 @@ def is_empty(answer: Response) -> bool:
     Anything else goes to the SuperNode as it is, so a Flower that says "nothing" in another way costs time only.
     """
     return answer.status_code == 200 and not isinstance(answer, StreamingResponse) and not answer.body
+
+
+def is_on_its_way(answer: Response) -> bool:
+    """Whether an object was announced and has not come yet: of a PullObjectResponse, ``object_found`` alone is set."""
+    return answer.status_code == 200 and not isinstance(answer, StreamingResponse) and answer.body == b"\x08\x01"
 
 
 def _refuse(status: int, why: str) -> Response:

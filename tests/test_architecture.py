@@ -29,8 +29,10 @@ FLWR_FILES = {
     "server/asking.py",
     "server/roll.py",
     "server/superlink.py",
+    "client/clientapp.py",
     "client/supernode.py",
     "common/messages.py",
+    "common/pulling.py",
 }
 FLWR_NAMES = {"app.py", "launch.py"}
 HEAVY = ("torch", "transformers", "peft")

@@ -13,7 +13,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
 
 from colora.common.settings import ServerSettings
-from colora.server.aggregation import RULES, WEIGHTS, Weighed, apply_rule, product_residual, weighted_mean
+from colora.server import aggregation
+from colora.server.aggregation import RULES, WEIGHTS, Factors, Weighed, apply_rule, product_residual, weighted_mean
 from colora.simulation.grid import LocalGrid
 
 Arrays = dict[str, np.ndarray]
@@ -200,6 +201,15 @@ def test_the_product_residual_equals_the_dense_computation(weights: tuple[int, .
     found = product_residual(given, mean)
     assert found == pytest.approx(dense_residual(given, mean), rel=1e-6)
     assert found > 0.05  # mean(B)·mean(A) ≠ mean(BA)
+
+
+def test_small_and_large_products_are_computed_in_the_cheaper_way_with_one_result() -> None:
+    rng = np.random.default_rng(0)
+    for n, wide in ((4, False), (40, True)):
+        factors = Factors(rng.normal(size=(30, n)), rng.normal(size=(n, 20)))
+        mean = Factors(rng.normal(size=(30, 2)), rng.normal(size=(2, 20)))
+        assert factors.wide is wide
+        assert aggregation._gram_squares(factors, mean) == pytest.approx(aggregation._dense_squares(factors, mean))
 
 
 def test_the_residual_of_opposite_sites_by_hand() -> None:

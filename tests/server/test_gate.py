@@ -430,6 +430,29 @@ def test_a_pull_lingers_until_there_is_a_message(gate: Gate, superlink: SuperLin
     assert not gate.server.passage.waiting
 
 
+def test_an_object_on_its_way_is_told_from_others_in_flowers_own_words() -> None:
+    from flwr.proto.message_pb2 import PullObjectResponse
+    from starlette.responses import Response
+
+    def told(**fields: object) -> bool:
+        return rules.is_on_its_way(Response(PullObjectResponse(**fields).SerializeToString()))
+
+    assert told(object_found=True, object_available=False)
+    assert not told(object_found=True, object_available=True, object_content=b"x")
+    assert not told(object_found=False, object_available=False)
+
+
+def test_a_pull_of_an_object_lingers_until_it_has_come(gate: Gate, superlink: SuperLink) -> None:
+    superlink.answer = lambda _: (200, b"\x08\x01\x10\x01" if len(superlink.seen) == 4 else b"\x08\x01")
+    began = time.monotonic()
+    assert post(gate, "/v1/fleet/pull-object", b"id").content == b"\x08\x01\x10\x01"
+    assert time.monotonic() - began < 1.0  # SuperNode by itself: 1 + 2 + 4 s
+    assert [seen.body for seen in superlink.seen] == [b"id"] * 4
+    superlink.answer = lambda _: (200, b"\x08\x01")
+    assert post(gate, "/v1/fleet/pull-object", b"id").content == b"\x08\x01"  # not for ever: SuperNode asks again
+    assert gate.server.passage.awaited == 0
+
+
 def test_a_pull_ends_empty_when_there_is_none(gate: Gate, superlink: SuperLink) -> None:
     superlink.answer = lambda _: (200, b"")
     began = time.monotonic()
