@@ -1,6 +1,6 @@
 """Trans-LoRA on real models: MiniLM-L6 ↔ MiniLM-L3 on 20 Newsgroups, with SmolLM2 writing.
 
-python benchmarks/transfer.py [SEEDS] [SAMPLES]     (3, 60)
+python benchmarks/transfer.py [SEEDS] [SAMPLES] [l6-l3|l3-l6]     (3, 48, both directions)
 
 For each direction and seed: the source with its adapter; the target without one (a head fitted to the same written
 texts, so that an adapter has to earn its place); four arms of written texts (the 5 seeds only, random text, unfiltered,
@@ -45,7 +45,8 @@ from colora.common.site import SiteSettings
 
 L6, L3, WRITER = "asset:minilm-l6", "asset:paraphrase-minilm-l3", "asset:smollm2-135m-instruct"
 GROUPS = ("rec.autos", "rec.sport.hockey", "sci.med", "sci.space")
-TRAIN, TEST, STEPS, LENGTH = 120, 200, 150, 48
+TRAIN, TEST, STEPS, LENGTH = 64, 200, 100, 32
+DIRECTIONS = {"l6-l3": (L6, L3), "l3-l6": (L3, L6)}
 ARMS = ("5 seeds only", "random text", "unfiltered", "filtered")
 
 
@@ -65,7 +66,7 @@ def plan_of(source: str, seed: int, samples: int) -> Plan:
             generator=WRITER,
             about="newsgroups",
             samples=samples,
-            steps=40,
+            steps=30,
             lr=1e-3,
             max_new_tokens=200,
             distil_lr=2e-3,
@@ -80,7 +81,9 @@ def rows_of(seed: int) -> SiteRows:
 
 def trained(plan: Plan, rows: SiteRows, folder: Path) -> Saved:
     """A site after its only round and the close."""
-    trainer = Trainer(set_up(load(plan.model, generates=False), plan), rows, Store(folder, plan.name))
+    trainer = Trainer(
+        set_up(load(plan.model, generates=rows.task == "generation"), plan), rows, Store(folder, plan.name)
+    )
     shared = first_shared(plan, len(rows.labels))
     for order in (
         Order(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False),
@@ -157,8 +160,9 @@ def taught(old: Saved, plan: Plan, rows: list[Row], out: Path) -> Saved:
 
 def main() -> None:
     torch.set_num_threads(1)
-    seeds, samples = (int(word) for word in (sys.argv[1:] + ["3", "60"][len(sys.argv) - 1 :])[:2])
-    for source, target in ((L6, L3), (L3, L6)):
+    given = sys.argv[1:]
+    seeds, samples = (int(word) for word in (given + ["3", "48"][len(given) :])[:2])
+    for source, target in [DIRECTIONS[word] for word in given[2:] or DIRECTIONS]:
         tables: list[dict[str, float]] = []
         for seed in range(seeds):
             with tempfile.TemporaryDirectory() as folder:

@@ -15,17 +15,24 @@ Secret = tuple[str, np.ndarray]
 
 
 def personal_tensors(states: Iterable[Path]) -> Iterator[Secret]:
-    """Every tensor of these files of personal state, constant ones aside, by the file's path and its name."""
+    """Every tensor of these files of personal state, constant ones aside, by the file's path and its name.
+
+    Cores, heads, private adapters, moments, and a discriminator that was kept for a transfer.
+    """
     for path in sorted(states):
         for key, value in load_arrays(path)[0].items():
-            if key.startswith(("state/", "moments/")) and "/step" not in key and np.unique(value).size > 2:
+            if key.startswith(("state/", "moments/", "transfer/")) and "/step" not in key and np.unique(value).size > 2:
                 yield f"{path}/{key}", value
 
 
 def text_windows(files: Iterable[Path]) -> set[str]:
     """All windows of 20 characters of all values of these JSON lines."""
     lines = [line for path in files for line in path.read_text().splitlines()]
-    texts = [str(value) for line in lines for value in json.loads(line).values()]
+    return windows_of(str(value) for line in lines for value in json.loads(line).values())
+
+
+def windows_of(texts: Iterable[str]) -> set[str]:
+    """All windows of 20 characters of these texts."""
     return {text[i : i + WINDOW] for text in texts for i in range(max(0, len(text) - WINDOW + 1))}
 
 

@@ -36,6 +36,8 @@ class Town:
     recipe: dict[str, Any]
     port: int = field(default_factory=free_port)
     home: Path = ROOT  # where the commands are started
+    options: tuple[str, ...] = ()  # of colora server
+    out: str = "run"  # the run folder's name
     commands: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     started: list[int] = field(default_factory=list)
 
@@ -45,7 +47,7 @@ class Town:
 
     @property
     def run(self) -> Path:
-        return self.folder / "run"
+        return self.folder / self.out
 
     def build(self) -> Town:
         """Recipe, keys and site files."""
@@ -86,7 +88,7 @@ class Town:
     def server_words(self) -> list[str]:
         keys = ["--keys", str(self.folder / "keys" / "coordinator")]
         place = ["--host", "127.0.0.1", "--port", str(self.port), "--out", str(self.run)]
-        return ["server", str(self.folder / "recipe.toml"), *keys, *place]
+        return ["server", str(self.folder / "recipe.toml"), *keys, *place, *self.options]
 
     def tend(self) -> None:
         """Starts a command again that was killed."""

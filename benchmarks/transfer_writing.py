@@ -1,0 +1,113 @@
+"""Trans-LoRA of a model that writes: SmolLM2 with a LoRA to the same base model with another kind of adapter.
+
+python benchmarks/transfer_writing.py FILE [NAME]
+
+FILE has JSON lines with ``prompt`` and ``completion``. Exact match of greedy answers on test rows that nothing was
+trained on: the source with its adapter, the base model without one, a CoLoRA and a MultiLoRA that learnt from written
+texts with the source's answers, and a CoLoRA that was trained on the real rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from colora.client.predict import Predictor
+from colora.client.store import Store
+from colora.client.trainer import Trainer, set_up
+from colora.client.transfer import plan_for, transfer
+from colora.common.model import load
+from colora.common.rows import Row, SiteRows
+from colora.common.saved import Saved, read_saved
+from colora.common.settings import (
+    AdapterSettings,
+    EvaluationSettings,
+    MethodSettings,
+    ModelSettings,
+    Plan,
+    TrainSettings,
+    TransferSettings,
+)
+from transfer import trained
+
+WRITER = "asset:smollm2-135m-instruct"
+TRAIN, TEST, SAMPLES = 64, 100, 64
+TARGETS = ("colora", "multilora")
+
+
+def plan_of(name: str) -> Plan:
+    """One site that trains a LoRA alone and prepares."""
+    return Plan(
+        name,
+        1,
+        ModelSettings(WRITER, max_length=64),
+        adapter=AdapterSettings(8, 16.0, ("q_proj", "v_proj")),
+        method=MethodSettings("local"),
+        train=TrainSettings(steps=40, batch_size=8, lr=1e-3, lr_schedule="linear"),
+        evaluation=EvaluationSettings(every=0, max_new_tokens=6),
+        transfer=TransferSettings(
+            prepare=True, samples=SAMPLES, steps=24, calls=20, max_new_tokens=160, distil_epochs=6, distil_lr=1e-3
+        ),
+    )
+
+
+def rows_of(path: Path) -> SiteRows:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = random.Random(0).sample([json.loads(line) for line in lines], TRAIN + TEST)
+    return SiteRows("bench", "generation", rows[:TRAIN], rows[TRAIN:], ())
+
+
+def matched(answers: list[str], rows: list[Row]) -> float:
+    """The share of answers that are the wanted ones, whatever their case and the dots at their ends."""
+    pairs = zip(answers, (str(row["completion"]) for row in rows), strict=True)
+    return sum(a.strip(" .\n").casefold() == b.strip(" .\n").casefold() for a, b in pairs) / len(rows)
+
+
+def exact(saved: Saved, rows: list[Row]) -> float:
+    found = Predictor(saved).predict([{"prompt": row["prompt"]} for row in rows])
+    return matched([str(p["completion"]) for p in found], rows)
+
+
+def bare(plan: Plan, rows: SiteRows) -> float:
+    """The base model without any adapter."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(set_up(load(plan.model, generates=True), plan), rows, Store(Path(folder), plan.name))
+        trainer.load({}, {})
+        found = trainer.task.predict([{"prompt": row["prompt"]} for row in rows.test])
+        return matched([str(p["completion"]) for p in found], list(rows.test))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    path = Path(sys.argv[1])
+    name = sys.argv[2] if len(sys.argv) > 2 else path.stem
+    rows, plan = rows_of(path), plan_of(name)
+    test, quiet = list(rows.test), TransferSettings()
+    began = time.monotonic()
+
+    def tell(what: str, value: float) -> None:
+        print(f"{name}: {what:32} {value:.3f}   {time.monotonic() - began:.0f} s", flush=True)
+
+    common = max(map(str, (row["completion"] for row in test)), key=[str(row["completion"]) for row in test].count)
+    tell(f"always {common!r}", matched([common] * len(test), test))
+    with tempfile.TemporaryDirectory() as folder:
+        old = trained(plan, rows, Path(folder) / "source")
+        tell("source with adapter (LoRA)", exact(old, test))
+        tell("target without adapter", bare(dataclasses.replace(plan, transfer=quiet), rows))
+        for method in TARGETS:
+            out = Path(folder) / method
+            found = transfer(old, plan_for(old, WRITER, (f"method.name={method}",)), out)
+            tell(f"transferred to {method} ({found.examples} texts)", exact(read_saved(out), test))
+        real = dataclasses.replace(plan, method=MethodSettings("colora"), transfer=quiet)
+        tell("colora on the real rows", exact(trained(real, rows, Path(folder) / "real"), test))
+
+
+if __name__ == "__main__":
+    main()
