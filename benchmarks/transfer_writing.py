@@ -38,7 +38,7 @@ from colora.common.settings import (
 from transfer import trained
 
 WRITER = "asset:smollm2-135m-instruct"
-TRAIN, TEST, SAMPLES = 64, 100, 64
+TRAIN, TEST, SAMPLES = 48, 100, 48
 TARGETS = ("colora", "multilora")
 
 
@@ -47,13 +47,13 @@ def plan_of(name: str) -> Plan:
     return Plan(
         name,
         1,
-        ModelSettings(WRITER, max_length=64),
+        ModelSettings(WRITER, max_length=48),
         adapter=AdapterSettings(8, 16.0, ("q_proj", "v_proj")),
         method=MethodSettings("local"),
-        train=TrainSettings(steps=40, batch_size=8, lr=1e-3, lr_schedule="linear"),
+        train=TrainSettings(steps=30, batch_size=8, lr=2e-3, lr_schedule="linear"),
         evaluation=EvaluationSettings(every=0, max_new_tokens=6),
         transfer=TransferSettings(
-            prepare=True, samples=SAMPLES, steps=24, calls=20, max_new_tokens=160, distil_epochs=6, distil_lr=1e-3
+            prepare=True, samples=SAMPLES, steps=16, calls=16, max_new_tokens=160, distil_epochs=5, distil_lr=2e-3
         ),
     )
 

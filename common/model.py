@@ -18,6 +18,7 @@ from .assets import asset_folder, cache_folder, file_sha256
 from .errors import ModelError, StateError
 from .quiet import quiet_transformers
 from .settings import ModelSettings
+from .widened import computes, widen
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "config.json")
 TOKENIZER_FILES = (
@@ -117,6 +118,8 @@ def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
     model.requires_grad_(False)
     if "quantization_config" not in how:
         model.to(device)
+    if not computes(how["dtype"], device):
+        widen(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # only fills batches: masks and labels go by length, not by id
     print_of = fingerprint(folder)

@@ -65,7 +65,7 @@ def test_a_straggler_is_left_out_and_told_and_the_log_replays_to_the_same_bits(
     tmp_path: Path, place: Path, tiny_recipe: dict
 ) -> None:
     """Two of three sites are a quorum. One trainer is frozen over a deadline; one site comes late, one leaves."""
-    tiny_recipe["rounds"] = 6
+    tiny_recipe["rounds"] = 12
     tiny_recipe["server"] = {"quorum": 2, "timeout": 25.0, "optimizer": "momentum"}
     town = Town(place / "town", tiny_recipe).build()
     try:

@@ -1,0 +1,46 @@
+"""16-bit weights computed with in 32 bits: an fp32 model with rounded weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from colora.common.widened import computes, widen
+
+SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_widened_model_is_the_rounded_one_in_fp32_with_the_same_gradients(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    half = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True)).to(dtype)
+    whole = copy.deepcopy(half).float()
+    half.requires_grad_(False)
+    widen(half)
+    assert half.model.layers[0].mlp.up_proj.weight.dtype == dtype  # memory stays what it was
+    assert half.lm_head.weight is half.model.embed_tokens.weight
+    assert half.model.embed_tokens.weight.dtype == dtype
+    found = []
+    for model in (half, whole):
+        torch.manual_seed(1)
+        with_lora = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        ids = torch.arange(24).reshape(2, 12)
+        out = with_lora(input_ids=ids, labels=ids)
+        out.loss.backward()
+        gradients = {name: p.grad for name, p in with_lora.named_parameters() if p.requires_grad}
+        found.append((out.logits, gradients))
+    (mine, my_gradients), (wanted, its_gradients) = found
+    assert mine.dtype == torch.float32
+    assert len(my_gradients) == 4
+    torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(my_gradients, its_gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_what_has_its_own_arithmetic_is_left_alone() -> None:
+    assert computes(torch.float32, torch.device("cpu"))
+    assert computes(torch.bfloat16, torch.device("cuda"))
