@@ -116,7 +116,7 @@ class Tail:
 
 
 class NodeKeeper:
-    """The SuperNode: started again whenever it is gone, or waits for a ClientApp that crashed."""
+    """The SuperNode: started again whenever it is gone, or waits for what does not come."""
 
     def __init__(self, site: SiteSettings, say: Say) -> None:
         if site.coordinator is None:
@@ -133,8 +133,8 @@ class NodeKeeper:
     def keep(self) -> bool:
         """Starts it where it is due; True when it did."""
         if self.child.running:
-            if self.node.watch():
-                self._tell("a ClientApp was killed: starting the SuperNode again")
+            if why := self.node.watch():
+                self._tell(f"{why}: starting the SuperNode again")
                 self.child.kill()
             elif self.node.connected and not self.connected:
                 self.connected = True

@@ -21,6 +21,7 @@ CLIENT_APP = "flwr-clientapp"
 LIGHT = "#!{python}\nfrom colora.client.clientapp import main\n\nmain()\n"  # what that command does here
 NODE_ID = re.compile(rb"SuperNode ID: (\d+)")
 RETRYING = b"Connection attempt failed"
+TAKEN = b"is already in use"
 REASONS = (  # what SuperNode's log says, and what it means
     (rb"key is not registered", "the coordinator does not know this site's key"),
     (rb"\[code: 2004\]", "another client with this key is at work, or one that died is not forgotten yet (a minute)"),
@@ -46,9 +47,15 @@ class SuperNode:
 
     def __init__(self, site: SiteSettings, coordinator: CoordinatorSettings) -> None:
         state = Path(site.trainer.state)
-        self.site, self.coordinator = site, coordinator
+        self.site, self.coordinator, self.home = site, coordinator, state / "flower"
         self.log, self.record = state / "logs" / "supernode.log", state / "node.json"
+        self.child = Child(self._command())
+        self._read_from = 0
+
+    def _command(self) -> Command:
+        """With ports that are free now: of the last start's, one may be somebody else's."""
         self.port, self.health_port = free_port(), free_port()
+        site, coordinator = self.site, self.coordinator
         arguments = ["--superlink", coordinator.address, "--port", str(self.port)]
         arguments += ["--health-server-address", f"127.0.0.1:{self.health_port}"]
         if coordinator.insecure:
@@ -56,11 +63,8 @@ class SuperNode:
         else:
             arguments += ["--root-certificates", coordinator.ca, "--auth-supernode-private-key", coordinator.key]
         where = {TRAINER: site.trainer.listen, LINK: site.trainer.link, SITE: site.name}
-        self.home = state / "flower"
         environment = {**POLLING, **where, "FLWR_HOME": str(self.home)}
-        command = Command("supernode", (program("flower-supernode"), *arguments), self.log, environment, self.home)
-        self.child = Child(command)
-        self._read_from = 0
+        return Command("supernode", (program("flower-supernode"), *arguments), self.log, environment, self.home)
 
     def start(self) -> None:
         """Starts it, after signing off the one before where that is surely dead."""
@@ -69,15 +73,22 @@ class SuperNode:
         write_atomically(light, LIGHT.format(python=sys.executable).encode(), lasting=False)
         light.chmod(0o755)
         self._read_from = self.log.stat().st_size if self.log.exists() else 0
+        self.child.command = self._command()
         self.child.start()
 
-    def watch(self) -> bool:
-        """Keeps the record of who is there; True when a ClientApp crashed, for which SuperNode would wait."""
-        if self.child.running and not self._recorded() and (found := NODE_ID.search(self.said())):
+    def watch(self) -> str:
+        """Keeps the record of who is there; says why it must be started again although it runs, or nothing."""
+        if not self.child.running:
+            return ""
+        if not self._recorded() and (found := NODE_ID.search(self.said())):
             began = psutil.Process(self.child.pid).create_time()
             record = Record(int(found[1]), self.child.pid or 0, began, socket.gethostname(), _boot())
             write_atomically(self.record, json.dumps(asdict(record)).encode(), lasting=False)
-        return self.child.crashed(CLIENT_APP)
+        if self.child.crashed(CLIENT_APP):  # SuperNode would wait for it
+            return "a ClientApp was killed"
+        if not self.connected and TAKEN in self.said():  # its main thread has ended, and the others do not let it go
+            return "a port of its own was taken"
+        return ""
 
     def said(self) -> bytes:
         """What it wrote to its log since it was started."""
