@@ -70,7 +70,7 @@ def main() -> None:
                 started = time.monotonic()
                 mine.append(run(find_recipe(name), arm, seed, Path(folder)))
                 print(f"seed {seed} {arm}: {_mean(mine[-1]):.3f}, {time.monotonic() - started:.0f} s", flush=True)
-    Console(width=120).print(table_of(f"{name}, {seeds} seeds: the personal model's metric", boards))
+    Console(width=170).print(table_of(f"{name}, {seeds} seeds: the personal model's metric", boards))
 
 
 def _mean(board: Board) -> float:

@@ -1,28 +1,35 @@
 """Flower's command ``flwr-clientapp``, which starts for every message, without what it imports and does not use.
 
-Its package also loads ``flower-supernode`` and with it FastAPI's and SQLAlchemy's half of Flower: as much again as all
-that a ClientApp needs. And a process that lives for one message has no use for a garbage collector, which walks
-through everything that is being imported several times.
+Its package also loads ``flower-supernode``, and with it Flower's database layer: as much again as a ClientApp needs.
+And while everything is being imported, a garbage collector only walks through it again and again.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 from types import ModuleType
 
 from ..common.pulling import hasten
 
-UNUSED = "flwr.supernode.cli.flower_supernode"
+NAME, UNUSED = b"flwr-clientapp", "flwr.supernode.cli.flower_supernode"
+PR_SET_NAME = 15
 
 
 def main() -> None:
     """Runs the command with this process's arguments."""
+    if sys.platform == "linux":  # a zombie has nothing else by which to tell that it was a ClientApp
+        ctypes.CDLL(None).prctl(PR_SET_NAME, NAME)
     gc.disable()
     unused = ModuleType(UNUSED)
     unused.flower_supernode = None  # type: ignore[attr-defined]
     sys.modules[UNUSED] = unused
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
+    from . import app  # noqa: F401  # what the bundle that Flower ships will import
+
+    gc.freeze()
+    gc.enable()
     hasten()
     flwr_clientapp()

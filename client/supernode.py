@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from .connection import LINK, SITE, TRAINER
 
 POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}  # seconds between a message and its ClientApp
 CLIENT_APP = "flwr-clientapp"
-LIGHT = "#!{python}\nfrom colora.client.clientapp import main\n\nmain()\n"  # what that command does here
+COMMANDS = Path(__file__).with_name("commands")  # ours of that name, which SuperNode's SuperExec finds first
 NODE_ID = re.compile(rb"SuperNode ID: (\d+)")
 RETRYING = b"Connection attempt failed"
 TAKEN = b"is already in use"
@@ -64,14 +63,11 @@ class SuperNode:
             arguments += ["--root-certificates", coordinator.ca, "--auth-supernode-private-key", coordinator.key]
         where = {TRAINER: site.trainer.listen, LINK: site.trainer.link, SITE: site.name}
         environment = {**POLLING, **where, "FLWR_HOME": str(self.home)}
-        return Command("supernode", (program("flower-supernode"), *arguments), self.log, environment, self.home)
+        return Command("supernode", (program("flower-supernode"), *arguments), self.log, environment, COMMANDS)
 
     def start(self) -> None:
         """Starts it, after signing off the one before where that is surely dead."""
         self.sign_off()
-        light = self.home / CLIENT_APP
-        write_atomically(light, LIGHT.format(python=sys.executable).encode(), lasting=False)
-        light.chmod(0o755)
         self._read_from = self.log.stat().st_size if self.log.exists() else 0
         self.child.command = self._command()
         self.child.start()

@@ -12,18 +12,21 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+NATIVE = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
 
 def computes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device has arithmetic of its own for this kind of number."""
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return device.type != "cpu" or dtype not in native or bool(native[dtype]())
+    """Whether the device multiplies matrices of this kind of number at full speed (on a CPU: by oneDNN)."""
+    if device.type != "cpu" or dtype not in NATIVE:
+        return True
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, NATIVE[dtype])())
 
 
 def widen(model: nn.Module) -> None:
-    """Changes a frozen model in place: large matrices stay as they are, all that flows between them is fp32."""
+    """Changes a frozen model in place: linear layers and embeddings keep 16 bits, all that flows between them is fp32.
+
+    Matrices of other kinds (GPT-2's ``Conv1D``, experts as bare parameters) become fp32: right, but not smaller.
+    """
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = WideLinear
@@ -38,8 +41,8 @@ class WideLinear(nn.Linear):
     """A frozen linear layer whose weights (d_out, d_in) are widened for each product and not kept wide."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(…, d_in) in fp32 → (…, d_out) in fp32."""
-        return _Product.apply(input, self.weight, self.bias)  # type: ignore[return-value]
+        """(…, d_in) → (…, d_out) in fp32. T5 casts what it gives to its weights' type."""
+        return _Product.apply(input.float(), self.weight, self.bias)  # type: ignore[return-value]
 
 
 class WideEmbedding(nn.Embedding):

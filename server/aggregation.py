@@ -128,7 +128,7 @@ def product_residual(updates: list[Weighed], mean: Mapping[str, np.ndarray]) -> 
     """How far the mean of the factors is from the mean of the products.
 
     √(Σ_layers ‖Σ p_k B_k A_k − B̄ Ā‖²_F ÷ Σ_layers ‖Σ p_k B_k A_k‖²_F): 0 when averaging A and B apart loses nothing.
-    Computed through Gram matrices of size (K·r)² where these are smaller than the (d_out, d_in) products.
+    Computed through Gram matrices of size (K·r)² where these take fewer steps than the products.
     """
     total = sum(update.weight for update in updates)
     off, whole = 0.0, 0.0
@@ -136,7 +136,7 @@ def product_residual(updates: list[Weighed], mean: Mapping[str, np.ndarray]) -> 
         b = [update.weight / total * _scaled(update.arrays, b_key) for update in updates]
         a = [update.arrays[a_key].astype(np.float64) for update in updates]
         products = Factors(np.hstack(b), np.vstack(a))
-        squares = _dense_squares if products.wide else _gram_squares
+        squares = _dense_squares if products.product_is_cheaper else _gram_squares
         of_products, of_difference = squares(products, Factors(_scaled(mean, b_key), mean[a_key].astype(np.float64)))
         whole += of_products
         off += of_difference
@@ -150,7 +150,7 @@ class Factors(NamedTuple):
     right: np.ndarray
 
     @property
-    def wide(self) -> bool:
+    def product_is_cheaper(self) -> bool:
         """Whether n is so large that the product itself takes fewer steps than two Gram matrices of n²."""
         d_out, n, d_in = *self.left.shape, self.right.shape[1]
         return n * (d_out + d_in) > 2 * d_out * d_in
@@ -161,7 +161,7 @@ def _dense_squares(products: Factors, mean: Factors) -> tuple[float, float]:
     with _threads(products):
         whole = products.left @ products.right
         off = whole - mean.left @ mean.right
-    return float(np.vdot(whole, whole)), float(np.vdot(off, off))
+        return float(np.vdot(whole, whole)), float(np.vdot(off, off))
 
 
 def _gram_squares(products: Factors, mean: Factors) -> tuple[float, float]:

@@ -38,7 +38,7 @@ class Gate:
         app = make_gate(upstream)
         config = uvicorn.Config(
             app,
-            loop="uvloop",
+            loop="asyncio",
             http="h11",  # strict, and the same wherever it runs
             ws="none",
             lifespan="on",

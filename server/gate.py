@@ -86,8 +86,9 @@ class Upstream:
 
     ``registration`` lets nodes register themselves, which SuperNodes without a key do; only for ``--insecure``.
     Seconds: ``hold`` while the SuperLink is away, ``linger`` over a pull that finds nothing, ``pause`` between two
-    questions for one node. The pause grows with the nodes that wait, so that all together ask ``rate`` questions a
-    second (each costs the SuperLink 12 ms of CPU), but not beyond ``slowest``: SuperNode by itself asks every 3 s.
+    questions for one node or object. The pause grows with those that wait, so that all pulls together, and all objects
+    together, ask ``rate`` questions a second (each costs the SuperLink 12 ms of CPU), but not beyond ``slowest``:
+    SuperNode by itself asks every 3 s.
     """
 
     url: str  # https://127.0.0.1:PORT

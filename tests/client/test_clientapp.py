@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from colora.client.supernode import CLIENT_APP, LIGHT
+import psutil
 
-LOOK = "import atexit, sys; atexit.register(lambda: print(*sorted(m for m in sys.modules if '.' not in m)))\n"
+from colora.client.supernode import CLIENT_APP, COMMANDS
+from colora.common.processes import _called, _path
+
+LOOK = """
+import atexit, sys
+from colora.client.clientapp import main
+
+sys.argv[1:] = ["--help"]
+atexit.register(lambda: print(*sorted(m for m in sys.modules if "." not in m)))
+main()
+"""
 
 
-def test_the_light_command_takes_flowers_arguments_and_leaves_its_server_out(tmp_path: Path) -> None:
-    command = tmp_path / CLIENT_APP
-    command.write_text(LIGHT.format(python=sys.executable).replace("\n", f"\n{LOOK}", 1))
-    command.chmod(0o755)
-    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+def test_it_is_flowers_command_without_flowers_server() -> None:
+    done = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=True)
     assert "--runtime-api-address" in done.stdout
     loaded = set(done.stdout.splitlines()[-1].split())
     assert {"flwr", "colora"} <= loaded
-    assert not {"torch", "transformers", "alembic"} & loaded
+    assert not {"torch", "transformers", "alembic", "sqlalchemy"} & loaded
+
+
+def test_it_is_found_first_and_keeps_its_name_when_it_is_a_zombie() -> None:
+    path = _path(COMMANDS)
+    assert shutil.which(CLIENT_APP, path=path) == str(COMMANDS / CLIENT_APP)
+    assert Path(str(shutil.which("python3", path=path))).parent == Path(sys.executable).parent
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.Popen([CLIENT_APP, "--help"], stdout=subprocess.DEVNULL, env=environment)
+    process = psutil.Process(done.pid)
+    while process.status() != psutil.STATUS_ZOMBIE:
+        pass
+    assert _called(process, CLIENT_APP)
+    assert done.wait() == 0

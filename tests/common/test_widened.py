@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from colora.common.widened import computes, widen
+from colora.common import model
+from colora.common.settings import ModelSettings
+from colora.common.widened import WideLinear, computes, widen
 
 SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -26,8 +30,8 @@ def test_a_widened_model_is_the_rounded_one_in_fp32_with_the_same_gradients(dtyp
     assert half.lm_head.weight is half.model.embed_tokens.weight
     assert half.model.embed_tokens.weight.dtype == dtype
     found = []
-    for model in (half, whole):
-        with_lora = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    for one in (half, whole):
+        with_lora = get_peft_model(one, LoraConfig(r=2, target_modules=["q_proj"]))
         torch.manual_seed(1)
         for parameter in with_lora.parameters():
             if parameter.requires_grad:
@@ -47,3 +51,16 @@ def test_a_widened_model_is_the_rounded_one_in_fp32_with_the_same_gradients(dtyp
 def test_what_has_its_own_arithmetic_is_left_alone() -> None:
     assert computes(torch.float32, torch.device("cpu"))
     assert computes(torch.bfloat16, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_base_model_is_widened_where_the_processor_cannot_compute(
+    native: bool, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "computes", lambda dtype, device: native)
+    backbone = model.load(ModelSettings(str(tiny_bert), precision="bf16"), generates=False).backbone
+    linears = [module for module in backbone.modules() if isinstance(module, nn.Linear)]
+    assert {type(module) is WideLinear for module in linears} == {not native}
+    assert {module.weight.dtype for module in linears} == {torch.bfloat16}
+    norms = [module for module in backbone.modules() if isinstance(module, nn.LayerNorm)]
+    assert {module.weight.dtype for module in norms} == {torch.bfloat16 if native else torch.float32}

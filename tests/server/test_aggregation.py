@@ -208,7 +208,7 @@ def test_small_and_large_products_are_computed_in_the_cheaper_way_with_one_resul
     for n, wide in ((4, False), (40, True)):
         factors = Factors(rng.normal(size=(30, n)), rng.normal(size=(n, 20)))
         mean = Factors(rng.normal(size=(30, 2)), rng.normal(size=(2, 20)))
-        assert factors.wide is wide
+        assert factors.product_is_cheaper is wide
         assert aggregation._gram_squares(factors, mean) == pytest.approx(aggregation._dense_squares(factors, mean))
 
 
