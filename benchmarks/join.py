@@ -31,7 +31,8 @@ from colora.common.protocol import Order
 from colora.common.recipe import load_recipe, load_site
 from colora.common.rows import PRIMARY
 from colora.common.saved import Saved, read_saved
-from colora.common.settings import MethodSettings, Plan, Recipe, SiteSettings, to_json
+from colora.common.settings import MethodSettings, Plan, Recipe, to_json
+from colora.common.site import SiteSettings
 from colora.server.board import board_of
 from colora.simulation.run import simulate
 

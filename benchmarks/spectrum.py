@@ -39,9 +39,9 @@ from colora.common.settings import (
     MethodSettings,
     ModelSettings,
     Plan,
-    SiteSettings,
     TrainSettings,
 )
+from colora.common.site import SiteSettings
 from colora.common.tasks import build_task
 from colora.common.training import Phase, Stretch, train
 

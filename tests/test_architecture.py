@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -199,3 +200,14 @@ def test_no_module_is_a_drawer_for_anything() -> None:
 def test_every_file_has_a_docstring_and_an_end(source: Source) -> None:
     assert ast.get_docstring(ast.parse(source.text)), f"{source.path} does not say what it is"
     assert len(source.text.splitlines()) < MAX_LINES
+
+
+def test_what_benchmarks_import_of_ours_is_there() -> None:
+    """They are run by hand, and rarely: a name that moved would be missed on the day that it is needed."""
+    missing = []
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("colora."):
+                module = importlib.import_module(str(node.module))
+                missing += [f"{path.name}: {node.module}.{a.name}" for a in node.names if not hasattr(module, a.name)]
+    assert missing == []
