@@ -4,10 +4,13 @@ MiniLM-L6 with a four-class head on random token ids, targets query and value, A
 the base weights and take turns, in another order every round; a ratio is of two steps of the same round, and its
 reference has the same total rank. ``LoRA ÷ LoRA`` compares two equal models: it is the noise. Seconds are CPU
 seconds of this one-thread process, which other work on the machine disturbs less than wall time.
+
+python benchmarks/step.py [ROUNDS]     (40 at 8×64, 24 at 16×64)
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 
@@ -96,7 +99,8 @@ def main() -> None:
     torch.manual_seed(0)
     steps = steps_of_all()
     for size, rounds in BATCHES.items():
-        show(f"One training step, batch {size[0]}×{size[1]}", figures_of(race(steps, size, rounds)))
+        count = int(sys.argv[1]) if len(sys.argv) > 1 else rounds
+        show(f"One training step, batch {size[0]}×{size[1]}", figures_of(race(steps, size, count)))
 
 
 if __name__ == "__main__":
