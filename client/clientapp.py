@@ -13,14 +13,14 @@ from types import ModuleType
 
 from ..common.pulling import hasten
 
-NAME, UNUSED = b"flwr-clientapp", "flwr.supernode.cli.flower_supernode"
+CLIENT_APP, UNUSED = "flwr-clientapp", "flwr.supernode.cli.flower_supernode"
 PR_SET_NAME = 15
 
 
 def main() -> None:
     """Runs the command with this process's arguments."""
     if sys.platform == "linux":  # a zombie has nothing else by which to tell that it was a ClientApp
-        ctypes.CDLL(None).prctl(PR_SET_NAME, NAME)
+        ctypes.CDLL(None).prctl(PR_SET_NAME, CLIENT_APP.encode())
     gc.disable()
     unused = ModuleType(UNUSED)
     unused.flower_supernode = None  # type: ignore[attr-defined]

@@ -13,10 +13,10 @@ import psutil
 from ..common.files import write_atomically
 from ..common.processes import Child, Command, free_port, program
 from ..common.site import CoordinatorSettings, SiteSettings
+from .clientapp import CLIENT_APP
 from .connection import LINK, SITE, TRAINER
 
 POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}  # seconds between a message and its ClientApp
-CLIENT_APP = "flwr-clientapp"
 COMMANDS = Path(__file__).with_name("commands")  # ours of that name, which SuperNode's SuperExec finds first
 NODE_ID = re.compile(rb"SuperNode ID: (\d+)")
 RETRYING = b"Connection attempt failed"

@@ -28,10 +28,8 @@ from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 from ..common.errors import StateError
+from .body import KEPT, MOST, PATIENCE, Body, TooLarge, in_batches
 
-KEPT = 1 << 20  # bytes of a body that are kept in memory, so that it can be sent again
-MOST = 64 << 20  # bytes of a body; Flower sends chunks of 5 MiB
-PATIENCE = 25.0  # seconds for the next bytes from either side; SuperNode gives up after 30
 RETRY = 0.2  # seconds between two tries to reach the SuperLink
 BURST = 1.0  # seconds between two times that news for one wakes all
 
@@ -262,62 +260,7 @@ class Passage:
         stack.push_async_callback(answer.aclose)
         if length is not None:
             kept["content-length"] = length
-        return StreamingResponse(_in_batches(answer.aiter_raw()), answer.status_code, kept)
-
-
-class TooLarge(Exception):
-    """A body beyond the bound."""
-
-
-class Body:
-    """A request's body: whole in memory when it is small, else a stream that can go through once."""
-
-    def __init__(self, request: Request) -> None:
-        declared = request.headers.get("content-length")
-        self.length = int(declared) if declared is not None else None  # None: chunked
-        self.head, self.whole, self.spent = b"", False, False
-        self._chunks, self._seen = request.stream().__aiter__(), 0
-
-    async def begin(self) -> None:
-        """Reads as much as is kept in memory. Raises TooLarge, TimeoutError or ClientDisconnect."""
-        if self.length is not None and self.length > MOST:
-            raise TooLarge
-        head = bytearray()
-        while len(head) <= KEPT and not self.whole:
-            chunk = await self._next()
-            self.whole = chunk is None
-            head += chunk or b""
-        self.head = bytes(head)
-
-    def content(self) -> bytes | AsyncIterator[bytes]:
-        """What to send upstream."""
-        return self.head if self.whole else _in_batches(self._rest())
-
-    async def _rest(self) -> AsyncIterator[bytes]:
-        self.spent = True
-        yield self.head
-        while (chunk := await self._next()) is not None:
-            yield chunk
-
-    async def _next(self) -> bytes | None:
-        async with asyncio.timeout(PATIENCE):
-            chunk = await anext(self._chunks, None)
-        self._seen += len(chunk or b"")
-        if self._seen > MOST:
-            raise TooLarge
-        return chunk
-
-
-async def _in_batches(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The same bytes in fewer chunks: each costs the SuperLink's layers of middleware more than its bytes do."""
-    batch = bytearray()
-    async for chunk in chunks:
-        batch += chunk
-        if len(batch) >= KEPT:
-            yield bytes(batch)
-            batch.clear()
-    if batch:
-        yield bytes(batch)
+        return StreamingResponse(in_batches(answer.aiter_raw()), answer.status_code, kept)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from colora.client.supernode import CLIENT_APP, COMMANDS
+from colora.client.clientapp import CLIENT_APP
+from colora.client.supernode import COMMANDS
 from colora.common.processes import _called, _path
 
 LOOK = """

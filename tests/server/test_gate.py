@@ -326,7 +326,7 @@ def test_no_request_hides_in_another(gate: Gate, superlink: SuperLink, request_:
 
 
 def test_large_requests_are_refused(gate: Gate, superlink: SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "MOST", 3 << 20)
+    monkeypatch.setattr("colora.server.body.MOST", 3 << 20)
     declared = line(f"POST {GET_RUN} HTTP/1.1", f"Content-Length: {(3 << 20) + 1}")
     assert raw(gate, declared)[0].startswith(b"HTTP/1.1 413 ")
     assert superlink.seen == []
