@@ -145,6 +145,10 @@ def one(seed: int, source: str, target: str, samples: int, folder: Path) -> dict
             found["target without adapter"] = probed(target, plan, texts, rows.test, rows.labels)
         found[name] = accuracy(taught(old, new, texts, folder / f"{name}-out"), rows.test)
         print(f"  {name}: {len(texts)} texts, {found[name]:.3f}", flush=True)
+    first = read_saved(folder / f"{ARMS[3]}-out")
+    back = transfer(first, plan_for(first, source), folder / "back")
+    found["two hops, back to the source's base"] = accuracy(read_saved(folder / "back"), rows.test)
+    print(f"  back: {back.examples} texts", flush=True)
     real = dataclasses.replace(plan_of(target, seed, samples), transfer=TransferSettings())
     found["target on the real data"] = accuracy(trained(real, rows, folder / "real"), rows.test)
     return found
@@ -171,7 +175,7 @@ def main() -> None:
         for name in tables[0]:
             values = [table[name] for table in tables]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            print(f"{name:28} {statistics.mean(values):.3f} ± {spread:.3f}", flush=True)
+            print(f"{name:36} {statistics.mean(values):.3f} ± {spread:.3f}", flush=True)
 
 
 if __name__ == "__main__":

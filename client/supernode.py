@@ -5,28 +5,29 @@ from __future__ import annotations
 import json
 import re
 import socket
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
 from ..common.files import write_atomically
-from ..common.processes import Child, Command, free_port, program
+from ..common.processes import Child, Command, free_port
 from ..common.site import CoordinatorSettings, SiteSettings
 from .clientapp import CLIENT_APP
 from .connection import LINK, SITE, TRAINER
 
 POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}  # seconds between a message and its ClientApp
-COMMANDS = Path(__file__).with_name("commands")  # ours of that name, which SuperNode's SuperExec finds first
+COMMANDS = Path(__file__).with_name("commands")  # ours of Flower's names, which SuperNode's SuperExec finds first
 NODE_ID = re.compile(rb"SuperNode ID: (\d+)")
 RETRYING = b"Connection attempt failed"
-TAKEN = b"is already in use"
 REASONS = (  # what SuperNode's log says, and what it means
     (rb"key is not registered", "the coordinator does not know this site's key"),
     (rb"\[code: 2004\]", "another client with this key is at work, or one that died is not forgotten yet (a minute)"),
     (rb"CERTIFICATE_VERIFY_FAILED", "the coordinator's certificate is not signed by this site's CA"),
     (rb"WRONG_VERSION_NUMBER|record layer failure", "the coordinator does not speak TLS at this address"),
     (rb"401|Unauthorized", "the coordinator does not accept this site's key"),
+    (rb"already in use", "a port of its own was taken"),
 )
 
 
@@ -63,7 +64,8 @@ class SuperNode:
             arguments += ["--root-certificates", coordinator.ca, "--auth-supernode-private-key", coordinator.key]
         where = {TRAINER: site.trainer.listen, LINK: site.trainer.link, SITE: site.name}
         environment = {**POLLING, **where, "FLWR_HOME": str(self.home)}
-        return Command("supernode", (program("flower-supernode"), *arguments), self.log, environment, COMMANDS)
+        command = (sys.executable, str(COMMANDS / "flower-supernode"), *arguments)
+        return Command("supernode", command, self.log, environment, COMMANDS)
 
     def start(self) -> None:
         """Starts it, after signing off the one before where that is surely dead."""
@@ -82,8 +84,6 @@ class SuperNode:
             write_atomically(self.record, json.dumps(asdict(record)).encode(), lasting=False)
         if self.child.crashed(CLIENT_APP):  # SuperNode would wait for it
             return "a ClientApp was killed"
-        if not self.connected and TAKEN in self.said():  # its main thread has ended, and the others do not let it go
-            return "a port of its own was taken"
         return ""
 
     def said(self) -> bytes:

@@ -82,7 +82,8 @@ class Trainer:
     """One site: its rows, its task and its personal state, on a bench that it may share with other sites.
 
     Nothing of the site stays on the bench between calls that matters: every call loads all groups first. A site that
-    does not learn measures only, with heads fitted to its training rows where heads are personal.
+    does not learn measures only, with heads fitted to its training rows where heads are personal. What is ``prepared``
+    for a later transfer goes into its states.
     """
 
     def __init__(
@@ -93,8 +94,9 @@ class Trainer:
         private: PrivateSettings | None = None,
         *,
         learns: bool = True,
+        prepared: Prepared | None = None,
     ) -> None:
-        self.site, self.bench, self.store, self.learns = rows.site, bench, store, learns
+        self.site, self.bench, self.store, self.learns, self.prepared = rows.site, bench, store, learns, prepared
         self.plan: Plan = dataclasses.replace(bench.plan, private=private) if private else bench.plan
         self.row: Method = self.plan.row()
         self.task: Task = build_task(rows, bench.base, self.plan)
@@ -158,7 +160,8 @@ class Trainer:
             state.base,
         )
         shared = {} if closing else {k: v.numpy() for k, v in self._values(SHARED).items()}
-        prepared = self._prepare() if closing and self.plan.transfer.prepare else None
+        if closing and self.plan.transfer.prepare:
+            self.prepared = self._prepare()
         if closing:
             new, metrics = self._measure_end(order, new)
         reply = Reply(
@@ -173,7 +176,7 @@ class Trainer:
             seconds=time.perf_counter() - started,
             fresh=found is None,
         )
-        return self._send(new, reply, order, prepared)
+        return self._send(new, reply, order)
 
     def _check_private(self, state: PersonalState) -> None:
         """A private adapter goes on as it began."""
@@ -189,11 +192,11 @@ class Trainer:
         activate(self.bench.base.backbone, [name for name in (ADAPTER, self.private.name) if name])
         return found
 
-    def _send(self, state: PersonalState, reply: Reply, order: Order, prepared: Prepared | None = None) -> Reply:
+    def _send(self, state: PersonalState, reply: Reply, order: Order) -> Reply:
         """The last gate: whatever happened before, only shared groups pass; stored before it is answered."""
         check_arrays(reply.shared, self.layout if reply.shared else {}, self.site)
         check_metrics(reply.metrics, self.site)
-        self.store.write(state, reply, self._card(reply), order.shared if order.phase == "close" else {}, prepared)
+        self.store.write(state, reply, self._card(reply), order.shared if order.phase == "close" else {}, self.prepared)
         self.store.forget_before(order.admitted)
         return reply
 

@@ -32,7 +32,7 @@ from ..common.seeds import seed_from
 from ..common.settings import ModelSettings, Plan, digest, parse, to_dict, to_json
 from ..common.training import Watch as StepWatch
 from ..transfer.discriminator import Discriminator
-from ..transfer.preparation import Prepared, speaker
+from ..transfer.preparation import Prepared, prepare, speaker
 from ..transfer.synthesis import Cast, Watch, synthesise
 from .predict import Predictor
 from .store import Store
@@ -46,10 +46,11 @@ TITOK_OVER = 2  # texts labelled for each one that TiTok's score keeps
 
 @dataclass(frozen=True)
 class Transferred:
-    """A model on the new base: its state file, and how many synthetic examples it learnt from."""
+    """A model on the new base: its state file, and how many synthetic examples it learnt from, of those wanted."""
 
     state: Path
     examples: int
+    wanted: int
     seconds: float
 
 
@@ -102,15 +103,31 @@ def transfer(
         warmup_steps=0,
         weight_decay=0.0,
     )
-    quiet = dataclasses.replace(plan.transfer, prepare=False)
-    plan = dataclasses.replace(plan, rounds=1, train=train, transfer=quiet)
-    card = saved.card
+    plan = dataclasses.replace(plan, rounds=1, train=train)
+    card, carried = saved.card, for_the_next(saved, plan, rows)
     base = load(plan.model, generates=card.task == "generation")
     site = SiteRows(card.site, card.task, rows, (), card.labels)  # type: ignore[arg-type]
-    trainer = Trainer(set_up(base, plan), site, Store(out, plan.name))
+    trainer = Trainer(set_up(base, plan), site, Store(out, plan.name), prepared=carried)
     shared = first_shared(plan, len(card.labels))
     trainer.respond(Order(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False), steps)
-    return Transferred(trainer.store.path(1), len(rows), time.monotonic() - began)
+    wanted = plan.transfer.samples or prepared_of(saved).examples
+    return Transferred(trainer.store.path(1), len(rows), wanted, time.monotonic() - began)
+
+
+def for_the_next(saved: Saved, plan: Plan, rows: Sequence[Row]) -> Prepared | None:
+    """What the model on the new base keeps for another transfer: nothing unless ``plan.transfer.prepare``.
+
+    The seeds stay. So does the discriminator while the model that writes does; on another it is trained anew, with the
+    accepted texts for real ones, since the data are gone.
+    """
+    if not plan.transfer.prepare:
+        return None
+    task, before = saved.card.task, prepared_of(saved)
+    new, old = speaker(plan, task), speaker(saved.plan, task)
+    if (new.source, new.revision) == (old.source, old.revision) or not before.discriminator:
+        return before
+    with _in_memory(new) as base:
+        return prepare(base, plan, task, rows, seed_from(plan.seed, plan.name, saved.card.site), before)
 
 
 def synthetic_rows(saved: Saved, plan: Plan, folder: Path, watch: Watch | None = None) -> list[Row]:
@@ -207,7 +224,7 @@ def _texts(saved: Saved, plan: Plan, prepared: Prepared, folder: Path, watch: Wa
             found.load(prepared.discriminator)
             return found.keeps(texts)
 
-    seed = seed_from(plan.seed, plan.name, card.site, "transfer")
+    seed = seed_from(plan.seed, plan.name, card.site, "transfer", plan.model.source)
     needed = judge if settings.filter == "discriminator" else None
     return synthesise(prepared, settings, seed, Cast(lambda: _in_memory(writer), needed), folder, watch)
 

@@ -253,9 +253,13 @@ def transfer(
     from colora.common.saved import read_saved
 
     saved = read_saved(state)
+    plan = plan_for(saved, to, tuple(set_ or []))
     with Bar(Console()) as bar:
-        done = move(saved, plan_for(saved, to, tuple(set_ or [])), out, watch=bar.wrote, steps=bar.stepped)
+        done = move(saved, plan, out, watch=bar.wrote, steps=bar.stepped)
     typer.echo(f"{done.state}: learnt from {done.examples} written examples in {done.seconds:.0f} s")
+    if done.examples < done.wanted:
+        calls = f"the writer's {plan.transfer.calls} calls (transfer.calls)"
+        typer.echo(f"  of {done.wanted} wanted: {calls} gave no more that were kept")
     typer.echo(f"  colora export {out}, colora predict {out} and colora transfer {out} take it as any other")
 
 

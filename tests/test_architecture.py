@@ -31,6 +31,7 @@ FLWR_FILES = {
     "server/roll.py",
     "server/superlink.py",
     "client/clientapp.py",
+    "client/node.py",
     "client/supernode.py",
     "common/messages.py",
     "common/pulling.py",

@@ -5,6 +5,7 @@ Both are personal state. Trained on inputs only: no label and no answer is read 
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,26 +45,31 @@ def speaker(plan: Plan, task: str) -> ModelSettings:
     return ModelSettings(plan.transfer.generator, device=plan.model.device, max_length=plan.model.max_length)
 
 
-def prepare(base: BaseModel, plan: Plan, task: str, rows: Sequence[Row], seed: int) -> Prepared:
+def prepare(
+    base: BaseModel, plan: Plan, task: str, rows: Sequence[Row], seed: int, before: Prepared | None = None
+) -> Prepared:
     """Draws seeds and trains the discriminator on ``base``, which is the model that :func:`speaker` names.
 
-    Raises DataError where there are not enough different texts.
+    ``before`` is what was kept on another model: its seeds stay. Raises DataError where there are not enough texts.
     """
     settings, limit = plan.transfer, plan.model.max_length
     inputs = list(dict.fromkeys(shortened(base, one_line(input_of(row)), limit) for row in rows))
-    if len(inputs) < settings.seeds:
-        raise DataError("transfer.seeds", f"{settings.seeds} different texts to choose from", len(inputs))
-    seeds = tuple(random.Random(seed_from(seed, "seeds")).sample(inputs, settings.seeds))
-    about = settings.about or plan.name
+    kept = before or Prepared(_seeds(inputs, settings, seed), settings.about or plan.name, len(rows))
     if settings.filter != "discriminator":
-        return Prepared(seeds, about, len(rows))
-    found = Discriminator(base, speaker(plan, task), settings, about, seed)
+        return dataclasses.replace(kept, discriminator={})
+    found = Discriminator(base, speaker(plan, task), settings, kept.about, seed)
     try:
         activate(base.backbone, [])
-        found.fit(inputs, written(base, seeds, settings, seed, len(inputs)))
-        return Prepared(seeds, about, len(rows), found.values())
+        found.fit(inputs, written(base, kept.seeds, settings, seed, len(inputs)))
+        return dataclasses.replace(kept, discriminator=found.values())
     finally:
         found.take_off()
+
+
+def _seeds(inputs: Sequence[str], settings: TransferSettings, seed: int) -> tuple[str, ...]:
+    if len(inputs) < settings.seeds:
+        raise DataError("transfer.seeds", f"{settings.seeds} different texts to choose from", len(inputs))
+    return tuple(random.Random(seed_from(seed, "seeds")).sample(list(inputs), settings.seeds))
 
 
 def written(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, seed: int, wanted: int) -> list[str]:

@@ -119,6 +119,16 @@ class Town:
     def said(self, name: str) -> str:
         return (self.folder / f"{name}.out").read_text(errors="replace")
 
+    def last_words(self) -> str:
+        """What the commands said, and the ends of their processes' logs."""
+        told = [f"{name}: {self.said(name)}" for name in self.commands]
+        logs = [
+            path
+            for pattern in ("run/logs/*.log", "keys/sites/*/state/logs/*.log")
+            for path in self.folder.glob(pattern)
+        ]
+        return "\n".join(told + [f"{path}: {path.read_text(errors='replace')[-3000:]}" for path in logs])
+
     def below(self, name: str, process: str) -> list[psutil.Process]:
         """Living processes called ``process`` of a command."""
         try:

@@ -79,7 +79,7 @@ def test_any_process_may_be_killed_at_any_moment(tmp_path: Path, place: Path, ti
             while rounds(town) == at and time.monotonic() < killed + 240:
                 town.tend()
                 time.sleep(0.05)
-            assert rounds(town) > at, f"stuck after {kind}:\n{town.said('server')}"
+            assert rounds(town) > at, f"stuck after {kind}:\n{town.last_words()}"
             table.append((kind, at, time.monotonic() - killed))
             while rounds(town) < max(at, before) + 1:
                 time.sleep(0.05)

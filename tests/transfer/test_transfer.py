@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from colora.client.predict import Predictor
-from colora.client.transfer import label, plan_for, synthetic_rows, transfer
+from colora.client.transfer import for_the_next, label, plan_for, synthetic_rows, transfer
 from colora.common.errors import ColoraError, DataError
 from colora.common.recipe import recipe_from
 from colora.common.saved import Saved, read_saved
@@ -72,6 +72,18 @@ def test_a_classifier_moves_without_its_data_and_two_hops_as_well(
     assert [row["probabilities"] for row in rows] == [pytest.approx(list(p.values())) for p in source]
     again = transfer(prepared, plan, tmp_path / "out")
     assert again.state.read_bytes() == first.state.read_bytes()
+    assert moved.kept == prepared.kept
+    assert {k: v.tobytes() for k, v in moved.discriminator.items()} == {
+        k: v.tobytes() for k, v in prepared.discriminator.items()
+    }, "the writer stays, and so does what judges it"
+    transfer(moved, plan_for(moved, prepared.plan.model.source), tmp_path / "back")
+    back = read_saved(tmp_path / "back")
+    assert back.plan.model.source == prepared.plan.model.source
+    assert np.mean([a["label"] == b["label"] for a, b in zip(*answers(moved, back, rows), strict=True)]) > 0.8
+
+
+def answers(one: Saved, other: Saved, rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    return list(Predictor(one).predict(rows)), list(Predictor(other).predict(rows))
 
 
 def test_only_what_the_discriminator_keeps_is_learnt_from(prepared: Saved, other_bert: Path, tmp_path: Path) -> None:
@@ -142,5 +154,24 @@ def test_a_generator_moves_to_another_adapter_form_by_its_own_answers(talker: Sa
     rows = [json.loads(line) for line in (tmp_path / "out" / "synthetic.jsonl").read_text().splitlines()]
     assert 9 < done.examples == len(rows) <= 12, "but for empty answers"
     assert rows == label(talker, [row["prompt"] for row in rows])
-    answers = [p["completion"] for p in Predictor(read_saved(tmp_path / "out")).predict(rows)]
-    assert sum(a == row["completion"] for a, row in zip(answers, rows, strict=True)) >= 6
+    learnt = [p["completion"] for p in Predictor(read_saved(tmp_path / "out")).predict(rows)]
+    assert sum(a == row["completion"] for a, row in zip(learnt, rows, strict=True)) >= 6
+
+
+def test_on_a_model_that_writes_by_itself_the_discriminator_is_trained_anew(
+    talker: Saved, speaking_llama: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "other-speaker"
+    shutil.copytree(speaking_llama, target)
+    plan = plan_for(talker, str(target), ("transfer.filter=none",))
+    rows = [{"prompt": text, "completion": "sun"} for text in TEXTS]
+    assert talker.kept
+    bare = for_the_next(talker, plan, rows)
+    again = for_the_next(talker, plan_for(talker, str(target)), rows)
+    assert bare
+    assert again
+    assert bare.seeds == again.seeds == tuple(talker.kept["seeds"])
+    assert not bare.discriminator
+    assert again.discriminator.keys() == talker.discriminator.keys()
+    assert any(value.numpy().tobytes() != talker.discriminator[k].tobytes() for k, value in again.discriminator.items())
+    assert for_the_next(talker, plan_for(talker, str(target), ("transfer.prepare=false",)), rows) is None
