@@ -4,7 +4,8 @@ python benchmarks/transfer.py [SEEDS] [SAMPLES] [l6-l3|l3-l6]     (3, 48, both d
 
 For each direction and seed: the source with its adapter; the target without one (a head fitted to the same written
 texts, so that an adapter has to earn its place); four arms of written texts (the 5 seeds only, random text, unfiltered,
-filtered); and the target trained on the real data. Accuracy on the site's real test texts.
+filtered); from L6 the last of these moved back again (two hops); and the target trained on the real data. Accuracy on
+the site's real test texts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import random
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -132,10 +134,10 @@ def arm(name: str, source: Saved, plan: Plan, folder: Path) -> list[Row]:
 
 def one(seed: int, source: str, target: str, samples: int, folder: Path) -> dict[str, float]:
     """Accuracies of every contender in one direction."""
-    rows, plan = rows_of(seed), plan_of(source, seed, samples)
+    rows, plan, began = rows_of(seed), plan_of(source, seed, samples), time.monotonic()
     old = trained(plan, rows, folder / "source")
     found = {"source with adapter": accuracy(old, rows.test)}
-    print("  source", found, flush=True)
+    print(f"  source {found}, prepared after {time.monotonic() - began:.0f} s", flush=True)
     new = plan_for(old, target)
     for name in ARMS:
         place = folder / name.replace(" ", "-")
@@ -144,11 +146,12 @@ def one(seed: int, source: str, target: str, samples: int, folder: Path) -> dict
         if name == ARMS[3]:
             found["target without adapter"] = probed(target, plan, texts, rows.test, rows.labels)
         found[name] = accuracy(taught(old, new, texts, folder / f"{name}-out"), rows.test)
-        print(f"  {name}: {len(texts)} texts, {found[name]:.3f}", flush=True)
-    first = read_saved(folder / f"{ARMS[3]}-out")
-    back = transfer(first, plan_for(first, source), folder / "back")
-    found["two hops, back to the source's base"] = accuracy(read_saved(folder / "back"), rows.test)
-    print(f"  back: {back.examples} texts", flush=True)
+        print(f"  {name}: {len(texts)} texts, {found[name]:.3f}, {time.monotonic() - began:.0f} s", flush=True)
+    if source == L6:
+        first = read_saved(folder / f"{ARMS[3]}-out")
+        back = transfer(first, plan_for(first, source), folder / "back")
+        found["two hops, back to the source's base"] = accuracy(read_saved(folder / "back"), rows.test)
+        print(f"  back: {back.examples} texts, {back.seconds:.0f} s", flush=True)
     real = dataclasses.replace(plan_of(target, seed, samples), transfer=TransferSettings())
     found["target on the real data"] = accuracy(trained(real, rows, folder / "real"), rows.test)
     return found

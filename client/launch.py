@@ -154,7 +154,7 @@ class NodeKeeper:
 
     def stop(self) -> None:
         """Ends it, which signs it off at the coordinator."""
-        self.child.stop(grace=10.0)
+        self.node.stop(grace=10.0)
 
     def services(self) -> dict[str, object]:
         """Where its health service listens."""

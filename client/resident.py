@@ -18,6 +18,7 @@ from ..common.rows import SiteRows
 from ..common.settings import ModelSettings, Plan, parse
 from ..common.site import SiteSettings
 from ..common.training import Watch
+from ..transfer.preparation import Prepared
 from .allow import check_allowed
 from .data import load_site_rows
 from .store import Store
@@ -86,9 +87,9 @@ class Resident:
         if self._current is None or self._current[0] != plan:
             self._current = None  # and the old bench goes before the new one comes
             gc.collect()
-            rows, learns = self._rows(plan)
+            rows, learns, prepared = self._rows(plan)
             bench, store = set_up(self._base_of(plan.model), plan), Store(self.folder(plan), plan.name)
-            self._current = plan, Trainer(bench, rows, store, learns=learns)
+            self._current = plan, Trainer(bench, rows, store, learns=learns, prepared=prepared)
         return self._current[1]
 
     def answer(self, plan: Plan, order: Order, watch: Watch) -> tuple[Reply, bool]:
@@ -97,8 +98,9 @@ class Resident:
         stored = trainer.store.reply(order.round, order.key)
         return (stored, True) if stored else (trainer.respond(order, self._limited(watch)), False)
 
-    def _rows(self, plan: Plan) -> tuple[SiteRows, bool]:
-        """The site's own, or written ones in a federation that moved to another base model; and whether it learns.
+    def _rows(self, plan: Plan) -> tuple[SiteRows, bool, Prepared | None]:
+        """The site's own, or written ones in a federation that moved to another base model; whether it learns;
+        and what it kept for the next move.
 
         Where it kept nothing to write by, it does as its file says: it learns anew from its own rows (``afresh``),
         tells only at the close what the adapter is worth on them (``evaluate``), or stays away by an error (``wait``).
@@ -108,9 +110,10 @@ class Resident:
             if self.site.unprepared == "wait" or is_prepared(old):
                 self._base = None  # two base models need not be in memory
                 gc.collect()
-                return rows_on_new_base(plan, old, self.folder(plan) / "transfer"), True
-            return load_site_rows(self.site, plan.seed), self.site.unprepared == "afresh"
-        return load_site_rows(self.site, plan.seed), True
+                rows, prepared = rows_on_new_base(plan, old, self.folder(plan) / "transfer")
+                return rows, True, prepared
+            return load_site_rows(self.site, plan.seed), self.site.unprepared == "afresh", None
+        return load_site_rows(self.site, plan.seed), True, None
 
     def _base_of(self, settings: ModelSettings) -> BaseModel:
         if self._base is None or self._base[0] != settings:

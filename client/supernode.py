@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -73,15 +74,22 @@ class SuperNode:
         self._read_from = self.log.stat().st_size if self.log.exists() else 0
         self.child.command = self._command()
         self.child.start()
+        if last := self._last():  # a key's number stays: known before this one is connected, and may be killed
+            self._note(last.node)
+
+    def stop(self, grace: float) -> None:
+        """Ends it; one that had the time to sign itself off needs nobody who does it later."""
+        self.child.stop(grace)
+        if self.child.ended_with(0):
+            self.record.unlink(missing_ok=True)
 
     def watch(self) -> str:
         """Keeps the record of who is there; says why it must be started again although it runs, or nothing."""
         if not self.child.running:
             return ""
-        if not self._recorded() and (found := NODE_ID.search(self.said())):
-            began = psutil.Process(self.child.pid).create_time()
-            record = Record(int(found[1]), self.child.pid or 0, began, socket.gethostname(), _boot())
-            write_atomically(self.record, json.dumps(asdict(record)).encode(), lasting=False)
+        last, found = self._last(), NODE_ID.search(self.said())
+        if found and (last is None or (last.node, last.pid) != (int(found[1]), self.child.pid)):
+            self._note(int(found[1]))
         if self.child.crashed(CLIENT_APP):  # SuperNode would wait for it
             return "a ClientApp was killed"
         return ""
@@ -130,15 +138,19 @@ class SuperNode:
         record = self._last()
         if record is None or self.coordinator.insecure or not _dead(record):
             return
-        try:
+        with contextlib.suppress(
+            Exception
+        ):  # whatever it is, the coordinator forgets the old one by itself after a while
             _deactivate(self.coordinator, record.node)
-        except Exception:  # whatever it is, the coordinator forgets the old one by itself after a while
-            return
-        self.record.unlink(missing_ok=True)
 
-    def _recorded(self) -> bool:
-        last = self._last()
-        return last is not None and last.pid == self.child.pid
+    def _note(self, node: int) -> None:
+        """Writes down that the process just started holds, or is about to hold, this place."""
+        try:
+            began = psutil.Process(self.child.pid).create_time()
+        except psutil.NoSuchProcess:
+            return
+        record = Record(node, self.child.pid or 0, began, socket.gethostname(), _boot())
+        write_atomically(self.record, json.dumps(asdict(record)).encode(), lasting=False)
 
     def _last(self) -> Record | None:
         try:

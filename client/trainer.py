@@ -23,7 +23,7 @@ from ..common.seeds import seed_from
 from ..common.settings import Plan, PrivateSettings, parse, to_dict, to_json
 from ..common.tasks import Task, build_task
 from ..common.training import Phase, Stretch, Trained, Watch, train
-from ..transfer.preparation import Prepared, load_speaker, prepare
+from ..transfer.preparation import Prepared, check_preparation, load_speaker, prepare
 from .store import PersonalState, Store
 
 
@@ -113,8 +113,10 @@ class Trainer:
         self.initial |= initial_values(own, self.plan.adapter, seed_from(self.site_seed, "private"))
 
     def describe(self) -> Description:
-        """What the coordinator needs to know before the first round."""
+        """What the coordinator needs to know before the first round. Raises what would make a preparation fail."""
         prints, task = self.bench.base.fingerprint, self.task
+        if self.plan.transfer.prepare:
+            check_preparation(self.plan, task.rows, self.prepared)
         return Description(
             site=self.site,
             protocol=PROTOCOL,
@@ -186,9 +188,11 @@ class Trainer:
             raise RefusedError("private", wanted, _told(self.plan.private), site=self.site)
 
     def _prepare(self) -> Prepared:
-        """Seeds and discriminator for a later transfer, on the bare model that writes texts."""
-        task = self.task.rows
-        found = prepare(self.bench.speaker(task.task), self.plan, task.task, task.train, self.site_seed)
+        """Seeds and discriminator for a later transfer, on the bare model that writes texts, but for what is there."""
+        if self.prepared and self.prepared.serves(self.plan.transfer):
+            return self.prepared
+        task, writer = self.task.rows, self.bench.speaker(self.task.rows.task)
+        found = prepare(writer, self.plan, task.task, task.train, self.site_seed, self.prepared)
         activate(self.bench.base.backbone, [name for name in (ADAPTER, self.private.name) if name])
         return found
 

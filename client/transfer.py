@@ -115,19 +115,24 @@ def transfer(
 
 
 def for_the_next(saved: Saved, plan: Plan, rows: Sequence[Row]) -> Prepared | None:
-    """What the model on the new base keeps for another transfer: nothing unless ``plan.transfer.prepare``.
+    """What a model on the new base keeps for another transfer, from the texts that were accepted for this one."""
+    kept, task = carried(saved, plan), saved.card.task
+    if kept is None or kept.serves(plan.transfer):
+        return kept
+    with _in_memory(speaker(plan, task)) as base:
+        return prepare(base, plan, task, rows, seed_from(plan.seed, plan.name, saved.card.site), kept)
 
-    The seeds stay. So does the discriminator while the model that writes does; on another it is trained anew, with the
-    accepted texts for real ones, since the data are gone.
+
+def carried(saved: Saved, plan: Plan) -> Prepared | None:
+    """What a site keeps of what it kept: nothing unless ``plan.transfer.prepare``.
+
+    The seeds stay. So does the discriminator while the model that writes does; on another it has to be trained anew.
     """
     if not plan.transfer.prepare:
         return None
-    task, before = saved.card.task, prepared_of(saved)
-    new, old = speaker(plan, task), speaker(saved.plan, task)
-    if (new.source, new.revision) == (old.source, old.revision) or not before.discriminator:
-        return before
-    with _in_memory(new) as base:
-        return prepare(base, plan, task, rows, seed_from(plan.seed, plan.name, saved.card.site), before)
+    kept, new, old = prepared_of(saved), speaker(plan, saved.card.task), speaker(saved.plan, saved.card.task)
+    same = (new.source, new.revision) == (old.source, old.revision)
+    return kept if same else dataclasses.replace(kept, discriminator={})
 
 
 def synthetic_rows(saved: Saved, plan: Plan, folder: Path, watch: Watch | None = None) -> list[Row]:
@@ -146,11 +151,11 @@ def synthetic_rows(saved: Saved, plan: Plan, folder: Path, watch: Watch | None =
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def rows_on_new_base(plan: Plan, states: Path, folder: Path) -> SiteRows:
+def rows_on_new_base(plan: Plan, states: Path, folder: Path) -> tuple[SiteRows, Prepared | None]:
     """What a site trains and measures on in a federation that moved: written inputs with its old model's answers.
 
-    ``states`` has its state in the federation ``plan.transfer.of``; ``folder`` is where the work is kept.
-    Raises StateError where it prepared nothing.
+    Beside it what it keeps for the next move. ``states`` has its state in the federation ``plan.transfer.of``;
+    ``folder`` is where the work is kept. Raises StateError where it prepared nothing.
     """
     if not is_prepared(states):
         raise StateError(str(states), KEPT, "none")
@@ -158,7 +163,8 @@ def rows_on_new_base(plan: Plan, states: Path, folder: Path) -> SiteRows:
     rows = synthetic_rows(saved, plan, folder)
     held_out = max(1, round(HELD_OUT * len(rows)))
     card = saved.card
-    return SiteRows(card.site, card.task, rows[held_out:], rows[:held_out], card.labels)  # type: ignore[arg-type]
+    site = SiteRows(card.site, card.task, rows[held_out:], rows[:held_out], card.labels)  # type: ignore[arg-type]
+    return site, carried(saved, plan)
 
 
 def is_prepared(states: Path) -> bool:

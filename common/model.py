@@ -103,7 +103,7 @@ def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
         if settings.precision != "fp32":
             raise ModelError("model.precision", f"fp32 for {settings.source}", settings.precision)
         return BaseModel(synthetic.model_of(settings.source), None, None, _no_files(settings), torch.device("cpu"))
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM
 
     folder, device = source_folder(settings), device_of(settings.device)
     kind = AutoModelForCausalLM if generates else AutoModel
@@ -112,16 +112,16 @@ def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
         torch.manual_seed(MISSING_WEIGHTS_SEED)
         try:
             model, about = kind.from_pretrained(folder, **how, output_loading_info=True)  # type: ignore[misc]
-            tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, UnpicklingError) as error:
             raise ModelError("model.source", _WANTED[generates], f"{settings.source} ({error})") from None
+    if generates and (about["missing_keys"] or _masked(model.config)):
+        raise ModelError("model.source", _WANTED[generates], f"{settings.source}, which is an encoder")
+    tokenizer = load_tokenizer(settings, _WANTED[generates])
     model.requires_grad_(False)
     if "quantization_config" not in how:
         model.to(device)
     if not computes(how["dtype"], device):
         widen(model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # only fills batches: masks and labels go by length, not by id
     print_of = fingerprint(folder)
     return BaseModel(
         model.base_model if generates else model,
@@ -132,6 +132,25 @@ def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
         model if generates else None,
         tuple(sorted(about["missing_keys"])),
     )
+
+
+def load_tokenizer(settings: ModelSettings, wanted: str = "a model with a tokenizer") -> Any:
+    """The tokenizer by itself. Raises ModelError when it is not there or cannot be read."""
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(source_folder(settings))
+        except (OSError, ValueError) as error:
+            raise ModelError("model.source", wanted, f"{settings.source} ({error})") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only fills batches: masks and labels go by length, not by id
+    return tokenizer
+
+
+def _masked(config: Any) -> bool:
+    """Whether the weights were trained to fill gaps, though there may be a class that could go on with a text."""
+    return any(name.endswith("ForMaskedLM") for name in config.architectures or ())
 
 
 def weights_as(precision: str, device: torch.device) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ..server.app import run_config
 from ..server.conduct import Conduct, Member, Replay
 from ..server.events import Event
 from ..server.folder import RunFolder
+from ..transfer.preparation import check_preparation
 from . import workshop
 from .engines import ENGINES, Job
 from .partition import SiteShare, make_sites, write_site
@@ -167,6 +168,9 @@ def _check(recipe: Recipe, sites: list[SiteShare]) -> None:
     if labels:
         head_layout(skeleton(recipe.model), 2)
     first_shared(recipe.plan, max(map(len, labels), default=0))
+    if recipe.transfer.prepare:
+        for site in sites:
+            check_preparation(recipe.plan, site.rows)
     for private in {recipe.private, *(site.plan.private for site in sites if site.plan.private)}:
         if private.present:
             inject(skeleton(recipe.model), private_form(private, recipe.adapter), "private")

@@ -18,7 +18,6 @@ from ..client.transfer import rows_on_new_base
 from ..common.model import load
 from ..common.protocol import Description, Order, Reply
 from ..common.recipe import load_site
-from ..common.rows import SiteRows
 from ..common.settings import Plan, parse
 from ..common.site import SiteSettings
 
@@ -62,17 +61,16 @@ class Workshop:
     def trainer(self, name: str) -> Trainer:
         """The trainer of one site, made at the first call."""
         if name not in self.trainers:
-            rows = self._rows(name)
-            store = Store(self.premises.state_of(name), self.plan.name)
-            self.trainers[name] = Trainer(self.bench, rows, store, self.files[name].private)
+            site, premises = self.files[name], self.premises
+            store, prepared = Store(premises.state_of(name), self.plan.name), None
+            if self.plan.transfer.of is None:
+                rows = load_site_rows(site, self.plan.seed)
+            else:
+                assert premises.moved_from is not None
+                old = premises.moved_from / "sites" / name / "state"
+                rows, prepared = rows_on_new_base(self.plan, old, premises.state / name / "transfer")
+            self.trainers[name] = Trainer(self.bench, rows, store, site.private, prepared=prepared)
         return self.trainers[name]
-
-    def _rows(self, name: str) -> SiteRows:
-        if self.plan.transfer.of is None:
-            return load_site_rows(self.files[name], self.plan.seed)
-        assert self.premises.moved_from is not None
-        old = self.premises.moved_from / "sites" / name / "state"
-        return rows_on_new_base(self.plan, old, self.premises.state / name / "transfer")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ MAY_IMPORT = {  # room → the rooms of ours that it may import beside itself
     "server": {"common"},
     "transfer": {"common"},
     "client": {"common", "transfer"},
-    "simulation": {"common", "client", "server"},
+    "simulation": {"common", "client", "server", "transfer"},
     "colora": {"common", "client", "server", "simulation", "transfer"},
 }
 FLWR_FILES = {

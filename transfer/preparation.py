@@ -9,17 +9,20 @@ import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ..common.adapters.attach import activate
-from ..common.errors import DataError, ModelError
-from ..common.model import BaseModel, load
-from ..common.rows import Row
+from ..common.errors import DataError, ModelError, RecipeError
+from ..common.model import BaseModel, load, load_tokenizer
+from ..common.rows import Row, SiteRows
 from ..common.seeds import seed_from
 from ..common.settings import ModelSettings, Plan, TransferSettings
-from .discriminator import Discriminator
+from .discriminator import Discriminator, answer_ids
 from .writing import Novel, one_line, write
+
+TASKS = ("classification", "generation")  # that have texts
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Prepared:
     about: str
     examples: int
     discriminator: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def serves(self, settings: TransferSettings) -> bool:
+        """Whether a transfer with these settings has all that it needs."""
+        return bool(self.discriminator) or settings.filter != "discriminator"
 
 
 def speaker(plan: Plan, task: str) -> ModelSettings:
@@ -52,8 +59,7 @@ def prepare(
 
     ``before`` is what was kept on another model: its seeds stay. Raises DataError where there are not enough texts.
     """
-    settings, limit = plan.transfer, plan.model.max_length
-    inputs = list(dict.fromkeys(shortened(base, one_line(input_of(row)), limit) for row in rows))
+    settings, inputs = plan.transfer, _inputs(base.tokenizer, rows, plan.model.max_length)
     kept = before or Prepared(_seeds(inputs, settings, seed), settings.about or plan.name, len(rows))
     if settings.filter != "discriminator":
         return dataclasses.replace(kept, discriminator={})
@@ -66,9 +72,30 @@ def prepare(
         found.take_off()
 
 
-def _seeds(inputs: Sequence[str], settings: TransferSettings, seed: int) -> tuple[str, ...]:
+def check_preparation(plan: Plan, site: SiteRows, before: Prepared | None = None) -> None:
+    """Raises before the first round what :func:`prepare` would raise after the last, without loading a model.
+
+    RecipeError for rows without texts; ModelError where nobody can write, or the writer's vocabulary has no answers for
+    a discriminator; DataError where there are not enough different texts.
+    """
+    if site.task not in TASKS:
+        raise RecipeError("transfer.prepare", f"false, or a task of {' or '.join(TASKS)}", site.task, site=site.site)
+    model = speaker(plan, site.task)
+    tokenizer = load_tokenizer(model)
+    if before is None:
+        _seeds(_inputs(tokenizer, site.train, plan.model.max_length), plan.transfer, 0, site.site)
+    if plan.transfer.filter == "discriminator":
+        answer_ids(tokenizer, model.source)
+
+
+def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> list[str]:
+    """The different inputs of rows, as far as the site's model reads them."""
+    return list(dict.fromkeys(shortened(tokenizer, one_line(input_of(row)), limit) for row in rows))
+
+
+def _seeds(inputs: Sequence[str], settings: TransferSettings, seed: int, site: str | None = None) -> tuple[str, ...]:
     if len(inputs) < settings.seeds:
-        raise DataError("transfer.seeds", f"{settings.seeds} different texts to choose from", len(inputs))
+        raise DataError("transfer.seeds", f"{settings.seeds} different texts to choose from", len(inputs), site=site)
     return tuple(random.Random(seed_from(seed, "seeds")).sample(list(inputs), settings.seeds))
 
 
@@ -92,10 +119,10 @@ def input_of(row: Row) -> str:
     return str(row["text"] if "text" in row else row["prompt"])
 
 
-def shortened(base: BaseModel, text: str, limit: int) -> str:
+def shortened(tokenizer: Any, text: str, limit: int) -> str:
     """The first ``limit`` tokens of a text: what the site's model reads of it."""
-    ids = base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return text if len(ids) <= limit else base.tokenizer.decode(ids[:limit], skip_special_tokens=True)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return text if len(ids) <= limit else tokenizer.decode(ids[:limit], skip_special_tokens=True)
 
 
 def load_speaker(plan: Plan, task: str) -> BaseModel:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from colora.common.processes import Child, Command, free_port
 from colora.common.settings import DataSettings
 from colora.common.site import CoordinatorSettings, SiteSettings, TrainerSettings
 
+CONNECTED = "import time; print('SuperNode ID: 7'); time.sleep(60)"
+CONNECTED_AND_ENDS = f"import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit()); {CONNECTED}"
 PART_FAILS = """
 import sys, threading, time
 from contextlib import contextmanager
@@ -43,6 +47,39 @@ main()
 """
 
 
+def keeper_of(place: Path, said: list[str]) -> NodeKeeper:
+    coordinator = CoordinatorSettings("127.0.0.1:1", insecure=True)
+    trainer = TrainerSettings(state=str(place / "state"))
+    return NodeKeeper(
+        SiteSettings("ada", DataSettings("rows.jsonl"), trainer=trainer, coordinator=coordinator), said.append
+    )
+
+
+def test_whose_place_it_is_stands_there_from_its_start_on(tmp_path: Path) -> None:
+    """A client that is killed before its SuperNode is connected leaves what the next one signs off."""
+    node = keeper_of(tmp_path, []).node
+    stock, words = node._command, iter([CONNECTED, "import time; time.sleep(60)", CONNECTED_AND_ENDS])
+    node._command = lambda: replace(stock(), arguments=(sys.executable, "-u", "-c", next(words)))  # type: ignore[method-assign]
+    node.start()
+    waited(lambda: node.watch() == "" and node.record.exists())
+    node.child.kill()
+    node.start()
+    assert json.loads(node.record.read_text()).items() >= {"node": 7, "pid": node.child.pid}.items()
+    node.stop(5.0)
+    assert node.record.exists()
+    node.start()
+    waited(lambda: node.connected)
+    node.stop(5.0)
+    assert not node.record.exists(), "it signed itself off"
+
+
+def waited(met: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 20
+    while not met():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["main", "heart"])
 def test_it_ends_when_a_part_of_it_has_ended(part: str, tmp_path: Path) -> None:
@@ -61,13 +98,7 @@ def test_it_ends_when_a_part_of_it_has_ended(part: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", [0, 1], ids=["runtime API", "health"])
 def test_without_its_port_it_is_started_again_at_others(which: int, tmp_path: Path) -> None:
     said: list[str] = []
-    site = SiteSettings(
-        "ada",
-        DataSettings("rows.jsonl"),
-        trainer=TrainerSettings(state=str(tmp_path / "state")),
-        coordinator=CoordinatorSettings("127.0.0.1:1", insecure=True),
-    )
-    keeper = NodeKeeper(site, said.append)
+    keeper = keeper_of(tmp_path, said)
     stock, ports = keeper.node._command, []
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

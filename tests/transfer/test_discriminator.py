@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from colora.common.adapters.attach import activate
-from colora.common.errors import DataError, ModelError
+from colora.common.errors import ColoraError, DataError, ModelError
 from colora.common.model import BaseModel, load
+from colora.common.recipe import recipe_from
 from colora.common.settings import ModelSettings, Plan, TransferSettings
+from colora.simulation.run import simulate
 from colora.transfer.discriminator import ADAPTER, Discriminator, question
 from colora.transfer.preparation import prepare, speaker
 
@@ -86,3 +88,27 @@ def test_what_cannot_be_prepared_is_said(
         prepare(base, plan, "generation", [{"prompt": "a b"}, {"prompt": "a  b"}, {"prompt": "c d"}], 0)
     with pytest.raises(ModelError, match=r"transfer.generator: expected a causal model that writes texts"):
         speaker(plan, "classification")
+
+
+def test_what_will_not_be_prepared_is_said_before_the_first_round(
+    tiny_recipe: dict, tiny_bert: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    for i, (generator, more, words) in enumerate(
+        [
+            (None, {}, "transfer.generator: expected a causal model that writes texts, .* found nothing"),
+            (str(tiny_llama), {}, "transfer.generator: expected a vocabulary with yes and no as single tokens"),
+            (
+                str(tiny_llama),
+                {"filter": "none", "seeds": 40},
+                "site ada: transfer.seeds: expected 40 different texts .* found 12",
+            ),
+            (str(tmp_path / "nothing"), {"filter": "none"}, "model.source: expected .*nothing"),
+        ]
+    ):
+        transfer = {"prepare": True, **({"generator": generator} if generator else {}), **more}
+        recipe = recipe_from({**tiny_recipe, "transfer": transfer})
+        with pytest.raises(ColoraError, match=words):
+            simulate(recipe, tmp_path / str(i), resume=False)
+        assert not list((tmp_path / str(i)).rglob("round-*"))
+    with pytest.raises(ModelError, match=r"model.source: expected .*, found .* which is an encoder"):
+        load(ModelSettings(str(tiny_bert)), generates=True)

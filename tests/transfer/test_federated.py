@@ -43,7 +43,7 @@ def test_all_sites_move_and_nothing_written_is_in_any_message(
         saved, before = read_saved(run.path / "sites" / site), read_saved(first / "sites" / site)
         assert saved.plan.model.source == str(target)
         assert saved.card.labels == before.card.labels
-        assert saved.kept is not None, "and it is prepared for the next"
+        assert saved.kept == before.kept is not None, "and it is prepared for the next"
         lines = (run.path / "sites" / site / "transfer" / "synthetic.jsonl").read_text().splitlines()
         assert len(lines) == 10
         texts |= {json.loads(line)["text"] for line in lines} | set((before.kept or {})["seeds"])
