@@ -1,0 +1,53 @@
+"""What a federation's move to a new base model cost: accuracy on real test texts and bytes, before and after.
+
+python benchmarks/moved.py FIRST SECOND
+
+FIRST is the run folder of ``colora simulate … --out FIRST`` with ``transfer.prepare``, SECOND that of ``colora simulate
+--transfer-from FIRST --transfer-to MODEL --out SECOND``. The second run's own metrics are those on written texts that
+were held out; here every site's model of both runs answers the site's real test texts, which the move did not see.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from colora.client.data import load_site_rows
+from colora.client.predict import Predictor
+from colora.common.recipe import load_site
+from colora.common.saved import read_saved
+from colora.server.folder import RunFolder
+
+
+def accuracy(run: Path, site: str, data: Path) -> float:
+    """Of the site's newest personal model on its real test rows."""
+    rows = load_site_rows(load_site(data / "sites" / site / "site.toml"), 0).test
+    found = Predictor(read_saved(run / "sites" / site)).predict([{"text": row["text"]} for row in rows])
+    return statistics.mean(p["label"] == row["label"] for p, row in zip(found, rows, strict=True))
+
+
+def traffic(run: Path) -> tuple[int, int]:
+    """Bytes of shared arrays down to the sites and up from them."""
+    replies = [event for event in RunFolder(run).events() if event["event"] == "reply"]
+    return sum(event["bytes_down"] for event in replies), sum(event["bytes_up"] for event in replies)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    first, second = map(Path, sys.argv[1:3])
+    pairs = []
+    for site in sorted(folder.name for folder in (second / "sites").iterdir()):
+        pairs.append((accuracy(first, site, first), accuracy(second, site, first)))
+        print(f"{site:12} {pairs[-1][0]:.3f} {pairs[-1][1]:.3f}", flush=True)
+    before, after = (statistics.mean(values) for values in zip(*pairs, strict=True))
+    print(f"{'mean':12} {before:.3f} {after:.3f}  {after / before:.1%}")
+    for name, run in (("before", first), ("in the move", second)):
+        down, up = traffic(run)
+        print(f"bytes {name}: {down:,} down, {up:,} up")
+
+
+if __name__ == "__main__":
+    main()
