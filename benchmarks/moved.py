@@ -23,8 +23,9 @@ from colora.server.folder import RunFolder
 
 
 def accuracy(run: Path, site: str, data: Path) -> float:
-    """Of the site's newest personal model on its real test rows."""
-    rows = load_site_rows(load_site(data / "sites" / site / "site.toml"), 0).test
+    """Of the site's newest personal model on its real test rows: of a classifier of texts."""
+    seed = read_saved(data / "sites" / site).plan.seed
+    rows = load_site_rows(load_site(data / "sites" / site / "site.toml"), seed).test
     found = Predictor(read_saved(run / "sites" / site)).predict([{"text": row["text"]} for row in rows])
     return statistics.mean(p["label"] == row["label"] for p, row in zip(found, rows, strict=True))
 

@@ -1,6 +1,6 @@
 """Trans-LoRA on real models: MiniLM-L6 ↔ MiniLM-L3 on 20 Newsgroups, with SmolLM2 writing.
 
-python benchmarks/transfer.py [SEEDS] [SAMPLES] [l6-l3|l3-l6]     (3, 48, both directions)
+python benchmarks/transfer.py [SEEDS] [SAMPLES]     (3, 48)
 
 For each direction and seed: the source with its adapter; the target without one (a head fitted to the same written
 texts, so that an adapter has to earn its place); four arms of written texts (the 5 seeds only, random text, unfiltered,
@@ -44,6 +44,7 @@ from colora.common.settings import (
     to_json,
 )
 from colora.common.site import SiteSettings
+from colora.transfer.synthesis import Notebook
 
 L6, L3, WRITER = "asset:minilm-l6", "asset:paraphrase-minilm-l3", "asset:smollm2-135m-instruct"
 GROUPS = ("rec.autos", "rec.sport.hockey", "sci.med", "sci.space")
@@ -70,6 +71,8 @@ def plan_of(source: str, seed: int, samples: int) -> Plan:
             samples=samples,
             steps=30,
             lr=1e-3,
+            batch=32,
+            calls=8,
             max_new_tokens=200,
             distil_lr=2e-3,
         ),
@@ -119,41 +122,54 @@ def random_texts(seed: int, count: int) -> list[str]:
     return [" ".join(row["text"].split()[:LENGTH]) for row in random.Random(seed).sample(list(rows), count)]
 
 
-def arm(name: str, source: Saved, plan: Plan, folder: Path) -> list[Row]:
-    """The rows that one arm learns from."""
+def arm(name: str, source: Saved, plan: Plan, book: Path) -> list[str]:
+    """The texts that one arm learns from; ``book`` is the folder of what is written at this seed, for all arms."""
     assert source.kept is not None
     if name == ARMS[0]:
-        return label(source, source.kept["seeds"])
+        return source.kept["seeds"]
+    wanted = plan.transfer.samples or TRAIN
     if name == ARMS[1]:
-        return label(source, random_texts(plan.seed, plan.transfer.samples or TRAIN))
-    chosen = "none" if name == ARMS[2] else "discriminator"
-    return synthetic_rows(
-        source, dataclasses.replace(plan, transfer=dataclasses.replace(plan.transfer, filter=chosen)), folder
-    )
+        return random_texts(plan.seed, wanted)
+    filtered = [row["text"] for row in synthetic_rows(source, plan, book)]
+    return filtered if name == ARMS[3] else list(Notebook(book / "written.json").verdicts)[:wanted]
 
 
-def one(seed: int, source: str, target: str, samples: int, folder: Path) -> dict[str, float]:
-    """Accuracies of every contender in one direction."""
-    rows, plan, began = rows_of(seed), plan_of(source, seed, samples), time.monotonic()
-    old = trained(plan, rows, folder / "source")
-    found = {"source with adapter": accuracy(old, rows.test)}
-    print(f"  source {found}, prepared after {time.monotonic() - began:.0f} s", flush=True)
+def one(seed: int, samples: int, folder: Path) -> dict[str, dict[str, float]]:
+    """Accuracies of every contender by direction.
+
+    Generator and real texts are the same in both, and so would be seeds, discriminator and what is written: made once.
+    """
+    rows, began = rows_of(seed), time.monotonic()
+    old = trained(plan_of(L6, seed, samples), rows, folder / "l6")
+    print(f"  prepared after {time.monotonic() - began:.0f} s", flush=True)
+    plan = plan_of(L3, seed, samples)
+    alone = trained(dataclasses.replace(plan, transfer=TransferSettings()), rows, folder / "l3")
+    kept = dataclasses.replace(alone, plan=plan, kept=old.kept, discriminator=old.discriminator)
+    sources = {L6: old, L3: kept}
+    ceilings = {model: accuracy(saved, rows.test) for model, saved in sources.items()}
+    return {
+        word: moved(sources[source], target, rows, ceilings, folder / word)
+        for word, (source, target) in DIRECTIONS.items()
+    }
+
+
+def moved(old: Saved, target: str, rows: SiteRows, ceilings: dict[str, float], folder: Path) -> dict[str, float]:
+    """One direction. What the target reaches on the real data is what it reached as a source."""
+    source, began = old.plan.model.source, time.monotonic()
     new = plan_for(old, target)
-    for name in ARMS:
-        place = folder / name.replace(" ", "-")
-        texts = arm(name, old, new, place)
-        (place / "synthetic.jsonl").unlink(missing_ok=True)
+    found = {"source with adapter": ceilings[source]}
+    for name in ARMS[::-1]:
+        texts = label(old, arm(name, old, new, folder.parent))
+        found[name] = accuracy(taught(old, new, texts, folder / name.replace(" ", "-")), rows.test)
         if name == ARMS[3]:
-            found["target without adapter"] = probed(target, plan, texts, rows.test, rows.labels)
-        found[name] = accuracy(taught(old, new, texts, folder / f"{name}-out"), rows.test)
+            found["target without adapter"] = probed(target, new, texts, rows.test, rows.labels)
         print(f"  {name}: {len(texts)} texts, {found[name]:.3f}, {time.monotonic() - began:.0f} s", flush=True)
     if source == L6:
-        first = read_saved(folder / f"{ARMS[3]}-out")
+        first = read_saved(folder / ARMS[3])
         back = transfer(first, plan_for(first, source), folder / "back")
         found["two hops, back to the source's base"] = accuracy(read_saved(folder / "back"), rows.test)
         print(f"  back: {back.examples} texts, {back.seconds:.0f} s", flush=True)
-    real = dataclasses.replace(plan_of(target, seed, samples), transfer=TransferSettings())
-    found["target on the real data"] = accuracy(trained(real, rows, folder / "real"), rows.test)
+    found["target on the real data"] = ceilings[target]
     return found
 
 
@@ -169,16 +185,19 @@ def main() -> None:
     torch.set_num_threads(1)
     given = sys.argv[1:]
     seeds, samples = (int(word) for word in (given + ["3", "48"][len(given) :])[:2])
-    for source, target in [DIRECTIONS[word] for word in given[2:] or DIRECTIONS]:
-        tables: list[dict[str, float]] = []
-        for seed in range(seeds):
-            with tempfile.TemporaryDirectory() as folder:
-                tables.append(one(seed, source, target, samples, Path(folder)))
-            print(f"{source} to {target}, seed {seed}: {tables[-1]}", flush=True)
-        for name in tables[0]:
-            values = [table[name] for table in tables]
+    tables: dict[str, list[dict[str, float]]] = {word: [] for word in DIRECTIONS}
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            for word, table in one(seed, samples, Path(folder)).items():
+                tables[word].append(table)
+                print(f"{word}, seed {seed}: {table}", flush=True)
+    for word, found in tables.items():
+        print(word)
+        for name in found[0]:
+            values = [table[name] for table in found]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            print(f"{name:36} {statistics.mean(values):.3f} ± {spread:.3f}", flush=True)
+            each = " ".join(f"{value:.3f}" for value in values)
+            print(f"  {name:36} {statistics.mean(values):.3f} ± {spread:.3f}   {each}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Flower's own goes on for ever as a process that does nothing: its HTTP server keeps it alive when the main thread has
 failed, and without the thread of its heartbeats it is offline to the coordinator. Whoever keeps it alive sees nothing.
+It also asks sooner for what is on its way.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> None:
 
 
 def _failed(failure: threading.ExceptHookArgs) -> None:
-    """A thread that Flower does not miss."""
+    """Whichever thread it was: Flower would go on without it."""
     traceback.print_exception(failure.exc_type, failure.exc_value, failure.exc_traceback)
     _end(1)
 

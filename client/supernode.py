@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import socket
@@ -21,14 +20,15 @@ from .connection import LINK, SITE, TRAINER
 POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}  # seconds between a message and its ClientApp
 COMMANDS = Path(__file__).with_name("commands")  # ours of Flower's names, which SuperNode's SuperExec finds first
 NODE_ID = re.compile(rb"SuperNode ID: (\d+)")
-RETRYING = b"Connection attempt failed"
+RETRYING, HELD = b"Connection attempt failed", b"[code: 2004]"
 REASONS = (  # what SuperNode's log says, and what it means
     (rb"key is not registered", "the coordinator does not know this site's key"),
     (rb"\[code: 2004\]", "another client with this key is at work, or one that died is not forgotten yet (a minute)"),
     (rb"CERTIFICATE_VERIFY_FAILED", "the coordinator's certificate is not signed by this site's CA"),
     (rb"WRONG_VERSION_NUMBER|record layer failure", "the coordinator does not speak TLS at this address"),
-    (rb"401|Unauthorized", "the coordinator does not accept this site's key"),
+    (rb"Unauthorized", "the coordinator does not accept this site's key"),
     (rb"already in use", "a port of its own was taken"),
+    (rb"does not recognize this SuperNode", "the coordinator has forgotten it"),
 )
 
 
@@ -70,17 +70,19 @@ class SuperNode:
 
     def start(self) -> None:
         """Starts it, after signing off the one before where that is surely dead."""
-        self.sign_off()
+        if (last := self._last()) and last.pid == self.child.pid and HELD in self.said():
+            self.record.unlink()  # whoever holds the place, it was not the one that ended
+        node = self.sign_off()
         self._read_from = self.log.stat().st_size if self.log.exists() else 0
         self.child.command = self._command()
         self.child.start()
-        if last := self._last():  # a key's number stays: known before this one is connected, and may be killed
-            self._note(last.node)
+        if node is not None:  # a key's number stays: known before this one is connected, as it may be killed by then
+            self._note(node)
 
     def stop(self, grace: float) -> None:
-        """Ends it; one that had the time to sign itself off needs nobody who does it later."""
+        """Ends it; one that was connected and ended by itself has signed itself off."""
         self.child.stop(grace)
-        if self.child.ended_with(0):
+        if self.child.ended_with(0) and NODE_ID.search(self.said()):
             self.record.unlink(missing_ok=True)
 
     def watch(self) -> str:
@@ -129,19 +131,20 @@ class SuperNode:
         known = (words for pattern, words in REASONS if re.search(pattern, said))
         return next(known, f"see {self.log}")
 
-    def sign_off(self) -> None:
+    def sign_off(self) -> int | None:
         """Tells the coordinator that the recorded SuperNode is gone, so that the next one may come at once.
 
         Without it the coordinator keeps the place for 60 s. Only for a process of this machine that is surely dead: of
-        any other one nobody here can know that.
+        any other one nobody here can know that. Returns the place's number where it is free now.
         """
         record = self._last()
         if record is None or self.coordinator.insecure or not _dead(record):
-            return
-        with contextlib.suppress(
-            Exception
-        ):  # whatever it is, the coordinator forgets the old one by itself after a while
+            return None
+        try:
             _deactivate(self.coordinator, record.node)
+        except Exception:  # whatever it is, the coordinator forgets the old one by itself after a while
+            return None
+        return record.node
 
     def _note(self, node: int) -> None:
         """Writes down that the process just started holds, or is about to hold, this place."""

@@ -32,7 +32,7 @@ from ..common.seeds import seed_from
 from ..common.settings import ModelSettings, Plan, digest, parse, to_dict, to_json
 from ..common.training import Watch as StepWatch
 from ..transfer.discriminator import Discriminator
-from ..transfer.preparation import Prepared, prepare, speaker
+from ..transfer.preparation import TASKS, Prepared, check_preparation, prepare, speaker
 from ..transfer.synthesis import Cast, Watch, synthesise
 from .predict import Predictor
 from .store import Store
@@ -75,7 +75,7 @@ def target_plan(saved: Saved, plan: Plan) -> Plan:
     ):
         wanted = "another base model than the source's, or another adapter"
         raise RecipeError("--to", wanted, f"{plan.model.source!r}, as the source")
-    if saved.card.task not in ("classification", "generation"):
+    if saved.card.task not in TASKS:
         raise StateError(str(saved.path), "a model of texts", f"one of {saved.card.task or 'no task'}")
     return plan
 
@@ -89,6 +89,8 @@ def transfer(
     write texts, DataError where none passed the filter.
     """
     plan, began = target_plan(saved, plan), time.monotonic()
+    if plan.transfer.prepare:
+        check_preparation(plan, SiteRows(saved.card.site, saved.card.task, (), ()), prepared_of(saved))  # type: ignore[arg-type]
     claim(saved, plan, out)
     rows = synthetic_rows(saved, plan, out, watch)
     batches = math.ceil(len(rows) / plan.train.batch_size)
@@ -104,10 +106,10 @@ def transfer(
         weight_decay=0.0,
     )
     plan = dataclasses.replace(plan, rounds=1, train=train)
-    card, carried = saved.card, for_the_next(saved, plan, rows)
+    card, kept = saved.card, for_the_next(saved, plan, rows)
     base = load(plan.model, generates=card.task == "generation")
     site = SiteRows(card.site, card.task, rows, (), card.labels)  # type: ignore[arg-type]
-    trainer = Trainer(set_up(base, plan), site, Store(out, plan.name), prepared=carried)
+    trainer = Trainer(set_up(base, plan), site, Store(out, plan.name), prepared=kept)
     shared = first_shared(plan, len(card.labels))
     trainer.respond(Order(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False), steps)
     wanted = plan.transfer.samples or prepared_of(saved).examples
@@ -126,13 +128,18 @@ def for_the_next(saved: Saved, plan: Plan, rows: Sequence[Row]) -> Prepared | No
 def carried(saved: Saved, plan: Plan) -> Prepared | None:
     """What a site keeps of what it kept: nothing unless ``plan.transfer.prepare``.
 
-    The seeds stay. So does the discriminator while the model that writes does; on another it has to be trained anew.
+    The seeds stay. So does the discriminator while the model that writes does, and its form; else it has to be trained
+    anew.
     """
     if not plan.transfer.prepare:
         return None
-    kept, new, old = prepared_of(saved), speaker(plan, saved.card.task), speaker(saved.plan, saved.card.task)
-    same = (new.source, new.revision) == (old.source, old.revision)
-    return kept if same else dataclasses.replace(kept, discriminator={})
+    kept, task = prepared_of(saved), saved.card.task
+    return kept if _judge_of(plan, task) == _judge_of(saved.plan, task) else dataclasses.replace(kept, discriminator={})
+
+
+def _judge_of(plan: Plan, task: str) -> tuple[object, ...]:
+    model, settings = speaker(plan, task), plan.transfer
+    return model.source, model.revision, settings.rank, settings.target_modules
 
 
 def synthetic_rows(saved: Saved, plan: Plan, folder: Path, watch: Watch | None = None) -> list[Row]:
@@ -230,7 +237,7 @@ def _texts(saved: Saved, plan: Plan, prepared: Prepared, folder: Path, watch: Wa
             found.load(prepared.discriminator)
             return found.keeps(texts)
 
-    seed = seed_from(plan.seed, plan.name, card.site, "transfer", plan.model.source)
+    seed = seed_from(plan.seed, plan.name, card.site, "transfer", card.fingerprint["model"])
     needed = judge if settings.filter == "discriminator" else None
     return synthesise(prepared, settings, seed, Cast(lambda: _in_memory(writer), needed), folder, watch)
 

@@ -258,8 +258,8 @@ def transfer(
         done = move(saved, plan, out, watch=bar.wrote, steps=bar.stepped)
     typer.echo(f"{done.state}: learnt from {done.examples} written examples in {done.seconds:.0f} s")
     if done.examples < done.wanted:
-        calls = f"the writer's {plan.transfer.calls} calls (transfer.calls)"
-        typer.echo(f"  of {done.wanted} wanted: {calls} gave no more that were kept")
+        why = f"the writer's {plan.transfer.calls} calls (transfer.calls) were used up, or answers were empty"
+        typer.echo(f"  of {done.wanted} wanted: {why}")
     typer.echo(f"  colora export {out}, colora predict {out} and colora transfer {out} take it as any other")
 
 

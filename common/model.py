@@ -34,6 +34,7 @@ TOKENIZER_FILES = (
 )
 NOT_OF_A_HEAD = ("id2label", "label2id", "num_labels", "quantization_config")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WRITING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how such architectures are named
 MISSING_WEIGHTS_SEED = 0  # weights that a checkpoint lacks (a pooler, say) are the same at every site
 
 
@@ -106,6 +107,8 @@ def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
     from transformers import AutoModel, AutoModelForCausalLM
 
     folder, device = source_folder(settings), device_of(settings.device)
+    if generates:
+        check_writes(settings)
     kind = AutoModelForCausalLM if generates else AutoModel
     how = weights_as(settings.precision, device)
     with quiet_transformers(), torch.random.fork_rng():
@@ -114,9 +117,9 @@ def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
             model, about = kind.from_pretrained(folder, **how, output_loading_info=True)  # type: ignore[misc]
         except (OSError, ValueError, UnpicklingError) as error:
             raise ModelError("model.source", _WANTED[generates], f"{settings.source} ({error})") from None
-    if generates and (about["missing_keys"] or _masked(model.config)):
-        raise ModelError("model.source", _WANTED[generates], f"{settings.source}, which is an encoder")
-    tokenizer = load_tokenizer(settings, _WANTED[generates])
+    if generates and about["missing_keys"]:
+        raise ModelError("model.source", _WANTED[generates], f"{settings.source} without {min(about['missing_keys'])}")
+    tokenizer = load_tokenizer(settings)
     model.requires_grad_(False)
     if "quantization_config" not in how:
         model.to(device)
@@ -134,23 +137,30 @@ def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
     )
 
 
-def load_tokenizer(settings: ModelSettings, wanted: str = "a model with a tokenizer") -> Any:
-    """The tokenizer by itself. Raises ModelError when it is not there or cannot be read."""
+def load_tokenizer(settings: ModelSettings, field: str = "model.source") -> Any:
+    """The tokenizer by itself. Raises ModelError, which names the field, when it is not there or cannot be read."""
     from transformers import AutoTokenizer
 
     with quiet_transformers():
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(source_folder(settings))
         except (OSError, ValueError) as error:
-            raise ModelError("model.source", wanted, f"{settings.source} ({error})") from None
+            raise ModelError(field, "a model with a tokenizer", f"{settings.source} ({error})") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # only fills batches: masks and labels go by length, not by id
     return tokenizer
 
 
-def _masked(config: Any) -> bool:
-    """Whether the weights were trained to fill gaps, though there may be a class that could go on with a text."""
-    return any(name.endswith("ForMaskedLM") for name in config.architectures or ())
+def check_writes(settings: ModelSettings, field: str = "model.source") -> None:
+    """Raises ModelError for a model that was not trained to go on with a text, though a class could make it try."""
+    from transformers import AutoConfig
+
+    try:
+        named = AutoConfig.from_pretrained(source_folder(settings)).architectures or ()
+    except (OSError, ValueError) as error:
+        raise ModelError(field, _WANTED[True], f"{settings.source} ({error})") from None
+    if named and not any(name.endswith(WRITING) for name in named):
+        raise ModelError(field, _WANTED[True], f"{settings.source}, which is a {named[0]}")
 
 
 def weights_as(precision: str, device: torch.device) -> dict[str, Any]:

@@ -203,7 +203,8 @@ class TransferSettings:
     batch: Positive = 8
     max_new_tokens: Positive = 160  # of one prompt, which asks for as many texts as there are seeds
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: Fraction = 0.95
+    top_k: Count = 50  # the likeliest tokens, of which one is drawn; 0: all
+    top_p: Fraction = 1.0
     distil_epochs: Positive = 20  # over the written texts
     distil_lr: Rate = 1e-3
 

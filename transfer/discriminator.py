@@ -41,7 +41,9 @@ def answer_ids(tokenizer: Any, source: str) -> tuple[int, int]:
         no, yes = ids
         if len(no) == len(yes) == 1 and no != yes and tokenizer.unk_token_id not in (no[0], yes[0]):
             return no[0], yes[0]
-    raise ModelError("transfer.generator", "a vocabulary with yes and no as single tokens", source)
+    raise ModelError(
+        "transfer.generator", "a vocabulary with yes and no as single tokens (or transfer.filter = none)", source
+    )
 
 
 class Verdicts(Task):
@@ -89,6 +91,11 @@ class Verdicts(Task):
         return {}
 
 
+def form_of(settings: TransferSettings) -> Form:
+    """φ's LoRA, on whichever model."""
+    return Form("transfer", settings.rank, 2.0, 0.0, settings.target_modules)
+
+
 class Discriminator:
     """The LoRA on its model, and the rule p(yes) > p(no)."""
 
@@ -97,8 +104,7 @@ class Discriminator:
     ) -> None:
         self.base, self.settings, self.about, self.seed = base, settings, about, seed
         self.plan = Plan("discriminator", 1, model)
-        form = Form("transfer", settings.rank, 2.0, 0.0, settings.target_modules)
-        self.parameters = inject(base.backbone, form, ADAPTER)
+        self.parameters = inject(base.backbone, form_of(settings), ADAPTER)
         self.load(initial_values(layout_of(self.parameters), AdapterSettings(), seed_from(seed, ADAPTER)))
 
     def take_off(self) -> None:

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 
-from ..common.adapters.attach import activate
+from ..common.adapters.attach import activate, inject
 from ..common.errors import DataError, ModelError, RecipeError
-from ..common.model import BaseModel, load, load_tokenizer
+from ..common.model import BaseModel, check_writes, load, load_tokenizer, skeleton
 from ..common.rows import Row, SiteRows
 from ..common.seeds import seed_from
 from ..common.settings import ModelSettings, Plan, TransferSettings
-from .discriminator import Discriminator, answer_ids
+from .discriminator import ADAPTER, Discriminator, answer_ids, form_of
 from .writing import Novel, one_line, write
 
 TASKS = ("classification", "generation")  # that have texts
@@ -59,7 +60,7 @@ def prepare(
 
     ``before`` is what was kept on another model: its seeds stay. Raises DataError where there are not enough texts.
     """
-    settings, inputs = plan.transfer, _inputs(base.tokenizer, rows, plan.model.max_length)
+    settings, inputs = plan.transfer, list(_inputs(base.tokenizer, rows, plan.model.max_length))
     kept = before or Prepared(_seeds(inputs, settings, seed), settings.about or plan.name, len(rows))
     if settings.filter != "discriminator":
         return dataclasses.replace(kept, discriminator={})
@@ -73,30 +74,43 @@ def prepare(
 
 
 def check_preparation(plan: Plan, site: SiteRows, before: Prepared | None = None) -> None:
-    """Raises before the first round what :func:`prepare` would raise after the last, without loading a model.
+    """Raises before the first round what :func:`prepare` would raise after the last, without loading weights.
 
-    RecipeError for rows without texts; ModelError where nobody can write, or the writer's vocabulary has no answers for
-    a discriminator; DataError where there are not enough different texts.
+    RecipeError for rows without texts; ModelError where nobody can write, or the writer cannot be a discriminator;
+    DataError where there are not enough different texts.
     """
     if site.task not in TASKS:
         raise RecipeError("transfer.prepare", f"false, or a task of {' or '.join(TASKS)}", site.task, site=site.site)
-    model = speaker(plan, site.task)
-    tokenizer = load_tokenizer(model)
+    model, settings = speaker(plan, site.task), plan.transfer
+    field = "model.source" if site.task == "generation" else "transfer.generator"
+    check_writes(model, field)
+    tokenizer = load_tokenizer(model, field)
     if before is None:
-        _seeds(_inputs(tokenizer, site.train, plan.model.max_length), plan.transfer, 0, site.site)
-    if plan.transfer.filter == "discriminator":
+        _check_enough(_inputs(tokenizer, site.train, plan.model.max_length), settings, site.site)
+    if settings.filter == "discriminator":
         answer_ids(tokenizer, model.source)
+        inject(skeleton(model), form_of(settings), ADAPTER)
 
 
-def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> list[str]:
+def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> Iterator[str]:
     """The different inputs of rows, as far as the site's model reads them."""
-    return list(dict.fromkeys(shortened(tokenizer, one_line(input_of(row)), limit) for row in rows))
+    seen: set[str] = set()
+    for row in rows:
+        text = shortened(tokenizer, one_line(input_of(row)), limit)
+        if text not in seen:
+            seen.add(text)
+            yield text
 
 
-def _seeds(inputs: Sequence[str], settings: TransferSettings, seed: int, site: str | None = None) -> tuple[str, ...]:
-    if len(inputs) < settings.seeds:
-        raise DataError("transfer.seeds", f"{settings.seeds} different texts to choose from", len(inputs), site=site)
-    return tuple(random.Random(seed_from(seed, "seeds")).sample(list(inputs), settings.seeds))
+def _check_enough(inputs: Iterable[str], settings: TransferSettings, site: str | None = None) -> None:
+    found = len(list(islice(inputs, settings.seeds)))
+    if found < settings.seeds:
+        raise DataError("transfer.seeds", f"{settings.seeds} different texts to choose from", found, site=site)
+
+
+def _seeds(inputs: Sequence[str], settings: TransferSettings, seed: int) -> tuple[str, ...]:
+    _check_enough(inputs, settings)
+    return tuple(random.Random(seed_from(seed, "seeds")).sample(inputs, settings.seeds))
 
 
 def written(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, seed: int, wanted: int) -> list[str]:

@@ -85,7 +85,7 @@ def synthesise(
         if len(kept) >= wanted or book.calls >= settings.calls:
             break
         acceptance = (len(kept) + 1) / (len(book.verdicts) + 2)
-        more = OVER * (wanted - len(kept)) / acceptance
+        more = OVER * (wanted - len(kept)) / acceptance if cast.judge else wanted - len(kept)
         aim = len(book.verdicts) + 1 + int(min(more, len(book.verdicts) + 2 * wanted))  # a first guess may be far off
         with cast.writer() as base:
             for _ in _write(base, prepared, settings, seed, book, aim):

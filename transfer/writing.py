@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from ..common.model import BaseModel
 from ..common.seeds import seed_from
 from ..common.settings import TransferSettings
-from ..common.tasks.task import pad
 
 ITEM = re.compile(r"^\s*(\d+)[.)]\s*(.*)$")
 SHORTEST = 2  # words of a text that counts
@@ -42,30 +42,41 @@ def items_of(continuation: str, first: int, wanted: int, *, whole: bool) -> list
 
 
 def write(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, seed: int, call: int) -> Iterator[str]:
-    """The texts of one call of the writer; equal seeds and call numbers give equal texts on one machine."""
-    model, tokenizer = base.language_model, base.tokenizer
+    """The texts of one call of the writer; equal seeds and call numbers give equal texts on one machine.
+
+    A call asks ``settings.batch`` times with one order of the seeds, so that the model reads them once.
+    """
+    model, tokenizer, times = base.language_model, base.tokenizer, settings.batch
     assert model is not None
-    order = random.Random(seed_from(seed, "writing", call))
-    prompts = [list_prompt(order.sample(list(seeds), len(seeds))) for _ in range(settings.batch)]
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    order = random.Random(seed_from(seed, "writing", call)).sample(list(seeds), len(seeds))
+    prompt = torch.tensor([tokenizer(list_prompt(order))["input_ids"]], device=base.device)
     model.eval()
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed_from(seed, "sampling", call))
         out = model.generate(  # type: ignore[operator]
-            input_ids=pad(encoded, tokenizer.pad_token_id, left=True).to(base.device),
-            attention_mask=pad([[1] * len(ids) for ids in encoded], 0, left=True).to(base.device),
+            input_ids=prompt.expand(times, -1),
+            attention_mask=torch.ones_like(prompt).expand(times, -1),
+            **_read(model, prompt, times),
             do_sample=True,
-            top_k=0,
+            top_k=settings.top_k,
             top_p=settings.top_p,
             temperature=settings.temperature,
             max_new_tokens=settings.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
         )
-    longest = max(map(len, encoded))
-    for row in out[:, longest:]:
+    for row in out[:, prompt.shape[1] :]:
         whole = bool((row == tokenizer.eos_token_id).any())
         text = tokenizer.decode(row, skip_special_tokens=True)
         yield from items_of(text, len(seeds) + 1, len(seeds), whole=whole)
+
+
+def _read(model: Any, prompt: torch.Tensor, times: int) -> dict[str, Any]:
+    """All of a prompt but its last token as the model's cache, for so many continuations; nothing where it has none."""
+    cache: Any = getattr(model(input_ids=prompt[:, :-1], use_cache=True, logits_to_keep=1), "past_key_values", None)
+    if not hasattr(cache, "batch_repeat_interleave"):
+        return {}
+    cache.batch_repeat_interleave(times)
+    return {"past_key_values": cache}
 
 
 class Novel:

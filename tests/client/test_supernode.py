@@ -13,13 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from colora.client import supernode
 from colora.client.launch import NodeKeeper
+from colora.client.supernode import SuperNode
 from colora.common.processes import Child, Command, free_port
 from colora.common.settings import DataSettings
 from colora.common.site import CoordinatorSettings, SiteSettings, TrainerSettings
 
-CONNECTED = "import time; print('SuperNode ID: 7'); time.sleep(60)"
-CONNECTED_AND_ENDS = f"import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit()); {CONNECTED}"
+ENDS = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit())"
+CONNECTED = f"{ENDS}; print('SuperNode ID: 7'); time.sleep(60)"
+UNCONNECTED = f"{ENDS}; print('starting'); time.sleep(60)"
+HELD_BY_ANOTHER = "print('[code: 2004] it is held')"
 PART_FAILS = """
 import sys, threading, time
 from contextlib import contextmanager
@@ -47,30 +51,64 @@ main()
 """
 
 
-def keeper_of(place: Path, said: list[str]) -> NodeKeeper:
-    coordinator = CoordinatorSettings("127.0.0.1:1", insecure=True)
+def keeper_of(place: Path, said: list[str], *, insecure: bool = True) -> NodeKeeper:
+    coordinator = CoordinatorSettings("127.0.0.1:1", ca="ca", key="key", insecure=insecure)
     trainer = TrainerSettings(state=str(place / "state"))
     return NodeKeeper(
         SiteSettings("ada", DataSettings("rows.jsonl"), trainer=trainer, coordinator=coordinator), said.append
     )
 
 
-def test_whose_place_it_is_stands_there_from_its_start_on(tmp_path: Path) -> None:
+@pytest.fixture
+def signed_off(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The places that were given back."""
+    nodes: list[int] = []
+    monkeypatch.setattr(supernode, "_deactivate", lambda coordinator, node: nodes.append(node))
+    return nodes
+
+
+def node_that_runs(place: Path, *programs: str) -> SuperNode:
+    node, words = keeper_of(place, [], insecure=False).node, iter(programs)
+    stock = replace(node.child.command)
+    node._command = lambda: replace(stock, arguments=(sys.executable, "-u", "-c", next(words)))  # type: ignore[method-assign]
+    return node
+
+
+def test_whose_place_it_is_stands_there_from_its_start_on(tmp_path: Path, signed_off: list[int]) -> None:
     """A client that is killed before its SuperNode is connected leaves what the next one signs off."""
-    node = keeper_of(tmp_path, []).node
-    stock, words = node._command, iter([CONNECTED, "import time; time.sleep(60)", CONNECTED_AND_ENDS])
-    node._command = lambda: replace(stock(), arguments=(sys.executable, "-u", "-c", next(words)))  # type: ignore[method-assign]
+    node = node_that_runs(tmp_path, CONNECTED, UNCONNECTED, UNCONNECTED, CONNECTED)
     node.start()
     waited(lambda: node.watch() == "" and node.record.exists())
-    node.child.kill()
-    node.start()
-    assert json.loads(node.record.read_text()).items() >= {"node": 7, "pid": node.child.pid}.items()
+    for killed in (1, 2):
+        node.child.kill()
+        node.start()
+        assert signed_off == [7] * killed
+        assert json.loads(node.record.read_text()).items() >= {"node": 7, "pid": node.child.pid}.items()
+    waited(lambda: b"starting" in node.said())
     node.stop(5.0)
-    assert node.record.exists()
+    assert node.record.exists(), "it never was connected, and signed nothing off"
     node.start()
     waited(lambda: node.connected)
     node.stop(5.0)
     assert not node.record.exists(), "it signed itself off"
+
+
+def test_another_machines_place_is_left_alone(tmp_path: Path, signed_off: list[int]) -> None:
+    node = node_that_runs(tmp_path, *[HELD_BY_ANOTHER] * 4)
+    record = {"node": 7, "pid": 1, "began": 0.0, "host": "another", "boot": "x"}
+    node.record.parent.mkdir(parents=True)
+    node.record.write_text(json.dumps(record))
+    for _ in range(2):
+        node.start()
+        waited(lambda: not node.child.running)
+    assert signed_off == []
+    assert json.loads(node.record.read_text()) == record
+    node.record.write_text(json.dumps(record | {"host": socket.gethostname()}))  # ours, and dead; then another came
+    for _ in range(2):
+        node.start()
+        waited(lambda: not node.child.running)
+    assert signed_off == [7]
+    assert not node.record.exists()
 
 
 def waited(met: Callable[[], bool]) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from colora.client.store import Store
+from colora.client.trainer import Trainer, set_up
 from colora.common.adapters.attach import activate
 from colora.common.errors import ColoraError, DataError, ModelError
 from colora.common.model import BaseModel, load
 from colora.common.recipe import recipe_from
+from colora.common.rows import SiteRows
 from colora.common.settings import ModelSettings, Plan, TransferSettings
 from colora.simulation.run import simulate
 from colora.transfer.discriminator import ADAPTER, Discriminator, question
@@ -91,18 +94,24 @@ def test_what_cannot_be_prepared_is_said(
 
 
 def test_what_will_not_be_prepared_is_said_before_the_first_round(
-    tiny_recipe: dict, tiny_bert: Path, tiny_llama: Path, tmp_path: Path
+    tiny_recipe: dict, tiny_bert: Path, tiny_llama: Path, speaking_llama: Path, tmp_path: Path
 ) -> None:
     for i, (generator, more, words) in enumerate(
         [
             (None, {}, "transfer.generator: expected a causal model that writes texts, .* found nothing"),
-            (str(tiny_llama), {}, "transfer.generator: expected a vocabulary with yes and no as single tokens"),
+            (
+                str(tiny_llama),
+                {},
+                "transfer.generator: expected a vocabulary with yes and no as single tokens .*filter = none",
+            ),
             (
                 str(tiny_llama),
                 {"filter": "none", "seeds": 40},
                 "site ada: transfer.seeds: expected 40 different texts .* found 12",
             ),
-            (str(tmp_path / "nothing"), {"filter": "none"}, "model.source: expected .*nothing"),
+            (str(tmp_path / "nothing"), {"filter": "none"}, "transfer.generator: expected .*nothing"),
+            (str(tiny_bert), {"filter": "none"}, "transfer.generator: expected a causal .*, which is a BertModel"),
+            (str(speaking_llama), {"target_modules": ["c_attn"]}, "c_attn"),
         ]
     ):
         transfer = {"prepare": True, **({"generator": generator} if generator else {}), **more}
@@ -110,5 +119,13 @@ def test_what_will_not_be_prepared_is_said_before_the_first_round(
         with pytest.raises(ColoraError, match=words):
             simulate(recipe, tmp_path / str(i), resume=False)
         assert not list((tmp_path / str(i)).rglob("round-*"))
-    with pytest.raises(ModelError, match=r"model.source: expected .*, found .* which is an encoder"):
+    with pytest.raises(ModelError, match=r"model.source: expected .*, found .* which is a BertModel"):
         load(ModelSettings(str(tiny_bert)), generates=True)
+
+
+def test_a_site_says_so_when_it_joins(tiny_bert: Path, tmp_path: Path) -> None:
+    plan = Plan("tiny", 1, ModelSettings(str(tiny_bert), max_length=8), transfer=SETTINGS)
+    rows = SiteRows("ada", "classification", [{"text": "a b", "label": "x"}], (), ("x", "y"))
+    trainer = Trainer(set_up(load(plan.model, generates=False), plan), rows, Store(tmp_path, "tiny"))
+    with pytest.raises(ModelError, match=r"transfer.generator: expected a causal model that writes"):
+        trainer.describe()

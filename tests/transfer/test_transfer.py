@@ -138,7 +138,7 @@ def talker(speaking_llama: Path, tmp_path: Path, writer: list[int]) -> Saved:
         "adapter": {"rank": 4, "target_modules": ["q_proj", "v_proj"]},
         "train": {"steps": 20, "batch_size": 4, "lr": 0.02},
         "evaluation": {"max_new_tokens": 4},
-        "transfer": {"prepare": True, "steps": 10, "samples": 12, "rank": 4, "distil_epochs": 10, "distil_lr": 0.02},
+        "transfer": {"prepare": True, "steps": 10, "samples": 12, "rank": 4, "distil_epochs": 40, "distil_lr": 0.02},
         "simulation": {"threads": 1},
         "data": {"task": "generation", "test": 3},
         "site": [{"name": "eva", "source": str(write_lines(tmp_path / "eva.jsonl", rows))}],
@@ -155,7 +155,7 @@ def test_a_generator_moves_to_another_adapter_form_by_its_own_answers(talker: Sa
     assert 9 < done.examples == len(rows) <= 12, "but for empty answers"
     assert rows == label(talker, [row["prompt"] for row in rows])
     learnt = [p["completion"] for p in Predictor(read_saved(tmp_path / "out")).predict(rows)]
-    assert sum(a == row["completion"] for a, row in zip(learnt, rows, strict=True)) >= 6
+    assert sum(a == row["completion"] for a, row in zip(learnt, rows, strict=True)) >= len(rows) - 2
 
 
 def test_on_a_model_that_writes_by_itself_the_discriminator_is_trained_anew(
@@ -174,4 +174,8 @@ def test_on_a_model_that_writes_by_itself_the_discriminator_is_trained_anew(
     assert not bare.discriminator
     assert again.discriminator.keys() == talker.discriminator.keys()
     assert any(value.numpy().tobytes() != talker.discriminator[k].tobytes() for k, value in again.discriminator.items())
+    assert any(value.any() for k, value in again.discriminator.items() if "lora_B" in k), "it was trained, not made"
+    wider = for_the_next(talker, plan_for(talker, talker.plan.model.source, ("transfer.rank=2",)), rows)
+    assert wider
+    assert {value.shape[0] for k, value in wider.discriminator.items() if "lora_A" in k} == {2}
     assert for_the_next(talker, plan_for(talker, str(target), ("transfer.prepare=false",)), rows) is None

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from colora.common.model import load
+from colora.common.settings import ModelSettings, TransferSettings
+from colora.transfer import writing
 from colora.transfer.writing import Novel, items_of, list_prompt
 
 
@@ -32,3 +37,14 @@ def test_a_text_passes_once_and_a_seed_never() -> None:
     new = Novel(["A seed text."])
     texts = ["a seed text", "B  text!", "b text", "c text", ""]
     assert [new(text) for text in texts] == [False, True, False, True, False]
+
+
+def test_reading_the_seeds_once_changes_no_text(speaking_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load(ModelSettings(str(speaking_llama), max_length=32), generates=True)
+    monkeypatch.setattr(writing, "items_of", lambda text, first, wanted, *, whole: [text])
+    settings, seeds = TransferSettings(batch=4, max_new_tokens=12), ["a b", "c d", "e f", "g h", "a d"]
+    once = [list(writing.write(base, seeds, settings, 3, call)) for call in range(2)]
+    monkeypatch.setattr(writing, "_read", lambda model, prompt, times: {})
+    again = [list(writing.write(base, seeds, settings, 3, call)) for call in range(2)]
+    assert once == again
+    assert len({text for call in once for text in call}) > 4
