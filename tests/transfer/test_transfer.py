@@ -138,7 +138,7 @@ def talker(speaking_llama: Path, tmp_path: Path, writer: list[int]) -> Saved:
         "adapter": {"rank": 4, "target_modules": ["q_proj", "v_proj"]},
         "train": {"steps": 20, "batch_size": 4, "lr": 0.02},
         "evaluation": {"max_new_tokens": 4},
-        "transfer": {"prepare": True, "steps": 10, "samples": 12, "rank": 4, "distil_epochs": 40, "distil_lr": 0.02},
+        "transfer": {"prepare": True, "steps": 10, "samples": 12, "rank": 4, "distil_epochs": 120, "distil_lr": 0.02},
         "simulation": {"threads": 1},
         "data": {"task": "generation", "test": 3},
         "site": [{"name": "eva", "source": str(write_lines(tmp_path / "eva.jsonl", rows))}],
