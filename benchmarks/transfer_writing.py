@@ -22,10 +22,10 @@ import torch
 from colora.client.predict import Predictor
 from colora.client.store import Store
 from colora.client.trainer import Trainer, set_up
-from colora.client.transfer import plan_for, transfer
+from colora.client.transfer import plan_for, synthetic_rows
 from colora.common.model import load
 from colora.common.rows import Row, SiteRows
-from colora.common.saved import Saved, read_saved
+from colora.common.saved import Saved
 from colora.common.settings import (
     AdapterSettings,
     EvaluationSettings,
@@ -35,10 +35,10 @@ from colora.common.settings import (
     TrainSettings,
     TransferSettings,
 )
-from transfer import trained
+from transfer import taught, trained
 
 WRITER = "asset:smollm2-135m-instruct"
-TRAIN, TEST, SAMPLES = 48, 100, 48
+TRAIN, TEST, SAMPLES = 48, 80, 40
 TARGETS = ("colora", "multilora")
 
 
@@ -53,7 +53,14 @@ def plan_of(name: str) -> Plan:
         train=TrainSettings(steps=30, batch_size=8, lr=2e-3, lr_schedule="linear"),
         evaluation=EvaluationSettings(every=0, max_new_tokens=6),
         transfer=TransferSettings(
-            prepare=True, samples=SAMPLES, steps=16, calls=16, max_new_tokens=160, distil_epochs=5, distil_lr=2e-3
+            prepare=True,
+            samples=SAMPLES,
+            steps=12,
+            batch=24,
+            calls=6,
+            max_new_tokens=160,
+            distil_epochs=5,
+            distil_lr=2e-3,
         ),
     )
 
@@ -101,10 +108,11 @@ def main() -> None:
         old = trained(plan, rows, Path(folder) / "source")
         tell("source with adapter (LoRA)", exact(old, test))
         tell("target without adapter", bare(dataclasses.replace(plan, transfer=quiet), rows))
-        for method in TARGETS:
-            out = Path(folder) / method
-            found = transfer(old, plan_for(old, WRITER, (f"method.name={method}",)), out)
-            tell(f"transferred to {method} ({found.examples} texts)", exact(read_saved(out), test))
+        plans = {method: plan_for(old, WRITER, (f"method.name={method}",)) for method in TARGETS}
+        texts = synthetic_rows(old, plans["colora"], Path(folder) / "written")
+        for method, new in plans.items():
+            saved = taught(old, new, texts, Path(folder) / method)
+            tell(f"transferred to {method} ({len(texts)} texts)", exact(saved, test))
         real = dataclasses.replace(plan, method=MethodSettings("colora"), transfer=quiet)
         tell("colora on the real rows", exact(trained(real, rows, Path(folder) / "real"), test))
 
