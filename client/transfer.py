@@ -89,8 +89,7 @@ def transfer(
     write texts, DataError where none passed the filter.
     """
     plan, began = target_plan(saved, plan), time.monotonic()
-    if plan.transfer.prepare:
-        check_preparation(plan, SiteRows(saved.card.site, saved.card.task, (), ()), prepared_of(saved))  # type: ignore[arg-type]
+    check_next(saved, plan)
     claim(saved, plan, out)
     rows = synthetic_rows(saved, plan, out, watch)
     batches = math.ceil(len(rows) / plan.train.batch_size)
@@ -114,6 +113,13 @@ def transfer(
     trainer.respond(Order(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False), steps)
     wanted = plan.transfer.samples or prepared_of(saved).examples
     return Transferred(trainer.store.path(1), len(rows), wanted, time.monotonic() - began)
+
+
+def check_next(saved: Saved, plan: Plan) -> None:
+    """Raises, before anything is written, what would make :func:`for_the_next` fail (see ``check_preparation``)."""
+    if plan.transfer.prepare:
+        site = SiteRows(saved.card.site, saved.card.task, (), ())  # type: ignore[arg-type]
+        check_preparation(plan, site, prepared_of(saved))
 
 
 def for_the_next(saved: Saved, plan: Plan, rows: Sequence[Row]) -> Prepared | None:
@@ -167,6 +173,7 @@ def rows_on_new_base(plan: Plan, states: Path, folder: Path) -> tuple[SiteRows, 
     if not is_prepared(states):
         raise StateError(str(states), KEPT, "none")
     saved = read_saved(states)
+    check_next(saved, plan)
     rows = synthetic_rows(saved, plan, folder)
     held_out = max(1, round(HELD_OUT * len(rows)))
     card = saved.card

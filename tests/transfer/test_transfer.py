@@ -14,7 +14,7 @@ import torch
 
 from colora.client.predict import Predictor
 from colora.client.transfer import for_the_next, label, plan_for, synthetic_rows, transfer
-from colora.common.errors import ColoraError, DataError
+from colora.common.errors import ColoraError, DataError, ModelError
 from colora.common.recipe import recipe_from
 from colora.common.saved import Saved, read_saved
 from colora.simulation.run import simulate
@@ -179,3 +179,12 @@ def test_on_a_model_that_writes_by_itself_the_discriminator_is_trained_anew(
     assert wider
     assert {value.shape[0] for k, value in wider.discriminator.items() if "lora_A" in k} == {2}
     assert for_the_next(talker, plan_for(talker, str(target), ("transfer.prepare=false",)), rows) is None
+
+
+def test_a_target_that_cannot_write_or_answer_is_told_before_anything_is_written(
+    talker: Saved, tiny_bert: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    for target, words in ((tiny_bert, "which is a BertModel"), (tiny_llama, "a vocabulary with yes and no")):
+        with pytest.raises(ModelError, match=words):
+            transfer(talker, plan_for(talker, str(target)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
