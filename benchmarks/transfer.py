@@ -4,8 +4,8 @@ python benchmarks/transfer.py [SEEDS] [SAMPLES]     (3, 32)
 
 For each direction and seed: the source with its adapter; the target without one (a head fitted to the same written
 texts, so that an adapter has to earn its place); four arms of written texts (the 5 seeds only, random text, unfiltered,
-filtered); from L6 the last of these moved back again (two hops, seed 0); and the target trained on the real data. Accuracy on
-the site's real test texts.
+filtered); from L6 the last of these moved back again (two hops, seed 0); and the target trained on the real data.
+Accuracy on the site's real test texts.
 """
 
 from __future__ import annotations

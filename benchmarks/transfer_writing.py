@@ -48,7 +48,7 @@ def plan_of(name: str) -> Plan:
         name,
         1,
         ModelSettings(WRITER, max_length=48),
-        adapter=AdapterSettings(8, 16.0, ("q_proj", "v_proj")),
+        adapter=AdapterSettings(8, 16.0, target_modules=("q_proj", "v_proj")),
         method=MethodSettings("local"),
         train=TrainSettings(steps=30, batch_size=8, lr=2e-3, lr_schedule="linear"),
         evaluation=EvaluationSettings(every=0, max_new_tokens=6),
