@@ -89,7 +89,9 @@ def transfer(
     write texts, DataError where none passed the filter.
     """
     plan, began = target_plan(saved, plan), time.monotonic()
+    wanted = plan.transfer.samples or prepared_of(saved).examples
     check_next(saved, plan)
+    shared = first_shared(plan, len(saved.card.labels))
     claim(saved, plan, out)
     rows = synthetic_rows(saved, plan, out, watch)
     batches = math.ceil(len(rows) / plan.train.batch_size)
@@ -109,9 +111,7 @@ def transfer(
     base = load(plan.model, generates=card.task == "generation")
     site = SiteRows(card.site, card.task, rows, (), card.labels)  # type: ignore[arg-type]
     trainer = Trainer(set_up(base, plan), site, Store(out, plan.name), prepared=kept)
-    shared = first_shared(plan, len(card.labels))
     trainer.respond(Order(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False), steps)
-    wanted = plan.transfer.samples or prepared_of(saved).examples
     return Transferred(trainer.store.path(1), len(rows), wanted, time.monotonic() - began)
 
 

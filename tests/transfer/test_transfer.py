@@ -118,6 +118,8 @@ def test_what_cannot_be_transferred_is_said(prepared: Saved, other_bert: Path, t
     ):
         with pytest.raises(ColoraError, match=words):
             transfer(prepared, plan, tmp_path / "no" / str(abs(hash(words))))
+    with pytest.raises(ColoraError, match=r"model.source: expected .*nowhere"):
+        transfer(prepared, plan_for(prepared, str(tmp_path / "nowhere")), tmp_path / "bare")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(ColoraError, match="a new or empty folder, found other files"):
@@ -125,6 +127,7 @@ def test_what_cannot_be_transferred_is_said(prepared: Saved, other_bert: Path, t
     bare = Saved(prepared.path, prepared.card, prepared.plan, prepared.shared, prepared.personal)
     with pytest.raises(ColoraError, match=r"seeds that the site kept \(transfer.prepare = true while it trained\)"):
         transfer(bare, plan_for(prepared, str(other_bert)), tmp_path / "bare")
+    assert not (tmp_path / "bare").exists()
 
 
 @pytest.fixture
