@@ -59,7 +59,7 @@ def plan_of(name: str) -> Plan:
             batch=24,
             calls=6,
             max_new_tokens=160,
-            distil_epochs=5,
+            distil_epochs=10,
             distil_lr=2e-3,
         ),
     )
