@@ -102,12 +102,9 @@ def trained(plan: Plan, rows: SiteRows, folder: Path) -> Saved:
     trainer = Trainer(
         set_up(load(plan.model, generates=rows.task == "generation"), plan), rows, Store(folder, plan.name)
     )
-    shared = first_shared(plan, len(rows.labels))
-    for order in (
-        Order(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False),
-        Order(plan.name, 2, "close", 1, to_json(plan), shared, evaluate=False),
-    ):
-        trainer.respond(order)
+    text, first = to_json(plan), first_shared(plan, len(rows.labels))
+    reply = trainer.respond(Order(plan.name, 1, "train", 0, text, first, evaluate=False))
+    trainer.respond(Order(plan.name, 2, "close", 1, text, reply.shared, evaluate=False))
     return read_saved(folder)
 
 
