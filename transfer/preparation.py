@@ -67,7 +67,8 @@ def prepare(
     found = Discriminator(base, speaker(plan, task), settings, kept.about, seed)
     try:
         activate(base.backbone, [])
-        found.fit(inputs, written(base, kept.seeds, settings, seed, len(inputs)))
+        texts = written(base, kept.seeds, settings, seed, len(inputs))
+        found.fit(cut_as(base.tokenizer, inputs, texts, plan.model.max_length, seed), texts)
         return dataclasses.replace(kept, discriminator=found.values())
     finally:
         found.take_off()
@@ -124,6 +125,22 @@ def written(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, s
     if not texts:
         raise ModelError("transfer.generator", "a model that goes on with a list of examples", "no text that is new")
     return texts[:wanted]
+
+
+def cut_as(tokenizer: Any, inputs: Sequence[str], texts: Sequence[str], limit: int, seed: int) -> list[str]:
+    """Inputs, of which those that end only where the site's model stops reading become as long as some written text.
+
+    Else a discriminator learns lengths alone: it would keep what rambles on, and nothing that ends.
+    """
+    rng, lengths = random.Random(seed_from(seed, "cuts")), [_tokens(tokenizer, text) for text in texts]
+    return [
+        text if _tokens(tokenizer, text) < limit - 1 else shortened(tokenizer, text, min(limit, rng.choice(lengths)))
+        for text in inputs
+    ]
+
+
+def _tokens(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def input_of(row: Row) -> str:

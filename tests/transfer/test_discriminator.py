@@ -17,7 +17,7 @@ from colora.common.rows import SiteRows
 from colora.common.settings import ModelSettings, Plan, TransferSettings
 from colora.simulation.run import simulate
 from colora.transfer.discriminator import ADAPTER, Discriminator, question
-from colora.transfer.preparation import prepare, speaker
+from colora.transfer.preparation import cut_as, prepare, speaker
 
 SETTINGS = TransferSettings(prepare=True, about="tiny", rank=4, lr=0.05, steps=60, batch=8)
 REAL = [f"a b c d {word} f" for word in "abcdefghijkl"]
@@ -78,6 +78,14 @@ def test_labels_and_answers_are_never_read(base: BaseModel, speaking_llama: Path
     assert len(with_answers.seeds) == 5
     for key, value in with_answers.discriminator.items():
         assert torch.equal(value, without.discriminator[key])
+
+
+def test_where_a_text_was_cut_off_is_no_clue(base: BaseModel) -> None:
+    long, short = [f"a b c d e f g h {word} j k l" for word in "abcdefgh"], ["a b", "c d e"]
+    cut = cut_as(base.tokenizer, [*long, *short], ["s t u", "v w x y z"], 12, 0)
+    assert {len(text.split()) for text in cut[:-2]} == {3, 5}
+    assert all(whole.startswith(text) for whole, text in zip(long, cut, strict=False))
+    assert cut[-2:] == short, "these end by themselves"
 
 
 def test_what_cannot_be_prepared_is_said(
