@@ -48,10 +48,13 @@ def numbers_in(data: bytes) -> np.ndarray:
 
 
 def leaks_in(values: np.ndarray, text: str, secrets: Iterable[Secret], windows: Iterable[str]) -> list[str]:
-    """Tensors of which more than one value in twenty is among ``values``, and windows that are in ``text``."""
+    """Tensors of which more than one value in twenty is among ``values``, and windows that are in ``text``.
+
+    At least three values, or all of a smaller tensor's: in megabytes read at every offset any one number turns up.
+    """
     there, found = np.unique(values), []
     for name, secret in secrets:
         own = np.setdiff1d(np.unique(secret.astype(np.float32)), [0.0, 1.0])
-        if np.isin(own, there).mean() > 0.05:
+        if np.isin(own, there).sum() > max(0.05 * own.size, min(own.size, 3) - 1):
             found.append(name)
     return found + [window for window in windows if window in text]

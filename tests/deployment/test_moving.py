@@ -42,10 +42,10 @@ RECIPE: dict[str, Any] = {
         "prepare": True,
         "generator": WRITER,
         "about": "newsgroups",
-        "samples": 16,
-        "steps": 12,
+        "samples": 12,
+        "steps": 8,
         "batch": 16,
-        "calls": 6,
+        "calls": 3,
         "max_new_tokens": 200,
     },
 }
