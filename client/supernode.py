@@ -23,7 +23,7 @@ NODE_ID = re.compile(rb"SuperNode ID: (\d+)")
 RETRYING, HELD = b"Connection attempt failed", b"[code: 2004]"
 REASONS = (  # what SuperNode's log says, and what it means
     (rb"key is not registered", "the coordinator does not know this site's key"),
-    (rb"\[code: 2004\]", "another client with this key is at work, or one that died is not forgotten yet (a minute)"),
+    (re.escape(HELD), "another client with this key is at work, or one that died is not forgotten yet (a minute)"),
     (rb"CERTIFICATE_VERIFY_FAILED", "the coordinator's certificate is not signed by this site's CA"),
     (rb"WRONG_VERSION_NUMBER|record layer failure", "the coordinator does not speak TLS at this address"),
     (rb"Unauthorized", "the coordinator does not accept this site's key"),

@@ -61,11 +61,8 @@ def plan_for(saved: Saved, to: str, overrides: tuple[str, ...] = ()) -> Plan:
     return parse(Plan, overridden(raw, overrides))
 
 
-def target_plan(saved: Saved, plan: Plan) -> Plan:
-    """``plan``, which is the source's with its changes, as one round of distillation is still to be sized.
-
-    Raises RecipeError when nothing would change.
-    """
+def check_changes(saved: Saved, plan: Plan) -> None:
+    """Raises RecipeError when nothing would change, StateError for a model that is not one of texts."""
     old = saved.plan
     if (plan.model.source, plan.adapter, plan.method, plan.private) == (
         old.model.source,
@@ -77,7 +74,6 @@ def target_plan(saved: Saved, plan: Plan) -> Plan:
         raise RecipeError("--to", wanted, f"{plan.model.source!r}, as the source")
     if saved.card.task not in TASKS:
         raise StateError(str(saved.path), "a model of texts", f"one of {saved.card.task or 'no task'}")
-    return plan
 
 
 def transfer(
@@ -88,7 +84,8 @@ def transfer(
     Raises StateError where the site prepared nothing or ``out`` is another transfer's, ModelError where nobody can
     write texts, DataError where none passed the filter.
     """
-    plan, began = target_plan(saved, plan), time.monotonic()
+    began = time.monotonic()
+    check_changes(saved, plan)
     wanted = plan.transfer.samples or prepared_of(saved).examples
     check_next(saved, plan)
     shared = first_shared(plan, len(saved.card.labels))

@@ -44,9 +44,7 @@ clientapp = "colora_stub.client:app"
 }
 POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}  # seconds between a run and its ServerApp
 RUN_FOLDER = "COLORA_RUN"  # environment of the ServerApp
-PAGE = (
-    1 << 16
-)  # bytes of a page of the SuperLink's database, which holds messages: with SQLite's 4 KiB 2.5 times slower
+PAGE = 1 << 16  # bytes of a page of the database, which holds messages: with SQLite's 4 KiB 2.5 times slower
 
 
 @dataclass(frozen=True)
