@@ -1,11 +1,11 @@
 """Trans-LoRA on real models: MiniLM-L6 ↔ MiniLM-L3 on R8 or 20 Newsgroups, with SmolLM2 writing.
 
-python benchmarks/transfer.py [SEEDS] [SAMPLES] [r8|newsgroups]     (3, 32, r8)
+python benchmarks/transfer.py [SEEDS] [CALLS] [r8|newsgroups]     (0,1,2, 12, r8)
 
 For each direction and seed: the source with its adapter; the target without one (a head fitted to the same written
-texts, so that an adapter has to earn its place); four arms of written texts (the 5 seeds only, random text, unfiltered,
-filtered); from L6 the last of these moved back again (two hops, seed 0); and the target trained on the real data.
-Accuracy on the site's real test texts.
+texts, so that an adapter has to earn its place); the arms (the 5 seeds only, as much random text as was kept, as much
+that was written and not filtered, filtered, and all that was written in so many calls); from L6 the filtered one moved
+back again (two hops, seed 0); and the target trained on the real data. Accuracy on the site's real test texts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,10 +68,12 @@ DATA = {
         test=TEST,
     ),
 }
-ARMS = ("5 seeds only", "random text", "unfiltered", "filtered")
+SAMPLES = 250  # wanted, as in the paper; a weak writer's calls are used up before
+BACK = 5  # calls of the writer in the second hop
+ARMS = ("5 seeds only", "random text", "unfiltered", "filtered", "all that was written")
 
 
-def plan_of(name: str, source: str, seed: int, samples: int) -> Plan:
+def plan_of(name: str, source: str, seed: int, calls: int) -> Plan:
     """One site that trains a LoRA alone and prepares."""
     return Plan(
         "bench",
@@ -85,13 +88,15 @@ def plan_of(name: str, source: str, seed: int, samples: int) -> Plan:
             prepare=True,
             generator=WRITER,
             about=name,
-            samples=samples,
-            steps=16,
-            lr=1e-3,
-            batch=32,
-            calls=4,
-            temperature=0.8,
+            samples=SAMPLES,
+            steps=40,
+            lr=5e-4,
+            batch=20,
+            calls=calls,
+            temperature=0.7,
+            top_p=0.9,
             max_new_tokens=200,
+            distil_epochs=15,
             distil_lr=2e-3,
         ),
     )
@@ -137,23 +142,26 @@ def arm(name: str, source: Saved, plan: Plan, book: Path) -> list[str]:
     assert source.kept is not None
     if name == ARMS[0]:
         return source.kept["seeds"]
-    wanted = plan.transfer.samples or TRAIN
-    if name == ARMS[1]:
-        return random_texts(plan.seed, wanted)
     filtered = [row["text"] for row in synthetic_rows(source, plan, book)]
-    written = Notebook(book / "written.json").verdicts
-    return filtered if name == ARMS[3] else list(written)[: len(filtered)]
+    written = list(Notebook(book / "written.json").verdicts)
+    count = len(filtered)
+    return {
+        ARMS[1]: lambda: random_texts(plan.seed, count),
+        ARMS[2]: lambda: random.Random(plan.seed).sample(written, count),
+        ARMS[3]: lambda: filtered,
+        ARMS[4]: lambda: written,
+    }[name]()
 
 
-def one(name: str, seed: int, samples: int, folder: Path) -> dict[str, dict[str, float]]:
+def one(name: str, seed: int, calls: int, folder: Path) -> dict[str, dict[str, float]]:
     """Accuracies of every contender by direction.
 
     Generator and real texts are the same in both, and so would be seeds, discriminator and what is written: made once.
     """
     rows, began = load_site_rows(SiteSettings("bench", DATA[name]), seed), time.monotonic()
-    old = trained(plan_of(name, L6, seed, samples), rows, folder / "l6")
+    old = trained(plan_of(name, L6, seed, calls), rows, folder / "l6")
     print(f"  seed {seed}: prepared after {time.monotonic() - began:.0f} s", flush=True)
-    plan = plan_of(name, L3, seed, samples)
+    plan = plan_of(name, L3, seed, calls)
     alone = trained(dataclasses.replace(plan, transfer=TransferSettings()), rows, folder / "l3")
     kept = dataclasses.replace(alone, plan=plan, kept=old.kept, discriminator=old.discriminator)
     sources = {L6: old, L3: kept}
@@ -169,15 +177,16 @@ def moved(old: Saved, target: str, rows: SiteRows, ceilings: dict[str, float], f
     source, began = old.plan.model.source, time.monotonic()
     new = plan_for(old, target)
     found = {"source with adapter": ceilings[source]}
-    for name in ARMS[::-1]:
+    for name in ARMS:
         texts = label(old, arm(name, old, new, folder.parent))
         found[name] = accuracy(taught(old, new, texts, folder / name.replace(" ", "-")), rows.test)
         if name == ARMS[3]:
             found["target without adapter"] = probed(target, new, texts, rows.test, rows.labels)
-        print(f"  {name}: {len(texts)} texts, {found[name]:.3f}, {time.monotonic() - began:.0f} s", flush=True)
+        kinds = " ".join(f"{kind} {n}" for kind, n in Counter(row["label"] for row in texts).most_common())
+        print(f"  {name}: {found[name]:.3f} of {len(texts)} ({kinds}), {time.monotonic() - began:.0f} s", flush=True)
     if source == L6 and old.plan.seed == 0:
         first = read_saved(folder / ARMS[3])
-        back = transfer(first, plan_for(first, source), folder / "back")
+        back = transfer(first, plan_for(first, source, (f"transfer.calls={BACK}",)), folder / "back")
         found["two hops, back to the source's base"] = accuracy(read_saved(folder / "back"), rows.test)
         print(f"  back: {back.examples} texts, {back.seconds:.0f} s", flush=True)
     found["target on the real data"] = ceilings[target]
@@ -195,12 +204,11 @@ def taught(old: Saved, plan: Plan, rows: list[Row], out: Path) -> Saved:
 def main() -> None:
     torch.set_num_threads(1)
     given = sys.argv[1:]
-    seeds, samples = (int(word) for word in (given + ["3", "32"][len(given) :])[:2])
-    name = given[2] if len(given) > 2 else "r8"
+    seeds, calls, name = given + ["0,1,2", "12", "r8"][len(given) :]
     tables: dict[str, list[dict[str, float]]] = {word: [] for word in DIRECTIONS}
-    for seed in range(seeds):
+    for seed in map(int, seeds.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            for word, table in one(name, seed, samples, Path(folder)).items():
+            for word, table in one(name, seed, int(calls), Path(folder)).items():
                 tables[word].append(table)
                 print(f"{word}, seed {seed}: {table}", flush=True)
     for word, found in tables.items():

@@ -1,6 +1,6 @@
 """What a site keeps for a later transfer: seeds that it agrees to keep, and a discriminator (paper, section 3.1).
 
-Both are personal state. Trained on inputs only: no label and no answer is read here.
+Both are personal state. The discriminator is trained on inputs only; answers are read to draw seeds of many kinds.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from typing import Any
 
 import torch
@@ -60,8 +60,9 @@ def prepare(
 
     ``before`` is what was kept on another model: its seeds stay. Raises DataError where there are not enough texts.
     """
-    settings, inputs = plan.transfer, list(_inputs(base.tokenizer, rows, plan.model.max_length))
-    kept = before or Prepared(_seeds(inputs, settings, seed), settings.about or plan.name, len(rows))
+    settings, answers = plan.transfer, dict(_inputs(base.tokenizer, rows, plan.model.max_length))
+    inputs = list(answers)
+    kept = before or Prepared(_seeds(answers, settings, seed), settings.about or plan.name, len(rows))
     if settings.filter != "discriminator":
         return dataclasses.replace(kept, discriminator={})
     found = Discriminator(base, speaker(plan, task), settings, kept.about, seed)
@@ -93,25 +94,30 @@ def check_preparation(plan: Plan, site: SiteRows, before: Prepared | None = None
         inject(skeleton(model), form_of(settings), ADAPTER)
 
 
-def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> Iterator[str]:
-    """The different inputs of rows, as far as the site's model reads them."""
+def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> Iterator[tuple[str, str | None]]:
+    """The different inputs of rows, as far as the site's model reads them, each with its answer."""
     seen: set[str] = set()
     for row in rows:
         text = shortened(tokenizer, one_line(input_of(row)), limit)
         if text not in seen:
             seen.add(text)
-            yield text
+            yield text, answer_of(row)
 
 
-def _check_enough(inputs: Iterable[str], settings: TransferSettings, site: str | None = None) -> None:
+def _check_enough(inputs: Iterable[Any], settings: TransferSettings, site: str | None = None) -> None:
     found = len(list(islice(inputs, settings.seeds)))
     if found < settings.seeds:
         raise DataError("transfer.seeds", f"{settings.seeds} different texts to choose from", found, site=site)
 
 
-def _seeds(inputs: Sequence[str], settings: TransferSettings, seed: int) -> tuple[str, ...]:
-    _check_enough(inputs, settings)
-    return tuple(random.Random(seed_from(seed, "seeds")).sample(inputs, settings.seeds))
+def _seeds(answers: Mapping[str, str | None], settings: TransferSettings, seed: int) -> tuple[str, ...]:
+    """Inputs drawn at random, one of each answer in turn: what no seed is like, no written text will be like."""
+    _check_enough(answers, settings)
+    by_answer: dict[str | None, list[str]] = {}
+    for text in random.Random(seed_from(seed, "seeds")).sample(list(answers), len(answers)):
+        by_answer.setdefault(answers[text], []).append(text)
+    turns = chain.from_iterable(zip_longest(*by_answer.values()))
+    return tuple(islice((text for text in turns if text is not None), settings.seeds))
 
 
 def written(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, seed: int, wanted: int) -> list[str]:
@@ -148,6 +154,11 @@ def input_of(row: Row) -> str:
     if "messages" in row:
         return next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user")
     return str(row["text"] if "text" in row else row["prompt"])
+
+
+def answer_of(row: Row) -> str | None:
+    """What a row answers: its label, its completion, or its last turn."""
+    return row["messages"][-1]["content"] if "messages" in row else row.get("label", row.get("completion"))
 
 
 def shortened(tokenizer: Any, text: str, limit: int) -> str:

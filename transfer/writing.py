@@ -41,6 +41,13 @@ def items_of(continuation: str, first: int, wanted: int, *, whole: bool) -> list
     return [one_line(text) for text in ended[:wanted] if len(text.split()) >= SHORTEST]
 
 
+def order_of(seeds: Sequence[str], seed: int, call: int) -> list[str]:
+    """The seeds in some order, each the last of every so many calls: a model goes on most like what it read last."""
+    last = call % len(seeds)
+    others = [text for i, text in enumerate(seeds) if i != last]
+    return [*random.Random(seed_from(seed, "writing", call)).sample(others, len(others)), seeds[last]]
+
+
 def write(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, seed: int, call: int) -> Iterator[str]:
     """The texts of one call of the writer; equal seeds and call numbers give equal texts on one machine.
 
@@ -48,7 +55,7 @@ def write(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, see
     """
     model, tokenizer, times = base.language_model, base.tokenizer, settings.batch
     assert model is not None
-    order = random.Random(seed_from(seed, "writing", call)).sample(list(seeds), len(seeds))
+    order = order_of(seeds, seed, call)
     prompt = torch.tensor([tokenizer(list_prompt(order))["input_ids"]], device=base.device)
     model.eval()
     with torch.no_grad(), torch.random.fork_rng():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_its_values_come_back_and_it_leaves_the_model_as_it_was(base: BaseModel,
     assert again.keeps(REAL + FALSE) == kept
 
 
-def test_labels_and_answers_are_never_read(base: BaseModel, speaking_llama: Path, writer: list[int]) -> None:
+def test_the_discriminator_reads_no_answers(base: BaseModel, speaking_llama: Path, writer: list[int]) -> None:
     model = ModelSettings(str(speaking_llama), max_length=32)
     plan = Plan("tiny", 1, model, transfer=SETTINGS)
     rows = [{"prompt": text, "completion": f"answer {i}"} for i, text in enumerate(REAL)]
@@ -78,6 +79,15 @@ def test_labels_and_answers_are_never_read(base: BaseModel, speaking_llama: Path
     assert len(with_answers.seeds) == 5
     for key, value in with_answers.discriminator.items():
         assert torch.equal(value, without.discriminator[key])
+
+
+def test_seeds_are_of_as_many_labels_as_they_can_be(base: BaseModel, speaking_llama: Path, writer: list[int]) -> None:
+    plan = Plan("tiny", 1, ModelSettings(str(speaking_llama), max_length=32), transfer=replace(SETTINGS, seeds=3))
+    plan = replace(plan, transfer=replace(plan.transfer, generator=str(speaking_llama)))
+    rows = [{"text": text, "label": "rare" if i < 2 else "often"} for i, text in enumerate(REAL)]
+    drawn = [prepare(base, plan, "classification", rows, seed).seeds for seed in range(4)]
+    assert all(len(set(seeds) & set(REAL[:2])) in (1, 2) for seeds in drawn)
+    assert len(set(drawn)) > 1, "and yet at random"
 
 
 def test_where_a_text_was_cut_off_is_no_clue(base: BaseModel) -> None:
