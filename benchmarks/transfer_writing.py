@@ -3,8 +3,8 @@
 python benchmarks/transfer_writing.py FILE [NAME]
 
 FILE has JSON lines with ``prompt`` and ``completion``. Exact match of greedy answers on test rows that nothing was
-trained on: the source with its adapter, the base model without one, a CoLoRA and a MultiLoRA that learnt from written
-texts with the source's answers, and a CoLoRA that was trained on the real rows.
+trained on: the source with its adapter, the base model without one, a CoLoRA that learnt the source's answers to each
+arm of texts (as transfer.py), a MultiLoRA that learnt them to the filtered ones, and a CoLoRA trained on the real rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from colora.client.predict import Predictor
 from colora.client.store import Store
 from colora.client.trainer import Trainer, set_up
-from colora.client.transfer import plan_for, synthetic_rows
+from colora.client.transfer import label, plan_for
 from colora.common.model import load
 from colora.common.rows import Row, SiteRows
 from colora.common.saved import Saved
@@ -35,11 +35,12 @@ from colora.common.settings import (
     TrainSettings,
     TransferSettings,
 )
-from transfer import taught, trained
+from transfer import ARMS, arm, taught, trained
 
 WRITER = "asset:smollm2-135m-instruct"
-TRAIN, TEST, SAMPLES = 48, 80, 40
-TARGETS = ("colora", "multilora")
+TRAIN, TEST, SAMPLES = 64, 100, 80
+CONTENDERS = (*(("colora", name) for name in ARMS[:4]), ("multilora", ARMS[3]))
+RATES = {"colora": 2e-3, "multilora": 4e-3}  # a MultiLoRA's scales start at zero
 
 
 def plan_of(name: str) -> Plan:
@@ -50,17 +51,19 @@ def plan_of(name: str) -> Plan:
         ModelSettings(WRITER, max_length=48),
         adapter=AdapterSettings(8, 16.0, target_modules=("q_proj", "v_proj")),
         method=MethodSettings("local"),
-        train=TrainSettings(steps=30, batch_size=8, lr=2e-3, lr_schedule="linear"),
+        train=TrainSettings(steps=50, batch_size=8, lr=2e-3, lr_schedule="linear"),
         evaluation=EvaluationSettings(every=0, max_new_tokens=6),
         transfer=TransferSettings(
             prepare=True,
             samples=SAMPLES,
-            steps=12,
-            batch=24,
-            calls=6,
+            steps=32,
+            lr=5e-4,
+            batch=12,
+            calls=10,
+            temperature=0.9,
+            top_p=0.95,
             max_new_tokens=160,
-            distil_epochs=10,
-            distil_lr=2e-3,
+            distil_epochs=8,
         ),
     )
 
@@ -108,11 +111,11 @@ def main() -> None:
         old = trained(plan, rows, Path(folder) / "source")
         tell("source with adapter (LoRA)", exact(old, test))
         tell("target without adapter", bare(dataclasses.replace(plan, transfer=quiet), rows))
-        plans = {method: plan_for(old, WRITER, (f"method.name={method}",)) for method in TARGETS}
-        texts = synthetic_rows(old, plans["colora"], Path(folder) / "written")
-        for method, new in plans.items():
-            saved = taught(old, new, texts, Path(folder) / method)
-            tell(f"transferred to {method} ({len(texts)} texts)", exact(saved, test))
+        for method, which in CONTENDERS:
+            new = plan_for(old, WRITER, (f"method.name={method}", f"transfer.distil_lr={RATES[method]}"))
+            texts = label(old, arm(which, old, new, Path(folder) / "written"))
+            saved = taught(old, new, texts, Path(folder) / f"{method}-{which.replace(' ', '-')}")
+            tell(f"{method}, {which} ({len(texts)} texts)", exact(saved, test))
         real = dataclasses.replace(plan, method=MethodSettings("colora"), transfer=quiet)
         tell("colora on the real rows", exact(trained(real, rows, Path(folder) / "real"), test))
 
