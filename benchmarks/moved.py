@@ -32,7 +32,7 @@ def accuracy(run: Path, site: str, data: Path) -> float:
 
 def traffic(run: Path) -> tuple[int, int]:
     """Bytes of shared arrays down to the sites and up from them."""
-    replies = [event for event in RunFolder(run).events() if event["event"] == "reply"]
+    replies = [event for event in RunFolder(run).events() if event["event"] == "reply" and not event.get("baseline")]
     return sum(event["bytes_down"] for event in replies), sum(event["bytes_up"] for event in replies)
 
 

@@ -45,6 +45,7 @@ from colora.common.settings import (
     to_json,
 )
 from colora.common.site import SiteSettings
+from colora.transfer.preparation import input_of
 from colora.transfer.synthesis import Notebook
 
 L6, L3, WRITER = "asset:minilm-l6", "asset:paraphrase-minilm-l3", "asset:smollm2-135m-instruct"
@@ -118,12 +119,11 @@ def accuracy(saved: Saved, rows: Sequence[Row]) -> float:
     return statistics.mean(p["label"] == row["label"] for p, row in zip(found, rows, strict=True))
 
 
-def probed(source: str, plan: Plan, rows: list[Row], test: Sequence[Row], labels: tuple[str, ...]) -> float:
+def probed(plan: Plan, rows: list[Row], real: SiteRows) -> float:
     """The bare target with a logistic regression on the written texts."""
-    bare = dataclasses.replace(plan, model=dataclasses.replace(plan.model, source=source))
-    site = SiteRows("bench", "classification", rows, test, labels)
+    site = dataclasses.replace(real, train=rows)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(set_up(load(bare.model, generates=False), bare), site, Store(Path(folder), "bench"))
+        trainer = Trainer(set_up(load(plan.model, generates=False), plan), site, Store(Path(folder), "bench"))
         trainer.load({}, {})
         found = trainer.task.probe()
     return (found or {})["accuracy"]
@@ -142,7 +142,7 @@ def arm(name: str, source: Saved, plan: Plan, book: Path) -> list[str]:
     assert source.kept is not None
     if name == ARMS[0]:
         return source.kept["seeds"]
-    filtered = [row["text"] for row in synthetic_rows(source, plan, book)]
+    filtered = [input_of(row) for row in synthetic_rows(source, plan, book)]
     written = list(Notebook(book / "written.json").verdicts)
     count = len(filtered)
     return {
@@ -156,7 +156,8 @@ def arm(name: str, source: Saved, plan: Plan, book: Path) -> list[str]:
 def one(name: str, seed: int, calls: int, folder: Path) -> dict[str, dict[str, float]]:
     """Accuracies of every contender by direction.
 
-    Generator and real texts are the same in both, and so would be seeds, discriminator and what is written: made once.
+    Generator and real texts are the same in both, and so are seeds and discriminator; what is written would differ by
+    its random numbers alone. All are made once.
     """
     rows, began = load_site_rows(SiteSettings("bench", DATA[name]), seed), time.monotonic()
     old = trained(plan_of(name, L6, seed, calls), rows, folder / "l6")
@@ -181,7 +182,7 @@ def moved(old: Saved, target: str, rows: SiteRows, ceilings: dict[str, float], f
         texts = label(old, arm(name, old, new, folder.parent))
         found[name] = accuracy(taught(old, new, texts, folder / name.replace(" ", "-")), rows.test)
         if name == ARMS[3]:
-            found["target without adapter"] = probed(target, new, texts, rows.test, rows.labels)
+            found["target without adapter"] = probed(new, texts, rows)
         kinds = " ".join(f"{kind} {n}" for kind, n in Counter(row["label"] for row in texts).most_common())
         print(f"  {name}: {found[name]:.3f} of {len(texts)} ({kinds}), {time.monotonic() - began:.0f} s", flush=True)
     if source == L6 and old.plan.seed == 0:
@@ -213,7 +214,7 @@ def main() -> None:
                 print(f"{word}, seed {seed}: {table}", flush=True)
     for word, found in tables.items():
         print(word)
-        for contender in found[0]:
+        for contender in max(found, key=len):
             values = [table[contender] for table in found if contender in table]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             each = " ".join(f"{value:.3f}" for value in values)

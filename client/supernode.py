@@ -70,8 +70,8 @@ class SuperNode:
 
     def start(self) -> None:
         """Starts it, after signing off the one before where that is surely dead."""
-        if (last := self._last()) and last.pid == self.child.pid and HELD in self.said():
-            self.record.unlink()  # whoever holds the place, it was not the one that ended
+        if (last := self._last()) and last.pid == self.child.pid and _dead(last) and HELD in self.said():
+            self.record.unlink()  # held, perhaps by another: better a minute's wait than to sign that one off
         node = self.sign_off()
         self._read_from = self.log.stat().st_size if self.log.exists() else 0
         self.child.command = self._command()

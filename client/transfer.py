@@ -23,7 +23,7 @@ from ..common.assets import file_sha256
 from ..common.errors import DataError, RecipeError, StateError
 from ..common.files import write_atomically
 from ..common.first import first_shared
-from ..common.model import BaseModel, load
+from ..common.model import BaseModel, check_writes, load
 from ..common.protocol import Order
 from ..common.recipe import overridden
 from ..common.rows import Row, SiteRows
@@ -86,8 +86,8 @@ def transfer(
     """
     began = time.monotonic()
     check_changes(saved, plan)
+    check_transfer(saved, plan)
     wanted = plan.transfer.samples or prepared_of(saved).examples
-    check_next(saved, plan)
     shared = first_shared(plan, len(saved.card.labels))
     claim(saved, plan, out)
     rows = synthetic_rows(saved, plan, out, watch)
@@ -112,11 +112,21 @@ def transfer(
     return Transferred(trainer.store.path(1), len(rows), wanted, time.monotonic() - began)
 
 
-def check_next(saved: Saved, plan: Plan) -> None:
-    """Raises, before anything is written, what would make :func:`for_the_next` fail (see ``check_preparation``)."""
+def check_transfer(saved: Saved, plan: Plan) -> None:
+    """Raises, before anything is written, what would end a transfer later on.
+
+    StateError where the site did not keep what is needed, ModelError where a model that has to cannot write,
+    RecipeError for a filter that the task has not; and what :func:`check_preparation` raises, for the next transfer.
+    """
+    kept, task, kind = prepared_of(saved), saved.card.task, plan.transfer.filter
+    if kind == "titok" and task != "generation":
+        raise RecipeError("transfer.filter", "discriminator or none for classification", kind)
+    if kind == "discriminator" and not kept.discriminator:
+        raise StateError(str(saved.path), "a discriminator (transfer.filter as it was prepared)", "seeds only")
+    if task == "generation":
+        check_writes(plan.model)
     if plan.transfer.prepare:
-        site = SiteRows(saved.card.site, saved.card.task, (), ())  # type: ignore[arg-type]
-        check_preparation(plan, site, prepared_of(saved))
+        check_preparation(plan, SiteRows(saved.card.site, task, (), ()), kept)  # type: ignore[arg-type]
 
 
 def for_the_next(saved: Saved, plan: Plan, rows: Sequence[Row]) -> Prepared | None:
@@ -170,7 +180,7 @@ def rows_on_new_base(plan: Plan, states: Path, folder: Path) -> tuple[SiteRows, 
     if not is_prepared(states):
         raise StateError(str(states), KEPT, "none")
     saved = read_saved(states)
-    check_next(saved, plan)
+    check_transfer(saved, plan)
     rows = synthetic_rows(saved, plan, folder)
     held_out = max(1, round(HELD_OUT * len(rows)))
     card = saved.card
@@ -227,11 +237,7 @@ def _texts(saved: Saved, plan: Plan, prepared: Prepared, folder: Path, watch: Wa
     card, settings = saved.card, plan.transfer
     source = speaker(saved.plan, card.task)
     if settings.filter == "titok":
-        if card.task != "generation":
-            raise RecipeError("transfer.filter", "discriminator or none for classification", "titok")
         settings = dataclasses.replace(settings, samples=TITOK_OVER * (settings.samples or prepared.examples))
-    if settings.filter == "discriminator" and not prepared.discriminator:
-        raise StateError(str(saved.path), "a discriminator (transfer.filter as it was prepared)", "seeds only")
     of_target = card.task == "generation" and settings.writer == "target"
     writer = dataclasses.replace(plan.model, revision=None) if of_target else source
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -141,11 +142,8 @@ def load_tokenizer(settings: ModelSettings, field: str = "model.source") -> Any:
     """The tokenizer by itself. Raises ModelError, which names the field, when it is not there or cannot be read."""
     from transformers import AutoTokenizer
 
-    with quiet_transformers():
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(source_folder(settings))
-        except (OSError, ValueError) as error:
-            raise ModelError(field, "a model with a tokenizer", f"{settings.source} ({error})") from None
+    with quiet_transformers(), _said_of(field, "a model with a tokenizer", settings.source):
+        tokenizer: Any = AutoTokenizer.from_pretrained(source_folder(settings))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # only fills batches: masks and labels go by length, not by id
     return tokenizer
@@ -155,12 +153,22 @@ def check_writes(settings: ModelSettings, field: str = "model.source") -> None:
     """Raises ModelError for a model that was not trained to go on with a text, though a class could make it try."""
     from transformers import AutoConfig
 
-    try:
-        named = AutoConfig.from_pretrained(source_folder(settings)).architectures or ()
-    except (OSError, ValueError) as error:
-        raise ModelError(field, _WANTED[True], f"{settings.source} ({error})") from None
-    if named and not any(name.endswith(WRITING) for name in named):
+    with _said_of(field, _WANTED[True], settings.source):
+        config = AutoConfig.from_pretrained(source_folder(settings))
+    named = config.architectures or (config.model_type,)
+    if config.is_encoder_decoder or (config.architectures and not any(name.endswith(WRITING) for name in named)):
         raise ModelError(field, _WANTED[True], f"{settings.source}, which is a {named[0]}")
+
+
+@contextmanager
+def _said_of(field: str, wanted: str, source: str) -> Iterator[None]:
+    """What keeps a model from being read, as a ModelError of this field."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(field, error.expected, error.found) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(field, wanted, f"{source} ({error})") from None
 
 
 def weights_as(precision: str, device: torch.device) -> dict[str, Any]:

@@ -34,16 +34,14 @@ def question(text: str, about: str) -> str:
     return f"{text}\nIs the above question from {about} dataset?"
 
 
-def answer_ids(tokenizer: Any, source: str) -> tuple[int, int]:
+def answer_ids(tokenizer: Any, source: str, field: str = "transfer.generator") -> tuple[int, int]:
     """The tokens of ``no`` and ``yes``. Raises ModelError where the vocabulary has no single token for one of them."""
     for form in (" {}", "{}", " {}".title(), "{}".title()):
         ids = [tokenizer(form.format(word), add_special_tokens=False)["input_ids"] for word in ANSWERS]
         no, yes = ids
         if len(no) == len(yes) == 1 and no != yes and tokenizer.unk_token_id not in (no[0], yes[0]):
             return no[0], yes[0]
-    raise ModelError(
-        "transfer.generator", "a vocabulary with yes and no as single tokens (or transfer.filter = none)", source
-    )
+    raise ModelError(field, "a vocabulary with yes and no as single tokens (or transfer.filter = none)", source)
 
 
 class Verdicts(Task):

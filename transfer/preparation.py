@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..common.adapters.attach import activate, inject
-from ..common.errors import DataError, ModelError, RecipeError
+from ..common.errors import ColoraError, DataError, ModelError, RecipeError
 from ..common.model import BaseModel, check_writes, load, load_tokenizer, skeleton
 from ..common.rows import Row, SiteRows
 from ..common.seeds import seed_from
@@ -79,23 +79,30 @@ def check_preparation(plan: Plan, site: SiteRows, before: Prepared | None = None
     """Raises before the first round what :func:`prepare` would raise after the last, without loading weights.
 
     RecipeError for rows without texts; ModelError where nobody can write, or the writer cannot be a discriminator;
-    DataError where there are not enough different texts.
+    DataError where there are not enough different texts. Each names the site.
     """
+    try:
+        _check(plan, site, before)
+    except ColoraError as error:
+        raise error.at(site.site) from None
+
+
+def _check(plan: Plan, site: SiteRows, before: Prepared | None) -> None:
     if site.task not in TASKS:
-        raise RecipeError("transfer.prepare", f"false, or a task of {' or '.join(TASKS)}", site.task, site=site.site)
+        raise RecipeError("transfer.prepare", f"false, or a task of {' or '.join(TASKS)}", site.task)
     model, settings = speaker(plan, site.task), plan.transfer
     field = "model.source" if site.task == "generation" else "transfer.generator"
     check_writes(model, field)
     tokenizer = load_tokenizer(model, field)
     if before is None:
-        _check_enough(_inputs(tokenizer, site.train, plan.model.max_length), settings, site.site)
+        _check_enough(_inputs(tokenizer, site.train, plan.model.max_length), settings)
     if settings.filter == "discriminator":
-        answer_ids(tokenizer, model.source)
+        answer_ids(tokenizer, model.source, field)
         inject(skeleton(model), form_of(settings), ADAPTER)
 
 
 def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> Iterator[tuple[str, str | None]]:
-    """The different inputs of rows, as far as the site's model reads them, each with its answer."""
+    """The different inputs of rows, each with its answer; of a long one its first ``limit`` tokens."""
     seen: set[str] = set()
     for row in rows:
         text = shortened(tokenizer, one_line(input_of(row)), limit)
@@ -104,10 +111,10 @@ def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> Iterator[tuple[s
             yield text, answer_of(row)
 
 
-def _check_enough(inputs: Iterable[Any], settings: TransferSettings, site: str | None = None) -> None:
+def _check_enough(inputs: Iterable[Any], settings: TransferSettings) -> None:
     found = len(list(islice(inputs, settings.seeds)))
     if found < settings.seeds:
-        raise DataError("transfer.seeds", f"{settings.seeds} different texts to choose from", found, site=site)
+        raise DataError("transfer.seeds", f"{settings.seeds} different texts to choose from", found)
 
 
 def _seeds(answers: Mapping[str, str | None], settings: TransferSettings, seed: int) -> tuple[str, ...]:
@@ -134,7 +141,7 @@ def written(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, s
 
 
 def cut_as(tokenizer: Any, inputs: Sequence[str], texts: Sequence[str], limit: int, seed: int) -> list[str]:
-    """Inputs, of which those that end only where the site's model stops reading become as long as some written text.
+    """Inputs, of which those that end only where they were cut (``limit``) become as long as some written text.
 
     Else a discriminator learns lengths alone: it would keep what rambles on, and nothing that ends.
     """

@@ -41,8 +41,8 @@ def items_of(continuation: str, first: int, wanted: int, *, whole: bool) -> list
     return [one_line(text) for text in ended[:wanted] if len(text.split()) >= SHORTEST]
 
 
-def order_of(seeds: Sequence[str], seed: int, call: int) -> list[str]:
-    """The seeds in some order, each the last of every so many calls: a model goes on most like what it read last."""
+def in_turn(seeds: Sequence[str], seed: int, call: int) -> list[str]:
+    """The seeds in some order that ends with seed ``call`` mod n: a model goes on most like what it read last."""
     last = call % len(seeds)
     others = [text for i, text in enumerate(seeds) if i != last]
     return [*random.Random(seed_from(seed, "writing", call)).sample(others, len(others)), seeds[last]]
@@ -55,7 +55,7 @@ def write(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, see
     """
     model, tokenizer, times = base.language_model, base.tokenizer, settings.batch
     assert model is not None
-    order = order_of(seeds, seed, call)
+    order = in_turn(seeds, seed, call)
     prompt = torch.tensor([tokenizer(list_prompt(order))["input_ids"]], device=base.device)
     model.eval()
     with torch.no_grad(), torch.random.fork_rng():
@@ -63,7 +63,7 @@ def write(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, see
         out = model.generate(  # type: ignore[operator]
             input_ids=prompt.expand(times, -1),
             attention_mask=torch.ones_like(prompt).expand(times, -1),
-            **_read(model, prompt, times),
+            **_read(base.backbone, prompt, times),
             do_sample=True,
             top_k=settings.top_k,
             top_p=settings.top_p,
@@ -77,9 +77,9 @@ def write(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, see
         yield from items_of(text, len(seeds) + 1, len(seeds), whole=whole)
 
 
-def _read(model: Any, prompt: torch.Tensor, times: int) -> dict[str, Any]:
+def _read(backbone: Any, prompt: torch.Tensor, times: int) -> dict[str, Any]:
     """All of a prompt but its last token as the model's cache, for so many continuations; nothing where it has none."""
-    cache: Any = getattr(model(input_ids=prompt[:, :-1], use_cache=True, logits_to_keep=1), "past_key_values", None)
+    cache: Any = getattr(backbone(input_ids=prompt[:, :-1], use_cache=True), "past_key_values", None)
     if not hasattr(cache, "batch_repeat_interleave"):
         return {}
     cache.batch_repeat_interleave(times)

@@ -69,7 +69,7 @@ def signed_off(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def node_that_runs(place: Path, *programs: str) -> SuperNode:
     node, words = keeper_of(place, [], insecure=False).node, iter(programs)
-    stock = replace(node.child.command)
+    stock = node.child.command
     node._command = lambda: replace(stock, arguments=(sys.executable, "-u", "-c", next(words)))  # type: ignore[method-assign]
     return node
 
@@ -94,7 +94,7 @@ def test_whose_place_it_is_stands_there_from_its_start_on(tmp_path: Path, signed
 
 
 def test_another_machines_place_is_left_alone(tmp_path: Path, signed_off: list[int]) -> None:
-    node = node_that_runs(tmp_path, *[HELD_BY_ANOTHER] * 4)
+    node = node_that_runs(tmp_path, *[HELD_BY_ANOTHER] * 2)
     record = {"node": 7, "pid": 1, "began": 0.0, "host": "another", "boot": "x"}
     node.record.parent.mkdir(parents=True)
     node.record.write_text(json.dumps(record))
@@ -103,7 +103,15 @@ def test_another_machines_place_is_left_alone(tmp_path: Path, signed_off: list[i
         waited(lambda: not node.child.running)
     assert signed_off == []
     assert json.loads(node.record.read_text()) == record
-    node.record.write_text(json.dumps(record | {"host": socket.gethostname()}))  # ours, and dead; then another came
+
+
+def test_a_place_that_is_held_after_it_was_given_back_is_given_back_no_second_time(
+    tmp_path: Path, signed_off: list[int]
+) -> None:
+    node = node_that_runs(tmp_path, *[HELD_BY_ANOTHER] * 2)
+    record = {"node": 7, "pid": 1, "began": 0.0, "host": socket.gethostname(), "boot": "x"}  # ours, and dead
+    node.record.parent.mkdir(parents=True)
+    node.record.write_text(json.dumps(record))
     for _ in range(2):
         node.start()
         waited(lambda: not node.child.running)

@@ -71,10 +71,10 @@ def test_its_values_come_back_and_it_leaves_the_model_as_it_was(base: BaseModel,
 def test_the_discriminator_reads_no_answers(base: BaseModel, speaking_llama: Path, writer: list[int]) -> None:
     model = ModelSettings(str(speaking_llama), max_length=32)
     plan = Plan("tiny", 1, model, transfer=SETTINGS)
-    rows = [{"prompt": text, "completion": f"answer {i}"} for i, text in enumerate(REAL)]
+    rows = [{"prompt": text, "completion": f"answer {i % 2}"} for i, text in enumerate(REAL)]
     inputs = [{"prompt": row["prompt"]} for row in rows]
-    with_answers, without = (prepare(base, plan, "generation", each, 7) for each in (rows, inputs))
-    assert with_answers.seeds == without.seeds
+    with_answers = prepare(base, plan, "generation", rows, 7)
+    without = prepare(base, plan, "generation", inputs, 7, replace(with_answers, discriminator={}))
     assert set(with_answers.seeds) <= set(REAL)
     assert len(with_answers.seeds) == 5
     for key, value in with_answers.discriminator.items():

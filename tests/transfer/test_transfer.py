@@ -117,7 +117,8 @@ def test_what_cannot_be_transferred_is_said(prepared: Saved, other_bert: Path, t
         (plan_for(prepared, str(other_bert), ("adapter.target_modules=['nothing']", "transfer.filter=none")), "query"),
     ):
         with pytest.raises(ColoraError, match=words):
-            transfer(prepared, plan, tmp_path / "no" / str(abs(hash(words))))
+            transfer(prepared, plan, tmp_path / "no")
+        assert not (tmp_path / "no").exists()
     with pytest.raises(ColoraError, match=r"model.source: expected .*nowhere"):
         transfer(prepared, plan_for(prepared, str(tmp_path / "nowhere")), tmp_path / "bare")
     (tmp_path / "full").mkdir()
@@ -126,7 +127,7 @@ def test_what_cannot_be_transferred_is_said(prepared: Saved, other_bert: Path, t
         transfer(prepared, plan_for(prepared, str(other_bert)), tmp_path / "full")
     bare = Saved(prepared.path, prepared.card, prepared.plan, prepared.shared, prepared.personal)
     with pytest.raises(ColoraError, match=r"seeds that the site kept \(transfer.prepare = true while it trained\)"):
-        transfer(bare, plan_for(prepared, str(other_bert)), tmp_path / "bare")
+        transfer(bare, plan_for(prepared, str(other_bert), ("transfer.samples=4",)), tmp_path / "bare")
     assert not (tmp_path / "bare").exists()
 
 
@@ -187,7 +188,16 @@ def test_on_a_model_that_writes_by_itself_the_discriminator_is_trained_anew(
 def test_a_target_that_cannot_write_or_answer_is_told_before_anything_is_written(
     talker: Saved, tiny_bert: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    for target, words in ((tiny_bert, "which is a BertModel"), (tiny_llama, "a vocabulary with yes and no")):
+    from transformers import T5Config
+
+    both = tmp_path / "both"
+    T5Config(is_encoder_decoder=True, architectures=["T5ForConditionalGeneration"]).save_pretrained(both)
+    for target, words, overrides in (
+        (tiny_bert, "model.source: .* which is a BertModel", ()),
+        (tiny_bert, "model.source: .* which is a BertModel", ("transfer.prepare=false", "transfer.writer=source")),
+        (both, "model.source: .* which is a T5", ("transfer.prepare=false",)),
+        (tiny_llama, "site eva: model.source: .* a vocabulary with yes and no", ()),
+    ):
         with pytest.raises(ModelError, match=words):
-            transfer(talker, plan_for(talker, str(target)), tmp_path / "out")
+            transfer(talker, plan_for(talker, str(target), overrides), tmp_path / "out")
     assert not (tmp_path / "out").exists()

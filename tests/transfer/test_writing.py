@@ -9,7 +9,7 @@ import pytest
 from colora.common.model import load
 from colora.common.settings import ModelSettings, TransferSettings
 from colora.transfer import writing
-from colora.transfer.writing import Novel, items_of, list_prompt
+from colora.transfer.writing import Novel, in_turn, items_of, list_prompt
 
 
 def test_the_prompt_is_the_papers() -> None:
@@ -39,12 +39,24 @@ def test_a_text_passes_once_and_a_seed_never() -> None:
     assert [new(text) for text in texts] == [False, True, False, True, False]
 
 
+def test_every_seed_is_the_last_in_turn() -> None:
+    seeds = ["one", "two", "three", "four", "five"]
+    orders = [in_turn(seeds, 0, call) for call in range(10)]
+    assert [order[-1] for order in orders] == seeds * 2
+    assert all(sorted(order) == sorted(seeds) for order in orders)
+    assert len(set(map(tuple, orders))) > 5
+
+
 def test_reading_the_seeds_once_changes_no_text(speaking_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load(ModelSettings(str(speaking_llama), max_length=32), generates=True)
     monkeypatch.setattr(writing, "items_of", lambda text, first, wanted, *, whole: [text])
     settings, seeds = TransferSettings(batch=4, max_new_tokens=12), ["a b", "c d", "e f", "g h", "a d"]
+    read, caches = writing._read, []
+    monkeypatch.setattr(writing, "_read", lambda *given: caches.append(read(*given)) or caches[-1])
     once = [list(writing.write(base, seeds, settings, 3, call)) for call in range(2)]
-    monkeypatch.setattr(writing, "_read", lambda model, prompt, times: {})
+    assert all(cache["past_key_values"].get_seq_length() > 5 for cache in caches)
+    monkeypatch.setattr(writing, "_read", lambda *given: {})
     again = [list(writing.write(base, seeds, settings, 3, call)) for call in range(2)]
+    assert len(caches) == 2
     assert once == again
     assert len({text for call in once for text in call}) > 4
