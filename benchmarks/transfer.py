@@ -1,6 +1,6 @@
 """Trans-LoRA on real models: MiniLM-L6 ↔ MiniLM-L3 on R8 or 20 Newsgroups, with SmolLM2 writing.
 
-python benchmarks/transfer.py [SEEDS] [CALLS] [r8|newsgroups]     (0,1,2, 12, r8)
+python benchmarks/transfer.py [SEEDS] [CALLS] [r8|newsgroups]     (0,1,2, 8, r8)
 
 For each direction and seed: the source with its adapter; the target without one (a head fitted to the same written
 texts, so that an adapter has to earn its place); the arms (the 5 seeds only, as much random text as was kept, as much
@@ -70,7 +70,7 @@ DATA = {
     ),
 }
 SAMPLES = 250  # wanted, as in the paper; a weak writer's calls are used up before
-BACK = 5  # calls of the writer in the second hop
+BACK = 3  # calls of the writer in the second hop
 ARMS = ("5 seeds only", "random text", "unfiltered", "filtered", "all that was written")
 
 
@@ -205,7 +205,7 @@ def taught(old: Saved, plan: Plan, rows: list[Row], out: Path) -> Saved:
 def main() -> None:
     torch.set_num_threads(1)
     given = sys.argv[1:]
-    seeds, calls, name = given + ["0,1,2", "12", "r8"][len(given) :]
+    seeds, calls, name = given + ["0,1,2", "8", "r8"][len(given) :]
     tables: dict[str, list[dict[str, float]]] = {word: [] for word in DIRECTIONS}
     for seed in map(int, seeds.split(",")):
         with tempfile.TemporaryDirectory() as folder:

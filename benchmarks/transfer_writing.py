@@ -38,7 +38,7 @@ from colora.common.settings import (
 from transfer import ARMS, arm, taught, trained
 
 WRITER = "asset:smollm2-135m-instruct"
-TRAIN, TEST, SAMPLES = 64, 100, 80
+TRAIN, TEST, SAMPLES = 64, 80, 64
 CONTENDERS = (*(("colora", name) for name in ARMS[:4]), ("multilora", ARMS[3]))
 RATES = {"colora": 2e-3, "multilora": 4e-3}  # a MultiLoRA's scales start at zero
 

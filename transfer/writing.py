@@ -41,48 +41,57 @@ def items_of(continuation: str, first: int, wanted: int, *, whole: bool) -> list
     return [one_line(text) for text in ended[:wanted] if len(text.split()) >= SHORTEST]
 
 
-def in_turn(seeds: Sequence[str], seed: int, call: int) -> list[str]:
-    """The seeds in some order that ends with seed ``call`` mod n: a model goes on most like what it read last."""
-    last = call % len(seeds)
+def in_turn(seeds: Sequence[str], seed: int, call: int, last: int) -> list[str]:
+    """The seeds in some order that ends with this one: a model goes on most like what it read last."""
     others = [text for i, text in enumerate(seeds) if i != last]
-    return [*random.Random(seed_from(seed, "writing", call)).sample(others, len(others)), seeds[last]]
+    return [*random.Random(seed_from(seed, "writing", call, last)).sample(others, len(others)), seeds[last]]
 
 
 def write(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, seed: int, call: int) -> Iterator[str]:
     """The texts of one call of the writer; equal seeds and call numbers give equal texts on one machine.
 
-    A call asks ``settings.batch`` times with one order of the seeds, so that the model reads them once.
+    A call asks ``settings.batch`` times, with each seed the last in turn, and reads each of these few prompts once.
     """
-    model, tokenizer, times = base.language_model, base.tokenizer, settings.batch
-    assert model is not None
-    order = in_turn(seeds, seed, call)
-    prompt = torch.tensor([tokenizer(list_prompt(order))["input_ids"]], device=base.device)
-    model.eval()
+    tokenizer, turns = base.tokenizer, [(call * settings.batch + i) % len(seeds) for i in range(settings.batch)]
+    prompts = {
+        last: tokenizer(list_prompt(in_turn(seeds, seed, call, last)))["input_ids"] for last in sorted(set(turns))
+    }
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed_from(seed, "sampling", call))
-        out = model.generate(  # type: ignore[operator]
-            input_ids=prompt.expand(times, -1),
-            attention_mask=torch.ones_like(prompt).expand(times, -1),
-            **_read(base.backbone, prompt, times),
-            do_sample=True,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    for row in out[:, prompt.shape[1] :]:
-        whole = bool((row == tokenizer.eos_token_id).any())
-        text = tokenizer.decode(row, skip_special_tokens=True)
-        yield from items_of(text, len(seeds) + 1, len(seeds), whole=whole)
+        for length in sorted(set(map(len, prompts.values()))):  # nearly always one: the same seeds, in other orders
+            alike = {last: ids for last, ids in prompts.items() if len(ids) == length}
+            prompt = torch.tensor(list(alike.values()), device=base.device)
+            which = torch.tensor([list(alike).index(last) for last in turns if last in alike], device=base.device)
+            for row in _continued(base, prompt, which, settings):
+                whole = bool((row == tokenizer.eos_token_id).any())
+                text = tokenizer.decode(row, skip_special_tokens=True)
+                yield from items_of(text, len(seeds) + 1, len(seeds), whole=whole)
 
 
-def _read(backbone: Any, prompt: torch.Tensor, times: int) -> dict[str, Any]:
-    """All of a prompt but its last token as the model's cache, for so many continuations; nothing where it has none."""
+def _continued(base: BaseModel, prompt: torch.Tensor, which: torch.Tensor, settings: TransferSettings) -> torch.Tensor:
+    """What the model says after the rows ``which`` (n,) of ``prompt`` (m, length): token ids (n, longest)."""
+    model: Any = base.language_model
+    model.eval()
+    out = model.generate(
+        input_ids=prompt[which],
+        attention_mask=torch.ones_like(prompt)[which],
+        **_read(base.backbone, prompt, which),
+        do_sample=True,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=base.tokenizer.pad_token_id,
+    )
+    return out[:, prompt.shape[1] :]
+
+
+def _read(backbone: Any, prompt: torch.Tensor, which: torch.Tensor) -> dict[str, Any]:
+    """The model's cache of all but the last token of these rows of prompts; nothing where it has none."""
     cache: Any = getattr(backbone(input_ids=prompt[:, :-1], use_cache=True), "past_key_values", None)
-    if not hasattr(cache, "batch_repeat_interleave"):
+    if not hasattr(cache, "batch_select_indices"):
         return {}
-    cache.batch_repeat_interleave(times)
+    cache.batch_select_indices(which)
     return {"past_key_values": cache}
 
 

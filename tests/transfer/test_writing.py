@@ -41,7 +41,7 @@ def test_a_text_passes_once_and_a_seed_never() -> None:
 
 def test_every_seed_is_the_last_in_turn() -> None:
     seeds = ["one", "two", "three", "four", "five"]
-    orders = [in_turn(seeds, 0, call) for call in range(10)]
+    orders = [in_turn(seeds, 0, call, last) for call in range(2) for last in range(5)]
     assert [order[-1] for order in orders] == seeds * 2
     assert all(sorted(order) == sorted(seeds) for order in orders)
     assert len(set(map(tuple, orders))) > 5
