@@ -1,6 +1,6 @@
 """Trans-LoRA of a model that writes: SmolLM2 with a LoRA to the same base model with another kind of adapter.
 
-python benchmarks/transfer_writing.py FILE [NAME]
+python benchmarks/transfer_writing.py FILE [SAMPLES]     (64)
 
 FILE has JSON lines with ``prompt`` and ``completion``. Exact match of greedy answers on test rows that nothing was
 trained on: the source with its adapter, the base model without one, a CoLoRA that learnt the source's answers to each
@@ -38,12 +38,12 @@ from colora.common.settings import (
 from transfer import ARMS, arm, taught, trained
 
 WRITER = "asset:smollm2-135m-instruct"
-TRAIN, TEST, SAMPLES = 64, 80, 64
+TRAIN, TEST = 64, 80
 CONTENDERS = (*(("colora", name) for name in ARMS[:4]), ("multilora", ARMS[3]))
 RATES = {"colora": 2e-3, "multilora": 4e-3}  # a MultiLoRA's scales start at zero
 
 
-def plan_of(name: str) -> Plan:
+def plan_of(name: str, samples: int) -> Plan:
     """One site that trains a LoRA alone and prepares."""
     return Plan(
         name,
@@ -55,7 +55,7 @@ def plan_of(name: str) -> Plan:
         evaluation=EvaluationSettings(every=0, max_new_tokens=6),
         transfer=TransferSettings(
             prepare=True,
-            samples=SAMPLES,
+            samples=samples,
             steps=32,
             lr=5e-4,
             batch=12,
@@ -97,8 +97,8 @@ def bare(plan: Plan, rows: SiteRows) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     path = Path(sys.argv[1])
-    name = sys.argv[2] if len(sys.argv) > 2 else path.stem
-    rows, plan = rows_of(path), plan_of(name)
+    name, samples = path.stem, int(sys.argv[2]) if len(sys.argv) > 2 else 64
+    rows, plan = rows_of(path), plan_of(name, samples)
     test, quiet = list(rows.test), TransferSettings()
     began = time.monotonic()
 
