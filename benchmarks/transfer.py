@@ -1,11 +1,13 @@
 """Trans-LoRA on real models: MiniLM-L6 ↔ MiniLM-L3 on R8 or 20 Newsgroups, with SmolLM2 writing.
 
-python benchmarks/transfer.py [SEEDS] [CALLS] [r8|newsgroups]     (0,1,2, 8, r8)
+python benchmarks/transfer.py [SEEDS] [CALLS] [r8|newsgroups] [source|tuned]     (0,1,2, 8, r8, source)
 
 For each direction and seed: the source with its adapter; the target without one (a head fitted to the same written
 texts, so that an adapter has to earn its place); the arms (the 5 seeds only, as much random text as was kept, as much
 that was written and not filtered, filtered, and all that was written in so many calls); from L6 the filtered one moved
-back again (two hops, seed 0); and the target trained on the real data. Accuracy on the site's real test texts.
+back again (two hops, seed 0); and the target trained on the real data. Accuracy on the site's real test texts. A tuned
+writer has learnt from the site's texts; how many of its own have ``COPIED`` characters in common with one of those is
+told. The arms without a writer are left out then.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ from colora.common.settings import (
 from colora.common.site import SiteSettings
 from colora.transfer.preparation import input_of
 from colora.transfer.synthesis import Notebook
+from colora.transfer.writing import one_line
 
 L6, L3, WRITER = "asset:minilm-l6", "asset:paraphrase-minilm-l3", "asset:smollm2-135m-instruct"
 TRAIN, TEST, STEPS, LENGTH = 64, 200, 100, 32
@@ -71,10 +74,11 @@ DATA = {
 }
 SAMPLES = 250  # wanted, as in the paper; a weak writer's calls are used up before
 BACK = 3  # calls of the writer in the second hop
+COPIED = 20
 ARMS = ("5 seeds only", "random text", "unfiltered", "filtered", "all that was written")
 
 
-def plan_of(name: str, source: str, seed: int, calls: int) -> Plan:
+def plan_of(name: str, source: str, seed: int, calls: int, writer: str) -> Plan:
     """One site that trains a LoRA alone and prepares."""
     return Plan(
         "bench",
@@ -88,6 +92,7 @@ def plan_of(name: str, source: str, seed: int, calls: int) -> Plan:
         transfer=TransferSettings(
             prepare=True,
             generator=WRITER,
+            writer=writer,  # type: ignore[arg-type]
             about=name,
             samples=SAMPLES,
             steps=40,
@@ -137,32 +142,45 @@ def random_texts(seed: int, count: int) -> list[str]:
     return [" ".join(row["text"].split()[:LENGTH]) for row in random.Random(seed).sample(list(rows), count)]
 
 
-def arm(name: str, source: Saved, plan: Plan, book: Path) -> list[str]:
-    """The texts that one arm learns from; ``book`` is the folder of what is written at this seed, for all arms."""
+def arms(source: Saved, plan: Plan, book: Path) -> dict[str, list[str]]:
+    """The texts that each arm learns from; ``book`` is the folder of what is written at this seed, for all arms."""
     assert source.kept is not None
-    if name == ARMS[0]:
-        return source.kept["seeds"]
     filtered = [input_of(row) for row in synthetic_rows(source, plan, book)]
     written = list(Notebook(book / "written.json").verdicts)
     count = len(filtered)
-    return {
-        ARMS[1]: lambda: random_texts(plan.seed, count),
-        ARMS[2]: lambda: random.Random(plan.seed).sample(written, count),
-        ARMS[3]: lambda: filtered,
-        ARMS[4]: lambda: written,
-    }[name]()
+    texts = (
+        source.kept["seeds"],
+        random_texts(plan.seed, count),
+        random.Random(plan.seed).sample(written, count),
+        filtered,
+        written,
+    )
+    first = 2 if plan.transfer.writer == "tuned" else 0
+    return dict(list(zip(ARMS, texts, strict=True))[first:])
 
 
-def one(name: str, seed: int, calls: int, folder: Path) -> dict[str, dict[str, float]]:
+def copied(source: Saved, written: Sequence[str], real: Sequence[Row]) -> int:
+    """How many written texts have so many characters in common with a real one that is not a seed."""
+    assert source.kept is not None
+    seen = set().union(*(windows(one_line(row["text"])) for row in real))
+    seen -= set().union(*map(windows, source.kept["seeds"]))
+    return sum(not seen.isdisjoint(windows(text)) for text in written)
+
+
+def windows(text: str) -> set[str]:
+    return {text[i : i + COPIED] for i in range(len(text) - COPIED + 1)}
+
+
+def one(name: str, seed: int, calls: int, writer: str, folder: Path) -> dict[str, dict[str, float]]:
     """Accuracies of every contender by direction.
 
     Generator and real texts are the same in both, and so are seeds and discriminator; what is written would differ by
     its random numbers alone. All are made once.
     """
     rows, began = load_site_rows(SiteSettings("bench", DATA[name]), seed), time.monotonic()
-    old = trained(plan_of(name, L6, seed, calls), rows, folder / "l6")
+    old = trained(plan_of(name, L6, seed, calls, writer), rows, folder / "l6")
     print(f"  seed {seed}: prepared after {time.monotonic() - began:.0f} s", flush=True)
-    plan = plan_of(name, L3, seed, calls)
+    plan = plan_of(name, L3, seed, calls, writer)
     alone = trained(dataclasses.replace(plan, transfer=TransferSettings()), rows, folder / "l3")
     kept = dataclasses.replace(alone, plan=plan, kept=old.kept, discriminator=old.discriminator)
     sources = {L6: old, L3: kept}
@@ -178,8 +196,11 @@ def moved(old: Saved, target: str, rows: SiteRows, ceilings: dict[str, float], f
     source, began = old.plan.model.source, time.monotonic()
     new = plan_for(old, target)
     found = {"source with adapter": ceilings[source]}
-    for name in ARMS:
-        texts = label(old, arm(name, old, new, folder.parent))
+    chosen = arms(old, new, folder.parent)
+    near = copied(old, chosen[ARMS[4]], rows.train)
+    print(f"  {near} of {len(chosen[ARMS[4]])} written texts have {COPIED} characters of a real one", flush=True)
+    for name, inputs in chosen.items():
+        texts = label(old, inputs)
         found[name] = accuracy(taught(old, new, texts, folder / name.replace(" ", "-")), rows.test)
         if name == ARMS[3]:
             found["target without adapter"] = probed(new, texts, rows)
@@ -205,11 +226,11 @@ def taught(old: Saved, plan: Plan, rows: list[Row], out: Path) -> Saved:
 def main() -> None:
     torch.set_num_threads(1)
     given = sys.argv[1:]
-    seeds, calls, name = given + ["0,1,2", "8", "r8"][len(given) :]
+    seeds, calls, name, writer = given + ["0,1,2", "8", "r8", "source"][len(given) :]
     tables: dict[str, list[dict[str, float]]] = {word: [] for word in DIRECTIONS}
     for seed in map(int, seeds.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            for word, table in one(name, seed, int(calls), Path(folder)).items():
+            for word, table in one(name, seed, int(calls), writer, Path(folder)).items():
                 tables[word].append(table)
                 print(f"{word}, seed {seed}: {table}", flush=True)
     for word, found in tables.items():

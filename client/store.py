@@ -17,7 +17,7 @@ import torch
 from ..common.errors import StateError
 from ..common.files import load_arrays, save_arrays
 from ..common.protocol import Arrays, Reply
-from ..common.saved import PERSONAL, SHARED, TRAINED, TRANSFER, Card
+from ..common.saved import DISCRIMINATOR, PERSONAL, SHARED, TRAINED, WRITER, Card
 from ..transfer.preparation import Prepared
 
 MOMENTS, NOTHING = "moments/", "none/"
@@ -87,7 +87,8 @@ class Store:
         meta = {"federation": self.federation, "previous": state.previous, "position": state.position}
         meta |= {"base": state.base, "reply": said, "card": dataclasses.asdict(card)}
         if prepared:
-            arrays |= {TRANSFER + k: v.cpu().numpy() for k, v in prepared.discriminator.items()}
+            arrays |= {DISCRIMINATOR + k: v.cpu().numpy() for k, v in prepared.discriminator.items()}
+            arrays |= {WRITER + k: v.cpu().numpy() for k, v in prepared.writer.items()}
             kept = {"seeds": prepared.seeds, "about": prepared.about, "examples": prepared.examples}
             meta["transfer"] = kept
         save_arrays(self.path(state.round), arrays, meta)

@@ -32,7 +32,7 @@ from ..common.seeds import seed_from
 from ..common.settings import ModelSettings, Plan, digest, parse, to_dict, to_json
 from ..common.training import Watch as StepWatch
 from ..transfer.discriminator import Discriminator
-from ..transfer.preparation import TASKS, Prepared, check_preparation, prepare, speaker
+from ..transfer.preparation import TASKS, Prepared, check_preparation, prepare, speaker, writing
 from ..transfer.synthesis import Cast, Watch, synthesise
 from .predict import Predictor
 from .store import Store
@@ -122,7 +122,9 @@ def check_transfer(saved: Saved, plan: Plan) -> None:
     if kind == "titok" and task != "generation":
         raise RecipeError("transfer.filter", "discriminator or none for classification", kind)
     if kind == "discriminator" and not kept.discriminator:
-        raise StateError(str(saved.path), "a discriminator (transfer.filter as it was prepared)", "seeds only")
+        raise StateError(str(saved.path), "a discriminator (transfer.filter as it was prepared)", "none")
+    if plan.transfer.writer == "tuned" and not kept.writer:
+        raise StateError(str(saved.path), "a tuned writer (transfer.writer as it was prepared)", "none")
     if task == "generation":
         check_writes(plan.model)
     if plan.transfer.prepare:
@@ -141,16 +143,18 @@ def for_the_next(saved: Saved, plan: Plan, rows: Sequence[Row]) -> Prepared | No
 def carried(saved: Saved, plan: Plan) -> Prepared | None:
     """What a site keeps of what it kept: nothing unless ``plan.transfer.prepare``.
 
-    The seeds stay. So does the discriminator while the model that writes does, and its form; else it has to be trained
-    anew.
+    The seeds stay. So do discriminator and writer while the model that writes does, and their form; else they have to
+    be trained anew.
     """
     if not plan.transfer.prepare:
         return None
     kept, task = prepared_of(saved), saved.card.task
-    return kept if _judge_of(plan, task) == _judge_of(saved.plan, task) else dataclasses.replace(kept, discriminator={})
+    if _speaker_of(plan, task) == _speaker_of(saved.plan, task):
+        return kept
+    return dataclasses.replace(kept, discriminator={}, writer={})
 
 
-def _judge_of(plan: Plan, task: str) -> tuple[object, ...]:
+def _speaker_of(plan: Plan, task: str) -> tuple[object, ...]:
     model, settings = speaker(plan, task), plan.transfer
     return model.source, model.revision, settings.rank, settings.target_modules
 
@@ -197,8 +201,11 @@ def prepared_of(saved: Saved) -> Prepared:
     """What the site kept. Raises StateError where it prepared nothing."""
     if not saved.kept:
         raise StateError(str(saved.path), KEPT, "none")
-    values = {key: torch.as_tensor(value) for key, value in saved.discriminator.items()}
-    return Prepared(tuple(saved.kept["seeds"]), saved.kept["about"], saved.kept["examples"], values)
+    discriminator, writer = (
+        {key: torch.as_tensor(value) for key, value in values.items()} for values in (saved.discriminator, saved.writer)
+    )
+    kept = saved.kept
+    return Prepared(tuple(kept["seeds"]), kept["about"], kept["examples"], discriminator, writer)
 
 
 def label(saved: Saved, texts: Sequence[str]) -> list[Row]:
@@ -239,7 +246,14 @@ def _texts(saved: Saved, plan: Plan, prepared: Prepared, folder: Path, watch: Wa
     if settings.filter == "titok":
         settings = dataclasses.replace(settings, samples=TITOK_OVER * (settings.samples or prepared.examples))
     of_target = card.task == "generation" and settings.writer == "target"
-    writer = dataclasses.replace(plan.model, revision=None) if of_target else source
+    model = dataclasses.replace(plan.model, revision=None) if of_target else source
+
+    @contextmanager
+    def writer() -> Iterator[BaseModel]:
+        with _in_memory(model) as base, writing(base, model, settings) as lora:
+            if lora:
+                lora.load(prepared.writer)
+            yield base
 
     def judge(texts: list[str]) -> list[bool]:
         with _in_memory(source) as base:
@@ -249,7 +263,7 @@ def _texts(saved: Saved, plan: Plan, prepared: Prepared, folder: Path, watch: Wa
 
     seed = seed_from(plan.seed, plan.name, card.site, "transfer", card.fingerprint["model"])
     needed = judge if settings.filter == "discriminator" else None
-    return synthesise(prepared, settings, seed, Cast(lambda: _in_memory(writer), needed), folder, watch)
+    return synthesise(prepared, settings, seed, Cast(writer, needed), folder, watch)
 
 
 def _answered(row: Row, completion: str) -> Row:

@@ -19,7 +19,8 @@ from .files import load_arrays
 from .settings import Plan, parse
 
 PRINTS = ("model", "tokenizer", "chat_template")  # fingerprints
-SHARED, TRAINED, PERSONAL, TRANSFER = "shared/", "reply/", "state/", "transfer/"
+SHARED, TRAINED, PERSONAL = "shared/", "reply/", "state/"
+DISCRIMINATOR, WRITER = "transfer/discriminator/", "transfer/writer/"
 FILES = "round-*.safetensors"
 PLACES = (FILES, f"checkpoints/{FILES}", f"state/{FILES}", f"state/*/{FILES}")  # below what a user names
 
@@ -49,6 +50,7 @@ class Saved:
     shared: Mapping[str, np.ndarray]
     personal: Mapping[str, np.ndarray]
     discriminator: Mapping[str, np.ndarray] = field(default_factory=dict)
+    writer: Mapping[str, np.ndarray] = field(default_factory=dict)
     kept: Mapping[str, Any] | None = None  # seeds and more, where the site prepared a transfer
     closed: bool = True  # ``shared`` is what all sites have, and not what this site made of it in a round
 
@@ -72,7 +74,8 @@ def read_saved(place: Path) -> Saved:
         _plan(path, card),
         trained or shared,
         _below(arrays, PERSONAL),
-        _below(arrays, TRANSFER),
+        _below(arrays, DISCRIMINATOR),
+        _below(arrays, WRITER),
         meta.get("transfer"),
         closed=not trained,
     )

@@ -197,7 +197,10 @@ class TransferSettings:
     lr: Rate = 1e-3
     steps: Positive = 60  # of the discriminator, half of each batch real and half written
     filter: Literal["discriminator", "titok", "none"] = "discriminator"
-    writer: Literal["target", "source"] = "target"  # of the texts, where both generate
+    writer: Literal["target", "source", "tuned"] = "target"  # of the texts, where both generate; tuned: the source's,
+    # with a LoRA that learnt the site's texts in preparation (personal; it may repeat some of them)
+    writer_steps: Positive = 12  # of that LoRA, on twenty texts each
+    writer_lr: Rate = 3e-3
     samples: Positive | None = None  # texts wanted; as many as the site trained on when unset
     calls: Positive = 200  # of the writer at most, each of ``batch`` prompts
     batch: Positive = 8

@@ -7,24 +7,21 @@ a label or an answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from ..common.adapters.attach import Form, activate, initial_values, inject, layout_of
+from ..common.adapters.attach import activate
 from ..common.errors import ModelError
 from ..common.model import BaseModel
 from ..common.rows import Row, SiteRows
-from ..common.seeds import seed_from
-from ..common.settings import AdapterSettings, ModelSettings, Plan, TrainSettings, TransferSettings
+from ..common.settings import ModelSettings, Plan, TransferSettings
 from ..common.tasks.task import Batch, Encoded, Metrics, Task, pad
-from ..common.training import Phase, Stretch, train
+from .lora import OwnLora
 
-ADAPTER = "discriminator"
 BATCH = 8
 ANSWERS = ("no", "yes")
 
@@ -89,55 +86,29 @@ class Verdicts(Task):
         return {}
 
 
-def form_of(settings: TransferSettings) -> Form:
-    """φ's LoRA, on whichever model."""
-    return Form("transfer", settings.rank, 2.0, 0.0, settings.target_modules)
-
-
-class Discriminator:
+class Discriminator(OwnLora):
     """The LoRA on its model, and the rule p(yes) > p(no)."""
+
+    name = "discriminator"
 
     def __init__(
         self, base: BaseModel, model: ModelSettings, settings: TransferSettings, about: str, seed: int
     ) -> None:
-        self.base, self.settings, self.about, self.seed = base, settings, about, seed
-        self.plan = Plan("discriminator", 1, model)
-        self.parameters = inject(base.backbone, form_of(settings), ADAPTER)
-        self.load(initial_values(layout_of(self.parameters), AdapterSettings(), seed_from(seed, ADAPTER)))
-
-    def take_off(self) -> None:
-        """Takes the LoRA off its model again."""
-        activate(self.base.backbone, [])
-        for layer in list(self.base.backbone.modules()):
-            if isinstance(layer, LoraLayer) and ADAPTER in layer.r:
-                layer.delete_adapter(ADAPTER)
-
-    def load(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Puts values into the LoRA."""
-        with torch.no_grad():
-            for key, parameter in self.parameters.items():
-                parameter.copy_(torch.as_tensor(values[key]))
-
-    def values(self) -> dict[str, torch.Tensor]:
-        """The LoRA's values, on the CPU."""
-        return {key: p.detach().to("cpu", copy=True) for key, p in self.parameters.items()}
+        super().__init__(base, model, settings, seed)
+        self.about = about
 
     def fit(self, real: Sequence[str], written: Sequence[str]) -> float:
         """Trains φ on inputs and on what the model wrote; returns the mean loss."""
         rows = [{"text": text, "real": True} for text in real] + [{"text": text, "real": False} for text in written]
-        settings = TrainSettings(steps=self.settings.steps, batch_size=BATCH, lr=self.settings.lr, lr_schedule="linear")
-        activate(self.base.backbone, [ADAPTER])
-        stretch = Stretch(0, self.settings.steps, 0, seed_from(self.seed, "order"), seed_from(self.seed, "noise"))
-        phase = Phase(self.settings.steps, frozenset(self.parameters))
         task = Verdicts(self.base, self.about, rows, self.plan)
-        return train(task, self.parameters, [phase], settings, stretch).loss
+        return self.learn(task, self.settings.steps, BATCH, self.settings.lr)
 
     @torch.no_grad()
     def keeps(self, texts: Sequence[str]) -> list[bool]:
         """Whether p(yes | t(x)) > p(no | t(x)) under M + φ, for each text."""
         if not texts:
             return []
-        activate(self.base.backbone, [ADAPTER])
+        activate(self.base.backbone, [self.name])
         task = Verdicts(self.base, self.about, [{"text": text, "real": True} for text in texts], self.plan)
         task.module.eval()
         no, yes = task.answers

@@ -1,6 +1,7 @@
 """What a site keeps for a later transfer: seeds that it agrees to keep, and a discriminator (paper, section 3.1).
 
-Both are personal state. The discriminator is trained on inputs only; answers are read to draw seeds of many kinds.
+Where its recipe says so, a writer that has learnt its texts as well. All are personal state. Both LoRAs are trained on
+inputs only; answers are read to draw seeds of many kinds.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice, zip_longest
 from typing import Any
@@ -20,7 +22,8 @@ from ..common.model import BaseModel, check_writes, load, load_tokenizer, skelet
 from ..common.rows import Row, SiteRows
 from ..common.seeds import seed_from
 from ..common.settings import ModelSettings, Plan, TransferSettings
-from .discriminator import ADAPTER, Discriminator, answer_ids, form_of
+from .discriminator import Discriminator, answer_ids
+from .tuned import TunedWriter
 from .writing import Novel, one_line, write
 
 TASKS = ("classification", "generation")  # that have texts
@@ -28,16 +31,18 @@ TASKS = ("classification", "generation")  # that have texts
 
 @dataclass(frozen=True)
 class Prepared:
-    """Seeds, the discriminator's values (none where no filter needs them), and how many examples the site had."""
+    """Seeds, how many examples the site had, and the values of discriminator and writer (none where not needed)."""
 
     seeds: tuple[str, ...]
     about: str
     examples: int
     discriminator: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    writer: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def serves(self, settings: TransferSettings) -> bool:
         """Whether a transfer with these settings has all that it needs."""
-        return bool(self.discriminator) or settings.filter != "discriminator"
+        judged = bool(self.discriminator) or settings.filter != "discriminator"
+        return judged and (bool(self.writer) or settings.writer != "tuned")
 
 
 def speaker(plan: Plan, task: str) -> ModelSettings:
@@ -56,23 +61,37 @@ def speaker(plan: Plan, task: str) -> ModelSettings:
 def prepare(
     base: BaseModel, plan: Plan, task: str, rows: Sequence[Row], seed: int, before: Prepared | None = None
 ) -> Prepared:
-    """Draws seeds and trains the discriminator on ``base``, which is the model that :func:`speaker` names.
+    """Draws seeds and trains writer and discriminator, as needed, on ``base``: the model that :func:`speaker` names.
 
-    ``before`` is what was kept on another model: its seeds stay. Raises DataError where there are not enough texts.
+    ``before`` is what was kept earlier: its seeds stay. Raises DataError where there are not enough texts.
     """
     settings, answers = plan.transfer, dict(_inputs(base.tokenizer, rows, plan.model.max_length))
-    inputs = list(answers)
+    inputs, model = list(answers), speaker(plan, task)
     kept = before or Prepared(_seeds(answers, settings, seed), settings.about or plan.name, len(rows))
-    if settings.filter != "discriminator":
-        return dataclasses.replace(kept, discriminator={})
-    found = Discriminator(base, speaker(plan, task), settings, kept.about, seed)
-    try:
-        activate(base.backbone, [])
+    kept = dataclasses.replace(kept, discriminator={}, writer={})
+    with writing(base, model, settings, seed) as writer:
+        if writer:
+            writer.fit(inputs)
+            kept = dataclasses.replace(kept, writer=writer.values())
+        if settings.filter != "discriminator":
+            return kept
         texts = written(base, kept.seeds, settings, seed, len(inputs))
+    with Discriminator(base, model, settings, kept.about, seed).on() as found:
         found.fit(cut_as(base.tokenizer, inputs, texts, plan.model.max_length, seed), texts)
         return dataclasses.replace(kept, discriminator=found.values())
-    finally:
-        found.take_off()
+
+
+@contextmanager
+def writing(
+    base: BaseModel, model: ModelSettings, settings: TransferSettings, seed: int = 0
+) -> Iterator[TunedWriter | None]:
+    """``base`` as it writes texts: with the tuned writer's LoRA where the settings say so, else bare."""
+    activate(base.backbone, [])
+    if settings.writer != "tuned":
+        yield None
+        return
+    with TunedWriter(base, model, settings, seed).on() as writer:
+        yield writer
 
 
 def check_preparation(plan: Plan, site: SiteRows, before: Prepared | None = None) -> None:
@@ -98,7 +117,9 @@ def _check(plan: Plan, site: SiteRows, before: Prepared | None) -> None:
         _check_enough(_inputs(tokenizer, site.train, plan.model.max_length), settings)
     if settings.filter == "discriminator":
         answer_ids(tokenizer, model.source, field)
-        inject(skeleton(model), form_of(settings), ADAPTER)
+        inject(skeleton(model), Discriminator.form_of(settings), Discriminator.name)
+    if settings.writer == "tuned":
+        inject(skeleton(model), TunedWriter.form_of(settings), TunedWriter.name)
 
 
 def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> Iterator[tuple[str, str | None]]:

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.adapters.attach import activate
 from ..common.errors import DataError
 from ..common.files import write_atomically
 from ..common.model import BaseModel
@@ -23,7 +22,7 @@ from .writing import Novel, write
 OVER = 1.3  # texts written for each that is still wanted, at the acceptance seen so far
 
 Judge = Callable[[list[str]], list[bool]]
-Model = Callable[[], AbstractContextManager[BaseModel]]  # in memory while it is needed
+Model = Callable[[], AbstractContextManager[BaseModel]]  # in memory while it is needed, and as it writes
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,6 @@ def _write(
     base: BaseModel, prepared: Prepared, settings: TransferSettings, seed: int, book: Notebook, aim: int
 ) -> Iterator[None]:
     """Calls the writer until there are ``aim`` texts; every call is on disk before the next."""
-    activate(base.backbone, [])
     new = Novel([*prepared.seeds, *book.verdicts])
     while len(book.verdicts) < aim and book.calls < settings.calls:
         for text in write(base, prepared.seeds, settings, seed, book.calls):

@@ -19,8 +19,13 @@ SHORTEST = 2  # words of a text that counts
 
 def list_prompt(seeds: Sequence[str]) -> str:
     """``Here are 10 examples:`` with the five seeds as items 1 to 5, and ``6.`` to go on from (paper, section 3.2)."""
-    lines = [f"{i}. {one_line(seed)}" for i, seed in enumerate(seeds, 1)]
-    return "\n".join([f"Here are {2 * len(seeds)} examples:", *lines, f"{len(seeds) + 1}."])
+    return f"{list_of(seeds, 2 * len(seeds))}\n{len(seeds) + 1}."
+
+
+def list_of(texts: Sequence[str], announced: int) -> str:
+    """``Here are … examples:`` and these texts, numbered, one a line."""
+    lines = [f"{i}. {one_line(text)}" for i, text in enumerate(texts, 1)]
+    return "\n".join([f"Here are {announced} examples:", *lines])
 
 
 def items_of(continuation: str, first: int, wanted: int, *, whole: bool) -> list[str]:

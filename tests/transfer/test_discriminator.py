@@ -17,7 +17,7 @@ from colora.common.recipe import recipe_from
 from colora.common.rows import SiteRows
 from colora.common.settings import ModelSettings, Plan, TransferSettings
 from colora.simulation.run import simulate
-from colora.transfer.discriminator import ADAPTER, Discriminator, question
+from colora.transfer.discriminator import Discriminator, question
 from colora.transfer.preparation import cut_as, prepare, speaker
 
 SETTINGS = TransferSettings(prepare=True, about="tiny", rank=4, lr=0.05, steps=60, batch=8)
@@ -39,7 +39,7 @@ def test_it_keeps_by_p_yes_above_p_no_under_its_own_lora(base: BaseModel, speaki
     found = made(base, speaking_llama)
     found.fit(REAL[:8], FALSE[:8])
     kept = found.keeps(REAL + FALSE)
-    activate(base.backbone, [ADAPTER])
+    activate(base.backbone, [Discriminator.name])
     tokenizer, model = base.tokenizer, base.language_model
     assert model is not None
     yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))

@@ -1,0 +1,74 @@
+"""A LoRA of a site's own on the causal model that writes: put on, trained alone, kept as values, taken off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import ClassVar, Self
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+
+from ..common.adapters.attach import Form, activate, initial_values, inject, layout_of
+from ..common.model import BaseModel
+from ..common.seeds import seed_from
+from ..common.settings import AdapterSettings, ModelSettings, Plan, TrainSettings, TransferSettings
+from ..common.tasks.task import Task
+from ..common.training import Phase, Stretch, train
+
+SCALING = 2.0
+
+
+class OwnLora:
+    """One LoRA, named and formed by its class, on a model that may carry others."""
+
+    name: ClassVar[str]
+
+    def __init__(self, base: BaseModel, model: ModelSettings, settings: TransferSettings, seed: int) -> None:
+        self.base, self.settings, self.seed = base, settings, seed
+        self.plan = Plan(self.name, 1, model)
+        self.parameters = inject(base.backbone, self.form_of(settings), self.name)
+        self.load(initial_values(layout_of(self.parameters), AdapterSettings(), seed_from(seed, self.name)))
+
+    @classmethod
+    def targets_of(cls, settings: TransferSettings) -> tuple[str, ...] | str:
+        """The modules it is on, in PEFT's words."""
+        return settings.target_modules
+
+    @classmethod
+    def form_of(cls, settings: TransferSettings) -> Form:
+        """Its form, on whichever model."""
+        return Form("transfer", settings.rank, SCALING, 0.0, cls.targets_of(settings))
+
+    @contextmanager
+    def on(self) -> Iterator[Self]:
+        """Active and alone in this block; then off the model."""
+        activate(self.base.backbone, [self.name])
+        try:
+            yield self
+        finally:
+            self.take_off()
+
+    def take_off(self) -> None:
+        """Takes the LoRA off its model again."""
+        activate(self.base.backbone, [])
+        for layer in list(self.base.backbone.modules()):
+            if isinstance(layer, LoraLayer) and self.name in layer.r:
+                layer.delete_adapter(self.name)
+
+    def load(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Puts values into the LoRA."""
+        with torch.no_grad():
+            for key, parameter in self.parameters.items():
+                parameter.copy_(torch.as_tensor(values[key]))
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """The LoRA's values, on the CPU."""
+        return {key: p.detach().to("cpu", copy=True) for key, p in self.parameters.items()}
+
+    def learn(self, task: Task, steps: int, batch_size: int, lr: float) -> float:
+        """Trains the LoRA alone on a task; returns the mean loss."""
+        settings = TrainSettings(steps=steps, batch_size=batch_size, lr=lr, lr_schedule="linear")
+        activate(self.base.backbone, [self.name])
+        stretch = Stretch(0, steps, 0, seed_from(self.seed, "order"), seed_from(self.seed, "noise"))
+        return train(task, self.parameters, [Phase(steps, frozenset(self.parameters))], settings, stretch).loss
