@@ -1,0 +1,128 @@
+"""The tuned writer: it learns the site's texts in preparation, and a transfer writes with what it learnt."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora.layer import LoraLayer
+
+from colora.client.transfer import plan_for, synthetic_rows, transfer
+from colora.common.errors import StateError
+from colora.common.model import BaseModel, load
+from colora.common.recipe import recipe_from
+from colora.common.saved import Saved, read_saved
+from colora.common.settings import ModelSettings, TransferSettings
+from colora.simulation.run import simulate
+from colora.transfer import synthesis
+from colora.transfer.tuned import TunedWriter, lists
+from colora.transfer.writing import list_prompt
+
+SETTINGS = TransferSettings(prepare=True, writer="tuned", writer_steps=20, writer_lr=0.02, seeds=2)
+TEXTS = [f"a b c {word} e f" for word in "abcdefghijkl"]
+NEXT = "a b c"  # how each of them goes on after its number
+
+
+@pytest.fixture
+def base(speaking_llama: Path) -> BaseModel:
+    torch.set_num_threads(1)
+    return load(ModelSettings(str(speaking_llama)), generates=True)
+
+
+def test_lists_are_what_the_writer_is_asked_to_go_on_with_and_take_every_text_in_turn() -> None:
+    rows = list(islice(lists(TEXTS, SETTINGS, 3), 6))
+    for row in rows:
+        first, second, *_ = items = [line.partition(". ")[2] for line in f"1.{row['completion']}".split("\n")]
+        assert len(items) == 4
+        assert f"{row['prompt']}{row['completion']}".startswith(list_prompt([first, second]))
+    seen = [line.partition(". ")[2] for row in rows for line in f"1.{row['completion']}".split("\n")]
+    assert sorted(seen[:12]) == sorted(seen[12:]) == TEXTS
+    assert seen[:12] != seen[12:]
+    assert [row["completion"] for row in islice(lists(TEXTS, SETTINGS, 4), 6)] != [row["completion"] for row in rows]
+
+
+def likelihood(base: BaseModel, text: str, before: str) -> float:
+    """log p of a text's tokens after others, by the model as it stands."""
+    assert base.language_model is not None
+    start, ids = (base.tokenizer(words, add_special_tokens=False)["input_ids"] for words in (before, text))
+    with torch.no_grad():
+        logits = base.language_model(input_ids=torch.tensor([start + ids])).logits[0].log_softmax(-1)
+    return sum(float(logits[len(start) + i - 1, token]) for i, token in enumerate(ids))
+
+
+def test_it_writes_more_like_the_texts_it_learnt_and_leaves_the_model_as_it_was(
+    base: BaseModel, speaking_llama: Path
+) -> None:
+    prompt = list_prompt(TEXTS[:2])
+    bare = likelihood(base, NEXT, prompt), likelihood(base, "x y z", prompt)
+    with TunedWriter(base, ModelSettings(str(speaking_llama)), SETTINGS, 1).on() as writer:
+        assert likelihood(base, NEXT, prompt) == bare[0], "at first it is the bare model"
+        writer.fit(TEXTS)
+        learnt = likelihood(base, NEXT, prompt), likelihood(base, "x y z", prompt)
+        values = writer.values()
+    assert learnt[0] > bare[0] + 0.5, "much, for a model whose untrained output layer can hardly prefer a word"
+    assert learnt[1] < bare[1]
+    assert (likelihood(base, NEXT, prompt), likelihood(base, "x y z", prompt)) == bare
+    with TunedWriter(base, ModelSettings(str(speaking_llama)), SETTINGS, 2).on() as again:
+        again.load(values)
+        assert likelihood(base, NEXT, prompt) == learnt[0]
+
+
+@pytest.fixture
+def prepared(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: list[int]) -> Saved:
+    """ada after a federation that prepared with a tuned writer, her rows deleted."""
+    transfer = {"prepare": True, "generator": str(speaking_llama), "writer": "tuned", "writer_steps": 3, "samples": 8}
+    tiny_recipe["transfer"] = {**transfer, "filter": "none", "rank": 4}
+    run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
+    shutil.rmtree(run.path / "sites" / "ada" / "data")
+    shutil.rmtree(tmp_path / "rows")
+    return read_saved(run.path / "sites" / "ada")
+
+
+def test_a_transfer_writes_with_what_was_learnt_and_the_next_one_as_well(
+    prepared: Saved, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    stand_in = synthesis.write
+
+    def write(base: BaseModel, seeds: Sequence[str], settings: Any, seed: int, call: int) -> Iterator[str]:
+        seen.append(dict(acting(base)))
+        yield from stand_in(base, seeds, settings, seed, call)
+
+    monkeypatch.setattr(synthesis, "write", write)
+    assert prepared.writer
+    assert any(key.endswith("lora_B.weight") and value.any() for key, value in prepared.writer.items())
+    other = shutil.copytree(tiny_bert, tmp_path / "other")
+    transfer(prepared, plan_for(prepared, str(other)), tmp_path / "out")
+    moved = read_saved(tmp_path / "out")
+    assert {k: v.tobytes() for k, v in moved.writer.items()} == {k: v.tobytes() for k, v in prepared.writer.items()}
+    transfer(moved, plan_for(moved, str(tiny_bert)), tmp_path / "back")
+    assert len(seen) >= 2
+    kept = {key: torch.as_tensor(value) for key, value in prepared.writer.items() if "lora_B" in key}
+    for found in seen:
+        assert len(found) == len(kept) > 4, "all linear layers of two"
+        assert all(any(torch.equal(value, other) for other in kept.values()) for value in found.values())
+
+
+def acting(base: BaseModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """B of every LoRA that acts on the model."""
+    for name, layer in base.backbone.named_modules():
+        if isinstance(layer, LoraLayer):
+            for adapter in layer.active_adapters:
+                yield f"{name} {adapter}", layer.lora_B[adapter].weight.detach().clone()
+
+
+def test_another_writer_needs_no_lora_and_a_tuned_one_does(prepared: Saved, tiny_bert: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_bert, tmp_path / "other")
+    plain = plan_for(prepared, str(other), ("transfer.writer=source",))
+    assert synthetic_rows(prepared, plain, tmp_path / "plain")
+    untuned = replace(prepared, writer={})
+    with pytest.raises(StateError, match=r"expected a tuned writer \(transfer.writer as it was prepared\), found none"):
+        transfer(untuned, plan_for(untuned, str(other)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
