@@ -23,6 +23,7 @@ def check_allowed(plan: Plan, federation: str, site: SiteSettings) -> None:
     if site.trainer.precision is None:  # else the site has its own
         _check_choice("model.precision", plan.model.precision, "precision", site)
     _check_method(plan, site)
+    _check_kept(plan, site)
     steps = {"joint": "train.steps", "phases": "train.phase.steps"}.get(train.schedule, ALTERNATING)
     modules = plan.adapter.modules if plan.row().scale is not ABSENT else 1
     private_rank = 0 if site.private else plan.private.total_rank  # a site's own choice needs no permission
@@ -31,10 +32,25 @@ def check_allowed(plan: Plan, federation: str, site: SiteSettings) -> None:
         ("private.rank", private_rank, allow.max_rank, "max_rank"),
         (steps, train.steps_per_round, allow.max_steps, "max_steps"),
         ("train.final_steps", train.final_steps, allow.max_steps, "max_steps"),
+        ("transfer.steps", plan.transfer.prepare * plan.transfer.steps, allow.max_steps, "max_steps"),
+        ("transfer.writer_steps", plan.transfer.prepare * plan.transfer.writer_steps, allow.max_steps, "max_steps"),
         ("model.max_length", plan.model.max_length, allow.max_tokens, "max_tokens"),
     ):
         if limit is not None and found > limit:
             raise RefusedError(field, f"at most {limit} (allow.{key})", found, site=site.name)
+
+
+def _check_kept(plan: Plan, site: SiteSettings) -> None:
+    """What a site keeps of its texts outlives its data: that is its own decision, and so is which model reads them."""
+    transfer, keep = plan.transfer, site.allow.keep
+    if not transfer.prepare:
+        return
+    if "seeds" not in keep:
+        raise RefusedError("transfer.prepare", 'false (or "seeds" in allow.keep)', "true", site=site.name)
+    if transfer.writer == "tuned" and "writer" not in keep:
+        raise RefusedError("transfer.writer", 'target or source (or "writer" in allow.keep)', "tuned", site=site.name)
+    if transfer.generator:
+        _check_choice("transfer.generator", transfer.generator, "models", site)
 
 
 def _check_choice(field: str, found: str, key: str, site: SiteSettings) -> None:

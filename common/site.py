@@ -47,13 +47,15 @@ class AllowSettings:
     """
 
     federations: tuple[str, ...] | None = None
-    models: tuple[str, ...] | None = None  # sources as a recipe names them
+    models: tuple[str, ...] | None = None  # sources as a recipe names them, transfer.generator too
     methods: tuple[str, ...] | None = None  # "colora"; "colora+head" where a recipe may share the head as well
     max_rank: Positive | None = None
-    max_steps: Positive | None = None  # optimiser steps in one round, the final ones too
+    max_steps: Positive | None = None  # optimiser steps in one round, the final ones and a preparation's too
     max_seconds: Annotated[float, Field(gt=0)] | None = None  # of training in one round
     max_tokens: Positive | None = None  # tokens of one text (model.max_length)
     precision: tuple[Precision, ...] | None = None
+    keep: tuple[Literal["seeds", "writer"], ...] = ("seeds",)  # of its texts, for a transfer: some of them, or a LoRA
+    # that writes like them and may repeat them (transfer.writer = "tuned")
 
 
 @dataclass(frozen=True, config=STRICT)

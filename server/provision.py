@@ -267,6 +267,8 @@ key = "site.key"
 # max_seconds = 600                # of training in one round
 # max_tokens = 256                 # of one text
 # precision = ["fp32"]
+# keep = ["seeds", "writer"]       # of its texts, for a move to a new base model: a few (unset: these alone; [] for
+                                   # nothing), and a LoRA that writes like them and may repeat them
 
 # [private]                        # an adapter of this site's own beside the shared one, instead of the recipe's
 # kind = "multilora"               # or "lora"

@@ -17,7 +17,7 @@ Secret = tuple[str, np.ndarray]
 def personal_tensors(states: Iterable[Path]) -> Iterator[Secret]:
     """Every tensor of these files of personal state, constant ones aside, by the file's path and its name.
 
-    Cores, heads, private adapters, moments, and a discriminator that was kept for a transfer.
+    Cores, heads, private adapters, moments, and the discriminator and writer that were kept for a transfer.
     """
     for path in sorted(states):
         for key, value in load_arrays(path)[0].items():
