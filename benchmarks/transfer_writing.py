@@ -1,10 +1,11 @@
 """Trans-LoRA of a model that writes: SmolLM2 with a LoRA to the same base model with another kind of adapter.
 
-python benchmarks/transfer_writing.py FILE [SAMPLES]     (64)
+python benchmarks/transfer_writing.py FILE [SAMPLES] [source|tuned] [SEED]     (64, source, 0)
 
 FILE has JSON lines with ``prompt`` and ``completion``. Exact match of greedy answers on test rows that nothing was
 trained on: the source with its adapter, the base model without one, a CoLoRA that learnt the source's answers to each
-arm of texts (as transfer.py), a MultiLoRA that learnt them to the filtered ones, and a CoLoRA trained on the real rows.
+arm of texts (as transfer.py; a tuned writer's own alone), a MultiLoRA that learnt them to the filtered ones, and a
+CoLoRA trained on the real rows.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from colora.common.settings import (
     TrainSettings,
     TransferSettings,
 )
-from transfer import ARMS, arm, taught, trained
+from transfer import ARMS, arms, taught, trained
 
 WRITER = "asset:smollm2-135m-instruct"
 TRAIN, TEST = 64, 80
@@ -43,18 +44,20 @@ CONTENDERS = (*(("colora", name) for name in ARMS[:4]), ("multilora", ARMS[3]))
 RATES = {"colora": 2e-3, "multilora": 4e-3}  # a MultiLoRA's scales start at zero
 
 
-def plan_of(name: str, samples: int) -> Plan:
+def plan_of(name: str, samples: int, writer: str, seed: int) -> Plan:
     """One site that trains a LoRA alone and prepares."""
     return Plan(
         name,
         1,
         ModelSettings(WRITER, max_length=48),
+        seed=seed,
         adapter=AdapterSettings(8, 16.0, target_modules=("q_proj", "v_proj")),
         method=MethodSettings("local"),
         train=TrainSettings(steps=50, batch_size=8, lr=2e-3, lr_schedule="linear"),
         evaluation=EvaluationSettings(every=0, max_new_tokens=6),
         transfer=TransferSettings(
             prepare=True,
+            writer=writer,  # type: ignore[arg-type]
             samples=samples,
             steps=32,
             lr=5e-4,
@@ -68,9 +71,9 @@ def plan_of(name: str, samples: int) -> Plan:
     )
 
 
-def rows_of(path: Path) -> SiteRows:
+def rows_of(path: Path, seed: int) -> SiteRows:
     lines = path.read_text(encoding="utf-8").splitlines()
-    rows = random.Random(0).sample([json.loads(line) for line in lines], TRAIN + TEST)
+    rows = random.Random(seed).sample([json.loads(line) for line in lines], TRAIN + TEST)
     return SiteRows("bench", "generation", rows[:TRAIN], rows[TRAIN:], ())
 
 
@@ -96,9 +99,10 @@ def bare(plan: Plan, rows: SiteRows) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    path = Path(sys.argv[1])
-    name, samples = path.stem, int(sys.argv[2]) if len(sys.argv) > 2 else 64
-    rows, plan = rows_of(path), plan_of(name, samples)
+    file, *given = sys.argv[1:]
+    samples, writer, seed = given + ["64", "source", "0"][len(given) :]
+    path, name = Path(file), Path(file).stem
+    rows, plan = rows_of(path, int(seed)), plan_of(name, int(samples), writer, int(seed))
     test, quiet = list(rows.test), TransferSettings()
     began = time.monotonic()
 
@@ -111,9 +115,10 @@ def main() -> None:
         old = trained(plan, rows, Path(folder) / "source")
         tell("source with adapter (LoRA)", exact(old, test))
         tell("target without adapter", bare(dataclasses.replace(plan, transfer=quiet), rows))
-        for method, which in CONTENDERS:
+        chosen = arms(old, plan, Path(folder) / "written")
+        for method, which in ((method, which) for method, which in CONTENDERS if which in chosen):
             new = plan_for(old, WRITER, (f"method.name={method}", f"transfer.distil_lr={RATES[method]}"))
-            texts = label(old, arm(which, old, new, Path(folder) / "written"))
+            texts = label(old, chosen[which])
             saved = taught(old, new, texts, Path(folder) / f"{method}-{which.replace(' ', '-')}")
             tell(f"{method}, {which} ({len(texts)} texts)", exact(saved, test))
         real = dataclasses.replace(plan, method=MethodSettings("colora"), transfer=quiet)
