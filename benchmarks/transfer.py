@@ -182,7 +182,7 @@ def one(name: str, seed: int, calls: int, writer: str, folder: Path) -> dict[str
     print(f"  seed {seed}: prepared after {time.monotonic() - began:.0f} s", flush=True)
     plan = plan_of(name, L3, seed, calls, writer)
     alone = trained(dataclasses.replace(plan, transfer=TransferSettings()), rows, folder / "l3")
-    kept = dataclasses.replace(alone, plan=plan, kept=old.kept, discriminator=old.discriminator)
+    kept = dataclasses.replace(alone, plan=plan, kept=old.kept, discriminator=old.discriminator, writer=old.writer)
     sources = {L6: old, L3: kept}
     ceilings = {model: accuracy(saved, rows.test) for model, saved in sources.items()}
     return {

@@ -14,7 +14,7 @@ from ..common.model import BaseModel
 from ..common.seeds import seed_from
 from ..common.settings import AdapterSettings, ModelSettings, Plan, TrainSettings, TransferSettings
 from ..common.tasks.task import Task
-from ..common.training import Phase, Stretch, train
+from ..common.training import Phase, Stretch, Watch, train
 
 SCALING = 2.0
 
@@ -66,9 +66,9 @@ class OwnLora:
         """The LoRA's values, on the CPU."""
         return {key: p.detach().to("cpu", copy=True) for key, p in self.parameters.items()}
 
-    def learn(self, task: Task, steps: int, batch_size: int, lr: float) -> float:
-        """Trains the LoRA alone on a task; returns the mean loss."""
+    def learn(self, task: Task, steps: int, batch_size: int, lr: float, watch: Watch | None = None) -> float:
+        """Trains the LoRA alone on a task; returns the mean loss. ``watch`` may end it."""
         settings = TrainSettings(steps=steps, batch_size=batch_size, lr=lr, lr_schedule="linear")
         activate(self.base.backbone, [self.name])
         stretch = Stretch(0, steps, 0, seed_from(self.seed, "order"), seed_from(self.seed, "noise"))
-        return train(task, self.parameters, [Phase(steps, frozenset(self.parameters))], settings, stretch).loss
+        return train(task, self.parameters, [Phase(steps, frozenset(self.parameters))], settings, stretch, watch).loss

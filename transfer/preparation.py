@@ -71,11 +71,11 @@ def prepare(
     kept = dataclasses.replace(kept, discriminator={}, writer={})
     with writing(base, model, settings, seed) as writer:
         if writer:
-            writer.fit(inputs)
+            writer.fit(inputs, len(kept.seeds))
             kept = dataclasses.replace(kept, writer=writer.values())
         if settings.filter != "discriminator":
             return kept
-        texts = written(base, kept.seeds, settings, seed, len(inputs))
+        texts = written(base, kept.seeds, inputs, settings, seed)
     with Discriminator(base, model, settings, kept.about, seed).on() as found:
         found.fit(cut_as(base.tokenizer, inputs, texts, plan.model.max_length, seed), texts)
         return dataclasses.replace(kept, discriminator=found.values())
@@ -148,17 +148,22 @@ def _seeds(answers: Mapping[str, str | None], settings: TransferSettings, seed: 
     return tuple(islice((text for text in turns if text is not None), settings.seeds))
 
 
-def written(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, seed: int, wanted: int) -> list[str]:
-    """So many new texts of the bare model, or what ``settings.calls`` calls give. Raises ModelError for none."""
+def written(
+    base: BaseModel, seeds: Sequence[str], inputs: Sequence[str], settings: TransferSettings, seed: int
+) -> list[str]:
+    """As many new texts as there are inputs, of the model as it stands, or what ``settings.calls`` calls give.
+
+    A real text that was written again is not a written one. Raises ModelError for none.
+    """
     texts: list[str] = []
-    new = Novel(seeds)
+    new = Novel([*seeds, *inputs])
     for call in range(settings.calls):
         texts += [text for text in write(base, seeds, settings, seed_from(seed, "negatives"), call) if new(text)]
-        if len(texts) >= wanted:
+        if len(texts) >= len(inputs):
             break
     if not texts:
         raise ModelError("transfer.generator", "a model that goes on with a list of examples", "no text that is new")
-    return texts[:wanted]
+    return texts[: len(inputs)]
 
 
 def cut_as(tokenizer: Any, inputs: Sequence[str], texts: Sequence[str], limit: int, seed: int) -> list[str]:

@@ -16,11 +16,13 @@ from ..common.rows import Row, SiteRows
 from ..common.seeds import seed_from
 from ..common.settings import TransferSettings
 from ..common.tasks.generation import Generation
+from ..common.training import Watch
 from .lora import OwnLora
 from .writing import list_of
 
 LISTS = 2  # in a batch
-WINDOW = 1024  # tokens of a list that are read at most
+WINDOW = 1024  # tokens of a list at most
+NUMBER = 4  # tokens of an item's number and line, at most
 
 
 class TunedWriter(OwnLora):
@@ -33,22 +35,25 @@ class TunedWriter(OwnLora):
         """All linear layers: on the attention alone it takes three times the steps."""
         return "all-linear"
 
-    def fit(self, texts: Sequence[str]) -> float:
-        """Trains on lists of ``texts`` in ever new orders; returns the mean loss per token."""
-        steps = self.settings.writer_steps
-        rows = list(islice(lists(texts, self.settings, self.seed), LISTS * steps))
-        room = getattr(self.base.backbone.config, "max_position_embeddings", WINDOW)
-        plan = replace(self.plan, model=replace(self.plan.model, max_length=min(WINDOW, room)))
+    def fit(self, texts: Sequence[str], seeds: int, watch: Watch | None = None) -> float:
+        """Trains on lists of ``texts``, of the length that so many seeds ask for; returns the mean loss per token."""
+        steps, room = self.settings.writer_steps, self._room()
+        longest = max(len(self.base.tokenizer(text)["input_ids"]) for text in texts) + NUMBER
+        length = max(1, min(2 * seeds, len(texts), room // longest - 1))
+        rows = list(islice(lists(texts, length, self.seed), LISTS * steps))
+        plan = replace(self.plan, model=replace(self.plan.model, max_length=room))
         task = Generation(SiteRows("", "generation", rows, ()), self.base, plan)
-        return self.learn(task, steps, LISTS, self.settings.writer_lr)
+        return self.learn(task, steps, LISTS, self.settings.writer_lr, watch)
+
+    def _room(self) -> int:
+        return min(WINDOW, getattr(self.base.backbone.config, "max_position_embeddings", WINDOW))
 
 
-def lists(texts: Sequence[str], settings: TransferSettings, seed: int) -> Iterator[Row]:
-    """Rows without end: lists twice as long as there are seeds, each text once before any comes again."""
-    rng, waiting = random.Random(seed_from(seed, "lists")), list[str]()
+def lists(texts: Sequence[str], length: int, seed: int) -> Iterator[Row]:
+    """Rows without end: lists of so many different texts, drawn anew when the texts are used up."""
+    rng = random.Random(seed_from(seed, "lists"))
     while True:
-        while len(waiting) < 2 * settings.seeds:
-            waiting += rng.sample(texts, len(texts))
-        items, waiting = waiting[: 2 * settings.seeds], waiting[2 * settings.seeds :]
-        heading, numbered = list_of(items, len(items)).split("\n", 1)
-        yield {"prompt": f"{heading}\n1.", "completion": numbered.removeprefix("1.")}
+        order = rng.sample(texts, len(texts))
+        for start in range(0, len(order) - length + 1, length):
+            heading, numbered = list_of(order[start : start + length], length).split("\n", 1)
+            yield {"prompt": f"{heading}\n1.", "completion": numbered.removeprefix("1.")}

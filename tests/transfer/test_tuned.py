@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from colora.transfer import synthesis
 from colora.transfer.tuned import TunedWriter, lists
 from colora.transfer.writing import list_prompt
 
-SETTINGS = TransferSettings(prepare=True, writer="tuned", writer_steps=20, writer_lr=0.02, seeds=2)
+SETTINGS = TransferSettings(prepare=True, writer="tuned", writer_steps=20, writer_lr=0.02)
 TEXTS = [f"a b c {word} e f" for word in "abcdefghijkl"]
 NEXT = "a b c"  # how each of them goes on after its number
 
@@ -36,15 +36,16 @@ def base(speaking_llama: Path) -> BaseModel:
 
 
 def test_lists_are_what_the_writer_is_asked_to_go_on_with_and_take_every_text_in_turn() -> None:
-    rows = list(islice(lists(TEXTS, SETTINGS, 3), 6))
-    for row in rows:
-        first, second, *_ = items = [line.partition(". ")[2] for line in f"1.{row['completion']}".split("\n")]
-        assert len(items) == 4
-        assert f"{row['prompt']}{row['completion']}".startswith(list_prompt([first, second]))
-    seen = [line.partition(". ")[2] for row in rows for line in f"1.{row['completion']}".split("\n")]
+    rows = list(islice(lists(TEXTS, 4, 3), 6))
+    listed = [[line.partition(". ")[2] for line in f"1.{row['completion']}".split("\n")] for row in rows]
+    for row, items in zip(rows, listed, strict=True):
+        assert len(set(items)) == 4
+        assert f"{row['prompt']}{row['completion']}".startswith(list_prompt(items[:2]))
+    seen = list(chain(*listed))
     assert sorted(seen[:12]) == sorted(seen[12:]) == TEXTS
     assert seen[:12] != seen[12:]
-    assert [row["completion"] for row in islice(lists(TEXTS, SETTINGS, 4), 6)] != [row["completion"] for row in rows]
+    assert list(islice(lists(TEXTS, 4, 4), 6)) != rows
+    assert all(len(row["completion"].split("\n")) == 5 for row in islice(lists(TEXTS, 5, 0), 9))
 
 
 def likelihood(base: BaseModel, text: str, before: str) -> float:
@@ -63,7 +64,7 @@ def test_it_writes_more_like_the_texts_it_learnt_and_leaves_the_model_as_it_was(
     bare = likelihood(base, NEXT, prompt), likelihood(base, "x y z", prompt)
     with TunedWriter(base, ModelSettings(str(speaking_llama)), SETTINGS, 1).on() as writer:
         assert likelihood(base, NEXT, prompt) == bare[0], "at first it is the bare model"
-        writer.fit(TEXTS)
+        writer.fit(TEXTS, seeds=2)
         learnt = likelihood(base, NEXT, prompt), likelihood(base, "x y z", prompt)
         values = writer.values()
     mine, foreign = learnt[0] - bare[0], learnt[1] - bare[1]
