@@ -25,11 +25,12 @@ from pathlib import Path
 
 import torch
 
+from colora.client.answers import label
 from colora.client.data import load_site_rows
 from colora.client.predict import Predictor
 from colora.client.store import Store
 from colora.client.trainer import Trainer, set_up
-from colora.client.transfer import ROWS, claim, label, plan_for, synthetic_rows, transfer
+from colora.client.transfer import ROWS, claim, plan_for, synthetic_rows, transfer
 from colora.common.first import first_shared
 from colora.common.model import load
 from colora.common.protocol import Order

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 
+from colora.client.answers import label
 from colora.client.predict import Predictor
 from colora.client.store import Store
 from colora.client.trainer import Trainer, set_up
-from colora.client.transfer import label, plan_for
+from colora.client.transfer import plan_for
 from colora.common.model import load
 from colora.common.rows import Row, SiteRows
 from colora.common.saved import Saved

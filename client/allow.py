@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ..common.errors import RefusedError
 from ..common.methods import ABSENT, GROUPS, METHODS, SHARED
-from ..common.settings import Plan
+from ..common.settings import Plan, TransferSettings
 from ..common.site import SiteSettings
 
 ALTERNATING = "train.personal_steps + train.shared_steps"
@@ -17,39 +19,50 @@ def check_allowed(plan: Plan, federation: str, site: SiteSettings) -> None:
     The error's public part is the plan's own key: a coordinator learns what was refused, not what would be allowed.
     ``max_seconds`` is the trainer's to watch while it runs.
     """
-    allow, train = site.allow, plan.train
+    allow = site.allow
     _check_choice("federation", federation, "federations", site)
     _check_choice("model.source", plan.model.source, "models", site)
     if site.trainer.precision is None:  # else the site has its own
         _check_choice("model.precision", plan.model.precision, "precision", site)
     _check_method(plan, site)
     _check_kept(plan, site)
-    steps = {"joint": "train.steps", "phases": "train.phase.steps"}.get(train.schedule, ALTERNATING)
-    modules = plan.adapter.modules if plan.row().scale is not ABSENT else 1
-    private_rank = 0 if site.private else plan.private.total_rank  # a site's own choice needs no permission
-    for field, found, limit, key in (
-        ("adapter.rank", plan.adapter.rank * modules, allow.max_rank, "max_rank"),
-        ("private.rank", private_rank, allow.max_rank, "max_rank"),
-        (steps, train.steps_per_round, allow.max_steps, "max_steps"),
-        ("train.final_steps", train.final_steps, allow.max_steps, "max_steps"),
-        ("transfer.steps", plan.transfer.prepare * plan.transfer.steps, allow.max_steps, "max_steps"),
-        ("transfer.writer_steps", plan.transfer.prepare * plan.transfer.writer_steps, allow.max_steps, "max_steps"),
-        ("model.max_length", plan.model.max_length, allow.max_tokens, "max_tokens"),
-    ):
+    for field, found, key in (*_asked(plan, site), *_asked_to_keep(plan.transfer)):
+        limit = getattr(allow, key)
         if limit is not None and found > limit:
             raise RefusedError(field, f"at most {limit} (allow.{key})", found, site=site.name)
 
 
-def _check_kept(plan: Plan, site: SiteSettings) -> None:
-    """What a site keeps of its texts outlives its data: that is its own decision, and so is which model reads them."""
-    transfer, keep = plan.transfer, site.allow.keep
+def _asked(plan: Plan, site: SiteSettings) -> Iterator[tuple[str, int, str]]:
+    """What rounds ask for: the plan's key, its value, and the site's key with the limit."""
+    train = plan.train
+    steps = {"joint": "train.steps", "phases": "train.phase.steps"}.get(train.schedule, ALTERNATING)
+    modules = plan.adapter.modules if plan.row().scale is not ABSENT else 1
+    yield "adapter.rank", plan.adapter.rank * modules, "max_rank"
+    yield "private.rank", 0 if site.private else plan.private.total_rank, "max_rank"  # its own needs no permission
+    yield steps, train.steps_per_round, "max_steps"
+    yield "train.final_steps", train.final_steps, "max_steps"
+    yield "model.max_length", plan.model.max_length, "max_tokens"
+
+
+def _asked_to_keep(transfer: TransferSettings) -> Iterator[tuple[str, int, str]]:
+    """The same of a preparation."""
     if not transfer.prepare:
         return
-    if "seeds" not in keep:
-        raise RefusedError("transfer.prepare", 'false (or "seeds" in allow.keep)', "true", site=site.name)
-    if transfer.writer == "tuned" and "writer" not in keep:
-        raise RefusedError("transfer.writer", 'target or source (or "writer" in allow.keep)', "tuned", site=site.name)
-    if transfer.generator:
+    yield "transfer.seeds", transfer.seeds, "max_seeds"
+    yield "transfer.rank", transfer.rank, "max_rank"
+    if transfer.filter == "discriminator":
+        yield "transfer.steps", transfer.steps, "max_steps"
+    if transfer.writer == "tuned":
+        yield "transfer.writer_steps", transfer.writer_steps, "max_steps"
+
+
+def _check_kept(plan: Plan, site: SiteSettings) -> None:
+    """What a site keeps of its texts outlives its data: that is its own decision, and so is which model reads them."""
+    transfer = plan.transfer
+    if (transfer.prepare or transfer.of) and transfer.writer == "tuned" and not site.allow.tuned_writer:
+        wanted = "target or source (or true in allow.tuned_writer)"
+        raise RefusedError("transfer.writer", wanted, "tuned", site=site.name)
+    if transfer.prepare and transfer.generator and site.data.task != "generation":
         _check_choice("transfer.generator", transfer.generator, "models", site)
 
 

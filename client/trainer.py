@@ -163,7 +163,7 @@ class Trainer:
         )
         shared = {} if closing else {k: v.numpy() for k, v in self._values(SHARED).items()}
         if closing and self.plan.transfer.prepare:
-            self.prepared = self._prepare()
+            self.prepared = self._prepare(watch)
         if closing:
             new, metrics = self._measure_end(order, new)
         reply = Reply(
@@ -187,14 +187,15 @@ class Trainer:
             wanted = f"{_told(old)}, as in the site's state of round {state.round} (or a new state folder)"
             raise RefusedError("private", wanted, _told(self.plan.private), site=self.site)
 
-    def _prepare(self) -> Prepared:
-        """Seeds and discriminator for a later transfer, on the bare model that writes texts, but for what is there."""
+    def _prepare(self, watch: Watch | None) -> Prepared:
+        """What a later transfer needs, but for what is there, from the model that writes texts without our adapters."""
         if self.prepared and self.prepared.serves(self.plan.transfer):
             return self.prepared
-        task, writer = self.task.rows, self.bench.speaker(self.task.rows.task)
-        found = prepare(writer, self.plan, task.task, task.train, self.site_seed, self.prepared)
-        activate(self.bench.base.backbone, [name for name in (ADAPTER, self.private.name) if name])
-        return found
+        speaker = self.bench.speaker(self.task.rows.task)
+        try:
+            return prepare(speaker, self.plan, self.task.rows, self.site_seed, self.prepared, watch)
+        finally:
+            activate(self.bench.base.backbone, [name for name in (ADAPTER, self.private.name) if name])
 
     def _send(self, state: PersonalState, reply: Reply, order: Order) -> Reply:
         """The last gate: whatever happened before, only shared groups pass; stored before it is answered."""

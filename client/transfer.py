@@ -1,4 +1,4 @@
-"""``colora transfer``: a site's model on a new base model, from the seeds and the discriminator that it kept.
+"""``colora transfer``: a site's model on a new base model, from what it kept: seeds, discriminator, tuned writer.
 
 The source model with the site's adapter answers synthetic inputs; the new base model's adapter learns those answers
 (Trans-LoRA, arXiv 2405.17258). The data that the source was trained on are not read, and need not be there any more.
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from ..common.adapters.attach import activate
 from ..common.assets import file_sha256
 from ..common.errors import DataError, RecipeError, StateError
 from ..common.files import write_atomically
@@ -32,9 +31,10 @@ from ..common.seeds import seed_from
 from ..common.settings import ModelSettings, Plan, digest, parse, to_dict, to_json
 from ..common.training import Watch as StepWatch
 from ..transfer.discriminator import Discriminator
-from ..transfer.preparation import TASKS, Prepared, check_preparation, prepare, speaker, writing
+from ..transfer.preparation import TASKS, Prepared, as_it_writes, check_preparation, prepare, speaker
 from ..transfer.synthesis import Cast, Watch, synthesise
-from .predict import Predictor
+from ..transfer.tuned import TunedWriter
+from .answers import best_by_titok, label
 from .store import Store
 from .trainer import Trainer, set_up
 
@@ -136,27 +136,30 @@ def for_the_next(saved: Saved, plan: Plan, rows: Sequence[Row]) -> Prepared | No
     kept, task = carried(saved, plan), saved.card.task
     if kept is None or kept.serves(plan.transfer):
         return kept
+    site = SiteRows(saved.card.site, task, rows, ())  # type: ignore[arg-type]
     with _in_memory(speaker(plan, task)) as base:
-        return prepare(base, plan, task, rows, seed_from(plan.seed, plan.name, saved.card.site), kept)
+        return prepare(base, plan, site, seed_from(plan.seed, plan.name, site.site), kept)
 
 
 def carried(saved: Saved, plan: Plan) -> Prepared | None:
     """What a site keeps of what it kept: nothing unless ``plan.transfer.prepare``.
 
-    The seeds stay. So do discriminator and writer while the model that writes does, and their form; else they have to
-    be trained anew.
+    The seeds stay. So do discriminator and writer while the model that writes does, and their form (else they have to
+    be trained anew), and the writer while it is asked for.
     """
     if not plan.transfer.prepare:
         return None
-    kept, task = prepared_of(saved), saved.card.task
-    if _speaker_of(plan, task) == _speaker_of(saved.plan, task):
-        return kept
-    return dataclasses.replace(kept, discriminator={}, writer={})
-
-
-def _speaker_of(plan: Plan, task: str) -> tuple[object, ...]:
-    model, settings = speaker(plan, task), plan.transfer
-    return model.source, model.revision, settings.rank, settings.target_modules
+    kept, old, task = prepared_of(saved), saved.plan, saved.card.task
+    new_speaker, old_speaker = speaker(plan, task), speaker(old, task)
+    same = (new_speaker.source, new_speaker.revision) == (old_speaker.source, old_speaker.revision)
+    judge, writer = (
+        same and form.form_of(plan.transfer) == form.form_of(old.transfer) for form in (Discriminator, TunedWriter)
+    )
+    return dataclasses.replace(
+        kept,
+        discriminator=kept.discriminator if judge else {},
+        writer=kept.writer if writer and plan.transfer.writer == "tuned" else {},
+    )
 
 
 def synthetic_rows(saved: Saved, plan: Plan, folder: Path, watch: Watch | None = None) -> list[Row]:
@@ -208,37 +211,6 @@ def prepared_of(saved: Saved) -> Prepared:
     return Prepared(tuple(kept["seeds"]), kept["about"], kept["examples"], discriminator, writer)
 
 
-def label(saved: Saved, texts: Sequence[str]) -> list[Row]:
-    """The answers of the source model with its adapters: probabilities of labels, or greedy completions."""
-    predictor = Predictor(saved, device=saved.plan.model.device)
-    if saved.card.task == "classification":
-        found = predictor.predict([{"text": text} for text in texts])
-        return [
-            {"text": text, "label": p["label"], "probabilities": list(p["probabilities"].values())}
-            for text, p in zip(texts, found, strict=True)
-        ]
-    asked = [
-        {"messages": [{"role": "user", "content": text}]} if saved.card.chat else {"prompt": text} for text in texts
-    ]
-    answers = zip(asked, predictor.predict(asked), strict=True)
-    return [_answered(row, str(p["completion"])) for row, p in answers if str(p["completion"]).strip()]
-
-
-def best_by_titok(saved: Saved, rows: Sequence[Row], wanted: int) -> list[Row]:
-    """The rows with the highest mean log p_{M+θ}(y) − log p_M(y) of their answers (TiTok, arXiv 2510.04682)."""
-    predictor = Predictor(saved, device=saved.plan.model.device)
-    task, backbone = predictor.trainer.task, predictor.trainer.bench.base.backbone
-    task.module.eval()
-    examples = task.encode(rows).examples
-    with torch.no_grad():
-        adapted = [float(task.loss(task.collate([example]))[0]) for example in examples]
-        activate(backbone, [])
-        bare = [float(task.loss(task.collate([example]))[0]) for example in examples]
-    scores = [b - a for a, b in zip(adapted, bare, strict=True)]
-    best = sorted(range(len(rows)), key=lambda i: -scores[i])[:wanted]
-    return [rows[i] for i in sorted(best)]
-
-
 def _texts(saved: Saved, plan: Plan, prepared: Prepared, folder: Path, watch: Watch | None) -> list[str]:
     """Written texts that the discriminator takes for real."""
     card, settings = saved.card, plan.transfer
@@ -248,28 +220,22 @@ def _texts(saved: Saved, plan: Plan, prepared: Prepared, folder: Path, watch: Wa
     of_target = card.task == "generation" and settings.writer == "target"
     model = dataclasses.replace(plan.model, revision=None) if of_target else source
 
+    of_source = dataclasses.replace(saved.plan.transfer, writer=settings.writer)  # its form is the source's
+
     @contextmanager
     def writer() -> Iterator[BaseModel]:
-        with _in_memory(model) as base, writing(base, model, settings) as lora:
-            if lora:
-                lora.load(prepared.writer)
+        with _in_memory(model) as base, as_it_writes(base, model, of_source, prepared.writer):
             yield base
 
     def judge(texts: list[str]) -> list[bool]:
         with _in_memory(source) as base:
-            found = Discriminator(base, source, saved.plan.transfer, prepared.about, 0)
-            found.load(prepared.discriminator)
-            return found.keeps(texts)
+            found = Discriminator(base, source, of_source, prepared.about, 0)
+            with found.on(prepared.discriminator):
+                return found.keeps(texts)
 
     seed = seed_from(plan.seed, plan.name, card.site, "transfer", card.fingerprint["model"])
     needed = judge if settings.filter == "discriminator" else None
     return synthesise(prepared, settings, seed, Cast(writer, needed), folder, watch)
-
-
-def _answered(row: Row, completion: str) -> Row:
-    if "messages" in row:
-        return {"messages": [*row["messages"], {"role": "assistant", "content": completion}]}
-    return {**row, "completion": completion}
 
 
 def claim(saved: Saved, plan: Plan, out: Path) -> None:

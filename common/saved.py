@@ -20,7 +20,7 @@ from .settings import Plan, parse
 
 PRINTS = ("model", "tokenizer", "chat_template")  # fingerprints
 SHARED, TRAINED, PERSONAL = "shared/", "reply/", "state/"
-DISCRIMINATOR, WRITER = "transfer/discriminator/", "transfer/writer/"
+DISCRIMINATOR, WRITER = "transfer/", "writer/"  # of a later transfer
 FILES = "round-*.safetensors"
 PLACES = (FILES, f"checkpoints/{FILES}", f"state/{FILES}", f"state/*/{FILES}")  # below what a user names
 

@@ -181,25 +181,25 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class TransferSettings:
-    """Trans-LoRA (arXiv 2405.17258): what a site prepares while it trains, and how it moves to another base model.
+    """Trans-LoRA (arXiv 2405.17258): what a site prepares once it has trained, and how it moves to another base model.
 
     ``generator`` names a causal model that writes texts and tells them from real ones where the base model is an
     encoder; a model that generates does both itself.
     """
 
-    prepare: bool = False  # after the last round, keep seeds and train a discriminator (both personal)
+    prepare: bool = False  # after the last round, keep seeds and train discriminator and tuned writer (all personal)
     of: Name | None = None  # a federation: its sites' models move to this plan's base model before round 1
     seeds: Positive = 5  # examples that the site agrees to keep
     about: str = ""  # what the discriminator's question calls the data; the federation's name when empty
     generator: str | None = None
     target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")  # of the discriminator
-    rank: Positive = 8
+    rank: Positive = 8  # of discriminator and tuned writer
     lr: Rate = 1e-3
     steps: Positive = 60  # of the discriminator, half of each batch real and half written
     filter: Literal["discriminator", "titok", "none"] = "discriminator"
     writer: Literal["target", "source", "tuned"] = "target"  # of the texts, where both generate; tuned: the source's,
-    # with a LoRA that learnt the site's texts in preparation (personal; it may repeat some of them)
-    writer_steps: Positive = 12  # of that LoRA, on twenty texts each
+    # with a LoRA that learnt the site's texts in preparation (it may repeat some of them)
+    writer_steps: Positive = 12  # of that LoRA, on all linear layers; two lists of ten texts each
     writer_lr: Rate = 3e-3
     samples: Positive | None = None  # texts wanted; as many as the site trained on when unset
     calls: Positive = 200  # of the writer at most, each of ``batch`` prompts

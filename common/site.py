@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from .settings import STRICT, DataSettings, Name, Positive, Precision, Private
+from .settings import STRICT, Count, DataSettings, Name, Positive, Precision, Private
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -54,8 +54,8 @@ class AllowSettings:
     max_seconds: Annotated[float, Field(gt=0)] | None = None  # of training in one round
     max_tokens: Positive | None = None  # tokens of one text (model.max_length)
     precision: tuple[Precision, ...] | None = None
-    keep: tuple[Literal["seeds", "writer"], ...] = ("seeds",)  # of its texts, for a transfer: some of them, or a LoRA
-    # that writes like them and may repeat them (transfer.writer = "tuned")
+    max_seeds: Count = 5  # of its texts that it keeps for a move to a new base model (transfer.seeds); 0: no such move
+    tuned_writer: bool = False  # whether it also keeps a LoRA that writes like its texts, and may repeat them
 
 
 @dataclass(frozen=True, config=STRICT)

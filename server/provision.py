@@ -258,7 +258,7 @@ key = "site.key"
 # gradient_checkpointing = true
 # micro_batch = 2                  # examples at once; unset: as many as fit
 
-[allow]                            # what the coordinator may ask; what is left out may be anything
+[allow]                            # what the coordinator may ask; most that is left out may be anything
 # federations = ["my-federation"]
 # models = ["sentence-transformers/all-MiniLM-L6-v2"]
 # methods = ["colora"]             # "colora+head" lets a recipe share the head as well, which only this line can
@@ -267,8 +267,8 @@ key = "site.key"
 # max_seconds = 600                # of training in one round
 # max_tokens = 256                 # of one text
 # precision = ["fp32"]
-# keep = ["seeds", "writer"]       # of its texts, for a move to a new base model: a few (unset: these alone; [] for
-                                   # nothing), and a LoRA that writes like them and may repeat them
+# max_seeds = 5                    # of its texts that it keeps for a move to a new base model; 0: no such move
+# tuned_writer = false             # true: it may keep a LoRA that writes like its texts as well, and may repeat them
 
 # [private]                        # an adapter of this site's own beside the shared one, instead of the recipe's
 # kind = "multilora"               # or "lora"

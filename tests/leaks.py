@@ -11,6 +11,7 @@ import numpy as np
 from colora.common.files import load_arrays
 
 WINDOW = 20  # characters of a text that must not be found together
+OWN = ("state/", "moments/", "transfer/", "writer/")  # of a state file
 Secret = tuple[str, np.ndarray]
 
 
@@ -21,7 +22,11 @@ def personal_tensors(states: Iterable[Path]) -> Iterator[Secret]:
     """
     for path in sorted(states):
         for key, value in load_arrays(path)[0].items():
-            if key.startswith(("state/", "moments/", "transfer/")) and "/step" not in key and np.unique(value).size > 2:
+            if (
+                key.startswith(("state/", "moments/", "transfer/", "writer/"))
+                and "/step" not in key
+                and np.unique(value).size > 2
+            ):
                 yield f"{path}/{key}", value
 
 

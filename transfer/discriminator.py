@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..common.adapters.attach import activate
 from ..common.errors import ModelError
 from ..common.model import BaseModel
 from ..common.rows import Row, SiteRows
 from ..common.settings import ModelSettings, Plan, TransferSettings
 from ..common.tasks.task import Batch, Encoded, Metrics, Task, pad
+from ..common.training import Watch
 from .lora import OwnLora
 
 BATCH = 8
@@ -97,18 +97,22 @@ class Discriminator(OwnLora):
         super().__init__(base, model, settings, seed)
         self.about = about
 
-    def fit(self, real: Sequence[str], written: Sequence[str]) -> float:
+    @classmethod
+    def targets_of(cls, settings: TransferSettings) -> tuple[str, ...] | str:
+        """``transfer.target_modules``."""
+        return settings.target_modules
+
+    def fit(self, real: Sequence[str], written: Sequence[str], watch: Watch | None = None) -> float:
         """Trains φ on inputs and on what the model wrote; returns the mean loss."""
         rows = [{"text": text, "real": True} for text in real] + [{"text": text, "real": False} for text in written]
         task = Verdicts(self.base, self.about, rows, self.plan)
-        return self.learn(task, self.settings.steps, BATCH, self.settings.lr)
+        return self.learn(task, self.settings.steps, BATCH, self.settings.lr, watch)
 
     @torch.no_grad()
     def keeps(self, texts: Sequence[str]) -> list[bool]:
         """Whether p(yes | t(x)) > p(no | t(x)) under M + φ, for each text."""
         if not texts:
             return []
-        activate(self.base.backbone, [self.name])
         task = Verdicts(self.base, self.about, [{"text": text, "real": True} for text in texts], self.plan)
         task.module.eval()
         no, yes = task.answers

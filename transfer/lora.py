@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar, Self
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from torch import nn
 
 from ..common.adapters.attach import Form, activate, initial_values, inject, layout_of
+from ..common.errors import StateError
 from ..common.model import BaseModel
 from ..common.seeds import seed_from
 from ..common.settings import AdapterSettings, ModelSettings, Plan, TrainSettings, TransferSettings
@@ -19,21 +22,20 @@ from ..common.training import Phase, Stretch, Watch, train
 SCALING = 2.0
 
 
-class OwnLora:
+class OwnLora(ABC):
     """One LoRA, named and formed by its class, on a model that may carry others."""
 
     name: ClassVar[str]
+    parameters: Mapping[str, nn.Parameter]  # while it is on
 
     def __init__(self, base: BaseModel, model: ModelSettings, settings: TransferSettings, seed: int) -> None:
         self.base, self.settings, self.seed = base, settings, seed
         self.plan = Plan(self.name, 1, model)
-        self.parameters = inject(base.backbone, self.form_of(settings), self.name)
-        self.load(initial_values(layout_of(self.parameters), AdapterSettings(), seed_from(seed, self.name)))
 
     @classmethod
+    @abstractmethod
     def targets_of(cls, settings: TransferSettings) -> tuple[str, ...] | str:
         """The modules it is on, in PEFT's words."""
-        return settings.target_modules
 
     @classmethod
     def form_of(cls, settings: TransferSettings) -> Form:
@@ -41,34 +43,42 @@ class OwnLora:
         return Form("transfer", settings.rank, SCALING, 0.0, cls.targets_of(settings))
 
     @contextmanager
-    def on(self) -> Iterator[Self]:
-        """Active and alone in this block; then off the model."""
-        activate(self.base.backbone, [self.name])
+    def on(self, values: Mapping[str, torch.Tensor] | None = None) -> Iterator[Self]:
+        """Active and alone in this block, from these values or its initial ones; then off the model.
+
+        Raises StateError for values of another form.
+        """
         try:
+            self.parameters = inject(self.base.backbone, self.form_of(self.settings), self.name)
+            layout = layout_of(self.parameters)
+            self._load(values or initial_values(layout, AdapterSettings(), seed_from(self.seed, self.name)))
+            activate(self.base.backbone, [self.name])
             yield self
         finally:
-            self.take_off()
+            self._take_off()
 
-    def take_off(self) -> None:
-        """Takes the LoRA off its model again."""
+    def _take_off(self) -> None:
         activate(self.base.backbone, [])
         for layer in list(self.base.backbone.modules()):
             if isinstance(layer, LoraLayer) and self.name in layer.r:
                 layer.delete_adapter(self.name)
 
-    def load(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Puts values into the LoRA."""
+    def _load(self, values: Mapping[str, torch.Tensor]) -> None:
+        wanted, found = layout_of(self.parameters), layout_of(values)
+        for key in sorted(wanted.keys() | found.keys()):
+            if wanted.get(key) != found.get(key):
+                expected, there = (f"{key} of shape {shapes.get(key)}" for shapes in (wanted, found))
+                raise StateError(f"transfer, the {self.name} that was kept", expected, there)
         with torch.no_grad():
             for key, parameter in self.parameters.items():
-                parameter.copy_(torch.as_tensor(values[key]))
+                parameter.copy_(values[key])
 
     def values(self) -> dict[str, torch.Tensor]:
         """The LoRA's values, on the CPU."""
         return {key: p.detach().to("cpu", copy=True) for key, p in self.parameters.items()}
 
-    def learn(self, task: Task, steps: int, batch_size: int, lr: float, watch: Watch | None = None) -> float:
+    def learn(self, task: Task, steps: int, batch_size: int, lr: float, watch: Watch | None) -> float:
         """Trains the LoRA alone on a task; returns the mean loss. ``watch`` may end it."""
         settings = TrainSettings(steps=steps, batch_size=batch_size, lr=lr, lr_schedule="linear")
-        activate(self.base.backbone, [self.name])
         stretch = Stretch(0, steps, 0, seed_from(self.seed, "order"), seed_from(self.seed, "noise"))
         return train(task, self.parameters, [Phase(steps, frozenset(self.parameters))], settings, stretch, watch).loss

@@ -22,6 +22,7 @@ from ..common.model import BaseModel, check_writes, load, load_tokenizer, skelet
 from ..common.rows import Row, SiteRows
 from ..common.seeds import seed_from
 from ..common.settings import ModelSettings, Plan, TransferSettings
+from ..common.training import Watch
 from .discriminator import Discriminator, answer_ids
 from .tuned import TunedWriter
 from .writing import Novel, one_line, write
@@ -59,38 +60,45 @@ def speaker(plan: Plan, task: str) -> ModelSettings:
 
 
 def prepare(
-    base: BaseModel, plan: Plan, task: str, rows: Sequence[Row], seed: int, before: Prepared | None = None
+    base: BaseModel,
+    plan: Plan,
+    site: SiteRows,
+    seed: int,
+    before: Prepared | None = None,
+    watch: Watch | None = None,
 ) -> Prepared:
     """Draws seeds and trains writer and discriminator, as needed, on ``base``: the model that :func:`speaker` names.
 
-    ``before`` is what was kept earlier: its seeds stay. Raises DataError where there are not enough texts.
+    What was kept ``before`` stays. ``watch`` may end it. Raises DataError where there are not enough texts.
     """
-    settings, answers = plan.transfer, dict(_inputs(base.tokenizer, rows, plan.model.max_length))
-    inputs, model = list(answers), speaker(plan, task)
-    kept = before or Prepared(_seeds(answers, settings, seed), settings.about or plan.name, len(rows))
-    kept = dataclasses.replace(kept, discriminator={}, writer={})
-    with writing(base, model, settings, seed) as writer:
-        if writer:
-            writer.fit(inputs, len(kept.seeds))
+    settings, answers = plan.transfer, dict(_inputs(base.tokenizer, site.train, plan.model.max_length))
+    inputs, model = list(answers), speaker(plan, site.task)
+    kept = before or Prepared(_seeds(answers, settings, seed), settings.about or plan.name, len(site.train))
+    with as_it_writes(base, model, settings, kept.writer, seed) as writer:
+        if writer and not kept.writer:
+            writer.fit(inputs, len(kept.seeds), watch)
             kept = dataclasses.replace(kept, writer=writer.values())
-        if settings.filter != "discriminator":
+        if kept.discriminator or settings.filter != "discriminator":
             return kept
         texts = written(base, kept.seeds, inputs, settings, seed)
+    if not texts:
+        wanted = "a model that goes on with a list of examples"
+        raise ModelError(_field(site.task), wanted, "no text that is new")
     with Discriminator(base, model, settings, kept.about, seed).on() as found:
-        found.fit(cut_as(base.tokenizer, inputs, texts, plan.model.max_length, seed), texts)
+        found.fit(cut_as(base.tokenizer, inputs, texts, plan.model.max_length, seed), texts, watch)
         return dataclasses.replace(kept, discriminator=found.values())
 
 
 @contextmanager
-def writing(
-    base: BaseModel, model: ModelSettings, settings: TransferSettings, seed: int = 0
+def as_it_writes(
+    base: BaseModel, model: ModelSettings, settings: TransferSettings, values: Mapping[str, torch.Tensor], seed: int = 0
 ) -> Iterator[TunedWriter | None]:
-    """``base`` as it writes texts: with the tuned writer's LoRA where the settings say so, else bare."""
+    """``base`` with the tuned writer's LoRA and what it learnt, where the settings say so; else bare."""
     activate(base.backbone, [])
     if settings.writer != "tuned":
         yield None
         return
-    with TunedWriter(base, model, settings, seed).on() as writer:
+    with TunedWriter(base, model, settings, seed).on(values) as writer:
         yield writer
 
 
@@ -110,7 +118,7 @@ def _check(plan: Plan, site: SiteRows, before: Prepared | None) -> None:
     if site.task not in TASKS:
         raise RecipeError("transfer.prepare", f"false, or a task of {' or '.join(TASKS)}", site.task)
     model, settings = speaker(plan, site.task), plan.transfer
-    field = "model.source" if site.task == "generation" else "transfer.generator"
+    field = _field(site.task)
     check_writes(model, field)
     tokenizer = load_tokenizer(model, field)
     if before is None:
@@ -120,6 +128,11 @@ def _check(plan: Plan, site: SiteRows, before: Prepared | None) -> None:
         inject(skeleton(model), Discriminator.form_of(settings), Discriminator.name)
     if settings.writer == "tuned":
         inject(skeleton(model), TunedWriter.form_of(settings), TunedWriter.name)
+
+
+def _field(task: str) -> str:
+    """The key that names the speaker."""
+    return "model.source" if task == "generation" else "transfer.generator"
 
 
 def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> Iterator[tuple[str, str | None]]:
@@ -153,7 +166,7 @@ def written(
 ) -> list[str]:
     """As many new texts as there are inputs, of the model as it stands, or what ``settings.calls`` calls give.
 
-    A real text that was written again is not a written one. Raises ModelError for none.
+    A real text that was written again is not a written one.
     """
     texts: list[str] = []
     new = Novel([*seeds, *inputs])
@@ -161,8 +174,6 @@ def written(
         texts += [text for text in write(base, seeds, settings, seed_from(seed, "negatives"), call) if new(text)]
         if len(texts) >= len(inputs):
             break
-    if not texts:
-        raise ModelError("transfer.generator", "a model that goes on with a list of examples", "no text that is new")
     return texts[: len(inputs)]
 
 

@@ -30,7 +30,8 @@ EVERYTHING = {
     "max_seconds": 60.0,
     "max_tokens": 128,
     "precision": ["fp32"],
-    "keep": ["seeds", "writer"],
+    "max_seeds": 5,
+    "tuned_writer": True,
 }
 PREPARE = {"prepare": True, "steps": 20, "generator": "asset:minilm-l6"}
 ALTERNATING = {"schedule": "alternating", "personal_steps": 2, "shared_steps": 3, "steps": 99}
@@ -48,7 +49,8 @@ def test_a_site_without_limits_allows_any_model_rank_and_steps() -> None:
 def test_what_lies_on_every_limit_is_allowed() -> None:
     assert set(EVERYTHING) == {f.name for f in fields(AllowSettings)}
     ask(EVERYTHING, transfer={**PREPARE, "writer": "tuned", "writer_steps": 20})
-    ask({"max_steps": 20}, transfer={"steps": 10**6})  # where nothing is prepared
+    ask({"max_steps": 20, "max_seeds": 0}, transfer={"steps": 10**6, "writer_steps": 10**6})  # nothing is prepared
+    ask({"max_steps": 20}, transfer={**PREPARE, "steps": 10**6, "writer_steps": 10**6, "filter": "none"})
     ask({}, transfer=PREPARE)
 
 
@@ -61,15 +63,17 @@ def test_what_lies_on_every_limit_is_allowed() -> None:
         ({"methods": ["ffa"]}, {}, "method.name: expected one of ffa (allow.methods), found 'colora'"),
         ({"max_rank": 7}, {}, "adapter.rank: expected at most 7 (allow.max_rank), found 8"),
         ({"max_steps": 9}, {}, "train.steps: expected at most 9 (allow.max_steps), found 10"),
-        (
-            {"keep": []},
-            {"transfer": PREPARE},
-            'transfer.prepare: expected false (or "seeds" in allow.keep), found true',
-        ),
+        ({}, {"transfer": {**PREPARE, "seeds": 6}}, "transfer.seeds: expected at most 5 (allow.max_seeds), found 6"),
+        ({"max_seeds": 0}, {"transfer": PREPARE}, "transfer.seeds: expected at most 0 (allow.max_seeds), found 5"),
         (
             {},
             {"transfer": {**PREPARE, "writer": "tuned"}},
-            'transfer.writer: expected target or source (or "writer" in allow.keep), found tuned',
+            "transfer.writer: expected target or source (or true in allow.tuned_writer), found tuned",
+        ),
+        (
+            {},
+            {"transfer": {"of": "north-sea", "writer": "tuned"}},
+            "transfer.writer: expected target or source (or true in allow.tuned_writer), found tuned",
         ),
         (
             {"models": ["asset:minilm-l6"]},
@@ -77,13 +81,18 @@ def test_what_lies_on_every_limit_is_allowed() -> None:
             "transfer.generator: expected one of asset:minilm-l6 (allow.models), found 'smollm2'",
         ),
         (
+            {"max_rank": 8},
+            {"transfer": {**PREPARE, "rank": 9}},
+            "transfer.rank: expected at most 8 (allow.max_rank), found 9",
+        ),
+        (
             {"max_steps": 20},
             {"transfer": {**PREPARE, "steps": 21}},
             "transfer.steps: expected at most 20 (allow.max_steps), found 21",
         ),
         (
-            {"max_steps": 20},
-            {"transfer": {**PREPARE, "writer_steps": 21}},
+            {"max_steps": 20, "tuned_writer": True},
+            {"transfer": {**PREPARE, "writer": "tuned", "writer_steps": 21}},
             "transfer.writer_steps: expected at most 20 (allow.max_steps), found 21",
         ),
         ({"max_steps": 19}, {}, "train.final_steps: expected at most 19 (allow.max_steps), found 20"),

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from colora.client.store import Store
 from colora.client.trainer import Trainer, set_up
-from colora.common.adapters.attach import activate
-from colora.common.errors import ColoraError, DataError, ModelError
+from colora.common.errors import ColoraError, DataError, ModelError, StateError
 from colora.common.model import BaseModel, load
 from colora.common.recipe import recipe_from
-from colora.common.rows import SiteRows
+from colora.common.rows import Row, SiteRows
 from colora.common.settings import ModelSettings, Plan, TransferSettings
 from colora.simulation.run import simulate
 from colora.transfer.discriminator import Discriminator, question
@@ -35,19 +36,23 @@ def made(base: BaseModel, source: Path) -> Discriminator:
     return Discriminator(base, ModelSettings(str(source), max_length=32), SETTINGS, "tiny", seed=1)
 
 
+def site_of(rows: Sequence[Row], task: Literal["classification", "generation"] = "generation") -> SiteRows:
+    return SiteRows("ada", task, rows, ())
+
+
 def test_it_keeps_by_p_yes_above_p_no_under_its_own_lora(base: BaseModel, speaking_llama: Path) -> None:
-    found = made(base, speaking_llama)
-    found.fit(REAL[:8], FALSE[:8])
-    kept = found.keeps(REAL + FALSE)
-    activate(base.backbone, [Discriminator.name])
-    tokenizer, model = base.tokenizer, base.language_model
+    tokenizer, model, each = base.tokenizer, base.language_model, []
     assert model is not None
     yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
-    for text, verdict in zip(REAL + FALSE, kept, strict=True):  # the oracle: one text at a time, the whole softmax
-        with torch.no_grad():
-            ids = tokenizer([question(text, "tiny")], return_tensors="pt", return_token_type_ids=False)
-            last = model(**ids).logits[0, -1].softmax(-1)
-        assert verdict == bool(last[yes] > last[no])
+    with made(base, speaking_llama).on() as found:
+        found.fit(REAL[:8], FALSE[:8])
+        kept = found.keeps(REAL + FALSE)
+        for text in REAL + FALSE:  # the oracle: one text at a time, the whole softmax
+            with torch.no_grad():
+                ids = tokenizer([question(text, "tiny")], return_tensors="pt", return_token_type_ids=False)
+                last = model(**ids).logits[0, -1].softmax(-1)
+            each.append(bool(last[yes] > last[no]))
+    assert kept == each
     assert kept[:8] == [True] * 8
     assert kept[12:20] == [False] * 8
     assert sum(kept[8:12]) - sum(kept[20:]) >= 3, "and it goes beyond what it has seen"
@@ -57,15 +62,23 @@ def test_its_values_come_back_and_it_leaves_the_model_as_it_was(base: BaseModel,
     assert base.language_model is not None
     ids = torch.tensor([[12, 13, 14]])
     before = base.language_model(ids).logits
-    found = made(base, speaking_llama)
-    found.fit(REAL[:8], FALSE[:8])
-    kept, values = found.keeps(REAL + FALSE), found.values()
-    found.take_off()
+    with made(base, speaking_llama).on() as found:
+        found.fit(REAL[:8], FALSE[:8])
+        kept, values = found.keeps(REAL + FALSE), found.values()
     assert torch.equal(base.language_model(ids).logits, before)
-    again = made(base, speaking_llama)
-    assert again.keeps(REAL + FALSE) != kept, "without its values it knows nothing"
-    again.load(values)
-    assert again.keeps(REAL + FALSE) == kept
+    with made(base, speaking_llama).on() as again:
+        assert again.keeps(REAL + FALSE) != kept, "without its values it knows nothing"
+    with made(base, speaking_llama).on(values) as again:
+        assert again.keeps(REAL + FALSE) == kept
+
+
+def test_values_of_another_form_are_refused(base: BaseModel, speaking_llama: Path) -> None:
+    with made(base, speaking_llama).on() as found:
+        values = found.values()
+    narrow = Discriminator(base, found.plan.model, replace(SETTINGS, rank=1), "tiny", seed=1)
+    words = r"transfer, the discriminator that was kept: expected .*lora_A.* \(1, 16\), found .* \(4, 16\)"
+    with pytest.raises(StateError, match=words), narrow.on(values):
+        pass
 
 
 def test_the_discriminator_reads_no_answers(base: BaseModel, speaking_llama: Path, writer: list[int]) -> None:
@@ -73,8 +86,8 @@ def test_the_discriminator_reads_no_answers(base: BaseModel, speaking_llama: Pat
     plan = Plan("tiny", 1, model, transfer=SETTINGS)
     rows = [{"prompt": text, "completion": f"answer {i % 2}"} for i, text in enumerate(REAL)]
     inputs = [{"prompt": row["prompt"]} for row in rows]
-    with_answers = prepare(base, plan, "generation", rows, 7)
-    without = prepare(base, plan, "generation", inputs, 7, replace(with_answers, discriminator={}))
+    with_answers = prepare(base, plan, site_of(rows), 7)
+    without = prepare(base, plan, site_of(inputs), 7, replace(with_answers, discriminator={}))
     assert set(with_answers.seeds) <= set(REAL)
     assert len(with_answers.seeds) == 5
     for key, value in with_answers.discriminator.items():
@@ -85,7 +98,7 @@ def test_seeds_are_of_as_many_labels_as_they_can_be(base: BaseModel, speaking_ll
     plan = Plan("tiny", 1, ModelSettings(str(speaking_llama), max_length=32), transfer=replace(SETTINGS, seeds=3))
     plan = replace(plan, transfer=replace(plan.transfer, generator=str(speaking_llama)))
     rows = [{"text": text, "label": "rare" if i < 2 else "often"} for i, text in enumerate(REAL)]
-    drawn = [prepare(base, plan, "classification", rows, seed).seeds for seed in range(4)]
+    drawn = [prepare(base, plan, site_of(rows, "classification"), seed).seeds for seed in range(4)]
     assert all(len(set(seeds) & set(REAL[:2])) in (1, 2) for seeds in drawn)
     assert len(set(drawn)) > 1, "and yet at random"
 
@@ -102,11 +115,12 @@ def test_what_cannot_be_prepared_is_said(
     base: BaseModel, tiny_llama: Path, speaking_llama: Path, writer: list[int]
 ) -> None:
     silent = load(ModelSettings(str(tiny_llama), max_length=32), generates=True)
-    with pytest.raises(ModelError, match="a vocabulary with yes and no as single tokens"):
-        made(silent, tiny_llama).fit(REAL, FALSE)
+    words = "a vocabulary with yes and no as single tokens"
+    with pytest.raises(ModelError, match=words), made(silent, tiny_llama).on() as mute:
+        mute.fit(REAL, FALSE)
     plan = Plan("tiny", 1, ModelSettings(str(speaking_llama), max_length=32), transfer=SETTINGS)
     with pytest.raises(DataError, match=r"transfer.seeds: expected 5 different texts to choose from, found 2"):
-        prepare(base, plan, "generation", [{"prompt": "a b"}, {"prompt": "a  b"}, {"prompt": "c d"}], 0)
+        prepare(base, plan, site_of([{"prompt": "a b"}, {"prompt": "a  b"}, {"prompt": "c d"}]), 0)
     with pytest.raises(ModelError, match=r"transfer.generator: expected a causal model that writes texts"):
         speaker(plan, "classification")
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from colora.client.answers import label
 from colora.client.predict import Predictor
-from colora.client.transfer import for_the_next, label, plan_for, synthetic_rows, transfer
+from colora.client.transfer import for_the_next, plan_for, synthetic_rows, transfer
 from colora.common.errors import ColoraError, DataError, ModelError
 from colora.common.recipe import recipe_from
 from colora.common.saved import Saved, read_saved

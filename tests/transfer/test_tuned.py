@@ -13,14 +13,18 @@ import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
-from colora.client.transfer import plan_for, synthetic_rows, transfer
+from colora.client.trainer import set_up
+from colora.client.transfer import carried, plan_for, synthetic_rows, transfer
+from colora.common.adapters.attach import ADAPTER, activate
 from colora.common.errors import StateError
 from colora.common.model import BaseModel, load
 from colora.common.recipe import recipe_from
+from colora.common.rows import SiteRows
 from colora.common.saved import Saved, read_saved
-from colora.common.settings import ModelSettings, TransferSettings
+from colora.common.settings import AdapterSettings, ModelSettings, Plan, PrivateSettings, TransferSettings
 from colora.simulation.run import simulate
-from colora.transfer import synthesis
+from colora.transfer import preparation, synthesis
+from colora.transfer.preparation import prepare
 from colora.transfer.tuned import TunedWriter, lists
 from colora.transfer.writing import list_prompt
 
@@ -70,9 +74,54 @@ def test_it_writes_more_like_the_texts_it_learnt_and_leaves_the_model_as_it_was(
     mine, foreign = learnt[0] - bare[0], learnt[1] - bare[1]
     assert mine > foreign + 0.4, "much, for a model whose untrained output layer can hardly prefer a word"
     assert (likelihood(base, NEXT, prompt), likelihood(base, "x y z", prompt)) == bare
-    with TunedWriter(base, ModelSettings(str(speaking_llama)), SETTINGS, 2).on() as again:
-        again.load(values)
+    with TunedWriter(base, ModelSettings(str(speaking_llama)), SETTINGS, 2).on(values):
         assert likelihood(base, NEXT, prompt) == learnt[0]
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch, writer: list[int]) -> list[dict[str, torch.Tensor]]:
+    """B of every LoRA that acted on the model, for each call of the stand-in for the writer."""
+    calls: list[dict[str, torch.Tensor]] = []
+    stand_in = synthesis.write
+
+    def write(base: BaseModel, seeds: Sequence[str], settings: Any, seed: int, call: int) -> Iterator[str]:
+        calls.append(dict(acting(base)))
+        yield from stand_in(base, seeds, settings, seed, call)
+
+    monkeypatch.setattr(synthesis, "write", write)
+    monkeypatch.setattr(preparation, "write", write)
+    return calls
+
+
+def acting(base: BaseModel) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, layer in base.backbone.named_modules():
+        if isinstance(layer, LoraLayer):
+            for adapter in layer.active_adapters:
+                yield f"{name} {adapter}", layer.lora_B[adapter].weight.detach().clone()
+
+
+def test_what_is_prepared_does_not_hang_on_the_adapters_beside_it(
+    speaking_llama: Path, heard: list[dict[str, torch.Tensor]]
+) -> None:
+    model = ModelSettings(str(speaking_llama), max_length=32)
+    settings = replace(SETTINGS, writer_steps=3, steps=3, rank=4, batch=8)
+    plan = Plan("tiny", 1, model, adapter=AdapterSettings(4, target_modules=("q_proj", "v_proj")), transfer=settings)
+    site = SiteRows("ada", "generation", [{"prompt": text, "completion": "x"} for text in TEXTS], ())
+    alone = prepare(load(model, generates=True), plan, site, 7)
+    bench = set_up(load(model, generates=True), plan)
+    bench.private(PrivateSettings("multilora"))
+    with torch.no_grad():
+        for parameter in bench.adapter.values():
+            parameter.normal_()
+    activate(bench.base.backbone, [ADAPTER])
+    for _ in range(2):  # the sites of a simulation take turns on one model
+        beside = prepare(bench.base, plan, site, 7)
+        for key, value in {**alone.writer, **alone.discriminator}.items():
+            assert torch.equal(value, {**beside.writer, **beside.discriminator}[key])
+    assert heard
+    for found in heard:  # what the discriminator is to reject was written with what had been learnt
+        assert all(name.endswith(" writer") for name in found)
+        assert sum(bool(value.any()) for value in found.values()) == len(alone.writer) // 2 > 4, "all linear layers"
 
 
 @pytest.fixture
@@ -86,43 +135,39 @@ def prepared(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: li
     return read_saved(run.path / "sites" / "ada")
 
 
+@pytest.mark.parametrize("override", ["transfer.samples=8", "transfer.rank=2"])
 def test_a_transfer_writes_with_what_was_learnt_and_the_next_one_as_well(
-    prepared: Saved, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Saved, tiny_bert: Path, tmp_path: Path, heard: list[dict[str, torch.Tensor]], override: str
 ) -> None:
-    seen: list[dict[str, torch.Tensor]] = []
-    stand_in = synthesis.write
-
-    def write(base: BaseModel, seeds: Sequence[str], settings: Any, seed: int, call: int) -> Iterator[str]:
-        seen.append(dict(acting(base)))
-        yield from stand_in(base, seeds, settings, seed, call)
-
-    monkeypatch.setattr(synthesis, "write", write)
-    assert prepared.writer
-    assert any(key.endswith("lora_B.weight") and value.any() for key, value in prepared.writer.items())
     other = shutil.copytree(tiny_bert, tmp_path / "other")
-    transfer(prepared, plan_for(prepared, str(other)), tmp_path / "out")
+    transfer(prepared, plan_for(prepared, str(other), (override,)), tmp_path / "out")
+    kept = {key: torch.as_tensor(value) for key, value in prepared.writer.items() if "lora_B" in key}
+    assert heard
+    for found in heard:
+        assert len(found) == len(kept) > 4
+        assert all(any(torch.equal(value, other) for other in kept.values()) for value in found.values())
+    heard.clear()
     moved = read_saved(tmp_path / "out")
+    if override.startswith("transfer.rank"):
+        assert {value.shape[0] for key, value in moved.writer.items() if "lora_A" in key} == {2}, "trained anew"
+        return
     assert {k: v.tobytes() for k, v in moved.writer.items()} == {k: v.tobytes() for k, v in prepared.writer.items()}
     transfer(moved, plan_for(moved, str(tiny_bert)), tmp_path / "back")
-    assert len(seen) >= 2
-    kept = {key: torch.as_tensor(value) for key, value in prepared.writer.items() if "lora_B" in key}
-    for found in seen:
-        assert len(found) == len(kept) > 4, "all linear layers of two"
-        assert all(any(torch.equal(value, other) for other in kept.values()) for value in found.values())
+    assert heard
+    assert all(len(found) == len(kept) for found in heard)
 
 
-def acting(base: BaseModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """B of every LoRA that acts on the model."""
-    for name, layer in base.backbone.named_modules():
-        if isinstance(layer, LoraLayer):
-            for adapter in layer.active_adapters:
-                yield f"{name} {adapter}", layer.lora_B[adapter].weight.detach().clone()
-
-
-def test_another_writer_needs_no_lora_and_a_tuned_one_does(prepared: Saved, tiny_bert: Path, tmp_path: Path) -> None:
+def test_another_writer_needs_no_lora_and_a_tuned_one_does(
+    prepared: Saved, tiny_bert: Path, tmp_path: Path, heard: list[dict[str, torch.Tensor]]
+) -> None:
     other = shutil.copytree(tiny_bert, tmp_path / "other")
     plain = plan_for(prepared, str(other), ("transfer.writer=source",))
     assert synthetic_rows(prepared, plain, tmp_path / "plain")
+    assert heard
+    assert not any(heard), "the bare model writes"
+    kept = carried(prepared, plain)
+    assert kept
+    assert not kept.writer, "and what is not asked for is not kept on"
     untuned = replace(prepared, writer={})
     with pytest.raises(StateError, match=r"expected a tuned writer \(transfer.writer as it was prepared\), found none"):
         transfer(untuned, plan_for(untuned, str(other)), tmp_path / "out")
