@@ -13,15 +13,26 @@ import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
-from colora.client.trainer import set_up
+from colora.client.store import Store
+from colora.client.trainer import Trainer, set_up
 from colora.client.transfer import carried, plan_for, synthetic_rows, transfer
 from colora.common.adapters.attach import ADAPTER, activate
-from colora.common.errors import StateError
+from colora.common.errors import ModelError, StateError
+from colora.common.first import first_shared
 from colora.common.model import BaseModel, load
+from colora.common.protocol import Order
 from colora.common.recipe import recipe_from
 from colora.common.rows import SiteRows
 from colora.common.saved import Saved, read_saved
-from colora.common.settings import AdapterSettings, ModelSettings, Plan, PrivateSettings, TransferSettings
+from colora.common.settings import (
+    AdapterSettings,
+    ModelSettings,
+    Plan,
+    PrivateSettings,
+    TrainSettings,
+    TransferSettings,
+    to_json,
+)
 from colora.simulation.run import simulate
 from colora.transfer import preparation, synthesis
 from colora.transfer.preparation import prepare
@@ -172,3 +183,27 @@ def test_another_writer_needs_no_lora_and_a_tuned_one_does(
     with pytest.raises(StateError, match=r"expected a tuned writer \(transfer.writer as it was prepared\), found none"):
         transfer(untuned, plan_for(untuned, str(other)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_preparation_that_fails_leaves_the_shared_adapter_on(
+    base: BaseModel, speaking_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next order, of this site or of another one on the same model, trains as if nothing had happened."""
+    model = ModelSettings(str(speaking_llama), max_length=32, device="cpu")
+    adapter = AdapterSettings(4, target_modules=("q_proj", "v_proj"))
+    settings = TransferSettings(prepare=True, about="tiny", steps=3)
+    plan = Plan("town", 1, model, adapter=adapter, train=TrainSettings(steps=1, final_steps=1), transfer=settings)
+    site = SiteRows("ada", "generation", [{"prompt": text, "completion": "x"} for text in TEXTS], ())
+    bench = set_up(base, plan)
+    trainer = Trainer(bench, site, Store(tmp_path, plan.name))
+    shared = first_shared(plan, 0)
+    reply = trainer.respond(Order(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False))
+    close = Order(plan.name, 2, "close", 1, to_json(plan), reply.shared, evaluate=False)
+    monkeypatch.setattr(preparation, "write", lambda *args: iter(()))
+    with pytest.raises(ModelError, match=r"model.source: .* found no text that is new"):
+        trainer.respond(close)
+    assert [name for name, _ in acting(base)], "the shared adapter"
+    monkeypatch.setattr(preparation, "write", lambda *args: iter(["s t u", "v w x", "x y z"]))
+    trainer.respond(close)
+    assert trainer.prepared
+    assert trainer.prepared.discriminator
