@@ -6,8 +6,8 @@ For each direction and seed: the source with its adapter; the target without one
 texts, so that an adapter has to earn its place); the arms (the 5 seeds only, as much random text as was kept, as much
 that was written and not filtered, filtered, and all that was written in so many calls); from L6 the filtered one moved
 back again (two hops, seed 0); and the target trained on the real data. Accuracy on the site's real test texts. A tuned
-writer has learnt from the site's texts; how many of its own have ``COPIED`` characters in common with one of those is
-told. The arms without a writer are left out then.
+writer has learnt from the site's texts; the arms without a writer are left out then. How many written texts have
+``COPIED`` characters in common with one that was trained on is told, and beside it the same of real ones.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ DATA = {
 }
 SAMPLES = 250  # wanted, as in the paper; a weak writer's calls are used up before
 BACK = 3  # calls of the writer in the second hop
-COPIED = 20
+COPIED, WORDS = 20, 24  # characters in common, among so many words
 ARMS = ("5 seeds only", "random text", "unfiltered", "filtered", "all that was written")
 
 
@@ -160,12 +160,12 @@ def arms(source: Saved, plan: Plan, book: Path) -> dict[str, list[str]]:
     return dict(list(zip(ARMS, texts, strict=True))[first:])
 
 
-def copied(source: Saved, written: Sequence[str], real: Sequence[Row]) -> int:
-    """How many written texts have so many characters in common with a real one that is not a seed."""
+def copied(source: Saved, texts: Sequence[str], real: Sequence[Row]) -> int:
+    """How many texts have so many characters in common with a real one that is not a seed."""
     assert source.kept is not None
     seen = set().union(*(windows(one_line(row["text"])) for row in real))
     seen -= set().union(*map(windows, source.kept["seeds"]))
-    return sum(not seen.isdisjoint(windows(text)) for text in written)
+    return sum(not seen.isdisjoint(windows(text)) for text in texts)
 
 
 def windows(text: str) -> set[str]:
@@ -198,8 +198,9 @@ def moved(old: Saved, target: str, rows: SiteRows, ceilings: dict[str, float], f
     new = plan_for(old, target)
     found = {"source with adapter": ceilings[source]}
     chosen = arms(old, new, folder.parent)
-    near = copied(old, chosen[ARMS[4]], rows.train)
-    print(f"  {near} of {len(chosen[ARMS[4]])} written texts have {COPIED} characters of a real one", flush=True)
+    for kind, found in (("written", chosen[ARMS[4]]), ("real, unseen", [row["text"] for row in rows.test])):
+        near = copied(old, [" ".join(text.split()[:WORDS]) for text in found], rows.train)
+        print(f"  {near} of {len(found)} texts ({kind}) have {COPIED} characters of a training text", flush=True)
     for name, inputs in chosen.items():
         texts = label(old, inputs)
         found[name] = accuracy(taught(old, new, texts, folder / name.replace(" ", "-")), rows.test)
