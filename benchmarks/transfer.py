@@ -198,9 +198,9 @@ def moved(old: Saved, target: str, rows: SiteRows, ceilings: dict[str, float], f
     new = plan_for(old, target)
     found = {"source with adapter": ceilings[source]}
     chosen = arms(old, new, folder.parent)
-    for kind, found in (("written", chosen[ARMS[4]]), ("real, unseen", [row["text"] for row in rows.test])):
-        near = copied(old, [" ".join(text.split()[:WORDS]) for text in found], rows.train)
-        print(f"  {near} of {len(found)} texts ({kind}) have {COPIED} characters of a training text", flush=True)
+    for kind, some in (("written", chosen[ARMS[4]]), ("real, unseen", [row["text"] for row in rows.test])):
+        near = copied(old, [" ".join(text.split()[:WORDS]) for text in some], rows.train)
+        print(f"  {near} of {len(some)} texts ({kind}) have {COPIED} characters of a training text", flush=True)
     for name, inputs in chosen.items():
         texts = label(old, inputs)
         found[name] = accuracy(taught(old, new, texts, folder / name.replace(" ", "-")), rows.test)
