@@ -39,7 +39,7 @@ from .store import Store
 from .trainer import Trainer, set_up
 
 HELD_OUT = 0.2  # of the written examples, to measure on in a federation
-KEPT = "seeds that the site kept (transfer.prepare = true while it trained)"
+KEPT = "seeds that the site kept (transfer.prepare = true in a run that has ended)"
 JOB, ROWS = "transfer.json", "synthetic.jsonl"
 TITOK_OVER = 2  # texts labelled for each one that TiTok's score keeps
 
@@ -72,6 +72,8 @@ def check_changes(saved: Saved, plan: Plan) -> None:
     ):
         wanted = "another base model than the source's, or another adapter"
         raise RecipeError("--to", wanted, f"{plan.model.source!r}, as the source")
+    if not saved.is_of_a_site:
+        raise StateError(str(saved.path), "one site's model (of a run: sites/NAME)", "what all sites share")
     if saved.card.task not in TASKS:
         raise StateError(str(saved.path), "a model of texts", f"one of {saved.card.task or 'no task'}")
 
@@ -244,7 +246,8 @@ def claim(saved: Saved, plan: Plan, out: Path) -> None:
     path = out / JOB
     if path.exists():
         if json.loads(path.read_text()) != job:
-            raise StateError(f"--out {out}", "a new folder, or this transfer begun before", "another transfer's")
+            wanted = "a new folder, or this transfer begun before (same STATE, --to and --set)"
+            raise StateError(f"--out {out}", wanted, "another transfer's")
     elif out.exists() and any(out.iterdir()):
         raise StateError(f"--out {out}", "a new or empty folder", "other files")
     else:

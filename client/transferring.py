@@ -11,7 +11,10 @@ from ..transfer.synthesis import Progress as Written
 
 
 class Bar:
-    """One line a stage, as texts are written and as the new adapter learns; nothing where the output is no terminal."""
+    """One line a stage, as texts are written and as the new adapter learns.
+
+    Where the output is no terminal: a line for every call of the writer, and for every quarter of the learning.
+    """
 
     def __init__(self, console: Console) -> None:
         columns = (
@@ -30,9 +33,13 @@ class Bar:
 
     def stepped(self, done: int, total: int) -> None:
         """After every optimiser step."""
+        if self.progress.disable and done * 4 // total == (done - 1) * 4 // total:
+            return
         self._show("learning", done, total, f"step {done} of {total}")
 
     def _show(self, stage: str, done: int, total: int, told: str) -> None:
+        if self.progress.disable:
+            self.progress.console.print(f"{stage}: {told}", highlight=False, soft_wrap=True)
         if stage not in self.lines:
             self.lines[stage] = self.progress.add_task(stage, total=total, told="")
         self.progress.update(self.lines[stage], completed=done, total=total, told=told)

@@ -243,7 +243,7 @@ def transfer(
 ) -> None:
     """Move a personalised model to a new base model without its data.
 
-    STATE is the folder of a site that prepared for this (transfer.prepare = true in the recipe while it trained).
+    STATE is the folder of a site that prepared for this: transfer.prepare = true in the recipe of a run that has ended.
     """
     from rich.console import Console
 
@@ -254,8 +254,12 @@ def transfer(
 
     saved = read_saved(state)
     plan = plan_for(saved, to, tuple(set_ or []))
-    with Bar(Console()) as bar:
-        done = move(saved, plan, out, watch=bar.wrote, steps=bar.stepped)
+    try:
+        with Bar(Console()) as bar:
+            done = move(saved, plan, out, watch=bar.wrote, steps=bar.stepped)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. The same command goes on with the texts that are written.", err=True)
+        raise typer.Exit(STOPPED) from None
     typer.echo(f"{done.state}: learnt from {done.examples} written examples in {done.seconds:.0f} s")
     if done.examples < done.wanted:
         why = f"the writer's {plan.transfer.calls} calls (transfer.calls) were used up, or answers were empty"

@@ -84,7 +84,10 @@ def board_of(events: Iterable[Event]) -> Board:
 
 
 def note_of(event: Event) -> str:
-    """What a waiting, restarted or late event says, in words."""
+    """What a waiting, restarted, late or closing event says, in words."""
+    if event["event"] == "closing":
+        more = ", and prepare a later move: minutes a site without a GPU" if event["prepares"] else ""
+        return f"closing: {len(event['sites'])} sites personalise and measure{more}"
     if event["event"] == "restarted":
         return f"the {event['what']} was started again" + (f": {event['reason']}" if event.get("reason") else "")
     if event["event"] == "late":
@@ -170,4 +173,5 @@ _HANDLERS: dict[tuple[str, bool | None], Callable[[Board, Any], None]] = {
     ("waiting", None): _noted,
     ("restarted", None): _noted,
     ("late", None): _noted,
+    ("closing", None): _noted,
 }

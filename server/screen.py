@@ -96,7 +96,7 @@ def _line(board: Board, event: Event) -> str | None:
         metric = f", personal {personal:.3f}" if personal is not None else ""
         sites = f"{len(event['admitted'])} sites"
         return f"{who}round {event['round']}/{board.rounds}: {sites}{loss}{metric}, {event['seconds']:.1f} s"
-    if name in ("waiting", "restarted", "late"):
+    if name in ("waiting", "restarted", "late", "closing"):
         return f"{who}{note_of(event)}"
     if name in ("refused", "failed"):
         site = event.get("site") or "a node"

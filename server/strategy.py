@@ -156,9 +156,9 @@ class AdapterStrategy:
         self.members.meet(state.round)
         replay = self.conduct.replay
         closing = [m.site for m in self.roster if not replay or m.site in replay.admitted.get(state.round + 1, ())]
-        return self._orders(
-            [site for site in closing if site in self.members.sites], state, state.round + 1, "close", True
-        )
+        here = [site for site in closing if site in self.members.sites]
+        self.chronicle.tell("closing", round=state.round, sites=here, prepares=self.recipe.transfer.prepare)
+        return self._orders(here, state, state.round + 1, "close", True)
 
     def aggregate_close(self, state: State, asked: Mapping[str, Asked]) -> State:
         """The closed state: the adapter of the last round, and who personalised on it."""

@@ -83,7 +83,8 @@ def _found_moved(run: RunFolder, recipe: Recipe) -> None:
     for site, _ in roster:
         states = old.path / "sites" / site / "state"
         if not is_prepared(states):
-            raise StateError(str(states), "a site that prepared (transfer.prepare = true)", "no seeds", site=site)
+            wanted = "a site that prepared (transfer.prepare = true, and the run has ended: --resume)"
+            raise StateError(str(states), wanted, "no seeds", site=site)
     first_shared(recipe.plan, 2)
     for site, _ in roster:
         copy = (old.path / "sites" / site / "site.toml").read_bytes()

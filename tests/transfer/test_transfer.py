@@ -15,7 +15,7 @@ import torch
 from colora.client.answers import label
 from colora.client.predict import Predictor
 from colora.client.transfer import for_the_next, plan_for, synthetic_rows, transfer
-from colora.common.errors import ColoraError, DataError, ModelError
+from colora.common.errors import ColoraError, DataError, ModelError, StateError
 from colora.common.recipe import recipe_from
 from colora.common.saved import Saved, read_saved
 from colora.simulation.run import simulate
@@ -127,9 +127,16 @@ def test_what_cannot_be_transferred_is_said(prepared: Saved, other_bert: Path, t
     with pytest.raises(ColoraError, match="a new or empty folder, found other files"):
         transfer(prepared, plan_for(prepared, str(other_bert)), tmp_path / "full")
     bare = Saved(prepared.path, prepared.card, prepared.plan, prepared.shared, prepared.personal)
-    with pytest.raises(ColoraError, match=r"seeds that the site kept \(transfer.prepare = true while it trained\)"):
+    with pytest.raises(
+        ColoraError, match=r"seeds that the site kept \(transfer.prepare = true in a run that has ended\)"
+    ):
         transfer(bare, plan_for(prepared, str(other_bert), ("transfer.samples=4",)), tmp_path / "bare")
     assert not (tmp_path / "bare").exists()
+    run = read_saved(tmp_path / "run" / "checkpoints")
+    with pytest.raises(
+        StateError, match=r"expected one site's model \(of a run: sites/NAME\), found what all sites share"
+    ):
+        transfer(run, plan_for(run, str(other_bert)), tmp_path / "bare")
 
 
 @pytest.fixture
