@@ -57,9 +57,9 @@ def leaks_in(values: np.ndarray, text: str, secrets: Iterable[Secret], windows: 
 
     At least three values, or all of a smaller tensor's: in megabytes read at every offset any one number turns up.
     """
-    there, found = np.unique(values), []
+    there, found = np.append(np.unique(values), np.nan), []
     for name, secret in secrets:
         own = np.setdiff1d(np.unique(secret.astype(np.float32)), [0.0, 1.0])
-        if np.isin(own, there).sum() > max(0.05 * own.size, min(own.size, 3) - 1):
+        if (there[np.searchsorted(there, own)] == own).sum() > max(0.05 * own.size, min(own.size, 3) - 1):
             found.append(name)
     return found + [window for window in windows if window in text]
