@@ -6,8 +6,8 @@ For each direction and seed: the source with its adapter; the target without one
 texts, so that an adapter has to earn its place); the arms (the 5 seeds only, as much random text as was kept, as much
 that was written and not filtered, filtered, and all that was written in so many calls); from L6 the filtered one moved
 back again (two hops, seed 0); and the target trained on the real data. Accuracy on the site's real test texts. A tuned
-writer has learnt from the site's texts; the arms without a writer are left out then. How many written texts have
-``COPIED`` characters in common with one that was trained on is told, and beside it the same of real ones.
+writer has learnt from the site's texts: how many written texts have ``COPIED`` characters in common with one that was
+trained on is told, and beside it the same of real ones.
 """
 
 from __future__ import annotations
@@ -156,8 +156,7 @@ def arms(source: Saved, plan: Plan, book: Path) -> dict[str, list[str]]:
         filtered,
         written,
     )
-    first = 2 if plan.transfer.writer == "tuned" else 0
-    return dict(list(zip(ARMS, texts, strict=True))[first:])
+    return dict(zip(ARMS, texts, strict=True))
 
 
 def copied(source: Saved, texts: Sequence[str], real: Sequence[Row]) -> int:

@@ -148,6 +148,8 @@ class Trainer:
         found = self.store.state(order.admitted)
         state = found or PersonalState()
         self._check_private(state)
+        if state.round == 0:
+            state = self._with_head(state, order)
         closing = order.phase == "close"
         metrics: dict[str, float] = {}
         if not closing:
@@ -179,6 +181,16 @@ class Trainer:
             fresh=found is None,
         )
         return self._send(new, reply, order)
+
+    def _with_head(self, state: PersonalState, order: Order) -> PersonalState:
+        """A site that has trained nothing yet, with a fitted head of its own where the plan says so."""
+        if self.plan.train.head_start != "fitted" or self.row.head is not PERSONAL or not self.learns:
+            return state
+        self.load(order.shared, {})
+        if not self.task.fit_head():
+            return state
+        head = {key: value for key, value in self._values(PERSONAL).items() if key in self.task.head}
+        return dataclasses.replace(state, tensors=head)
 
     def _check_private(self, state: PersonalState) -> None:
         """A private adapter goes on as it began."""

@@ -100,6 +100,7 @@ def transfer(
         phase=(),
         steps=batches * plan.transfer.distil_epochs,
         final_steps=0,
+        head_start=plan.train.head_start or "fitted",
         lr=plan.transfer.distil_lr,
         lr_schedule="linear",
         warmup_steps=0,

@@ -35,6 +35,7 @@ def moved(recipe: Recipe, model: str) -> Recipe:
         recipe,
         name=f"{recipe.name[:30]}-on-{slug}",
         model=dataclasses.replace(recipe.model, source=model, revision=None),
+        train=dataclasses.replace(recipe.train, head_start=recipe.train.head_start or "fitted"),
         transfer=dataclasses.replace(recipe.transfer, of=recipe.name),
         simulation=dataclasses.replace(recipe.simulation, baseline=False),
     )

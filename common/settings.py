@@ -152,6 +152,9 @@ class TrainSettings:
     lr: Rate = 1e-3  # A and B
     core_lr: Rate | None = None  # as lr when unset
     head_lr: Rate | None = None  # as lr when unset
+    # "fitted": a site's own head begins as a regression on what it sees (linear probing before fine-tuning, arXiv
+    # 2202.10054). Unset: in a move to a new base model only
+    head_start: Literal["random", "fitted"] | None = None
     private_lr: Rate | None = None  # as lr when unset
     weight_decay: Rate = 0.0
     max_grad_norm: Rate = 1.0  # 0 turns clipping off

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..rows import Row
 from .task import Batch, Encoded, Metrics, Prediction, Task, pad
+
+Label = int | list[float]  # a class, or the probabilities of all
+UNSEEN = -10.0  # the logit of a class without an example
 
 
 class Classification(Task):
@@ -85,23 +89,51 @@ class Classification(Task):
 
         The same data and features give the same head, so two backbones can be compared where heads are personal.
         """
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
         if not self.test.examples:
             return {}
-        (x, y), (x_test, y_test) = self._features(self.train.examples), self._features(self.test.examples)
-        if len(set(y)) < 2:
-            return self._scores(y_test, y[:1] * len(y_test))
-        fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500)).fit(x, y)
-        return self._scores(y_test, fitted.predict(x_test))
+        weights, offsets = self._regression()
+        x, labels = self._features(self.test.examples)
+        return self._scores(list(map(_likeliest, labels)), (x @ weights.T + offsets).argmax(1))
+
+    @torch.no_grad()
+    def fit_head(self) -> bool:
+        """Sets the head to the regression of :meth:`probe`; False where it is more than one linear layer."""
+        (head,) = self._head.values() if len(self._head) == 1 else (None,)
+        if not isinstance(head, nn.Linear):
+            return False
+        weights, offsets = self._regression(with_offset=head.bias is not None)
+        head.weight.copy_(torch.as_tensor(weights))
+        if head.bias is not None:
+            head.bias.copy_(torch.as_tensor(offsets))
+        return True
+
+    def _regression(self, *, with_offset: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Weights (classes, d) and offsets (classes,) of scaled features; probabilities weigh an example's classes."""
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
+
+        x, labels = self._features(self.train.examples)
+        classes = len(self.rows.labels)
+        shares = np.array([np.eye(classes)[label] if isinstance(label, int) else label for label in labels])
+        example, label = np.nonzero(shares)
+        weights, offsets = np.zeros((classes, x.shape[1])), np.full(classes, UNSEEN)
+        seen = np.unique(label)
+        offsets[seen] = 0.0
+        if len(seen) > 1:
+            scaler = StandardScaler(with_mean=with_offset).fit(x)
+            fitted = LogisticRegression(C=0.1, max_iter=500, fit_intercept=with_offset)
+            fitted.fit(scaler.transform(x)[example], label, shares[example, label])
+            rows = fitted.coef_ / scaler.scale_
+            these = seen[-len(rows) :]  # of two classes sklearn tells the second's, against the first
+            weights[these] = rows
+            offsets[these] = fitted.intercept_ - (rows @ scaler.mean_ if with_offset else 0.0)
+        return weights, offsets
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         return self.module(**inputs).logits
 
-    def _features(self, examples: Sequence[Any]) -> tuple[Any, Any]:
+    def _features(self, examples: Sequence[Any]) -> tuple[np.ndarray, list[Label]]:
         self.module.eval()
         for name in self._head:
             setattr(self.module, name, nn.Identity())
@@ -112,7 +144,7 @@ class Classification(Task):
                 setattr(self.module, name, module)
         # a head that pools by itself (RoBERTa's) is handed the whole sequence and reads its first token
         pooled = torch.cat([f[:, 0] if f.dim() == 3 else f for f in found])
-        return pooled.cpu().double().numpy(), [_likeliest(label) for _, label in examples]
+        return pooled.cpu().double().numpy(), [label for _, label in examples]
 
     def _scores(self, labels: Any, predicted: Any) -> Metrics:
         from sklearn.metrics import accuracy_score, f1_score
@@ -122,6 +154,6 @@ class Classification(Task):
         return {"accuracy": float(accuracy_score(labels, predicted)), "macro_f1": float(f1)}
 
 
-def _likeliest(label: int | list[float]) -> int:
+def _likeliest(label: Label) -> int:
     """The class of an example whose label may be probabilities."""
     return label if isinstance(label, int) else max(range(len(label)), key=label.__getitem__)

@@ -72,6 +72,10 @@ class Task(ABC):
         """Metrics with a head fitted to the frozen features; None where the head is no part of the question."""
         return None
 
+    def fit_head(self) -> bool:
+        """Sets the head to what fits the frozen features of the training examples; False where nothing was set."""
+        return False
+
     def batches(self, examples: Sequence[Any]) -> Iterator[Batch]:
         """Evaluation batches in order."""
         size = self.plan.evaluation.batch_size

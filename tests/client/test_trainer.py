@@ -154,6 +154,38 @@ def test_the_last_gate_refuses_a_reply_with_an_extra_array(town: Town) -> None:
     assert site.store.reply(1, "k") is not None
 
 
+# --- where a head of its own begins ---
+
+
+def test_a_fitted_head_is_where_a_site_begins_and_only_there(town: Town) -> None:
+    plan = town.plan(head_start="fitted", lr=0.0, steps=1)
+    shared = randomised(first_shared(plan))
+    site, again = town.site(plan), town.site(plan, at="again")
+    site.load(shared, {})
+    assert site.task.fit_head()
+    fitted = {key: p.detach().clone() for key, p in site.task.head.items()}
+    assert any(bool((value != site.initial[key]).any()) for key, value in fitted.items())
+    for trainer in (site, again):
+        trainer.respond(order(plan, 1, shared))
+        state = trainer.store.state(1)
+        assert state
+        assert all(torch.equal(state.tensors[key], value) for key, value in fitted.items()), "and to the bit each time"
+    learning = town.plan(head_start="fitted", lr=1e-2, steps=1)
+    other = town.site(learning, at="other")
+    moved_on = other.respond(order(learning, 1, shared)).shared
+    other.respond(order(learning, 2, moved_on))
+    first, second = (state.tensors for state in map(other.store.state, (1, 2)) if state)
+    assert 0 < max(float((second[key] - first[key]).abs().max()) for key in fitted) < 0.05, "a step, not a new fit"
+
+
+def test_a_head_that_is_shared_is_not_fitted_by_a_site(town: Town) -> None:
+    plan = town.plan(head_start="fitted", lr=0.0, steps=1)
+    plan = dataclasses.replace(plan, method=MethodSettings("colora", head="shared"))
+    site, shared = town.site(plan), first_shared(plan, 2)
+    answered = site.respond(order(plan, 1, shared)).shared
+    assert all(np.array_equal(answered[key], shared[key]) for key in shared)
+
+
 # --- late sites -----------------------------------------------------------------------------------------------------
 
 
