@@ -1,11 +1,11 @@
 """Trans-LoRA of a model that writes: SmolLM2 with a LoRA to the same base model with another kind of adapter.
 
-python benchmarks/transfer_writing.py FILE [SAMPLES] [source|tuned] [SEED]     (64, source, 0)
+python benchmarks/transfer_writing.py FILE [SAMPLES] [source|tuned] [SEED]     (96, source, 0)
 
-FILE has JSON lines with ``prompt`` and ``completion``. Exact match of greedy answers on test rows that nothing was
-trained on: the source with its adapter, the base model without one, a CoLoRA that learnt the source's answers to each
-arm of texts (as transfer.py; a tuned writer's own alone), a MultiLoRA that learnt them to the filtered ones, and a
-CoLoRA trained on the real rows.
+FILE has JSON lines with ``prompt`` and ``completion`` (bigbench.py makes them). Exact match of greedy answers on test
+rows that nothing was trained on: the source with its adapter, the base model without one, a CoLoRA that learnt the
+source's answers to each arm of texts (as transfer.py), a MultiLoRA that learnt them to the filtered ones, and a CoLoRA
+trained on the real rows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from colora.common.settings import (
 from transfer import ARMS, arms, taught, trained
 
 WRITER = "asset:smollm2-135m-instruct"
-TRAIN, TEST = 64, 80
+TRAIN, TEST = 64, 120
 CONTENDERS = (*(("colora", name) for name in ARMS[:4]), ("multilora", ARMS[3]))
 RATES = {"colora": 2e-3, "multilora": 4e-3}  # a MultiLoRA's scales start at zero
 
@@ -63,11 +63,11 @@ def plan_of(name: str, samples: int, writer: str, seed: int) -> Plan:
             steps=32,
             lr=5e-4,
             batch=12,
-            calls=10,
+            calls=6,
             temperature=0.9,
             top_p=0.95,
             max_new_tokens=160,
-            distil_epochs=8,
+            distil_epochs=6,
         ),
     )
 
@@ -101,7 +101,7 @@ def bare(plan: Plan, rows: SiteRows) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     file, *given = sys.argv[1:]
-    samples, writer, seed = given + ["64", "source", "0"][len(given) :]
+    samples, writer, seed = given + ["96", "source", "0"][len(given) :]
     path, name = Path(file), Path(file).stem
     rows, plan = rows_of(path, int(seed)), plan_of(name, int(samples), writer, int(seed))
     test, quiet = list(rows.test), TransferSettings()

@@ -1,0 +1,33 @@
+"""A Big-Bench task file as JSON lines with ``prompt`` and ``completion``, for transfer_writing.py.
+
+python benchmarks/bigbench.py TASK.json [ANSWER …] > FILE.jsonl
+
+An example counts where it has one answer; with ANSWERs named, where that is one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def rows_of(examples: Sequence[dict[str, Any]], wanted: Sequence[str]) -> Iterator[dict[str, str]]:
+    for example in examples:
+        scores = example.get("target_scores")
+        answers = [word for word, score in scores.items() if score] if scores else example["target"]
+        answer = answers[0].strip(" .") if len(answers) == 1 else ""
+        if answer and (not wanted or answer in wanted):
+            yield {"prompt": " ".join(example["input"].split()), "completion": f" {answer}"}
+
+
+def main() -> None:
+    file, *wanted = sys.argv[1:]
+    for row in rows_of(json.loads(Path(file).read_text(encoding="utf-8"))["examples"], wanted):
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
