@@ -53,6 +53,8 @@ class Board:
     baseline: bool = False  # the baseline is running, or ran
     seconds: float = 0.0
     note: str = ""  # what is out of the ordinary now
+    awaited: int = 0  # sites that do what may take minutes: prepare a move, or write their texts for it
+    ready: list[str] = field(default_factory=list)  # those of them that have done it
     rows: dict[str, SiteRow] = field(default_factory=dict)
     troubles: list[str] = field(default_factory=list)  # of nodes that are no known site
     replies: dict[tuple[bool, str, int], Event] = field(default_factory=dict)
@@ -84,9 +86,11 @@ def board_of(events: Iterable[Event]) -> Board:
 
 
 def note_of(event: Event) -> str:
-    """What a waiting, restarted, late or closing event says, in words."""
+    """What a waiting, restarted, late, moving or closing event says, in words."""
+    if event["event"] == "moving":
+        return f"{len(event['sites'])} sites write texts and answer them as they did in {event['of']}: {_SLOW}"
     if event["event"] == "closing":
-        more = ", and prepare a later move: minutes a site without a GPU" if event["prepares"] else ""
+        more = f", and prepare a later move: {_SLOW}" if event["prepares"] else ""
         return f"closing: {len(event['sites'])} sites personalise and measure{more}"
     if event["event"] == "restarted":
         return f"the {event['what']} was started again" + (f": {event['reason']}" if event.get("reason") else "")
@@ -98,8 +102,22 @@ def note_of(event: Event) -> str:
     return f"waiting: {event['reason']}"
 
 
+_SLOW = "minutes a site without a GPU"
+
+
 def _noted(board: Board, event: Event) -> None:
     board.note = note_of(event)
+
+
+def _awaits(board: Board, event: Event) -> None:
+    _noted(board, event)
+    board.awaited, board.ready = len(event["sites"]) if event.get("prepares", True) else 0, []
+
+
+def _ready(board: Board, event: Event) -> None:
+    if board.awaited and event["site"] not in board.ready:
+        board.ready.append(event["site"])
+        board.note = f"{len(board.ready)} of {board.awaited} sites are ready"
 
 
 def _started(board: Board, event: Event) -> None:
@@ -120,7 +138,7 @@ def _joined(board: Board, event: Event) -> None:
 
 
 def _round_started(board: Board, event: Event) -> None:
-    board.round, board.note = event["round"], ""
+    board.round, board.note, board.awaited = event["round"], "", 0
 
 
 def _round(board: Board, event: Event) -> None:
@@ -139,6 +157,7 @@ def _reply(board: Board, event: Event) -> None:
         row.fresh.append(event["round"])
     row.round = min(event["round"], board.rounds)
     row.loss = event["metrics"].get("train.loss", row.loss)
+    _ready(board, event)
 
 
 def _baseline_reply(board: Board, event: Event) -> None:
@@ -173,5 +192,7 @@ _HANDLERS: dict[tuple[str, bool | None], Callable[[Board, Any], None]] = {
     ("waiting", None): _noted,
     ("restarted", None): _noted,
     ("late", None): _noted,
-    ("closing", None): _noted,
+    ("closing", None): _awaits,
+    ("moving", None): _awaits,
+    ("met", None): _ready,
 }

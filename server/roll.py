@@ -55,11 +55,19 @@ class Roll:
     """Meets nodes without ever waiting for one. ``welcome`` judges who came, and raises RefusedError.
 
     Nodes that registered by a key carry the name that the key belongs to, and can speak for no other site. With a
-    ``memory`` (a file) a coordinator that starts again need not ask those that stayed.
+    ``memory`` (a file) a coordinator that starts again need not ask those that stayed. ``heard`` is told
+    each site's name as it introduces itself.
     """
 
-    def __init__(self, grid: Grid, names: Collection[str], inquiry: Inquiry, memory: Path | None = None) -> None:
-        self._grid, self._names, self._inquiry, self._memory = grid, names, inquiry, memory
+    def __init__(
+        self,
+        grid: Grid,
+        names: Collection[str],
+        inquiry: Inquiry,
+        memory: Path | None = None,
+        heard: Callable[[str], None] = lambda site: None,
+    ) -> None:
+        self._grid, self._names, self._inquiry, self._memory, self._heard = grid, names, inquiry, memory, heard
         self._known = _recall(memory) if memory else {}
         self.met: dict[str, Present] = {}
         self.failures: list[tuple[str, str | None]] = []  # (node or site, reason), for the caller to tell and clear
@@ -127,6 +135,7 @@ class Roll:
             self.refusals.append(error if error.site else error.at(name))
             return None
         self.met[present.site] = present
+        self._heard(present.site)
         self._remember()
         return present
 

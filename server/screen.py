@@ -36,11 +36,13 @@ class Screen:
 
     def __call__(self, event: Event) -> None:
         """Takes in one event and redraws, or prints its line."""
+        before = len(self.board.ready)
         self.board.tell(event)
         if self.live:
             self.live.update(Group(_headline(self.board), _progress_table(self.board)), refresh=True)
         else:
-            line = _line(self.board, event)
+            ready = len(self.board.ready) > before
+            line = f"{self.board.note} ({event['site']})" if ready else _line(self.board, event)
             if line:
                 self.console.print(line, highlight=False, soft_wrap=True)
 
@@ -96,7 +98,7 @@ def _line(board: Board, event: Event) -> str | None:
         metric = f", personal {personal:.3f}" if personal is not None else ""
         sites = f"{len(event['admitted'])} sites"
         return f"{who}round {event['round']}/{board.rounds}: {sites}{loss}{metric}, {event['seconds']:.1f} s"
-    if name in ("waiting", "restarted", "late", "closing"):
+    if name in ("waiting", "restarted", "late", "closing", "moving"):
         return f"{who}{note_of(event)}"
     if name in ("refused", "failed"):
         site = event.get("site") or "a node"

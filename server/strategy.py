@@ -64,11 +64,14 @@ class AdapterStrategy:
         """
         names, attempts, enduring = [m.site for m in self.roster], self.settings.attempts, self.conduct.enduring
         inquiry = Inquiry(lambda node: messages.join_message(self.recipe.name, self.plan, node), attempts)
-        roll = Roll(grid, names, inquiry, self.spool.with_name("roll.json") if enduring else None)
+        memory = self.spool.with_name("roll.json") if enduring else None
+        roll = Roll(grid, names, inquiry, memory, lambda site: self.chronicle.tell("met", site=site))
         self.members = Members(roll, names, self.chronicle, self.conduct)
         patience = Patience(self.settings.timeout, attempts, enduring, INTERVAL if enduring else 0.05)
         self.asker = Asker(grid, roll, patience, self._tell_late)
         quorum = self.settings.quorum or len(names) // 2 + 1
+        if self.recipe.transfer.of is not None:
+            self.chronicle.tell("moving", of=self.recipe.transfer.of, sites=names)
         if not enduring:
             wait_for_nodes(grid, len(names))
         met = self.members.gather(quorum, self.settings.timeout)

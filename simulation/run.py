@@ -101,13 +101,14 @@ def _seal(run: RunFolder, recipe: Recipe, roster: list[tuple[str, int]]) -> None
 def local_only(recipe: Recipe) -> Recipe:
     """The same recipe with every site alone: as many steps, the same data, nothing shared, measured at the end.
 
-    All groups train together: there is nothing to take turns with.
+    All groups train together: there is nothing to take turns with. Nothing is prepared for a move.
     """
     evaluation = dataclasses.replace(recipe.evaluation, every=0)
     steps = recipe.train.steps_per_round
     train = dataclasses.replace(recipe.train, schedule="joint", steps=steps, phase=(), final_groups=None)
     method = MethodSettings(name=BASELINE)
-    return dataclasses.replace(recipe, method=method, evaluation=evaluation, train=train)
+    transfer = dataclasses.replace(recipe.transfer, prepare=False)
+    return dataclasses.replace(recipe, method=method, evaluation=evaluation, train=train, transfer=transfer)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+from rich.console import Console
+
 from colora.server.board import board_of
 from colora.server.events import Event
+from colora.server.screen import Screen
 
 
 def event(name: str, **fields: Any) -> Event:
@@ -43,6 +47,24 @@ def test_a_node_that_could_not_join_is_told_and_leaves_the_means_alone() -> None
     board = board_of([*START, failed, *replies])
     assert board.mean("personal") == 0.75
     assert board.troubles == ["node 3: RuntimeError"]
+
+
+def test_who_is_ready_is_told_while_sites_do_what_takes_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(Console(force_terminal=False, width=200))
+    moving = event("moving", of="old", sites=["ada", "bob"])
+    closing = event("closing", round=2, sites=["ada", "bob"], prepares=True)
+    met = [event("met", site=site) for site in ("ada", "bob", "bob")]
+    start, *joined = START
+    for each in (start, moving, *met, *joined, event("round_started", round=1, sites=[]), reply("ada", 1), closing):
+        screen(each)
+    screen(reply("bob", 3))
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "2 sites write texts and answer them as they did in old: minutes a site without a GPU",
+        "1 of 2 sites are ready (ada)",
+        "2 of 2 sites are ready (bob)",
+        "closing: 2 sites personalise and measure, and prepare a later move: minutes a site without a GPU",
+        "1 of 2 sites are ready (bob)",
+    ]
 
 
 def test_the_baseline_fills_the_column_alone_and_nothing_else() -> None:
