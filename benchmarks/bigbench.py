@@ -16,8 +16,9 @@ from typing import Any
 
 def rows_of(examples: Sequence[dict[str, Any]], wanted: Sequence[str]) -> Iterator[dict[str, str]]:
     for example in examples:
-        scores = example.get("target_scores")
-        answers = [word for word, score in scores.items() if score] if scores else example["target"]
+        scores, target = example.get("target_scores"), example.get("target", [])
+        answers = [word for word, score in scores.items() if score] if scores else target
+        answers = [answers] if isinstance(answers, str) else answers
         answer = answers[0].strip(" .") if len(answers) == 1 else ""
         if answer and (not wanted or answer in wanted):
             yield {"prompt": " ".join(example["input"].split()), "completion": f" {answer}"}

@@ -117,7 +117,7 @@ def main() -> None:
         tell("source with adapter (LoRA)", exact(old, test))
         tell("target without adapter", bare(dataclasses.replace(plan, transfer=quiet), rows))
         chosen = arms(old, plan, Path(folder) / "written")
-        for method, which in ((method, which) for method, which in CONTENDERS if which in chosen):
+        for method, which in CONTENDERS:
             new = plan_for(old, WRITER, (f"method.name={method}", f"transfer.distil_lr={RATES[method]}"))
             texts = label(old, chosen[which])
             saved = taught(old, new, texts, Path(folder) / f"{method}-{which.replace(' ', '-')}")

@@ -184,7 +184,7 @@ class Trainer:
 
     def _with_head(self, state: PersonalState, order: Order) -> PersonalState:
         """A site that has trained nothing yet, with a fitted head of its own where the plan says so."""
-        if self.plan.train.head_start != "fitted" or self.row.head is not PERSONAL or not self.learns:
+        if not (self.plan.fits_heads and self.learns and self.task.train.examples):
             return state
         self.load(order.shared, {})
         if not self.task.fit_head():

@@ -35,7 +35,6 @@ def moved(recipe: Recipe, model: str) -> Recipe:
         recipe,
         name=f"{recipe.name[:30]}-on-{slug}",
         model=dataclasses.replace(recipe.model, source=model, revision=None),
-        train=dataclasses.replace(recipe.train, head_start=recipe.train.head_start or "fitted"),
         transfer=dataclasses.replace(recipe.transfer, of=recipe.name),
         simulation=dataclasses.replace(recipe.simulation, baseline=False),
     )
@@ -136,6 +135,8 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("site", "[[site]] tables, or a [partition] that makes them", "neither")
     if recipe.site and recipe.partition is not None:
         raise RecipeError("partition", "either [[site]] tables or [partition]", "both")
+    if recipe.train.head_start == "fitted" and row.head is not Role.PERSONAL:
+        raise RecipeError("train.head_start", "random (or none) where the head is not a site's own", "fitted")
     names = [site.name for site in recipe.site]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:

@@ -152,10 +152,9 @@ class TrainSettings:
     lr: Rate = 1e-3  # A and B
     core_lr: Rate | None = None  # as lr when unset
     head_lr: Rate | None = None  # as lr when unset
-    # "fitted": a site's own head begins as a regression on what it sees (linear probing before fine-tuning, arXiv
-    # 2202.10054). Unset: in a move to a new base model only
-    head_start: Literal["random", "fitted"] | None = None
     private_lr: Rate | None = None  # as lr when unset
+    head_start: Literal["random", "fitted"] | None = None  # fitted: a site's own linear head begins as a regression on
+    # what it sees (linear probing before fine-tuning, arXiv:2202.10054); when unset, in a move only
     weight_decay: Rate = 0.0
     max_grad_norm: Rate = 1.0  # 0 turns clipping off
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
@@ -234,6 +233,12 @@ class Plan:
         """The method's row, with the private adapter where there is one."""
         row = self.method.row()
         return dataclasses.replace(row, private=Role.PERSONAL) if self.private.present else row
+
+    @property
+    def fits_heads(self) -> bool:
+        """Whether a head that is a site's own is fitted before its first step."""
+        asked = self.train.head_start or ("random" if self.transfer.of is None else "fitted")
+        return asked == "fitted" and self.row().head is Role.PERSONAL
 
     @property
     def total_steps(self) -> int:

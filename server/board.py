@@ -10,6 +10,7 @@ from ..common.rows import PRIMARY
 from .events import Event
 
 Metrics = Mapping[str, float | None]
+_SLOW = "minutes a site without a GPU"
 
 
 @dataclass
@@ -53,8 +54,9 @@ class Board:
     baseline: bool = False  # the baseline is running, or ran
     seconds: float = 0.0
     note: str = ""  # what is out of the ordinary now
-    awaited: int = 0  # sites that do what may take minutes: prepare a move, or write their texts for it
-    ready: list[str] = field(default_factory=list)  # those of them that have done it
+    awaits: str = ""  # the event by which a site says that it has done what takes minutes: prepared, or written
+    ready: list[str] = field(default_factory=list)  # those that have, of so many:
+    awaited: int = 0
     rows: dict[str, SiteRow] = field(default_factory=dict)
     troubles: list[str] = field(default_factory=list)  # of nodes that are no known site
     replies: dict[tuple[bool, str, int], Event] = field(default_factory=dict)
@@ -102,33 +104,35 @@ def note_of(event: Event) -> str:
     return f"waiting: {event['reason']}"
 
 
-_SLOW = "minutes a site without a GPU"
-
-
 def _noted(board: Board, event: Event) -> None:
     board.note = note_of(event)
 
 
-def _awaits(board: Board, event: Event) -> None:
+def _moving(board: Board, event: Event) -> None:
     _noted(board, event)
-    board.awaited, board.ready = len(event["sites"]) if event.get("prepares", True) else 0, []
+    board.awaits, board.ready, board.awaited = "met", [], len(event["sites"])
+
+
+def _closing(board: Board, event: Event) -> None:
+    _noted(board, event)
+    board.awaits, board.ready, board.awaited = "reply" if event["prepares"] else "", [], len(event["sites"])
 
 
 def _ready(board: Board, event: Event) -> None:
-    if board.awaited and event["site"] not in board.ready:
+    if event["event"] == board.awaits and event["site"] not in board.ready:
         board.ready.append(event["site"])
         board.note = f"{len(board.ready)} of {board.awaited} sites are ready"
 
 
 def _started(board: Board, event: Event) -> None:
     board.federation, board.method, board.model = event["federation"], event["method"], event["model"]
-    board.rounds = event["rounds"]
+    board.rounds, board.awaits = event["rounds"], ""
     for site in event["sites"]:
         board.row(site)
 
 
 def _baseline_started(board: Board, event: Event) -> None:
-    board.baseline, board.round = True, 0
+    board.baseline, board.round, board.awaits = True, 0, ""
 
 
 def _joined(board: Board, event: Event) -> None:
@@ -138,7 +142,7 @@ def _joined(board: Board, event: Event) -> None:
 
 
 def _round_started(board: Board, event: Event) -> None:
-    board.round, board.note, board.awaited = event["round"], "", 0
+    board.round, board.note, board.awaits = event["round"], "", ""
 
 
 def _round(board: Board, event: Event) -> None:
@@ -192,7 +196,7 @@ _HANDLERS: dict[tuple[str, bool | None], Callable[[Board, Any], None]] = {
     ("waiting", None): _noted,
     ("restarted", None): _noted,
     ("late", None): _noted,
-    ("closing", None): _awaits,
-    ("moving", None): _awaits,
-    ("met", None): _ready,
+    ("closing", None): _closing,
+    ("moving", False): _moving,
+    ("met", False): _ready,
 }

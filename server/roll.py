@@ -56,7 +56,7 @@ class Roll:
 
     Nodes that registered by a key carry the name that the key belongs to, and can speak for no other site. With a
     ``memory`` (a file) a coordinator that starts again need not ask those that stayed. ``heard`` is told
-    each site's name as it introduces itself.
+    each site's name when it is met.
     """
 
     def __init__(
@@ -65,9 +65,10 @@ class Roll:
         names: Collection[str],
         inquiry: Inquiry,
         memory: Path | None = None,
-        heard: Callable[[str], None] = lambda site: None,
+        heard: Callable[[str], None] | None = None,
     ) -> None:
-        self._grid, self._names, self._inquiry, self._memory, self._heard = grid, names, inquiry, memory, heard
+        self._grid, self._names, self._inquiry, self._memory = grid, names, inquiry, memory
+        self._heard = heard or (lambda site: None)
         self._known = _recall(memory) if memory else {}
         self.met: dict[str, Present] = {}
         self.failures: list[tuple[str, str | None]] = []  # (node or site, reason), for the caller to tell and clear
@@ -100,6 +101,7 @@ class Roll:
                 known = self._known.get(node)
                 if known and known.since == there.since and known.site in self._names:
                     self.met[known.site], there.due = known, float("inf")
+                    self._heard(known.site)
             if there.due <= now:
                 self._ask(node, there)
         return self._take_answers()

@@ -41,8 +41,8 @@ class Screen:
         if self.live:
             self.live.update(Group(_headline(self.board), _progress_table(self.board)), refresh=True)
         else:
-            ready = len(self.board.ready) > before
-            line = f"{self.board.note} ({event['site']})" if ready else _line(self.board, event)
+            new = len(self.board.ready) > before
+            line = f"{self.board.note} ({event['site']})" if new else _line(self.board, event)
             if line:
                 self.console.print(line, highlight=False, soft_wrap=True)
 

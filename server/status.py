@@ -48,7 +48,7 @@ from .checkpoint import Mark, latest_mark
 from .events import Event, read_events
 
 Phase = Literal["joining", "waiting", "training", "closing", "closed", "not running"]
-HEARD = ("joined", "reply", "late", "refused")  # events that a site's own message made
+HEARD = ("met", "joined", "reply", "late", "refused")  # events that a site's own message made
 AT_WORK = ("round_started", "reply", "round", "failed", "refused", "late")
 LONGEST_WAIT = 120.0  # seconds without an event while sites are missing, before that counts as standing still
 LONGEST_ROUND = 3600.0  # the same for a round without a deadline
@@ -131,7 +131,8 @@ def run_status(folder: Path, now: float | None = None) -> RunStatus:
     services = tuple(_services(told)) if told and phase != "closed" else ()
     if phase not in ("closed", "not running") and _ended(processes, told, idle, recipe.server.timeout):
         phase, about = "not running", f"{phase} when it was last heard of"
-    limit = LONGEST_WAIT if phase in ("joining", "waiting") else (recipe.server.timeout or LONGEST_ROUND) + LONGEST_WAIT
+    short = phase in ("joining", "waiting") and not board.awaits  # what sites write for a move takes them longer
+    limit = LONGEST_WAIT if short else (recipe.server.timeout or LONGEST_ROUND) + LONGEST_WAIT
     problems = list(_problems(phase, about, services, processes))
     if phase not in ("closed", "not running") and (idle or 0) > limit:
         problems.append(f"nothing has happened for {ago(idle).removesuffix(' ago')}")
@@ -197,6 +198,7 @@ def _roster(folder: Path, board: Board) -> list[str]:
 
 def _phase(events: list[Event], board: Board, mark: Mark | None) -> tuple[Phase, str]:
     """What the events of the last start say, and words on it."""
+    events = [event for event in events if event["event"] != "met"]
     names = [event["event"] for event in events]
     if mark and mark.closed:
         return "closed", ""

@@ -65,12 +65,13 @@ class AdapterStrategy:
         names, attempts, enduring = [m.site for m in self.roster], self.settings.attempts, self.conduct.enduring
         inquiry = Inquiry(lambda node: messages.join_message(self.recipe.name, self.plan, node), attempts)
         memory = self.spool.with_name("roll.json") if enduring else None
-        roll = Roll(grid, names, inquiry, memory, lambda site: self.chronicle.tell("met", site=site))
+        moving = state is None and self.recipe.transfer.of is not None  # a site has its texts when it is met
+        roll = Roll(grid, names, inquiry, memory, self._tell_met if moving else None)
         self.members = Members(roll, names, self.chronicle, self.conduct)
         patience = Patience(self.settings.timeout, attempts, enduring, INTERVAL if enduring else 0.05)
         self.asker = Asker(grid, roll, patience, self._tell_late)
         quorum = self.settings.quorum or len(names) // 2 + 1
-        if self.recipe.transfer.of is not None:
+        if moving:
             self.chronicle.tell("moving", of=self.recipe.transfer.of, sites=names)
         if not enduring:
             wait_for_nodes(grid, len(names))
@@ -219,6 +220,9 @@ class AdapterStrategy:
         for site in [s for s in asked if s in silent]:
             limit = self.settings.timeout
             self.chronicle.failed(t, site, f"no answer within {limit:g} s" if limit else "not there")
+
+    def _tell_met(self, site: str) -> None:
+        self.chronicle.tell("met", site=site)
 
     def _tell_late(self, site: str) -> None:
         self.chronicle.tell(

@@ -14,7 +14,8 @@ from ..rows import Row
 from .task import Batch, Encoded, Metrics, Prediction, Task, pad
 
 Label = int | list[float]  # a class, or the probabilities of all
-UNSEEN = -10.0  # the logit of a class without an example
+UNSEEN = -10.0  # the logit of a class without an example, where a head has offsets
+NEGLIGIBLE = 0.01  # a probability below which a class is no label of an example: not to copy it for every class
 
 
 class Classification(Task):
@@ -85,49 +86,32 @@ class Classification(Task):
 
     @torch.no_grad()
     def probe(self) -> Metrics | None:
-        """A multinomial logistic regression on what the head would see, fitted on the site's training texts.
+        """A logistic regression on what the head would see, fitted on the site's training texts.
 
         The same data and features give the same head, so two backbones can be compared where heads are personal.
         """
         if not self.test.examples:
             return {}
-        weights, offsets = self._regression()
+        weights, offsets = _regression(*self._features(self.train.examples), len(self.rows.labels))
         x, labels = self._features(self.test.examples)
         return self._scores(list(map(_likeliest, labels)), (x @ weights.T + offsets).argmax(1))
 
     @torch.no_grad()
     def fit_head(self) -> bool:
-        """Sets the head to the regression of :meth:`probe`; False where it is more than one linear layer."""
+        """Sets the head to the regression of :meth:`probe`; False where it is more than one linear layer.
+
+        Features are of one text at a time, and so of no batch's padding: the same texts give the same bits.
+        """
         (head,) = self._head.values() if len(self._head) == 1 else (None,)
         if not isinstance(head, nn.Linear):
             return False
-        weights, offsets = self._regression(with_offset=head.bias is not None)
+        alone = [self._features([example]) for example in self.train.examples]
+        x, labels = np.concatenate([features for features, _ in alone]), [label for _, (label,) in alone]
+        weights, offsets = _regression(x, labels, len(self.rows.labels), with_offset=head.bias is not None)
         head.weight.copy_(torch.as_tensor(weights))
         if head.bias is not None:
             head.bias.copy_(torch.as_tensor(offsets))
         return True
-
-    def _regression(self, *, with_offset: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Weights (classes, d) and offsets (classes,) of scaled features; probabilities weigh an example's classes."""
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.preprocessing import StandardScaler
-
-        x, labels = self._features(self.train.examples)
-        classes = len(self.rows.labels)
-        shares = np.array([np.eye(classes)[label] if isinstance(label, int) else label for label in labels])
-        example, label = np.nonzero(shares)
-        weights, offsets = np.zeros((classes, x.shape[1])), np.full(classes, UNSEEN)
-        seen = np.unique(label)
-        offsets[seen] = 0.0
-        if len(seen) > 1:
-            scaler = StandardScaler(with_mean=with_offset).fit(x)
-            fitted = LogisticRegression(C=0.1, max_iter=500, fit_intercept=with_offset)
-            fitted.fit(scaler.transform(x)[example], label, shares[example, label])
-            rows = fitted.coef_ / scaler.scale_
-            these = seen[-len(rows) :]  # of two classes sklearn tells the second's, against the first
-            weights[these] = rows
-            offsets[these] = fitted.intercept_ - (rows @ scaler.mean_ if with_offset else 0.0)
-        return weights, offsets
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -152,6 +136,37 @@ class Classification(Task):
         classes = list(range(len(self.rows.labels)))
         f1 = f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)  # type: ignore[arg-type]
         return {"accuracy": float(accuracy_score(labels, predicted)), "macro_f1": float(f1)}
+
+
+def _regression(
+    x: np.ndarray, labels: Sequence[Label], classes: int, *, with_offset: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (classes, d) and offsets (classes,) of a multinomial logistic regression on features x (n, d).
+
+    The penalty is L2 on weights of scaled features (C = 0.1); probabilities weigh an example's classes. On one thread,
+    so that the bits do not hang on how many there are.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    shares = np.array([np.eye(classes)[label] if isinstance(label, int) else label for label in labels])
+    example, label = np.nonzero(shares >= NEGLIGIBLE)
+    weights, offsets = np.zeros((classes, x.shape[1])), np.full(classes, UNSEEN)
+    seen = np.unique(label)
+    offsets[seen] = 0.0
+    if len(seen) == 1:
+        return weights, offsets
+    with threadpool_limits(1):
+        scaler = StandardScaler(with_mean=with_offset).fit(x)
+        fitted = LogisticRegression(C=0.1, max_iter=500, fit_intercept=with_offset)
+        fitted.fit(scaler.transform(x)[example], label, shares[example, label])
+        rows = fitted.coef_ / scaler.scale_
+        cuts = fitted.intercept_ - (rows @ scaler.mean_ if with_offset else 0.0)
+    if len(seen) == 2:  # sklearn tells the second's against the first
+        rows, cuts = np.concatenate([-rows, rows]) / 2, np.concatenate([-cuts, cuts]) / 2
+    weights[seen], offsets[seen] = rows, cuts
+    return weights, offsets
 
 
 def _likeliest(label: Label) -> int:

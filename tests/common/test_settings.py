@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import tomli_w
 
+from colora.common.errors import RecipeError
 from colora.common.methods import ABSENT, METHODS, PERSONAL, SHARED
-from colora.common.recipe import load_recipe, load_site, recipe_from
+from colora.common.recipe import load_recipe, load_site, moved, recipe_from
 from colora.common.settings import MethodSettings, Plan, Recipe, parse, to_dict, to_json
+from colora.simulation.run import local_only
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.toml"))
 SMALL: dict[str, Any] = {
@@ -172,3 +174,21 @@ def test_paths_in_a_site_file_start_at_its_folder(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_text(tomli_w.dumps({"name": "ada", "data": data}))
     site = load_site(tmp_path / "site.toml")
     assert (site.data.source, site.data.test_source) == (str((tmp_path / "rows.jsonl").resolve()), "absent.jsonl")
+
+
+def test_a_head_is_fitted_where_asked_and_in_a_move_and_only_where_it_is_the_sites_own() -> None:
+    fitted, anyhow, shared = {"head_start": "fitted"}, {"head_start": "random"}, {"head": "shared"}
+    recipe = recipe_from(SMALL)
+    assert not recipe.fits_heads
+    assert moved(recipe, "other").fits_heads
+    assert recipe_from({**SMALL, "train": fitted}).fits_heads
+    assert not moved(recipe_from({**SMALL, "train": anyhow}), "other").fits_heads
+    assert not moved(recipe_from({**SMALL, "method": shared}), "other").fits_heads
+    with pytest.raises(RecipeError, match=r"train.head_start: expected random .*, found fitted"):
+        recipe_from({**SMALL, "train": fitted, "method": shared})
+
+
+def test_nothing_is_prepared_for_a_move_by_a_local_only_baseline() -> None:
+    recipe = recipe_from({**SMALL, "transfer": {"prepare": True}})
+    assert recipe.transfer.prepare
+    assert not local_only(recipe).transfer.prepare

@@ -57,13 +57,15 @@ def test_who_is_ready_is_told_while_sites_do_what_takes_minutes(capsys: pytest.C
     start, *joined = START
     for each in (start, moving, *met, *joined, event("round_started", round=1, sites=[]), reply("ada", 1), closing):
         screen(each)
-    screen(reply("bob", 3))
+    for each in (met[0], reply("bob", 3), {**met[0], "baseline": True}, start, met[0]):  # it came back: no sign of this
+        screen(each)
     assert capsys.readouterr().out.splitlines()[1:] == [
         "2 sites write texts and answer them as they did in old: minutes a site without a GPU",
         "1 of 2 sites are ready (ada)",
         "2 of 2 sites are ready (bob)",
         "closing: 2 sites personalise and measure, and prepare a later move: minutes a site without a GPU",
         "1 of 2 sites are ready (bob)",
+        "f: colora on m, 2 sites",
     ]
 
 
