@@ -1,6 +1,6 @@
 """Trans-LoRA of a model that writes: SmolLM2 with a LoRA to the same base model with another kind of adapter.
 
-python benchmarks/transfer_writing.py FILE [SAMPLES] [source|tuned] [SEED]     (96, source, 0)
+python benchmarks/transfer_writing.py FILE [SAMPLES] [source|tuned] [SEED]     (64, source, 0)
 
 FILE has JSON lines with ``prompt`` and ``completion`` (bigbench.py makes them). Exact match of greedy answers on test
 rows that nothing was trained on: the source with its adapter, the base model without one, a CoLoRA that learnt the
@@ -60,10 +60,10 @@ def plan_of(name: str, samples: int, writer: str, seed: int) -> Plan:
             prepare=True,
             writer=writer,  # type: ignore[arg-type]
             samples=samples,
-            steps=32,
+            steps=20,
             lr=5e-4,
             batch=12,
-            calls=6,
+            calls=4,
             temperature=0.9,
             top_p=0.95,
             max_new_tokens=160,
@@ -101,7 +101,7 @@ def bare(plan: Plan, rows: SiteRows) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     file, *given = sys.argv[1:]
-    samples, writer, seed = given + ["96", "source", "0"][len(given) :]
+    samples, writer, seed = given + ["64", "source", "0"][len(given) :]
     path, name = Path(file), Path(file).stem
     rows, plan = rows_of(path, int(seed)), plan_of(name, int(samples), writer, int(seed))
     test, quiet = list(rows.test), TransferSettings()
