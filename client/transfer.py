@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from ..common.errors import DataError, RecipeError, StateError
 from ..common.files import write_atomically
 from ..common.first import first_shared
 from ..common.model import BaseModel, check_writes, load
-from ..common.protocol import Order
+from ..common.protocol import Order, Reply
 from ..common.recipe import overridden
 from ..common.rows import Row, SiteRows
 from ..common.saved import Saved, read_saved
@@ -46,11 +47,15 @@ TITOK_OVER = 2  # texts labelled for each one that TiTok's score keeps
 
 @dataclass(frozen=True)
 class Transferred:
-    """A model on the new base: its state file, and how many synthetic examples it learnt from, of those wanted."""
+    """A model on the new base: its state file, and how many synthetic examples it learnt from, of those wanted.
+
+    ``agreement`` is the share of them that it gives the old model's label; None where answers are free text.
+    """
 
     state: Path
     examples: int
     wanted: int
+    agreement: float | None
     seconds: float
 
 
@@ -100,19 +105,29 @@ def transfer(
         phase=(),
         steps=batches * plan.transfer.distil_epochs,
         final_steps=0,
-        head_start=plan.train.head_start or "fitted",
         lr=plan.transfer.distil_lr,
         lr_schedule="linear",
         warmup_steps=0,
         weight_decay=0.0,
     )
-    plan = dataclasses.replace(plan, rounds=1, train=train)
+    of = dataclasses.replace(plan.transfer, of=saved.plan.name)
+    plan = dataclasses.replace(plan, rounds=1, train=train, transfer=of)
     card, kept = saved.card, for_the_next(saved, plan, rows)
     base = load(plan.model, generates=card.task == "generation")
     site = SiteRows(card.site, card.task, rows, (), card.labels)  # type: ignore[arg-type]
     trainer = Trainer(set_up(base, plan), site, Store(out, plan.name), prepared=kept)
-    trainer.respond(Order(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False), steps)
-    return Transferred(trainer.store.path(1), len(rows), wanted, time.monotonic() - began)
+    reply = trainer.respond(Order(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False), steps)
+    agreement = _agreement(trainer, reply) if card.task == "classification" else None
+    return Transferred(trainer.store.path(1), len(rows), wanted, agreement, time.monotonic() - began)
+
+
+def _agreement(trainer: Trainer, reply: Reply) -> float:
+    """The share of a classifier's written texts that the state after round 1 labels as they are."""
+    state, rows = trainer.store.state(1), trainer.task.rows.train
+    assert state
+    trainer.load(reply.shared, state.tensors)
+    said = trainer.task.predict([{"text": row["text"]} for row in rows])
+    return statistics.mean(p["label"] == row["label"] for p, row in zip(said, rows, strict=True))
 
 
 def check_transfer(saved: Saved, plan: Plan) -> None:

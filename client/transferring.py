@@ -28,8 +28,10 @@ class Bar:
 
     def wrote(self, progress: Written) -> None:
         """After every call of the writer, and after every judgement."""
-        told = f"{progress.kept} of {progress.wanted} kept, {progress.written} written ({progress.acceptance:.0%} kept)"
-        self._show("writing", min(progress.kept, progress.wanted), progress.wanted, told)
+        kept = min(progress.kept, progress.wanted)
+        more = f", {progress.waiting} not judged yet" if progress.waiting else f" ({progress.acceptance:.0%} kept)"
+        told = f"{kept} of {progress.wanted} kept, {progress.written} written{more}"
+        self._show("writing", kept, progress.wanted, told)
 
     def stepped(self, done: int, total: int) -> None:
         """After every optimiser step."""

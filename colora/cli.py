@@ -40,7 +40,7 @@ def _about(version: Annotated[bool, typer.Option("--version", help="Print the ve
 
 @app.command()
 def simulate(
-    recipe: Annotated[str, typer.Argument(show_default=False)] = "demo",
+    recipe: Annotated[str | None, typer.Argument(show_default=False)] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a key: train.lr=1e-3. Repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
@@ -76,13 +76,19 @@ def simulate(
     overrides = [*(set_ or [])]
     overrides += [f'simulation.engine="{engine}"'] if engine else []
     overrides += [f"simulation.baseline={str(baseline).lower()}"] if baseline is not None else []
-    if (transfer_from is None) != (transfer_to is None):
-        raise RecipeError("--transfer-from", "a run folder, together with --transfer-to MODEL", "one without the other")
+    if transfer_to and not transfer_from:
+        raise RecipeError("--transfer-from", "the run folder whose sites move to --transfer-to", "nothing")
+    if transfer_from and not transfer_to:
+        raise RecipeError("--transfer-to", "the base model that the sites of --transfer-from move to", "nothing")
+    if transfer_from and recipe:
+        raise RecipeError("RECIPE", f"none: it is that of {transfer_from}, and --set changes its keys", recipe)
     if transfer_from and transfer_to:
+        if not (transfer_from / "recipe.toml").is_file():
+            raise RecipeError("--transfer-from", "the run folder of a simulation", transfer_from)
         overrides += [f"simulation.states={json.dumps(str(transfer_from))}"]
         settings = moved(load_recipe(transfer_from / "recipe.toml", tuple(overrides)), transfer_to)
     else:
-        settings = load_recipe(find_recipe(recipe), tuple(overrides))
+        settings = load_recipe(find_recipe(recipe or "demo"), tuple(overrides))
     folder = out or Path("runs") / settings.name
     console = Console()
     log = replay_of(replay) if replay else None
@@ -92,9 +98,16 @@ def simulate(
         with Screen(console) as screen:
             run = run_simulation(settings, folder, resume=resume, listener=screen, replay=log)
     except KeyboardInterrupt:
-        typer.echo("Stopped. The same command with --resume goes on from the last round.", err=True)
+        typer.echo(
+            "Stopped. The same command with --resume goes on from the last round and the texts that are written.",
+            err=True,
+        )
         raise typer.Exit(STOPPED) from None
     report(board_of(run.events()), run.path, console)
+    if settings.transfer.prepare:
+        one = f"colora transfer {run.path}/sites/NAME --to MODEL --out FOLDER"
+        every = f"colora simulate --transfer-from {run.path} --transfer-to MODEL"
+        console.print(f"Prepared for another base model: {one}, or {every}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -264,7 +277,9 @@ def transfer(
     if done.examples < done.wanted:
         why = f"the writer's {plan.transfer.calls} calls (transfer.calls) were used up, or answers were empty"
         typer.echo(f"  of {done.wanted} wanted: {why}")
-    typer.echo(f"  colora export {out}, colora predict {out} and colora transfer {out} take it as any other")
+    if done.agreement is not None:
+        typer.echo(f"  the new model answers {done.agreement:.0%} of them as the old one does")
+    typer.echo(f"  colora export {out}, colora predict {out} and colora transfer {out} take it as any site's model")
 
 
 @app.command()

@@ -53,6 +53,7 @@ class Board:
     residual: float | None = None
     baseline: bool = False  # the baseline is running, or ran
     seconds: float = 0.0
+    moved: str = ""  # the federation that these sites had before
     note: str = ""  # what is out of the ordinary now
     awaits: str = ""  # the event by which a site says that it has done what takes minutes: prepared, or written
     ready: list[str] = field(default_factory=list)  # those that have, of so many:
@@ -110,7 +111,7 @@ def _noted(board: Board, event: Event) -> None:
 
 def _moving(board: Board, event: Event) -> None:
     _noted(board, event)
-    board.awaits, board.ready, board.awaited = "met", [], len(event["sites"])
+    board.awaits, board.ready, board.awaited, board.moved = "met", [], len(event["sites"]), event["of"]
 
 
 def _closing(board: Board, event: Event) -> None:

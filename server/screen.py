@@ -145,6 +145,11 @@ def _findings(board: Board) -> list[RenderableType]:
         f"{'; alone: the same steps without the others' if board.baseline else ''}. sent and recv by the site; cut: "
         f"longer than max_length; drop: nothing to learn from. {board.seconds:.0f} s in all."
     ]
+    if board.moved:
+        lines.append(
+            f"The rows are written texts with the answers of {board.moved}'s models, some of them held out for these "
+            "figures; what the sites once trained on was not read."
+        )
     if board.residual is not None:
         lines.append(f"mean(B)·mean(A) was {board.residual:.1%} away from mean(BA) in the last round.")
     pairs = [(r.metric("personal"), r.metric("alone"), r.task) for r in board.rows.values()]

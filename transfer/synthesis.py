@@ -27,12 +27,13 @@ Model = Callable[[], AbstractContextManager[BaseModel]]  # in memory while it is
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a transfer is: writer's calls, texts written, texts kept of those wanted."""
+    """How far a transfer is: writer's calls, texts written, kept of those wanted, and waiting to be judged."""
 
     calls: int
     written: int
     kept: int
     wanted: int
+    waiting: int = 0
 
     @property
     def acceptance(self) -> float:
@@ -88,10 +89,12 @@ def synthesise(
         aim = len(book.verdicts) + 1 + int(min(more, len(book.verdicts) + 2 * wanted))  # a first guess may be far off
         with cast.writer() as base:
             for _ in _write(base, prepared, settings, seed, book, aim):
-                tell(Progress(book.calls, len(book.verdicts), len(kept), wanted))
+                tell(Progress(book.calls, len(book.verdicts), len(kept), wanted, len(book.with_verdict(None))))
     if not kept:
-        found = f"none of {len(book.verdicts)} kept after {book.calls} calls of the writer (transfer.calls)"
-        raise DataError("transfer", "at least one written text that the discriminator takes for real", found)
+        found = f"none of {len(book.verdicts)} after {book.calls} calls of the writer"
+        wanted_of = "that the discriminator takes for real" if book.verdicts else "that is new and whole"
+        mends = "more transfer.calls, a lower transfer.temperature, or transfer.filter = none, begun anew"
+        raise DataError("transfer", f"at least one written text {wanted_of} ({mends})", found)
     return kept[:wanted]
 
 

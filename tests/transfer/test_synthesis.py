@@ -48,7 +48,7 @@ def test_the_cap_on_calls_ends_it_with_what_there_is_or_says_that_there_is_nothi
     texts = synthesise(PREPARED, settings, 3, cast(by_first_word), tmp_path / "a")
     assert 0 < len(texts) < 20
     assert writer == [0, 1, 2, 3]
-    with pytest.raises(DataError, match=r"at least one written text .*, found none of 32 kept after 4 calls"):
+    with pytest.raises(DataError, match=r"at least one written text .*, found none of 32 after 4 calls"):
         synthesise(PREPARED, settings, 3, cast(lambda texts: [False] * len(texts)), tmp_path / "b")
 
 
