@@ -1,6 +1,8 @@
 """Trans-LoRA on real models: MiniLM-L6 ↔ MiniLM-L3 on R8 or 20 Newsgroups, with SmolLM2 writing.
 
-python benchmarks/transfer.py [SEEDS] [CALLS] [r8|newsgroups] [source|tuned]     (0,1,2, 8, r8, source)
+python benchmarks/transfer.py [SEEDS] [CALLS] [r8|newsgroups] [source|tuned] [FOLDER]     (0,1,2, 8, r8, source)
+
+What is prepared and written stays in FOLDER/SEED, where one is named, and is taken from there.
 
 For each direction and seed: the source with its adapter; the target without one (a head fitted to the same written
 texts, so that an adapter has to earn its place); the arms (the 5 seeds only, as much random text as was kept, as much
@@ -111,6 +113,8 @@ def plan_of(name: str, source: str, seed: int, calls: int, writer: str) -> Plan:
 
 def trained(plan: Plan, rows: SiteRows, folder: Path) -> Saved:
     """A site after its only round and the close."""
+    if (folder / "round-000002.safetensors").exists():
+        return read_saved(folder)
     trainer = Trainer(
         set_up(load(plan.model, generates=rows.task == "generation"), plan), rows, Store(folder, plan.name)
     )
@@ -227,11 +231,12 @@ def taught(old: Saved, plan: Plan, rows: list[Row], out: Path) -> Saved:
 def main() -> None:
     torch.set_num_threads(1)
     given = sys.argv[1:]
-    seeds, calls, name, writer = given + ["0,1,2", "8", "r8", "source"][len(given) :]
+    seeds, calls, name, writer, kept = given + ["0,1,2", "8", "r8", "source", ""][len(given) :]
     tables: dict[str, list[dict[str, float]]] = {word: [] for word in DIRECTIONS}
     for seed in map(int, seeds.split(",")):
-        with tempfile.TemporaryDirectory() as folder:
-            for word, table in one(name, seed, int(calls), writer, Path(folder)).items():
+        with tempfile.TemporaryDirectory() as passing:
+            folder = Path(kept, str(seed)) if kept else Path(passing)
+            for word, table in one(name, seed, int(calls), writer, folder).items():
                 tables[word].append(table)
                 print(f"{word}, seed {seed}: {table}", flush=True)
     for word, found in tables.items():

@@ -105,6 +105,7 @@ def transfer(
         phase=(),
         steps=batches * plan.transfer.distil_epochs,
         final_steps=0,
+        head_start=plan.train.head_start or "random",  # it learns for as long as it takes: a fitted head gains nothing
         lr=plan.transfer.distil_lr,
         lr_schedule="linear",
         warmup_steps=0,

@@ -154,7 +154,7 @@ class TrainSettings:
     head_lr: Rate | None = None  # as lr when unset
     private_lr: Rate | None = None  # as lr when unset
     head_start: Literal["random", "fitted"] | None = None  # fitted: a site's own linear head begins as a regression on
-    # what it sees (linear probing before fine-tuning, arXiv:2202.10054); when unset, in a move only
+    # what it sees (linear probing before fine-tuning, arXiv:2202.10054); when unset, where a federation moves
     weight_decay: Rate = 0.0
     max_grad_norm: Rate = 1.0  # 0 turns clipping off
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
