@@ -1,11 +1,11 @@
 """Trans-LoRA of a model that writes: SmolLM2 with a LoRA to the same base model with another kind of adapter.
 
-python benchmarks/transfer_writing.py FILE [SAMPLES] [source|tuned] [SEED]     (64, source, 0)
+python benchmarks/transfer_writing.py FILE [SAMPLES] [source|tuned] [SEED] [FOLDER]     (64, source, 0)
 
 FILE has JSON lines with ``prompt`` and ``completion`` (bigbench.py makes them). Exact match of greedy answers on test
 rows that nothing was trained on: the source with its adapter, the base model without one, a CoLoRA that learnt the
 source's answers to each arm of texts (as transfer.py), a MultiLoRA that learnt them to the filtered ones, and a CoLoRA
-trained on the real rows.
+trained on the real rows. What is prepared and written stays in FOLDER, where one is named, and is taken from there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from transfer import ARMS, arms, taught, trained
 
 WRITER = "asset:smollm2-135m-instruct"
 TRAIN, TEST = 64, 120
-CONTENDERS = (*(("colora", name) for name in ARMS[:4]), ("multilora", ARMS[3]))
+CONTENDERS = (*(("colora", name) for name in ARMS), ("multilora", ARMS[3]))
 RATES = {"colora": 2e-3, "multilora": 4e-3}  # a MultiLoRA's scales start at zero
 
 
@@ -101,7 +101,7 @@ def bare(plan: Plan, rows: SiteRows) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     file, *given = sys.argv[1:]
-    samples, writer, seed = given + ["64", "source", "0"][len(given) :]
+    samples, writer, seed, kept = given + ["64", "source", "0", ""][len(given) :]
     path, name = Path(file), Path(file).stem
     rows, plan = rows_of(path, int(seed)), plan_of(name, int(samples), writer, int(seed))
     test, quiet = list(rows.test), TransferSettings()
@@ -112,18 +112,19 @@ def main() -> None:
 
     common = max(map(str, (row["completion"] for row in test)), key=[str(row["completion"]) for row in test].count)
     tell(f"always {common!r}", matched([common] * len(test), test))
-    with tempfile.TemporaryDirectory() as folder:
-        old = trained(plan, rows, Path(folder) / "source")
+    with tempfile.TemporaryDirectory() as passing:
+        folder = Path(kept or passing)
+        old = trained(plan, rows, folder / "source")
         tell("source with adapter (LoRA)", exact(old, test))
         tell("target without adapter", bare(dataclasses.replace(plan, transfer=quiet), rows))
-        chosen = arms(old, plan, Path(folder) / "written")
+        chosen = arms(old, plan, folder / "written")
         for method, which in CONTENDERS:
             new = plan_for(old, WRITER, (f"method.name={method}", f"transfer.distil_lr={RATES[method]}"))
             texts = label(old, chosen[which])
-            saved = taught(old, new, texts, Path(folder) / f"{method}-{which.replace(' ', '-')}")
+            saved = taught(old, new, texts, folder / f"{method}-{which.replace(' ', '-')}")
             tell(f"{method}, {which} ({len(texts)} texts)", exact(saved, test))
         real = dataclasses.replace(plan, method=MethodSettings("colora"), transfer=quiet)
-        tell("colora on the real rows", exact(trained(real, rows, Path(folder) / "real"), test))
+        tell("colora on the real rows", exact(trained(real, rows, folder / "real"), test))
 
 
 if __name__ == "__main__":
