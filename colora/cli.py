@@ -85,7 +85,7 @@ def simulate(
     if transfer_from and transfer_to:
         if not (transfer_from / "recipe.toml").is_file():
             raise RecipeError("--transfer-from", "the run folder of a simulation", transfer_from)
-        overrides += [f"simulation.states={json.dumps(str(transfer_from))}"]
+        overrides += [f"simulation.states={json.dumps(str(transfer_from.resolve()))}"]
         settings = moved(load_recipe(transfer_from / "recipe.toml", tuple(overrides)), transfer_to)
     else:
         settings = load_recipe(find_recipe(recipe or "demo"), tuple(overrides))
