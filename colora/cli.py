@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from colora.common.settings import Recipe
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -62,12 +65,9 @@ def simulate(
     RECIPE is a .toml file, or demo (the default), newsgroups, dissimilar, regression or chatterbot. At the end a table
     shows what each site gains.
     """
-    import json
-
     from rich.console import Console
 
-    from colora.common.errors import RecipeError
-    from colora.common.recipe import load_recipe, moved
+    from colora.common.recipe import load_recipe
     from colora.server.board import board_of
     from colora.server.conduct import replay_of
     from colora.server.screen import Screen, report
@@ -76,17 +76,8 @@ def simulate(
     overrides = [*(set_ or [])]
     overrides += [f'simulation.engine="{engine}"'] if engine else []
     overrides += [f"simulation.baseline={str(baseline).lower()}"] if baseline is not None else []
-    if transfer_to and not transfer_from:
-        raise RecipeError("--transfer-from", "the run folder whose sites move to --transfer-to", "nothing")
-    if transfer_from and not transfer_to:
-        raise RecipeError("--transfer-to", "the base model that the sites of --transfer-from move to", "nothing")
-    if transfer_from and recipe:
-        raise RecipeError("RECIPE", f"none: it is that of {transfer_from}, and --set changes its keys", recipe)
-    if transfer_from and transfer_to:
-        if not (transfer_from / "recipe.toml").is_file():
-            raise RecipeError("--transfer-from", "the run folder of a simulation", transfer_from)
-        overrides += [f"simulation.states={json.dumps(str(transfer_from.resolve()))}"]
-        settings = moved(load_recipe(transfer_from / "recipe.toml", tuple(overrides)), transfer_to)
+    if transfer_from or transfer_to:
+        settings = _moved_recipe(transfer_from, transfer_to, recipe, overrides)
     else:
         settings = load_recipe(find_recipe(recipe or "demo"), tuple(overrides))
     folder = out or Path("runs") / settings.name
@@ -108,6 +99,25 @@ def simulate(
         one = f"colora transfer {run.path}/sites/NAME --to MODEL --out FOLDER"
         every = f"colora simulate --transfer-from {run.path} --transfer-to MODEL"
         console.print(f"Prepared for another base model: {one}, or {every}", highlight=False, soft_wrap=True)
+
+
+def _moved_recipe(old: Path | None, model: str | None, recipe: str | None, overrides: list[str]) -> Recipe:
+    """The recipe of the run ``old`` on the base model to which its sites move. Raises RecipeError."""
+    import json
+
+    from colora.common.errors import RecipeError
+    from colora.common.recipe import load_recipe, moved
+
+    if old is None:
+        raise RecipeError("--transfer-from", "the run folder whose sites move to --transfer-to", "nothing")
+    if model is None:
+        raise RecipeError("--transfer-to", "the base model that the sites of --transfer-from move to", "nothing")
+    if recipe:
+        raise RecipeError("RECIPE", f"none: it is that of {old}, and --set changes its keys", recipe)
+    if not (old / "recipe.toml").is_file():
+        raise RecipeError("--transfer-from", "the run folder of a simulation", old)
+    states = f"simulation.states={json.dumps(str(old.resolve()))}"
+    return moved(load_recipe(old / "recipe.toml", (*overrides, states)), model)
 
 
 @app.command()
