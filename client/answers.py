@@ -8,30 +8,30 @@ import torch
 
 from ..common.adapters.attach import activate
 from ..common.rows import Row
-from ..common.saved import Saved
+from ..common.saved import SavedModel
 from .predict import Predictor
 
 
-def label(saved: Saved, texts: Sequence[str]) -> list[Row]:
+def pseudo_label(saved: SavedModel, texts: Sequence[str]) -> list[Row]:
     """The answers of the source model with its adapters: probabilities of labels, or greedy completions."""
     predictor = Predictor(saved, device=saved.plan.model.device)
-    if saved.card.task == "classification":
+    if saved.metadata.task == "classification":
         found = predictor.predict([{"text": text} for text in texts])
         return [
             {"text": text, "label": p["label"], "probabilities": list(p["probabilities"].values())}
             for text, p in zip(texts, found, strict=True)
         ]
     asked = [
-        {"messages": [{"role": "user", "content": text}]} if saved.card.chat else {"prompt": text} for text in texts
+        {"messages": [{"role": "user", "content": text}]} if saved.metadata.chat else {"prompt": text} for text in texts
     ]
     answers = zip(asked, predictor.predict(asked), strict=True)
     return [_answered(row, str(p["completion"])) for row, p in answers if str(p["completion"]).strip()]
 
 
-def best_by_titok(saved: Saved, rows: Sequence[Row], wanted: int) -> list[Row]:
+def best_by_titok(saved: SavedModel, rows: Sequence[Row], wanted: int) -> list[Row]:
     """The rows with the highest mean log p_{M+θ}(y) − log p_M(y) of their answers (TiTok, arXiv 2510.04682)."""
     predictor = Predictor(saved, device=saved.plan.model.device)
-    task, backbone = predictor.trainer.task, predictor.trainer.bench.base.backbone
+    task, backbone = predictor.trainer.task, predictor.trainer.model.base.backbone
     task.module.eval()
     examples = task.encode(rows).examples
     with torch.no_grad():

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from ..common import messages
 from ..common.errors import ColoraError
-from ..common.protocol import Description, Order, Reply
+from ..common.protocol import SiteInfo, TrainRequest, TrainReply
 
 logger = logging.getLogger("colora.site")
 
@@ -21,11 +21,11 @@ class Site(Protocol):
 
     name: str
 
-    def describe(self, federation: str, plan: str) -> Description:
+    def site_info(self, federation: str, plan: str) -> SiteInfo:
         """Introduces the site, ready to train by ``plan`` (settings as JSON)."""
         ...
 
-    def respond(self, order: Order) -> Reply:
+    def handle(self, request: TrainRequest) -> TrainReply:
         """Answers an order."""
         ...
 
@@ -39,27 +39,27 @@ def make_app(connect: Connect) -> ClientApp:
 
     @app.query()
     def join(message: Message, context: Context) -> Message:
-        return _answer(connect, message, context, lambda site: site.describe(*messages.join_of(message)))
+        return _answer(connect, message, context, lambda site: site.site_info(*messages.join_from(message)))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(connect, message, context, lambda site: site.respond(messages.order_of(message)))
+        return _answer(connect, message, context, lambda site: site.handle(messages.request_from(message)))
 
     return app
 
 
 def _answer(
-    connect: Connect, message: Message, context: Context, ask: Callable[[Site], Description | Reply]
+    connect: Connect, message: Message, context: Context, ask: Callable[[Site], SiteInfo | TrainReply]
 ) -> Message:
     """The site's answer, or what kind of error it was: an error's text may quote data and stays in the site's log."""
     try:
-        return messages.answer(ask(connect(context)), message)
+        return messages.reply_message(ask(connect(context)), message)
     except ColoraError as error:
         logger.error("%s", error)
-        return messages.failure(error.public(), message)
+        return messages.error_message(error.public(), message)
     except Exception as error:
         logger.exception("an unexpected error at a site")
-        return messages.failure(type(error).__name__, message)
+        return messages.error_message(type(error).__name__, message)
 
 
 def _resident(context: Context) -> Site:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import StateError
-from ..common.protocol import Arrays, Description, Order, Reply
+from ..common.protocol import Arrays, SiteInfo, TrainRequest, TrainReply
 
 FILE = "audit.jsonl"
 
 
-class Audit:
+class AuditLog:
     """``audit.jsonl`` of one federation, written by one thread at a time.
 
     Raises StateError when a line cannot be written: then nothing may leave.
@@ -29,16 +29,16 @@ class Audit:
     def __init__(self, folder: Path, federation: str) -> None:
         self.path, self.federation = folder / FILE, federation
 
-    def description(self, description: Description) -> int:
+    def description(self, description: SiteInfo) -> int:
         """Notes a description; returns its bytes."""
         size = len(json.dumps(dataclasses.asdict(description)))
         return self._note("description", {"bytes": size})
 
-    def reply(self, reply: Reply, order: Order, *, replayed: bool) -> int:
+    def reply(self, reply: TrainReply, order: TrainRequest, *, replayed: bool) -> int:
         """Notes a reply, array by array; returns its bytes (arrays, and metrics by name)."""
         arrays = arrays_of(reply.shared)
         size = sum(each["bytes"] for each in arrays) + sum(len(name) + 8 for name in reply.metrics)
-        about = {"round": reply.round, "phase": order.phase, "key": reply.key, "replayed": replayed}
+        about = {"round": reply.round, "phase": order.kind, "key": reply.key, "replayed": replayed}
         return self._note("reply", {**about, "arrays": arrays, "metrics": sorted(reply.metrics), "bytes": size})
 
     def error(self, public: str) -> int:

@@ -9,7 +9,7 @@ import yaml
 from ..common.model import stock_name
 
 if TYPE_CHECKING:
-    from .export import Exported
+    from .export import ExportedAdapter
 
 CLASSES = {"classification": "AutoModelForSequenceClassification", "generation": "AutoModelForCausalLM"}
 PARTS = {
@@ -29,9 +29,9 @@ LOADED = {
 }
 
 
-def text_of(exported: Exported, *, merged: bool) -> str:
+def render_model_card(exported: ExportedAdapter, *, merged: bool) -> str:
     """A README.md with the hub's front matter. Of a shared adapter it names no site and nothing of one."""
-    plan, about = exported.saved.plan, exported.saved.card
+    plan, about = exported.saved.plan, exported.saved.metadata
     personal = exported.part != "shared"
     front = {
         "base_model": stock_name(plan.model),
@@ -58,16 +58,16 @@ def text_of(exported: Exported, *, merged: bool) -> str:
     return f"---\n{header}---\n\n# {title}\n\n" + "\n".join(lines) + f"\n\n{_usage(exported, merged=merged)}"
 
 
-def _metrics(exported: Exported) -> str:
+def _metrics(exported: ExportedAdapter) -> str:
     """Of the personalised model, which the last round measures as it is."""
     if not exported.saved.closed:
         return ""
-    found = {name: value for name, value in exported.saved.card.metrics.items() if name.startswith("personal.")}
+    found = {name: value for name, value in exported.saved.metadata.metrics.items() if name.startswith("personal.")}
     return ", ".join(f"{name.removeprefix('personal.')} {value:.4g}" for name, value in sorted(found.items()))
 
 
-def _usage(exported: Exported, *, merged: bool) -> str:
-    plan, task = exported.saved.plan, exported.saved.card.task
+def _usage(exported: ExportedAdapter, *, merged: bool) -> str:
+    plan, task = exported.saved.plan, exported.saved.metadata.task
     kind, labels, precision = CLASSES[task], exported.labels, plan.model.precision
     names = [kind, "AutoTokenizer"] + (["BitsAndBytesConfig"] if precision.startswith("int") else [])
     lines = ["import torch", f"from transformers import {', '.join(sorted(names))}"]
@@ -92,7 +92,7 @@ def _usage(exported: Exported, *, merged: bool) -> str:
     return "```python\n" + "\n".join(lines) + f"\n```\n\n{told}\n"
 
 
-def _classes(exported: Exported) -> int:
+def _classes(exported: ExportedAdapter) -> int:
     """The number of classes of a head that is part of the export; 0 for none."""
     heads = [v for k, v in exported.tensors.items() if k.partition(".")[0] in exported.modules and k.endswith("weight")]
-    return heads[-1].shape[0] if heads and exported.saved.card.task == "classification" else 0
+    return heads[-1].shape[0] if heads and exported.saved.metadata.task == "classification" else 0

@@ -11,7 +11,7 @@ import gc
 import sys
 from types import ModuleType
 
-from ..common.pulling import hasten
+from ..common.pulling import shorten_pull_backoff
 
 CLIENT_APP, UNUSED = "flwr-clientapp", "flwr.supernode.cli.flower_supernode"
 PR_SET_NAME = 15
@@ -31,5 +31,5 @@ def main() -> None:
 
     gc.freeze()
     gc.enable()
-    hasten()
+    shorten_pull_backoff()
     flwr_clientapp()

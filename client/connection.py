@@ -16,7 +16,7 @@ from typing import TypeVar
 import grpc
 
 from ..common.errors import ColoraError, RecipeError, StateError
-from ..common.protocol import PROTOCOL, Description, Order, Reply
+from ..common.protocol import PROTOCOL, SiteInfo, TrainRequest, TrainReply
 from .wire import parts, trainer_pb2_grpc
 from .wire import trainer_pb2 as wire
 
@@ -48,7 +48,7 @@ class TrainerError(ColoraError):
 
 
 @dataclass
-class TrainerConnection:
+class TrainerClient:
     """A site behind gRPC: ``unix:PATH``, or ``HOST:PORT`` with the certificates in ``link``."""
 
     name: str
@@ -56,20 +56,20 @@ class TrainerConnection:
     link: str = ""
     patience: float = PATIENCE
 
-    def describe(self, federation: str, plan: str) -> Description:
+    def describe(self, federation: str, plan: str) -> SiteInfo:
         """Introduces the site. Raises TrainerError, or StateError when no trainer is there."""
         request = wire.DescribeRequest(federation=federation, plan=plan, protocol=PROTOCOL)
-        return self._ask(lambda stub, alive: parts.description_of(stub.Describe(request)))
+        return self._ask(lambda stub, alive: parts.site_info_from(stub.Describe(request)))
 
-    def respond(self, order: Order) -> Reply:
+    def respond(self, order: TrainRequest) -> TrainReply:
         """Answers an order, however long the training takes. Raises as :meth:`describe`."""
         return self._ask(lambda stub, alive: self._train(stub, alive, order))
 
-    def _train(self, stub: trainer_pb2_grpc.TrainerStub, alive: Callable[[], None], order: Order) -> Reply:
+    def _train(self, stub: trainer_pb2_grpc.TrainerStub, alive: Callable[[], None], order: TrainRequest) -> TrainReply:
         """The arrays of a reply are those of its order, at most."""
-        gathering = parts.Gathering({key: array.shape for key, array in order.shared.items()}, self.name)
+        gathering = parts.ArrayAssembler({key: array.shape for key, array in order.shared.items()}, self.name)
         head = None
-        for part in stub.Train(parts.order_parts(order)):
+        for part in stub.Train(parts.request_parts(order)):
             alive()
             match part.WhichOneof("part"):
                 case "head":
@@ -78,11 +78,11 @@ class TrainerConnection:
                     gathering.add(part.chunk)
         if head is None:
             raise StateError("trainer", "a reply", "the end of an answer without one", site=self.name)
-        return parts.reply_of(head, gathering.arrays())
+        return parts.reply_from(head, gathering.arrays())
 
     def _ask(self, call: Callable[[trainer_pb2_grpc.TrainerStub, Callable[[], None]], T]) -> T:
         """One call, again and again while the trainer is away. ``alive`` notes a sign of life."""
-        absence = _Absence(self.patience)
+        absence = RetryState(self.patience)
         while True:
             absence.begin()
             try:
@@ -117,7 +117,7 @@ class TrainerConnection:
         return grpc.secure_channel(target, grpc.ssl_channel_credentials(ca, key, certificate), [*OPTIONS, named])
 
 
-class _Absence:
+class RetryState:
     """How long the trainer has been away, and how often it died under one order."""
 
     def __init__(self, patience: float) -> None:
@@ -141,7 +141,7 @@ class _Absence:
         return min(SHORTEST * 2 ** (self.tries - 1), LONGEST)
 
 
-def connect(context: object = None) -> TrainerConnection:
+def connect(context: object = None) -> TrainerClient:
     """The connection that the environment names. Raises RecipeError when it names none.
 
     ``COLORA_TRAINER`` is ``unix:PATH`` or ``HOST:PORT``, ``COLORA_LINK`` the folder with this side's certificates, and
@@ -150,4 +150,4 @@ def connect(context: object = None) -> TrainerConnection:
     for variable in (TRAINER, SITE):
         if not os.environ.get(variable):
             raise RecipeError(variable, "set in the environment of the SuperNode", "nothing")
-    return TrainerConnection(os.environ[SITE], os.environ[TRAINER], os.environ.get(LINK, ""))
+    return TrainerClient(os.environ[SITE], os.environ[TRAINER], os.environ.get(LINK, ""))

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from ..common.site import CoordinatorSettings
-from .findings import Wrong
+from .findings import CheckFailed
 
 PATIENCE = 10.0  # seconds for the coordinator
 SOON = 30  # days
@@ -42,12 +42,12 @@ def check_key(path: Path) -> str:
     try:
         key = load_ssh_private_key(content, None)
     except TypeError:
-        raise Wrong(f"{path} has a passphrase, which nobody enters at a start: ssh-keygen -p takes it off") from None
+        raise CheckFailed(f"{path} has a passphrase, which nobody enters at a start: ssh-keygen -p takes it off") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise Wrong(f"{path} is no OpenSSH private key (colora provision makes one)") from None
+        raise CheckFailed(f"{path} is no OpenSSH private key (colora provision makes one)") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         kind = type(key).__name__.removeprefix("_").removesuffix("PrivateKey")
-        raise Wrong(f"{path} is a key of another kind, {kind}: Flower wants ECDSA (ssh-keygen -t ecdsa -b 384)")
+        raise CheckFailed(f"{path} is a key of another kind, {kind}: Flower wants ECDSA (ssh-keygen -t ecdsa -b 384)")
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     print_of = base64.b64encode(hashlib.sha256(base64.b64decode(public.split()[1])).digest()).decode().rstrip("=")
     return f"ECDSA {key.curve.name}, SHA256:{print_of}"
@@ -63,7 +63,7 @@ def check_ca(path: Path) -> str:
         except x509.ExtensionNotFound:
             constraints = None
         if constraints is None or not constraints.ca:
-            raise Wrong(f"{path} is a certificate, but not of an authority: it cannot vouch for the coordinator")
+            raise CheckFailed(f"{path} is a certificate, but not of an authority: it cannot vouch for the coordinator")
     return ", ".join(f"{_called(c)}, valid until {_until(c)}" for c in authorities)
 
 
@@ -78,13 +78,13 @@ def check_link(folder: Path, parts: tuple[str, ...]) -> str:
         try:
             certificate.verify_directly_issued_by(authority)
         except (ValueError, TypeError, InvalidSignature):
-            raise Wrong(f"{path} is not signed by {folder / 'ca.crt'}") from None
+            raise CheckFailed(f"{path} is not signed by {folder / 'ca.crt'}") from None
         try:
             key = load_pem_private_key(_read_private(path.with_suffix(".key")), None)
         except (ValueError, TypeError, UnsupportedAlgorithm):
-            raise Wrong(f"{path.with_suffix('.key')} is no private key (PEM)") from None
+            raise CheckFailed(f"{path.with_suffix('.key')} is no private key (PEM)") from None
         if key.public_key() != certificate.public_key():
-            raise Wrong(f"{path.with_suffix('.key')} is not the key of {path.name}")
+            raise CheckFailed(f"{path.with_suffix('.key')} is not the key of {path.name}")
     return f"{' and '.join(parts)} of {_called(authority)}, valid until {_until(authority)}"
 
 
@@ -93,14 +93,14 @@ def check_coordinator(coordinator: CoordinatorSettings) -> str:
     address = coordinator.address
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal():
-        raise Wrong(f"coordinator.address is {address!r}, not host:port")
+        raise CheckFailed(f"coordinator.address is {address!r}, not host:port")
     if coordinator.insecure:
         return _ask(f"http://{address}/health", False, address)
     try:
         context = ssl.create_default_context(cafile=coordinator.ca)
     except (OSError, ssl.SSLError):
         _connect(host.strip("[]"), int(port), address)
-        raise Wrong(f"{address} answers, but without a CA certificate nobody can tell who it is") from None
+        raise CheckFailed(f"{address} answers, but without a CA certificate nobody can tell who it is") from None
     return f"{_ask(f'https://{address}/health', context, address)}, with a certificate of this CA"
 
 
@@ -110,11 +110,11 @@ def _ask(url: str, verify: ssl.SSLContext | bool, address: str) -> str:
         with httpx.Client(verify=verify, timeout=PATIENCE) as client:  # proxies from the environment, as SuperNode
             answer = client.get(url)
     except httpx.HTTPError as error:
-        raise Wrong(_why(error, address, tls=bool(verify))) from None
+        raise CheckFailed(_why(error, address, tls=bool(verify))) from None
     except (httpx.InvalidURL, ValueError, UnicodeError):
-        raise Wrong(f"coordinator.address is {address!r}, not host:port") from None
+        raise CheckFailed(f"coordinator.address is {address!r}, not host:port") from None
     if answer.status_code != 200:
-        raise Wrong(f"{address} answers {answer.status_code} to /health: something else than colora server is there")
+        raise CheckFailed(f"{address} answers {answer.status_code} to /health: something else than colora server is there")
     return f"{address} answers in {1000 * (time.monotonic() - began):.0f} ms"
 
 
@@ -122,7 +122,7 @@ def _connect(host: str, port: int, address: str) -> None:
     try:
         socket.create_connection((host, port), PATIENCE).close()
     except (OSError, OverflowError, UnicodeError) as error:
-        raise Wrong(_why(error, address, tls=False)) from None
+        raise CheckFailed(_why(error, address, tls=False)) from None
 
 
 def _why(error: BaseException, address: str, *, tls: bool) -> str:
@@ -166,14 +166,14 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise Wrong(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckFailed(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _read_private(path: Path) -> bytes:
     content = _read(path)
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
-        raise Wrong(f"{path} is open to other users (mode {mode:04o}): chmod 600 closes it")
+        raise CheckFailed(f"{path} is open to other users (mode {mode:04o}): chmod 600 closes it")
     return content
 
 
@@ -181,16 +181,16 @@ def _certificates(path: Path) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(_read(path))
     except ValueError:
-        raise Wrong(f"{path} is no certificate (PEM)") from None
+        raise CheckFailed(f"{path} is no certificate (PEM)") from None
 
 
 def _check_dates(certificate: x509.Certificate, path: Path) -> None:
     now = datetime.datetime.now(datetime.UTC)
     if now > certificate.not_valid_after_utc:
-        raise Wrong(f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}")
+        raise CheckFailed(f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}")
     if now < certificate.not_valid_before_utc:
         begins = f"{certificate.not_valid_before_utc:%Y-%m-%d}"
-        raise Wrong(f"{path} is not valid before {begins} (or this machine's clock is wrong)")
+        raise CheckFailed(f"{path} is not valid before {begins} (or this machine's clock is wrong)")
 
 
 def _until(certificate: x509.Certificate) -> str:

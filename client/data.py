@@ -16,7 +16,7 @@ import numpy as np
 
 from ..common.assets import asset_folder
 from ..common.errors import AssetError, DataError, RecipeError
-from ..common.rows import Row, SiteRows
+from ..common.rows import Row, SiteDataset
 from ..common.seeds import seed_from
 from ..common.settings import DataSettings
 from ..common.site import SiteSettings
@@ -46,7 +46,7 @@ class Sources:
         self.taken[_place(source)].update(numbers)
 
 
-def load_site_rows(site: SiteSettings, seed: int, sources: Sources | None = None) -> SiteRows:
+def load_site_rows(site: SiteSettings, seed: int, sources: Sources | None = None) -> SiteDataset:
     """Reads, shuffles, selects and checks one site's rows. Raises DataError naming the site, field and row.
 
     The order hangs on seed, site and source, so a simulation and a site of its own that read the same file have the
@@ -130,7 +130,7 @@ def select_numbered(rows: Iterable[tuple[int, Row]], data: DataSettings, site: s
     return shaped
 
 
-def check_rows(site: str, data: DataSettings, train: Sequence[Row], test: Sequence[Row]) -> SiteRows:
+def check_rows(site: str, data: DataSettings, train: Sequence[Row], test: Sequence[Row]) -> SiteDataset:
     """Rules that need all rows: some on both sides, at least two classes, no test label that training lacks."""
     if not train:
         raise DataError("data.source", "rows to train on", f"none in {data.source}", site=site)
@@ -142,7 +142,7 @@ def check_rows(site: str, data: DataSettings, train: Sequence[Row], test: Sequen
         if len(shapes) > 1:
             raise DataError(f"data.{key}", f"one shape in every row, {shapes[0]}", shapes[1], site=site)
     if data.task != "classification":
-        return SiteRows(site, data.task, train, test)
+        return SiteDataset(site, data.task, train, test)
     seen = {row["label"] for row in train}
     unseen = sorted({row["label"] for row in test} - seen)
     if unseen:
@@ -150,7 +150,7 @@ def check_rows(site: str, data: DataSettings, train: Sequence[Row], test: Sequen
     labels = data.labels or tuple(sorted(seen))
     if len(seen) < 2:
         raise DataError("data.label", "at least two classes", f"only {_few(seen)}", site=site)
-    return SiteRows(site, data.task, train, test, labels)
+    return SiteDataset(site, data.task, train, test, labels)
 
 
 def read_rows(source: str, site: str | None = None) -> Iterable[Row]:
@@ -248,7 +248,7 @@ def _read_asset(name: str, site: str | None) -> Iterable[Row]:
     try:
         rows = list(reader(asset_folder(asset), part))
     except AssetError as error:
-        raise error.at(site or "") from None
+        raise error.at_site(site or "") from None
     except FileNotFoundError:
         rows = []
     if not rows:

@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 
 from ..common.errors import ColoraError, RecipeError, StateError
-from ..common.processes import sole
+from ..common.processes import exclusive_lock
 from ..common.site import TrainerSettings
 from .wire.parts import UNIX, target_of
 
@@ -22,14 +22,14 @@ LOCK = "trainer.lock"
 
 
 @contextmanager
-def alone(state: Path) -> Iterator[None]:
+def exclusive_state_dir(state: Path) -> Iterator[None]:
     """Holds the state folder, which is this user's only, for this process. Raises StateError when another has it."""
     try:
         state.mkdir(parents=True, exist_ok=True)
         state.chmod(0o700)
     except OSError as error:
         raise StateError("trainer.state", "a folder of this user", f"{state} ({error.strerror})") from None
-    with sole(state / LOCK, "trainer"):
+    with exclusive_lock(state / LOCK, "trainer"):
         yield
 
 
@@ -48,7 +48,7 @@ def listen(server: grpc.aio.Server, settings: TrainerSettings) -> str:
         raise StateError("trainer.listen", "an address that can be listened at", settings.listen) from None
 
 
-def leave(settings: TrainerSettings) -> None:
+def remove_socket(settings: TrainerSettings) -> None:
     """Takes the socket away, if there is one."""
     if settings.listen.startswith(UNIX):
         Path(settings.listen.removeprefix(UNIX)).unlink(missing_ok=True)

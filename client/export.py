@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 
-from ..common.adapters.attach import attach, initial_values, inject, layout_of, private_form
-from ..common.adapters.compose import Factors, difference, factors, padded
+from ..common.adapters.attach import attach, initial_values, inject, layout_of, private_spec
+from ..common.adapters.compose import Factors, difference, factors_of, padded
 from ..common.errors import RecipeError, StateError
 from ..common.methods import SHARED, group_of
-from ..common.model import DTYPES, check_fingerprint, load, skeleton, source_folder, stock_class
+from ..common.model import DTYPES, check_fingerprint, load_base_model, skeleton, source_folder, stock_class
 from ..common.quiet import quiet_transformers
-from ..common.saved import Saved
+from ..common.saved import SavedModel
 from ..common.settings import Plan
 
 Part = Literal["all", "shared", "personal"]
@@ -29,14 +29,14 @@ TASKS = ("classification", "generation")
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedAdapter:
     """What goes into a folder, by names in the full model of the task.
 
     ``layers``: the factors of every adapted layer. ``tensors``: what is saved as it is (the head, and weights that the
     base model's source lacks), with ``modules`` as the modules that PEFT saves whole.
     """
 
-    saved: Saved
+    saved: SavedModel
     part: Part
     layers: Factors
     tensors: Mapping[str, torch.Tensor]
@@ -50,7 +50,7 @@ class Exported:
     @property
     def complete(self) -> bool:
         """Whether it has all that its task needs, as PEFT expects where a task is named: a classifier's head."""
-        return self.saved.card.task != "classification" or bool(self.heads)
+        return self.saved.metadata.task != "classification" or bool(self.heads)
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ class Exported:
     @property
     def labels(self) -> tuple[str, ...]:
         """The classes in the order of the logits, where the head is part of this."""
-        return self.saved.card.labels if self.heads and self.part != "shared" else ()
+        return self.saved.metadata.labels if self.heads and self.part != "shared" else ()
 
     def about(self, out: Path, *, merged: bool) -> str:
         """What was written, in a line."""
@@ -78,7 +78,7 @@ class FullModel:
     tensors: frozenset[str]
 
 
-def export(saved: Saved, out: Path, part: Part = "all", *, merge: bool = False) -> Exported:
+def export(saved: SavedModel, out: Path, part: Part = "all", *, merge: bool = False) -> ExportedAdapter:
     """Writes a PEFT adapter, or with ``merge`` a full model, to the new or empty folder ``out``, whole or not at all.
 
     ``shared`` is what all sites have in common (the core as the identity, no personal head); ``personal`` is what this
@@ -105,19 +105,19 @@ def export(saved: Saved, out: Path, part: Part = "all", *, merge: bool = False) 
     return exported
 
 
-def compose(saved: Saved, part: Part = "all") -> Exported:
+def compose(saved: SavedModel, part: Part = "all") -> ExportedAdapter:
     """The adapter of a saved model, and the tensors beside it. Raises StateError for what there is no adapter of."""
     _check(saved, part)
-    plan, task = saved.plan, saved.card.task
+    plan, task = saved.plan, saved.metadata.task
     start, now = _values(saved)
-    shared = factors({k: v for k, v in start.items() if group_of(k) != "private"}, plan)
-    layers = shared if part == "shared" else factors(now, plan)
+    shared = factors_of({k: v for k, v in start.items() if group_of(k) != "private"}, plan)
+    layers = shared if part == "shared" else factors_of(now, plan)
     if part == "personal":
         layers = {layer: f for layer, f in difference(layers, shared).items() if f[0].any()}
     if part != "all" and not any(b.any() for b, _ in layers.values()):
         found = f"{plan.method.name} with private = {plan.private.kind}"
         raise StateError(f"--only {part}", f"a method with {part} adapter values", found)
-    full = full_model(plan, task, len(saved.card.labels))
+    full = full_model(plan, task, len(saved.metadata.labels))
     heads, missing = _heads(saved, part), _missing(plan, task, full)
     named = {f"{full.prefix}.{layer}": f for layer, f in padded(layers).items()}
     for name in [name for name in named if f"{name}.weight" in missing]:  # saved whole, so the product goes into it
@@ -125,17 +125,17 @@ def compose(saved: Saved, part: Part = "all") -> Exported:
         missing[f"{name}.weight"] = missing[f"{name}.weight"] + b @ a
     modules = [*full.heads] if heads else []
     modules += sorted({key.rpartition(".")[0] for key in missing})
-    return Exported(saved, part, named, heads | missing, tuple(modules))
+    return ExportedAdapter(saved, part, named, heads | missing, tuple(modules))
 
 
-def _check(saved: Saved, part: Part) -> None:
-    card, source = saved.card, saved.plan.model.source
+def _check(saved: SavedModel, part: Part) -> None:
+    card, source = saved.metadata, saved.plan.model.source
     if source.startswith("synthetic:") or card.task not in TASKS:
         found = f"one of {card.task or 'sites with different tasks: export a site'}"
         raise StateError(str(saved.path), "a model of texts", found)
-    if part != "shared" and not saved.is_of_a_site:
+    if part != "shared" and not saved.is_personal:
         raise StateError(str(saved.path), "a site's state (or --only shared)", "a coordinator's checkpoint")
-    if part == "shared" and saved.is_of_a_site and not saved.closed:
+    if part == "shared" and saved.is_personal and not saved.closed:
         wanted = "the adapter that all sites share: a run's checkpoint, or a site's state after the last round"
         raise StateError(str(saved.path), wanted, f"what the site made of it in round {card.round}")
     check_fingerprint(saved.plan.model, card.fingerprint)
@@ -155,13 +155,13 @@ def full_model(plan: Plan, task: str, labels: int) -> FullModel:
     return FullModel(prefix, tuple(heads) if task == "classification" else (), frozenset(model.state_dict()))
 
 
-def _values(saved: Saved) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _values(saved: SavedModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Adapter values by name: with the shared groups alone, and with the site's own as well."""
     plan, row = saved.plan, saved.plan.row()
     backbone = skeleton(plan.model)
     parameters = attach(backbone, plan.adapter, plan.method.row())
     if plan.private.present:
-        parameters |= inject(backbone, private_form(plan.private, plan.adapter), "private")
+        parameters |= inject(backbone, private_spec(plan.private, plan.adapter), "private")
     start = initial_values(layout_of(parameters), plan.adapter, plan.seed)
     missing = [k for k in row.having(start, SHARED) if k not in saved.shared]
     if missing:
@@ -171,7 +171,7 @@ def _values(saved: Saved) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tens
     return start, start | own
 
 
-def _heads(saved: Saved, part: Part) -> dict[str, torch.Tensor]:
+def _heads(saved: SavedModel, part: Part) -> dict[str, torch.Tensor]:
     """The head's tensors by their names in the full model: the site's own, unless only the shared part is wanted."""
     shared = saved.plan.row().head is SHARED
     if (part == "personal" and shared) or (part == "shared" and not shared):
@@ -184,7 +184,7 @@ def _missing(plan: Plan, task: str, full: FullModel) -> dict[str, torch.Tensor]:
     """Weights that the base model's source lacks: elsewhere they would be drawn anew, so they go with the adapter."""
     if task != "classification":
         return {}
-    base = load(dataclasses.replace(plan.model, precision="fp32", device="cpu"), generates=False)
+    base = load_base_model(dataclasses.replace(plan.model, precision="fp32", device="cpu"), generates=False)
     state = base.backbone.state_dict()
     names = {f"{full.prefix}.{key}": key for key in base.missing if key in state}
     return {name: state[key] for name, key in names.items() if name in full.tensors}

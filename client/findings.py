@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 FAILED = 2  # exit code
 
 
-class Wrong(Exception):
+class CheckFailed(Exception):
     """What a person has to mend, in one line."""
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One line: what was looked at, whether it may stay so, and what is there."""
 
     name: str
@@ -25,7 +25,7 @@ class Finding:
     detail: str
 
 
-def report(findings: Iterable[Finding], console: Console) -> int:
+def print_checks(findings: Iterable[CheckResult], console: Console) -> int:
     """Prints one line a finding and what they add up to; the exit code is 2 where any failed."""
     from rich.text import Text
 

@@ -16,18 +16,18 @@ from rich.console import Console
 from ..common.errors import StateError
 from ..common.methods import PERSONAL, group_of
 from ..common.model import check_fingerprint
-from ..common.protocol import Order
-from ..common.saved import Saved
+from ..common.protocol import TrainRequest
+from ..common.saved import SavedModel
 from ..common.settings import Plan, to_json
 from ..common.site import SiteSettings
-from ..common.training import Watch
+from ..common.training import StepCallback
 from . import door
-from .resident import Resident
-from .store import Store
+from .resident import TrainerSession
+from .store import StateStore
 
 
 @dataclass(frozen=True)
-class Joined:
+class PersonalizationResult:
     """What came of it. ``trained`` counts numbers by parameter group."""
 
     state: Path
@@ -37,7 +37,7 @@ class Joined:
     metrics: Mapping[str, float]
 
 
-def join_core(site: SiteSettings, saved: Saved, *, steps: int | None = None, watch: Watch | None = None) -> Joined:
+def personalize(site: SiteSettings, saved: SavedModel, *, steps: int | None = None, watch: StepCallback | None = None) -> PersonalizationResult:
     """Trains the site's personal groups on a finished shared adapter and writes its state, as a closing round does.
 
     ``steps`` is by default the recipe's ``train.final_steps``, or, where it has none, the steps of all its rounds.
@@ -49,23 +49,23 @@ def join_core(site: SiteSettings, saved: Saved, *, steps: int | None = None, wat
     train = saved.plan.train
     steps = steps or train.final_steps or saved.plan.rounds * train.steps_per_round
     plan = dataclasses.replace(saved.plan, train=dataclasses.replace(train, final_steps=steps))
-    resident = Resident(site)
+    resident = TrainerSession(site)
     resident.start()
     accepted: Plan = resident.accept(plan.name, to_json(plan))
-    check_fingerprint(plan.model, saved.card.fingerprint)
-    with door.alone(Path(site.trainer.state)):
-        store = Store(resident.folder(accepted), plan.name)
+    check_fingerprint(plan.model, saved.metadata.fingerprint)
+    with door.exclusive_state_dir(Path(site.trainer.state)):
+        store = StateStore(resident.folder(accepted), plan.name)
         _make_room(store, plan.rounds + 1, to_json(accepted), site.name)
-        order = Order(plan.name, plan.rounds + 1, "close", 0, to_json(plan), dict(saved.shared), evaluate=True)
+        order = TrainRequest(plan.name, plan.rounds + 1, "close", 0, to_json(plan), dict(saved.shared), evaluate=True)
         trainer, began = resident.trainer(accepted), time.monotonic()
         reply, _ = resident.answer(accepted, order, watch or (lambda done, total: None))
     counts: dict[str, int] = {}
-    for key, parameter in trainer.row.having(trainer.parameters, PERSONAL).items():
+    for key, parameter in trainer.method.having(trainer.parameters, PERSONAL).items():
         counts[group_of(key)] = counts.get(group_of(key), 0) + parameter.numel()
-    return Joined(store.path(order.round), counts, steps, time.monotonic() - began, reply.metrics)
+    return PersonalizationResult(store.path(order.round), counts, steps, time.monotonic() - began, reply.metrics)
 
 
-def _make_room(store: Store, t: int, plan: str, site: str) -> None:
+def _make_room(store: StateStore, t: int, plan: str, site: str) -> None:
     """Leaves a join by the same settings as it is, and removes one by others; a participant's states are not touched.
 
     Raises StateError where the site took part in the federation.
@@ -81,7 +81,7 @@ def _make_room(store: Store, t: int, plan: str, site: str) -> None:
         store.path(t).unlink()
 
 
-def tell(joined: Joined, console: Console) -> None:
+def print_result(joined: PersonalizationResult, console: Console) -> None:
     """One line each: what was trained, how long, and what it brought."""
     counts = ", ".join(f"{group} {count:,}" for group, count in sorted(joined.trained.items()))
     total = sum(joined.trained.values())

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..common.errors import ColoraError, RecipeError
-from ..common.processes import Child, Command, Signals, sole, tell_services
+from ..common.processes import SupervisedProcess, Command, Signals, exclusive_lock, write_services
 from ..common.recipe import load_site
-from ..common.services import plain
+from ..common.services import sanitize
 from ..common.site import SiteSettings
 from .supernode import SuperNode
 
@@ -21,26 +21,26 @@ PULSE = 0.4  # seconds
 MOST = 1 << 20  # bytes of a log at a time
 UNIX = "unix:"
 BAD_INPUT, REFUSALS = 2, 3  # the trainer's exit code for bad input, and how often it may say so
-Part = Literal["trainer", "node"]
-Say = Callable[[str], None]
+Component = Literal["trainer", "node"]
+Print = Callable[[str], None]
 
 
-def run_site(path: Path, say: Say, only: Part | None = None) -> None:
+def run_site(path: Path, log: Print, component: Component | None = None) -> None:
     """Runs a site's two processes, or one of them, until SIGTERM or SIGINT. Raises RecipeError, StateError."""
     site = load_site(path)
     state = Path(site.trainer.state)
-    with sole(state / ("client.lock" if only is None else f"client-{only}.lock"), f"client of site {site.name}"):
-        keepers: list[TrainerKeeper | NodeKeeper] = []
-        if only != "node":
-            keepers.append(TrainerKeeper(path, site, say))
-        if only != "trainer":
-            keepers.append(NodeKeeper(site, say))
-        if only is None or site.trainer.listen.startswith(UNIX):  # a socket's two ends are one user's
-            say("trainer and SuperNode run as one user: code that the coordinator ships could read this site's files")
+    with exclusive_lock(state / ("client.lock" if component is None else f"client-{component}.lock"), f"client of site {site.name}"):
+        keepers: list[TrainerSupervisor | NodeSupervisor] = []
+        if component != "node":
+            keepers.append(TrainerSupervisor(path, site, log))
+        if component != "trainer":
+            keepers.append(NodeSupervisor(site, log))
+        if component is None or site.trainer.listen.startswith(UNIX):  # a socket's two ends are one user's
+            log("trainer and SuperNode run as one user: code that the coordinator ships could read this site's files")
         signals = Signals()
         try:
             while not signals.count:
-                changed = [keeper.keep() for keeper in keepers]
+                changed = [keeper.ensure_running() for keeper in keepers]
                 if any(changed):
                     _tell(state / "services.json", keepers)
                 time.sleep(PULSE)
@@ -57,20 +57,20 @@ class TrainerRefused(ColoraError, RuntimeError):
         super().__init__("trainer", "a site file that it can work with", words.removeprefix("colora: "))
 
 
-class TrainerKeeper:
+class TrainerSupervisor:
     """The resident trainer: started again whenever it is gone."""
 
-    def __init__(self, path: Path, site: SiteSettings, say: Say) -> None:
+    def __init__(self, path: Path, site: SiteSettings, say: Print) -> None:
         log = Path(site.trainer.state) / "logs" / "trainer.log"
         command = (sys.executable, "-m", "colora.client.service", str(path.resolve()))
-        self.child, self.site, self.say = Child(Command("trainer", command, log)), site, say
+        self.child, self.site, self.say = SupervisedProcess(Command("trainer", command, log)), site, say
         self.refused = 0
-        self.refusals = Tail(log, re.compile(rf"site {re.escape(site.name)}: .*\ballow\.[a-z_]+.*"))
+        self.refusals = LogTail(log, re.compile(rf"site {re.escape(site.name)}: .*\ballow\.[a-z_]+.*"))
 
-    def keep(self) -> bool:
+    def ensure_running(self) -> bool:
         """Starts it where it is due; True when it did. Says what the site's [allow] has refused."""
         for refusal in self.refusals.new():
-            self.say(plain(f"refused: {refusal}"))
+            self.say(sanitize(f"refused: {refusal}"))
         if not self.child.due:
             return False
         self.refused = self.refused + 1 if self.child.ended_with(BAD_INPUT) else 0
@@ -90,7 +90,7 @@ class TrainerKeeper:
         return {"trainer": self.site.trainer.listen}
 
 
-class Tail:
+class LogTail:
     """What is said anew in a growing file, from now on: the parts of its lines that match, and none twice in a row."""
 
     def __init__(self, path: Path, pattern: re.Pattern[str]) -> None:
@@ -115,10 +115,10 @@ class Tail:
         return found
 
 
-class NodeKeeper:
+class NodeSupervisor:
     """The SuperNode: started again whenever it is gone, or waits for what does not come."""
 
-    def __init__(self, site: SiteSettings, say: Say) -> None:
+    def __init__(self, site: SiteSettings, say: Print) -> None:
         if site.coordinator is None:
             raise RecipeError("coordinator", "a table [coordinator] with address, ca and key", "none", site=site.name)
         self.node, self.site, self.say = SuperNode(site, site.coordinator), site, say
@@ -126,14 +126,14 @@ class NodeKeeper:
         self.connected = self.looked = False
 
     @property
-    def child(self) -> Child:
+    def child(self) -> SupervisedProcess:
         """Its process."""
         return self.node.child
 
-    def keep(self) -> bool:
+    def ensure_running(self) -> bool:
         """Starts it where it is due; True when it did."""
         if self.child.running:
-            if why := self.node.watch():
+            if why := self.node.stuck_reason():
                 self._tell(f"{why}: starting the SuperNode again")
                 self.child.kill()
             elif self.node.connected and not self.connected:
@@ -141,7 +141,7 @@ class NodeKeeper:
                 self._tell(f"site {self.site.name} is connected to {self.node.coordinator.address}")
             elif self.node.trying and not self.looked:
                 self.looked = True
-                if obstacle := self.node.obstacle():
+                if obstacle := self.node.connection_problem():
                     self._tell(f"no way to the coordinator: {obstacle}; trying again")
             return False
         if self.child.due:
@@ -167,9 +167,9 @@ class NodeKeeper:
             self.say(text)
 
 
-def _tell(path: Path, keepers: list[TrainerKeeper | NodeKeeper]) -> None:
+def _tell(path: Path, keepers: list[TrainerSupervisor | NodeSupervisor]) -> None:
     services: dict[str, object] = {}
     for keeper in keepers:
         services |= keeper.services()
     pids = {"client": os.getpid(), **{keeper.child.command.name: keeper.child.pid for keeper in keepers}}
-    tell_services(path, {**services, "pids": pids})
+    write_services(path, {**services, "pids": pids})

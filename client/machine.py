@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from ..common.errors import ModelError
-from .findings import Wrong, size
+from .findings import CheckFailed, size
 
 ROOM = 100 << 20  # bytes of disk that personal states and logs need at least
 CGROUP = Path("/sys/fs/cgroup")
@@ -23,14 +23,14 @@ def check_device(name: str) -> tuple[str, str]:
     """(torch's name of the device, what it is)."""
     import torch
 
-    from ..common.model import device_of
+    from ..common.model import resolve_device
 
     try:
-        device = device_of(name)
+        device = resolve_device(name)
     except ModelError:
         cards = torch.cuda.device_count()
         there = f"cpu and {cards} CUDA device{'s' * (cards > 1)}" if cards else "cpu only"
-        raise Wrong(f"trainer.device is {name!r}, which this machine or its torch does not have: {there}") from None
+        raise CheckFailed(f"trainer.device is {name!r}, which this machine or its torch does not have: {there}") from None
     if device.type != "cuda":
         return str(device), str(device) + (" (auto: torch finds no CUDA device)" if name == "auto" else "")
     free, total = torch.cuda.mem_get_info(device)
@@ -53,9 +53,9 @@ def check_state(folder: Path) -> str:
             file.write(b"colora")
         free = shutil.disk_usage(there).free
     except OSError as error:
-        raise Wrong(f"{folder} cannot be written to: {error.strerror} ({there})") from None
+        raise CheckFailed(f"{folder} cannot be written to: {error.strerror} ({there})") from None
     if free < ROOM:
-        raise Wrong(f"{folder} has room for {size(free)} only: personal states and logs need {size(ROOM)} or more")
+        raise CheckFailed(f"{folder} has room for {size(free)} only: personal states and logs need {size(ROOM)} or more")
     return f"{folder}{' (not made yet)' if there != folder else ''}, {size(free)} free"
 
 
@@ -65,7 +65,7 @@ def check_socket(path: Path) -> str:
 
     length = len(os.fsencode(path))
     if length > LONGEST:
-        raise Wrong(f"trainer.listen: a socket's path has at most {LONGEST} bytes, {path} has {length}")
+        raise CheckFailed(f"trainer.listen: a socket's path has at most {LONGEST} bytes, {path} has {length}")
     return f"{path}, a socket of this user"
 
 

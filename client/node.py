@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 
-from ..common.pulling import hasten
+from ..common.pulling import shorten_pull_backoff
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     threading.excepthook = _failed
-    hasten()
+    shorten_pull_backoff()
     code = 1  # it returns when it has lost its coordinator
     try:
         flower_supernode()

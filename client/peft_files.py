@@ -12,20 +12,20 @@ from ..common.files import write_atomically
 from ..common.model import DTYPES, source_folder, stock_class, stock_name
 from ..common.quiet import quiet_transformers
 from . import card
-from .export import Exported
+from .export import ExportedAdapter
 
 PEFT_TASKS = {"classification": "SEQ_CLS", "generation": "CAUSAL_LM"}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def write_adapter(exported: Exported, out: Path) -> None:
+def write_adapter(exported: ExportedAdapter, out: Path) -> None:
     """An adapter as ``PeftModel.from_pretrained`` reads it; equal models give equal files."""
     from peft import LoraConfig
     from safetensors.torch import save
 
     plan = exported.saved.plan
     config = LoraConfig(
-        task_type=PEFT_TASKS.get(exported.saved.card.task) if exported.complete else None,
+        task_type=PEFT_TASKS.get(exported.saved.metadata.task) if exported.complete else None,
         base_model_name_or_path=stock_name(plan.model),
         revision=plan.model.revision,
         r=exported.rank,
@@ -41,20 +41,20 @@ def write_adapter(exported: Exported, out: Path) -> None:
     write_atomically(out / WEIGHTS, save(named, metadata={"format": "pt"}))
     write_atomically(out / CONFIG, json.dumps(_plain(config), indent=2, sort_keys=True).encode())
     _tokenizer(exported).save_pretrained(str(out))
-    write_atomically(out / "README.md", card.text_of(exported, merged=False).encode())
+    write_atomically(out / "README.md", card.render_model_card(exported, merged=False).encode())
 
 
-def write_merged(exported: Exported, out: Path) -> None:
+def write_merged(exported: ExportedAdapter, out: Path) -> None:
     """The full model in the base model's own precision; the product is added in double precision and rounded once."""
     saved, plan = exported.saved, exported.saved.plan
-    tokenizer, labels = _tokenizer(exported), saved.card.labels
+    tokenizer, labels = _tokenizer(exported), saved.metadata.labels
     more: dict[str, Any] = {}
-    if saved.card.task == "classification":
+    if saved.metadata.task == "classification":
         more = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
         more["label2id"] = {label: i for i, label in enumerate(labels)}
     dtype = DTYPES[plan.model.precision]
     with quiet_transformers(), torch.no_grad():
-        model = stock_class(saved.card.task).from_pretrained(source_folder(plan.model), dtype=dtype, **more)
+        model = stock_class(saved.metadata.task).from_pretrained(source_folder(plan.model), dtype=dtype, **more)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         for key, value in exported.tensors.items():
@@ -66,10 +66,10 @@ def write_merged(exported: Exported, out: Path) -> None:
             module.weight.copy_((module.weight.double() + delta).to(dtype))
         model.save_pretrained(str(out))
     tokenizer.save_pretrained(str(out))
-    write_atomically(out / "README.md", card.text_of(exported, merged=True).encode())
+    write_atomically(out / "README.md", card.render_model_card(exported, merged=True).encode())
 
 
-def _tokenizer(exported: Exported) -> Any:
+def _tokenizer(exported: ExportedAdapter) -> Any:
     """The base model's, with the padding token and the length that it was trained with here."""
     from transformers import AutoTokenizer
 

@@ -14,13 +14,13 @@ import torch
 
 from ..common.errors import DataError, StateError
 from ..common.files import write_atomically
-from ..common.model import check_fingerprint, load
-from ..common.rows import Row, SiteRows
-from ..common.saved import Saved
+from ..common.model import check_fingerprint, load_base_model
+from ..common.rows import Row, SiteDataset
+from ..common.saved import SavedModel
 from ..common.settings import DataSettings
 from .data import read_rows
-from .store import Store
-from .trainer import Trainer, set_up
+from .store import StateStore
+from .trainer import Trainer, attach_adapters
 
 FORMATS = (".jsonl", ".csv", ".tsv")
 
@@ -28,19 +28,19 @@ FORMATS = (".jsonl", ".csv", ".tsv")
 class Predictor:
     """A saved model in memory: the site's own one, or, of a checkpoint, what all sites share."""
 
-    def __init__(self, saved: Saved, *, device: str = "auto", batch_size: int | None = None) -> None:
+    def __init__(self, saved: SavedModel, *, device: str = "auto", batch_size: int | None = None) -> None:
         card, plan = (
-            saved.card,
+            saved.metadata,
             dataclasses.replace(saved.plan, model=dataclasses.replace(saved.plan.model, device=device)),
         )
-        if not saved.is_of_a_site:
+        if not saved.is_personal:
             raise StateError(str(saved.path), "a site's state", "a coordinator's checkpoint, which has no task")
         check_fingerprint(saved.plan.model, card.fingerprint)
         if batch_size:
             plan = dataclasses.replace(plan, evaluation=dataclasses.replace(plan.evaluation, batch_size=batch_size))
-        base = load(plan.model, generates=card.task == "generation")
-        rows = SiteRows(card.site, card.task, (), (), card.labels)  # type: ignore[arg-type]
-        self.trainer = Trainer(set_up(base, plan), rows, Store(saved.path.parent, card.federation))
+        base = load_base_model(plan.model, generates=card.task == "generation")
+        rows = SiteDataset(card.site, card.task, (), (), card.labels)  # type: ignore[arg-type]
+        self.trainer = Trainer(attach_adapters(base, plan), rows, StateStore(saved.path.parent, card.federation))
         shared = dict(saved.shared)
         self.trainer.load(shared, {key: torch.as_tensor(value) for key, value in saved.personal.items()})
         self.chat = card.chat
@@ -51,16 +51,16 @@ class Predictor:
 
 
 def predict_file(
-    saved: Saved, source: Path, columns: DataSettings, *, device: str = "auto", batch_size: int | None = None
+    saved: SavedModel, source: Path, columns: DataSettings, *, device: str = "auto", batch_size: int | None = None
 ) -> tuple[list[Row], int]:
     """The rows of a file with what the model says to each, and how many inputs were cut to ``model.max_length``.
 
     Raises DataError for a row without an input, before the model is loaded.
     """
     rows = list(read_rows(str(source)))
-    shape = _SHAPES.get((saved.card.task, saved.card.chat))
+    shape = _SHAPES.get((saved.metadata.task, saved.metadata.chat))
     if shape is None:
-        raise StateError(str(saved.path), "a site's model of texts", f"one of {saved.card.task or 'no task'}")
+        raise StateError(str(saved.path), "a site's model of texts", f"one of {saved.metadata.task or 'no task'}")
     inputs = [shape(row, number, columns, source) for number, row in enumerate(rows, 1)]
     found = list(Predictor(saved, device=device, batch_size=batch_size).predict(inputs))
     cut = sum(prediction.pop("truncated") for prediction in found)

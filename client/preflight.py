@@ -15,31 +15,31 @@ from typing import TYPE_CHECKING, Literal
 
 from ..common.errors import ColoraError, DataError
 from ..common.recipe import load_site
-from ..common.rows import SiteRows
+from ..common.rows import SiteDataset
 from ..common.settings import EvaluationSettings, ModelSettings, Plan
 from ..common.site import SiteSettings
 from .credentials import check_ca, check_coordinator, check_key, check_link
 from .data import load_site_rows, read_rows
-from .findings import Finding, Wrong, report, size
+from .findings import CheckResult, CheckFailed, print_checks, size
 from .machine import check_device, check_socket, check_state, check_threads, memory_left
 
 if TYPE_CHECKING:
     from ..common.model import BaseModel
 
-__all__ = ["preflight", "report"]
+__all__ = ["preflight", "print_checks"]
 
 UNIX = "unix:"
 MOST_LABELS, LONGEST_LABEL, MOST_COLUMNS, LONGEST_COLUMN = 20, 40, 20, 30
 ENDLESS = 1 << 30  # tokens
 Check = tuple[str, Callable[[], str]]
-Part = Literal["trainer", "node"]
-PARTS: tuple[Part, ...] = ("trainer", "node")
+Component = Literal["trainer", "node"]
+PARTS: tuple[Component, ...] = ("trainer", "node")
 NO_MODEL = "not checked: no model named (--model SOURCE, or one entry in allow.models)"
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}  # of a weight
 INSECURE = "none needed: coordinator.insecure = true"
 
 
-def preflight(path: Path, model: str | None = None, only: Part | None = None) -> list[Finding]:
+def preflight(path: Path, model: str | None = None, only: Component | None = None) -> list[CheckResult]:
     """All findings about a site file; ``only`` those that one of the site's two processes needs.
 
     ``model`` is the base model to look at; without it the only entry of ``allow.models``, if there is one.
@@ -47,7 +47,7 @@ def preflight(path: Path, model: str | None = None, only: Part | None = None) ->
     try:
         site = load_site(path)
     except ColoraError as error:
-        return [Finding("site file", False, str(error))]
+        return [CheckResult("site file", False, str(error))]
     checks: list[Check] = [("site file", lambda: f"site {site.name}, {path}")]
     if only != "node":
         checks += TrainerSide(site, model).checks()
@@ -68,7 +68,7 @@ class TrainerSide:
         models = site.allow.models or ()
         self.site = site
         self.source = model or (models[0] if len(models) == 1 else None)
-        self.rows: SiteRows | None = None
+        self.rows: SiteDataset | None = None
         self.base: BaseModel | None = None
         self.device = "cpu"
         self.missing = 0  # bytes of memory that the model would lack
@@ -91,11 +91,11 @@ class TrainerSide:
         """Rows and columns."""
         source = self.site.data.source
         if not source:
-            raise Wrong("data.source is empty: the site file must say where the rows are")
+            raise CheckFailed("data.source is empty: the site file must say where the rows are")
         try:
             self.rows = load_site_rows(self.site, seed=0)
         except DataError as error:
-            raise Wrong(self._without_values(error)) from None
+            raise CheckFailed(self._without_values(error)) from None
         columns = _few(self._columns(source))
         return f"{len(self.rows.train)} rows to train on, {len(self.rows.test)} to test on; columns {columns}"
 
@@ -126,7 +126,7 @@ class TrainerSide:
             return there
         self.missing = max(0, needed - free)
         if self.missing:
-            raise Wrong(f"{there}, and the model's weights alone take {size(needed)}")
+            raise CheckFailed(f"{there}, and the model's weights alone take {size(needed)}")
         return f"{there}; the model's weights take {size(needed)}"
 
     def model(self) -> str:
@@ -134,13 +134,13 @@ class TrainerSide:
         if self.source is None:
             return NO_MODEL
         if self.missing:
-            raise Wrong(f"{self.source} was not loaded: it does not fit into memory")
-        from ..common.model import load
+            raise CheckFailed(f"{self.source} was not loaded: it does not fit into memory")
+        from ..common.model import load_base_model
 
         began = time.monotonic()
         precision = self.site.trainer.precision or "fp32"
         settings = ModelSettings(self.source, device=self.device, precision=precision)
-        self.base = load(settings, generates=self.site.data.task == "generation")
+        self.base = load_base_model(settings, generates=self.site.data.task == "generation")
         seconds, model = time.monotonic() - began, self.base.language_model or self.base.backbone
         tensors = [*model.parameters(), *model.buffers()]
         parameters, taken = sum(p.numel() for p in model.parameters()), sum(t.nbytes for t in tensors)
@@ -164,7 +164,7 @@ class TrainerSide:
         lengths = sorted(int(batch["attention_mask"].sum()) for batch in task.batches(examples))
         dropped = task.train.dropped + task.test.dropped
         if not lengths:
-            raise Wrong(f"none of {dropped} rows has anything to learn from: they are all empty")
+            raise CheckFailed(f"none of {dropped} rows has anything to learn from: they are all empty")
         limit, whose = self.site.allow.max_tokens, "allow.max_tokens"
         if limit is None:
             limit, whose = ModelSettings("").max_length, "model.max_length of a recipe that does not set it"
@@ -209,7 +209,7 @@ def _way_out(site: SiteSettings) -> list[Check]:
     coordinator = site.coordinator
 
     def missing() -> str:
-        raise Wrong("the site file has no table [coordinator] with address, ca and key")
+        raise CheckFailed("the site file has no table [coordinator] with address, ca and key")
 
     if coordinator is None:
         return [("coordinator", missing)]
@@ -223,16 +223,16 @@ def _way_out(site: SiteSettings) -> list[Check]:
     ]
 
 
-def _finding(name: str, check: Callable[[], str]) -> Finding:
+def _finding(name: str, check: Callable[[], str]) -> CheckResult:
     """Whatever a check meets is its own finding, and no other's."""
     try:
-        return Finding(name, True, check())
-    except Wrong as error:
-        return Finding(name, False, str(error))
+        return CheckResult(name, True, check())
+    except CheckFailed as error:
+        return CheckResult(name, False, str(error))
     except ColoraError as error:
-        return Finding(name, False, _without_site(error))
+        return CheckResult(name, False, _without_site(error))
     except Exception as error:  # whose text may quote a row
-        return Finding(name, False, f"an unexpected {type(error).__name__}")
+        return CheckResult(name, False, f"an unexpected {type(error).__name__}")
 
 
 def _without_site(error: ColoraError) -> str:

@@ -12,21 +12,21 @@ import torch
 
 from ..common.adapters.attach import detach
 from ..common.errors import ModelError, RecipeError, RefusedError
-from ..common.model import BaseModel, device_of, load
-from ..common.protocol import Order, Reply
-from ..common.rows import SiteRows
+from ..common.model import BaseModel, resolve_device, load_base_model
+from ..common.protocol import TrainRequest, TrainReply
+from ..common.rows import SiteDataset
 from ..common.settings import ModelSettings, Plan, parse
 from ..common.site import SiteSettings
-from ..common.training import Watch
-from ..transfer.preparation import Prepared
+from ..common.training import StepCallback
+from ..transfer.preparation import TransferArtifacts
 from .allow import check_allowed
 from .data import load_site_rows
-from .store import Store
-from .trainer import Trainer, set_up
+from .store import StateStore
+from .trainer import Trainer, attach_adapters
 from .transfer import is_prepared, rows_on_new_base
 
 
-class Resident:
+class TrainerSession:
     """One plan at a time: another plan takes the adapter off and puts its own on.
 
     The base model is read again only when ``plan.model`` is another. All calls but :meth:`accept` come from one thread.
@@ -42,7 +42,7 @@ class Resident:
         if self.site.trainer.threads:
             torch.set_num_threads(self.site.trainer.threads)
         try:
-            device_of(self.site.trainer.device)
+            resolve_device(self.site.trainer.device)
         except ModelError as error:
             raise RecipeError("trainer.device", error.expected, error.found, site=self.site.name) from None
 
@@ -88,17 +88,17 @@ class Resident:
             self._current = None  # and the old bench goes before the new one comes
             gc.collect()
             rows, learns, prepared = self._rows(plan)
-            bench, store = set_up(self._base_of(plan.model), plan), Store(self.folder(plan), plan.name)
-            self._current = plan, Trainer(bench, rows, store, learns=learns, prepared=prepared)
+            bench, store = attach_adapters(self._base_of(plan.model), plan), StateStore(self.folder(plan), plan.name)
+            self._current = plan, Trainer(bench, rows, store, trains=learns, artifacts=prepared)
         return self._current[1]
 
-    def answer(self, plan: Plan, order: Order, watch: Watch) -> tuple[Reply, bool]:
+    def answer(self, plan: Plan, order: TrainRequest, watch: StepCallback) -> tuple[TrainReply, bool]:
         """The reply to an order, and whether it was stored before."""
         trainer = self.trainer(plan)
         stored = trainer.store.reply(order.round, order.key)
-        return (stored, True) if stored else (trainer.respond(order, self._limited(watch)), False)
+        return (stored, True) if stored else (trainer.handle(order, self._limited(watch)), False)
 
-    def _rows(self, plan: Plan) -> tuple[SiteRows, bool, Prepared | None]:
+    def _rows(self, plan: Plan) -> tuple[SiteDataset, bool, TransferArtifacts | None]:
         """The site's own, or written ones in a federation that moved to another base model; whether it learns;
         and what it kept for the next move.
 
@@ -119,12 +119,12 @@ class Resident:
         if self._base is None or self._base[0] != settings:
             self._base = None
             gc.collect()
-            self._base = settings, load(settings, generates=self.site.data.task == "generation")
+            self._base = settings, load_base_model(settings, generates=self.site.data.task == "generation")
         base = self._base[1]
         detach(base.backbone)
         return base
 
-    def _limited(self, watch: Watch) -> Watch:
+    def _limited(self, watch: StepCallback) -> StepCallback:
         """``watch`` that ends a training which takes longer than the site allows."""
         limit, began = self.site.allow.max_seconds, time.monotonic()
 

@@ -26,17 +26,17 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ..common.errors import ColoraError, RecipeError, RefusedError
-from ..common.protocol import Arrays, Order, Reply
+from ..common.protocol import Arrays, TrainRequest, TrainReply
 from ..common.recipe import load_site
 from ..common.settings import Plan
 from ..common.site import SiteSettings
 from . import door
-from .audit import Audit
+from .audit import AuditLog
 from .wire import parts, trainer_pb2_grpc
 from .wire import trainer_pb2 as wire
 
 if TYPE_CHECKING:
-    from .resident import Resident
+    from .resident import TrainerSession
 
 logger = logging.getLogger("colora.trainer")
 SERVICE = "colora.trainer.v1.Trainer"
@@ -59,17 +59,17 @@ END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
-class Answer:
+class TrainResult:
     """A reply, and the steps that were taken for it; None for a stored one."""
 
-    reply: Reply
+    reply: TrainReply
     steps: int | None
 
 
-class Service(trainer_pb2_grpc.TrainerServicer):
+class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
     """The two calls. ``work`` is the one thread of the model, ``notes`` that of the audit log."""
 
-    def __init__(self, resident: Resident, work: ThreadPoolExecutor) -> None:
+    def __init__(self, resident: TrainerSession, work: ThreadPoolExecutor) -> None:
         self.resident, self.site, self.work = resident, resident.site, work
         self.notes = ThreadPoolExecutor(1, "audit")
         self.progress = wire.Progress()
@@ -81,9 +81,9 @@ class Service(trainer_pb2_grpc.TrainerServicer):
         try:
             parts.check_protocol(request.protocol)
             plan, audit = self._accept(request.federation, request.plan)
-            description = await _done(self.work.submit(lambda: self.resident.trainer(plan).describe()))
+            description = await _done(self.work.submit(lambda: self.resident.trainer(plan).site_info()))
             await _done(self.notes.submit(audit.description, description))
-            return parts.description_message(description)
+            return parts.site_info_message(description)
         except Exception as error:
             return await self._refuse(error, context, audit)
 
@@ -92,17 +92,17 @@ class Service(trainer_pb2_grpc.TrainerServicer):
         try:
             await self._train(context)
         finally:
-            self.notes.submit(give_back)  # beside the answer's end, not before it
+            self.notes.submit(release_memory)  # beside the answer's end, not before it
 
     async def _train(self, context: Context) -> None:
         audit = None
         try:
             async with self.orders:
                 head = await self._head(context)
-                order = parts.order_of(head, {})
+                order = parts.request_from(head, {})
                 plan, audit = self._accept(order.federation, order.plan)
                 layout = await _done(self.work.submit(lambda: self.resident.trainer(plan).layout))
-                order = parts.order_of(head, await self._arrays(context, layout))
+                order = parts.request_from(head, await self._arrays(context, layout))
                 job = self.work.submit(self._answer, plan, order)
                 answer = await _done(job, lambda: context.write(wire.ReplyPart(progress=self.progress)))
             reply = answer.reply
@@ -114,9 +114,9 @@ class Service(trainer_pb2_grpc.TrainerServicer):
         except Exception as error:
             await self._refuse(error, context, audit)
 
-    def _accept(self, federation: str, text: str) -> tuple[Plan, Audit]:
+    def _accept(self, federation: str, text: str) -> tuple[Plan, AuditLog]:
         plan = self.resident.accept(federation, text)
-        return plan, Audit(self.resident.folder(plan), plan.name)
+        return plan, AuditLog(self.resident.folder(plan), plan.name)
 
     async def _head(self, context: Context) -> wire.OrderHead:
         async with asyncio.timeout(RECEIVING):
@@ -126,7 +126,7 @@ class Service(trainer_pb2_grpc.TrainerServicer):
         return part.head
 
     async def _arrays(self, context: Context, layout: Mapping[str, tuple[int, ...]]) -> Arrays:
-        gathering = parts.Gathering(layout, self.site.name)
+        gathering = parts.ArrayAssembler(layout, self.site.name)
         async with asyncio.timeout(RECEIVING):
             while (part := await context.read()) is not END:
                 if part.WhichOneof("part") != "chunk":
@@ -134,17 +134,17 @@ class Service(trainer_pb2_grpc.TrainerServicer):
                 gathering.add(part.chunk)
         return gathering.arrays()
 
-    def _answer(self, plan: Plan, order: Order) -> Answer:
+    def _answer(self, plan: Plan, order: TrainRequest) -> TrainResult:
         """In the thread of the model."""
 
         def watch(done: int, total: int) -> None:
-            self.progress = wire.Progress(step=done, total=total, phase=order.phase)
+            self.progress = wire.Progress(step=done, total=total, phase=order.kind)
 
         watch(0, 0)
         reply, replayed = self.resident.answer(plan, order, watch)
-        return Answer(reply, None if replayed else self.progress.step)
+        return TrainResult(reply, None if replayed else self.progress.step)
 
-    async def _refuse(self, error: Exception, context: Context, audit: Audit | None) -> Any:
+    async def _refuse(self, error: Exception, context: Context, audit: AuditLog | None) -> Any:
         """What went wrong: in full in the log, by its kind only for the other side."""
         _log_error(error)
         code = REFUSED if isinstance(error, ColoraError) else FAILED
@@ -177,13 +177,13 @@ async def _done(job: Future[T], tell: Callable[[], Awaitable[None]] | None = Non
     return waiting.result()
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Freed memory goes back to the system: glibc would keep up to 64 MiB of it for every thread."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _log_reply(answer: Answer, size: int) -> None:
+def _log_reply(answer: TrainResult, size: int) -> None:
     reply, loss = answer.reply, answer.reply.metrics.get("train.loss")
     trained = "stored reply again" if answer.steps is None else f"{answer.steps} steps, {reply.seconds:.1f} s"
     found = "" if loss is None else f"loss {loss:.4f}, "
@@ -211,7 +211,7 @@ def serve(site: SiteSettings) -> None:
     Nothing is lost: the round is asked again. Raises RecipeError or StateError when it cannot begin.
     """
     os.umask(0o077)
-    with door.alone(Path(site.trainer.state)):
+    with door.exclusive_state_dir(Path(site.trainer.state)):
         asyncio.run(_serve(site))
 
 
@@ -232,21 +232,21 @@ async def _serve(site: SiteSettings) -> None:
         await stop.wait()
         logger.info("stopped")
     finally:
-        door.leave(site.trainer)
+        door.remove_socket(site.trainer)
     logging.shutdown()
     os._exit(0)  # without waiting for the thread of the model
 
 
-def _service(site: SiteSettings) -> Service:
+def _service(site: SiteSettings) -> TrainerServicer:
     """The service with its one thread; what it imports takes seconds, a sixth more with the collector at work."""
     gc.disable()
-    from .resident import Resident
+    from .resident import TrainerSession
 
     gc.freeze()
     gc.enable()
-    resident, work = Resident(site), ThreadPoolExecutor(1, "model")
+    resident, work = TrainerSession(site), ThreadPoolExecutor(1, "model")
     work.submit(resident.start).result()
-    return Service(resident, work)
+    return TrainerServicer(resident, work)
 
 
 def main(arguments: list[str]) -> int:

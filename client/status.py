@@ -25,17 +25,17 @@ from rich.table import Table
 
 from ..common.errors import ColoraError
 from ..common.recipe import load_site
-from ..common.services import Process, Service, Told, ago, grpc_health, here, plain, read_services, show_services
+from ..common.services import ProcessStatus, ServiceStatus, ServiceRecord, format_age, grpc_health, connectable_address, sanitize, read_services, show_services
 from ..common.site import SiteSettings
 from .audit import FILE as AUDIT
-from .connection import TrainerConnection
+from .connection import TrainerClient
 
 TAIL = 1 << 20  # bytes of an audit log that hold its last line
 STATES = "round-*.safetensors"
 
 
 @dataclass(frozen=True)
-class Taking:
+class FederationStatus:
     """A federation that the site takes part in: the round of its newest state, and the last thing that left."""
 
     federation: str
@@ -52,9 +52,9 @@ class SiteStatus:
     site: str
     coordinator: str | None
     problems: tuple[str, ...]
-    federations: tuple[Taking, ...]
-    services: tuple[Service, ...]
-    processes: tuple[Process, ...]
+    federations: tuple[FederationStatus, ...]
+    services: tuple[ServiceStatus, ...]
+    processes: tuple[ProcessStatus, ...]
     kind: str = "site"
     version: int = 1
 
@@ -108,24 +108,24 @@ def show_site(status: SiteStatus, console: Console) -> None:
     for name in ("federation", "round", "written", "last left the site"):
         table.add_column(name, no_wrap=name != "last left the site")
     for each in status.federations:
-        table.add_row(each.federation, str(each.round or ""), ago(each.age), plain(_in_words(each.audit)))
+        table.add_row(each.federation, str(each.round or ""), format_age(each.age), sanitize(_in_words(each.audit)))
     if status.federations:
         console.print(table)
     show_services(status.services, status.processes, status.problems, console)
 
 
-def _services(told: Told, site: SiteSettings) -> list[Service]:
+def _services(told: ServiceRecord, site: SiteSettings) -> list[ServiceStatus]:
     found = []
     for name, address in told.addresses.items():
         if name == "trainer":
-            way = TrainerConnection(site.name, here(address), site.trainer.link)
+            way = TrainerClient(site.name, connectable_address(address), site.trainer.link)
             try:
                 state = grpc_health(address, way.channel)
             except ColoraError:  # no certificates for the way to it, as in the SuperNode's container without a trainer
                 state = "down"
-            found.append(Service(name, address, state))
+            found.append(ServiceStatus(name, address, state))
         elif name.endswith("_health"):
-            found.append(Service(name.removesuffix("_health"), address, grpc_health(address)))
+            found.append(ServiceStatus(name.removesuffix("_health"), address, grpc_health(address)))
     return found
 
 
@@ -133,14 +133,14 @@ def _federations(state: Path) -> list[Path]:
     return sorted(path for path in state.glob("*") if (path / AUDIT).is_file() or any(path.glob(STATES)))
 
 
-def _taking(folder: Path, now: float) -> Taking:
+def _taking(folder: Path, now: float) -> FederationStatus:
     newest = max(folder.glob(STATES), default=None)
     number = int(newest.stem.removeprefix("round-")) if newest else None
     try:
         age = now - newest.stat().st_mtime if newest else None
     except OSError:  # a newer one has taken its place just now
         age = None
-    return Taking(folder.name, number, age, _last_line(folder / AUDIT))
+    return FederationStatus(folder.name, number, age, _last_line(folder / AUDIT))
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:

@@ -16,12 +16,12 @@ import torch
 
 from ..common.errors import StateError
 from ..common.files import load_arrays, save_arrays
-from ..common.protocol import Arrays, Reply
-from ..common.saved import DISCRIMINATOR, PERSONAL, SHARED, TRAINED, WRITER, Card
-from ..transfer.preparation import Prepared
+from ..common.protocol import Arrays, TrainReply
+from ..common.saved import DISCRIMINATOR, PERSONAL, SHARED, TRAINED, WRITER, ModelMetadata
+from ..transfer.preparation import TransferArtifacts
 
 MOMENTS, NOTHING = "moments/", "none/"
-KEPT = 3  # admitted states on disk, as many as the coordinator keeps checkpoints
+MAX_STATES = 3  # admitted states on disk, as many as the coordinator keeps checkpoints
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class PersonalState:
     previous: int = 0  # the round whose state it was trained from
     position: int = 0  # examples drawn so far
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    optimizer_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     base: Mapping[str, float] | None = None  # metrics of the bare base model, measured once
     plan: str = ""  # JSON of the plan it was trained by, with the site's own choices
 
 
-class Store:
+class StateStore:
     """The state folder of one site in one federation."""
 
     def __init__(self, folder: Path, federation: str) -> None:
@@ -62,17 +62,17 @@ class Store:
             meta["card"]["plan"],
         )
 
-    def reply(self, round_number: int, key: str) -> Reply | None:
+    def reply(self, round_number: int, key: str) -> TrainReply | None:
         """The stored reply to exactly this order, if there is one."""
         path = self.path(round_number)
         if not path.exists():
             return None
         arrays, meta = load_arrays(path, prefix=TRAINED)
         self._check(path, meta)
-        return Reply(**meta["reply"], shared=arrays) if meta["reply"]["key"] == key else None
+        return TrainReply(**meta["reply"], shared=arrays) if meta["reply"]["key"] == key else None
 
     def write(
-        self, state: PersonalState, reply: Reply, card: Card, shared: Arrays, prepared: Prepared | None = None
+        self, state: PersonalState, reply: TrainReply, card: ModelMetadata, shared: Arrays, prepared: TransferArtifacts | None = None
     ) -> None:
         """Puts state and reply on disk in one rename. Raises StateError, and leaves the old files, when it cannot.
 
@@ -80,7 +80,7 @@ class Store:
         ``prepared`` is what a later transfer needs.
         """
         arrays = {PERSONAL + k: v.cpu().numpy() for k, v in state.tensors.items()}
-        arrays |= {MOMENTS + k: v.cpu().numpy() for k, v in state.moments.items()}
+        arrays |= {MOMENTS + k: v.cpu().numpy() for k, v in state.optimizer_state.items()}
         arrays |= {TRAINED + k: v for k, v in reply.shared.items()}
         arrays |= {SHARED + k: v for k, v in shared.items()}
         said = {f.name: getattr(reply, f.name) for f in dataclasses.fields(reply) if f.name != "shared"}
@@ -88,12 +88,12 @@ class Store:
         meta |= {"base": state.base, "reply": said, "card": dataclasses.asdict(card)}
         if prepared:
             arrays |= {DISCRIMINATOR + k: v.cpu().numpy() for k, v in prepared.discriminator.items()}
-            arrays |= {WRITER + k: v.cpu().numpy() for k, v in prepared.writer.items()}
-            kept = {"seeds": prepared.seeds, "about": prepared.about, "examples": prepared.examples}
+            arrays |= {WRITER + k: v.cpu().numpy() for k, v in prepared.tuned_generator.items()}
+            kept = {"seeds": prepared.seeds, "about": prepared.dataset_name, "examples": prepared.examples}
             meta["transfer"] = kept
         save_arrays(self.path(state.round), arrays, meta)
 
-    def forget_before(self, admitted: int) -> None:
+    def prune(self, admitted: int) -> None:
         """Deletes states before the last admitted one, but for the few it was trained from.
 
         A coordinator that was put back to an older checkpoint may name those. Candidates that were never admitted go.
@@ -102,7 +102,7 @@ class Store:
         if not self.path(admitted).exists():
             return
         kept, number = [], admitted
-        while number and len(kept) < KEPT and self.path(number).exists():
+        while number and len(kept) < MAX_STATES and self.path(number).exists():
             kept.append(self.path(number))
             number = load_arrays(kept[-1], prefix=NOTHING)[1]["previous"]
         for path in self.folder.glob("round-*.safetensors"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from ..common.files import write_atomically
-from ..common.processes import Child, Command, free_port
+from ..common.processes import SupervisedProcess, Command, free_port
 from ..common.site import CoordinatorSettings, SiteSettings
 from .clientapp import CLIENT_APP
 from .connection import LINK, SITE, TRAINER
@@ -33,7 +33,7 @@ REASONS = (  # what SuperNode's log says, and what it means
 
 
 @dataclass(frozen=True)
-class Record:
+class NodeLease:
     """Which process holds the site's place at the coordinator."""
 
     node: int
@@ -50,7 +50,7 @@ class SuperNode:
         state = Path(site.trainer.state)
         self.site, self.coordinator, self.home = site, coordinator, state / "flower"
         self.log, self.record = state / "logs" / "supernode.log", state / "node.json"
-        self.child = Child(self._command())
+        self.child = SupervisedProcess(self._command())
         self._read_from = 0
 
     def _command(self) -> Command:
@@ -70,9 +70,9 @@ class SuperNode:
 
     def start(self) -> None:
         """Starts it, after signing off the one before where that is surely dead."""
-        if (last := self._last()) and last.pid == self.child.pid and _dead(last) and HELD in self.said():
+        if (last := self._last()) and last.pid == self.child.pid and _dead(last) and HELD in self.log_text():
             self.record.unlink()  # held, perhaps by another: better a minute's wait than to sign that one off
-        node = self.sign_off()
+        node = self.deactivate_stale_node()
         self._read_from = self.log.stat().st_size if self.log.exists() else 0
         self.child.command = self._command()
         self.child.start()
@@ -82,21 +82,21 @@ class SuperNode:
     def stop(self, grace: float) -> None:
         """Ends it; one that was connected and ended by itself has signed itself off."""
         self.child.stop(grace)
-        if self.child.ended_with(0) and NODE_ID.search(self.said()):
+        if self.child.ended_with(0) and NODE_ID.search(self.log_text()):
             self.record.unlink(missing_ok=True)
 
-    def watch(self) -> str:
+    def stuck_reason(self) -> str:
         """Keeps the record of who is there; says why it must be started again although it runs, or nothing."""
         if not self.child.running:
             return ""
-        last, found = self._last(), NODE_ID.search(self.said())
+        last, found = self._last(), NODE_ID.search(self.log_text())
         if found and (last is None or (last.node, last.pid) != (int(found[1]), self.child.pid)):
             self._note(int(found[1]))
         if self.child.crashed(CLIENT_APP):  # SuperNode would wait for it
             return "a ClientApp was killed"
         return ""
 
-    def said(self) -> bytes:
+    def log_text(self) -> bytes:
         """What it wrote to its log since it was started."""
         if not self.log.exists():
             return b""
@@ -107,31 +107,31 @@ class SuperNode:
     @property
     def connected(self) -> bool:
         """Whether the coordinator has taken it in."""
-        return self.child.running and NODE_ID.search(self.said()) is not None
+        return self.child.running and NODE_ID.search(self.log_text()) is not None
 
     @property
     def trying(self) -> bool:
         """Whether it has not come through to the coordinator and tries again, which it does without an end."""
-        return self.child.running and not self.connected and RETRYING in self.said()
+        return self.child.running and not self.connected and RETRYING in self.log_text()
 
-    def obstacle(self) -> str:
+    def connection_problem(self) -> str:
         """What is in the way, as far as can be seen from here; empty where the coordinator answers as it should."""
         from .credentials import check_coordinator
-        from .findings import Wrong
+        from .findings import CheckFailed
 
         try:
             check_coordinator(self.coordinator)
-        except Wrong as wrong:
+        except CheckFailed as wrong:
             return str(wrong)
         return ""
 
     def reason(self) -> str:
         """Why it ended, in words."""
-        said = self.said()
+        said = self.log_text()
         known = (words for pattern, words in REASONS if re.search(pattern, said))
         return next(known, f"see {self.log}")
 
-    def sign_off(self) -> int | None:
+    def deactivate_stale_node(self) -> int | None:
         """Tells the coordinator that the recorded SuperNode is gone, so that the next one may come at once.
 
         Without it the coordinator keeps the place for 60 s. Only for a process of this machine that is surely dead: of
@@ -152,12 +152,12 @@ class SuperNode:
             began = psutil.Process(self.child.pid).create_time()
         except psutil.NoSuchProcess:
             return
-        record = Record(node, self.child.pid or 0, began, socket.gethostname(), _boot())
+        record = NodeLease(node, self.child.pid or 0, began, socket.gethostname(), _boot())
         write_atomically(self.record, json.dumps(asdict(record)).encode(), lasting=False)
 
-    def _last(self) -> Record | None:
+    def _last(self) -> NodeLease | None:
         try:
-            return Record(**json.loads(self.record.read_text()))
+            return NodeLease(**json.loads(self.record.read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -170,7 +170,7 @@ def _boot() -> str:
         return ""
 
 
-def _dead(record: Record) -> bool:
+def _dead(record: NodeLease) -> bool:
     if record.host != socket.gethostname():
         return False
     if record.boot != _boot():

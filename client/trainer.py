@@ -12,70 +12,70 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from ..common.adapters.attach import ADAPTER, activate, attach, initial_values, inject, layout_of, private_form
+from ..common.adapters.attach import ADAPTER, activate, attach, initial_values, inject, layout_of, private_spec
 from ..common.errors import RefusedError
 from ..common.methods import PERSONAL, SHARED, Method, group_of
 from ..common.model import BaseModel, checkpoint_activations
-from ..common.protocol import PROTOCOL, Arrays, Description, Order, Reply, check_arrays, check_metrics, hash_layout
-from ..common.rows import SiteRows
-from ..common.saved import Card
+from ..common.protocol import PROTOCOL, Arrays, SiteInfo, TrainRequest, TrainReply, check_arrays, check_metrics, hash_layout
+from ..common.rows import SiteDataset
+from ..common.saved import ModelMetadata
 from ..common.seeds import seed_from
 from ..common.settings import Plan, PrivateSettings, parse, to_dict, to_json
 from ..common.tasks import Task, build_task
-from ..common.training import Phase, Stretch, Trained, Watch, train
-from ..transfer.preparation import Prepared, check_preparation, load_speaker, prepare
-from .store import PersonalState, Store
+from ..common.training import TrainPhase, TrainCursor, TrainOutcome, StepCallback, train
+from ..transfer.preparation import TransferArtifacts, check_preparation, load_generator, prepare
+from .store import PersonalState, StateStore
 
 
 @dataclass(frozen=True)
-class Bench:
+class AdaptedModel:
     """A base model with the plan's adapter attached: one per process, used by one site after the other."""
 
     base: BaseModel
     plan: Plan
     adapter: Mapping[str, nn.Parameter]
-    privates: dict[PrivateSettings, Private] = field(default_factory=dict)
-    speakers: list[BaseModel] = field(default_factory=list)  # the generator beside an encoder, once it was needed
+    private_adapters: dict[PrivateSettings, PrivateAdapter] = field(default_factory=dict)
+    generators: list[BaseModel] = field(default_factory=list)  # the generator beside an encoder, once it was needed
 
-    def private(self, settings: PrivateSettings) -> Private:
+    def private_adapter(self, settings: PrivateSettings) -> PrivateAdapter:
         """The private adapter of this kind, attached at the first call; sites of one kind take turns on it."""
         if not settings.present:
-            return Private("", {})
-        if settings not in self.privates:
-            name = f"private{len(self.privates)}"
-            parameters = inject(self.base.backbone, private_form(settings, self.plan.adapter), name)
-            self.privates[settings] = Private(name, parameters)
-        return self.privates[settings]
+            return PrivateAdapter("", {})
+        if settings not in self.private_adapters:
+            name = f"private{len(self.private_adapters)}"
+            parameters = inject(self.base.backbone, private_spec(settings, self.plan.adapter), name)
+            self.private_adapters[settings] = PrivateAdapter(name, parameters)
+        return self.private_adapters[settings]
 
-    def speaker(self, task: str) -> BaseModel:
+    def generator(self, task: str) -> BaseModel:
         """The causal model that writes texts: the base model, or the generator beside it, loaded at the first call."""
         if task == "generation":
             return self.base
-        if not self.speakers:
-            self.speakers.append(load_speaker(self.plan, task))
-        return self.speakers[0]
+        if not self.generators:
+            self.generators.append(load_generator(self.plan, task))
+        return self.generators[0]
 
-    def use(self, private: Private) -> None:
+    def select(self, private: PrivateAdapter) -> None:
         """Lets the shared adapter and this private one act, and no other."""
-        if self.privates:
+        if self.private_adapters:
             activate(self.base.backbone, [name for name in (ADAPTER, private.name) if name])
 
 
 @dataclass(frozen=True)
-class Private:
+class PrivateAdapter:
     """A private adapter on a bench: its name there, and its parameters."""
 
     name: str
     parameters: Mapping[str, nn.Parameter]
 
 
-def set_up(base: BaseModel, plan: Plan) -> Bench:
+def attach_adapters(base: BaseModel, plan: Plan) -> AdaptedModel:
     """Attaches the plan's shared adapter to the base model."""
     checkpoint_activations(base.backbone, plan.train.gradient_checkpointing)
     adapter = attach(base.backbone, plan.adapter, plan.method.row())
     for parameter in adapter.values():
         parameter.requires_grad_(False)
-    return Bench(base, plan, adapter)
+    return AdaptedModel(base, plan, adapter)
 
 
 class Trainer:
@@ -88,36 +88,36 @@ class Trainer:
 
     def __init__(
         self,
-        bench: Bench,
-        rows: SiteRows,
-        store: Store,
+        model: AdaptedModel,
+        rows: SiteDataset,
+        store: StateStore,
         private: PrivateSettings | None = None,
         *,
-        learns: bool = True,
-        prepared: Prepared | None = None,
+        trains: bool = True,
+        artifacts: TransferArtifacts | None = None,
     ) -> None:
-        self.site, self.bench, self.store, self.learns, self.prepared = rows.site, bench, store, learns, prepared
-        self.plan: Plan = dataclasses.replace(bench.plan, private=private) if private else bench.plan
-        self.row: Method = self.plan.row()
-        self.task: Task = build_task(rows, bench.base, self.plan)
-        self.private = bench.private(self.plan.private)
-        self.parameters: dict[str, nn.Parameter] = {**bench.adapter, **self.private.parameters, **self.task.head}
+        self.site, self.model, self.store, self.trains, self.transfer_artifacts = rows.site, model, store, trains, artifacts
+        self.plan: Plan = dataclasses.replace(model.plan, private=private) if private else model.plan
+        self.method: Method = self.plan.row()
+        self.task: Task = build_task(rows, model.base, self.plan)
+        self.private = model.private_adapter(self.plan.private)
+        self.parameters: dict[str, nn.Parameter] = {**model.adapter, **self.private.parameters, **self.task.head}
         layout = layout_of(self.parameters)
-        self.layout = self.row.having(layout, SHARED)
+        self.layout = self.method.having(layout, SHARED)
         self.site_seed = seed_from(self.plan.seed, self.plan.name, self.site)
         self.initial = initial_values(layout, self.plan.adapter, self.plan.seed)
-        if self.row.head is PERSONAL:
+        if self.method.head is PERSONAL:
             heads = {key: layout[key] for key in self.task.head}
             self.initial |= initial_values(heads, self.plan.adapter, seed_from(self.site_seed, "head"))
         own = {key: layout[key] for key in self.private.parameters}
         self.initial |= initial_values(own, self.plan.adapter, seed_from(self.site_seed, "private"))
 
-    def describe(self) -> Description:
+    def site_info(self) -> SiteInfo:
         """What the coordinator needs to know before the first round. Raises what would make a preparation fail."""
-        prints, task = self.bench.base.fingerprint, self.task
+        prints, task = self.model.base.fingerprint, self.task
         if self.plan.transfer.prepare:
-            check_preparation(self.plan, task.rows, self.prepared)
-        return Description(
+            check_preparation(self.plan, task.rows, self.transfer_artifacts)
+        return SiteInfo(
             site=self.site,
             protocol=PROTOCOL,
             model=prints.model,
@@ -125,54 +125,54 @@ class Trainer:
             chat_template=prints.chat_template,
             layout=hash_layout(self.layout),
             task=task.rows.task,
-            train=len(task.train.examples) if self.learns else 0,
+            train=len(task.train.examples) if self.trains else 0,
             test=len(task.test.examples),
             truncated=task.train.truncated + task.test.truncated,
             dropped=task.train.dropped + task.test.dropped,
             classes=len(task.rows.labels),
         )
 
-    def respond(self, order: Order, watch: Watch | None = None) -> Reply:
+    def handle(self, request: TrainRequest, on_step: StepCallback | None = None) -> TrainReply:
         """Answers an order; asked again for the same round it returns the stored reply.
 
         ``watch`` sees the steps of the training. Raises RefusedError when the order's arrays are not the shared groups
         of this plan.
         """
-        stored = self.store.reply(order.round, order.key)
+        stored = self.store.reply(request.round, request.key)
         if stored is not None:
             return stored
-        if order.federation != self.plan.name:
-            raise RefusedError("federation", self.plan.name, order.federation, site=self.site)
-        check_arrays(order.shared, self.layout, self.site)
+        if request.federation != self.plan.name:
+            raise RefusedError("federation", self.plan.name, request.federation, site=self.site)
+        check_arrays(request.shared, self.layout, self.site)
         started = time.perf_counter()
-        found = self.store.state(order.admitted)
+        found = self.store.state(request.admitted_round)
         state = found or PersonalState()
         self._check_private(state)
         if state.round == 0:
-            state = self._with_head(state, order)
-        closing = order.phase == "close"
+            state = self._with_head(state, request)
+        closing = request.kind == "close"
         metrics: dict[str, float] = {}
         if not closing:
-            state, metrics = self._measure_arrival(order, state)
-        trained = self._train(order, state, watch)
+            state, metrics = self._measure_arrival(request, state)
+        trained = self._train(request, state, on_step)
         new = PersonalState(
-            order.round,
+            request.round,
             state.round,
             state.position + trained.examples,
             self._values(PERSONAL),
-            trained.moments,
+            trained.optimizer_state,
             state.base,
         )
         shared = {} if closing else {k: v.numpy() for k, v in self._values(SHARED).items()}
         if closing and self.plan.transfer.prepare:
-            self.prepared = self._prepare(watch)
+            self.transfer_artifacts = self._prepare(on_step)
         if closing:
-            new, metrics = self._measure_end(order, new)
-        reply = Reply(
+            new, metrics = self._measure_end(request, new)
+        reply = TrainReply(
             site=self.site,
-            federation=order.federation,
-            round=order.round,
-            key=order.key,
+            federation=request.federation,
+            round=request.round,
+            key=request.key,
             shared=shared,
             terms=trained.terms,
             examples=trained.examples,
@@ -180,11 +180,11 @@ class Trainer:
             seconds=time.perf_counter() - started,
             fresh=found is None,
         )
-        return self._send(new, reply, order)
+        return self._send(new, reply, request)
 
-    def _with_head(self, state: PersonalState, order: Order) -> PersonalState:
+    def _with_head(self, state: PersonalState, order: TrainRequest) -> PersonalState:
         """A site that has trained nothing yet, with a fitted head of its own where the plan says so."""
-        if not (self.plan.fits_heads and self.learns and self.task.train.examples):
+        if not (self.plan.probes_head and self.trains and self.task.train.examples):
             return state
         self.load(order.shared, {})
         if not self.task.fit_head():
@@ -199,27 +199,27 @@ class Trainer:
             wanted = f"{_told(old)}, as in the site's state of round {state.round} (or a new state folder)"
             raise RefusedError("private", wanted, _told(self.plan.private), site=self.site)
 
-    def _prepare(self, watch: Watch | None) -> Prepared:
+    def _prepare(self, watch: StepCallback | None) -> TransferArtifacts:
         """What a later transfer needs, but for what is there, from the model that writes texts without our adapters."""
-        if self.prepared and self.prepared.serves(self.plan.transfer):
-            return self.prepared
-        speaker = self.bench.speaker(self.task.rows.task)
+        if self.transfer_artifacts and self.transfer_artifacts.satisfies(self.plan.transfer):
+            return self.transfer_artifacts
+        speaker = self.model.generator(self.task.rows.task)
         try:
-            return prepare(speaker, self.plan, self.task.rows, self.site_seed, self.prepared, watch)
+            return prepare(speaker, self.plan, self.task.rows, self.site_seed, self.transfer_artifacts, watch)
         finally:
-            activate(self.bench.base.backbone, [name for name in (ADAPTER, self.private.name) if name])
+            activate(self.model.base.backbone, [name for name in (ADAPTER, self.private.name) if name])
 
-    def _send(self, state: PersonalState, reply: Reply, order: Order) -> Reply:
+    def _send(self, state: PersonalState, reply: TrainReply, order: TrainRequest) -> TrainReply:
         """The last gate: whatever happened before, only shared groups pass; stored before it is answered."""
         check_arrays(reply.shared, self.layout if reply.shared else {}, self.site)
         check_metrics(reply.metrics, self.site)
-        self.store.write(state, reply, self._card(reply), order.shared if order.phase == "close" else {}, self.prepared)
-        self.store.forget_before(order.admitted)
+        self.store.write(state, reply, self._card(reply), order.shared if order.kind == "close" else {}, self.transfer_artifacts)
+        self.store.prune(order.admitted_round)
         return reply
 
-    def _card(self, reply: Reply) -> Card:
-        task, prints = self.task.rows, self.bench.base.fingerprint
-        return Card(
+    def _card(self, reply: TrainReply) -> ModelMetadata:
+        task, prints = self.task.rows, self.model.base.fingerprint
+        return ModelMetadata(
             federation=reply.federation,
             round=reply.round,
             plan=to_json(self.plan),
@@ -239,35 +239,35 @@ class Trainer:
         foreign = [key for key in personal if key not in self.parameters]
         if foreign:
             raise RefusedError("personal state", "the parameters of this plan", foreign[0], site=self.site)
-        self.bench.use(self.private)
+        self.model.select(self.private)
         with torch.no_grad():
             for key, parameter in self.parameters.items():
                 value = shared.get(key) if key in shared else personal.get(key, self.initial[key])
                 parameter.copy_(torch.as_tensor(value))
 
     def _values(self, role: object) -> dict[str, torch.Tensor]:
-        own = {key: value for key, value in self.parameters.items() if self.row.role(key) is role}
+        own = {key: value for key, value in self.parameters.items() if self.method.role(key) is role}
         return {key: value.detach().to("cpu", copy=True) for key, value in own.items()}
 
-    def _measure_arrival(self, order: Order, state: PersonalState) -> tuple[PersonalState, dict[str, float]]:
+    def _measure_arrival(self, order: TrainRequest, state: PersonalState) -> tuple[PersonalState, dict[str, float]]:
         """Base once; shared only and personal where there is something to measure yet."""
         if not order.evaluate:
             return state, {}
         generate = not self.plan.evaluation.generate_at_end_only
         state = self._with_base(state)
         metrics = _named("base", state.base or {})
-        if order.round > 1 and self.row.shares:
+        if order.round > 1 and self.method.shares:
             metrics |= _named("shared", self._measure(order.shared, {}, generate=generate))
         if state.round > 0:
             metrics |= _named("personal", self._measure(order.shared, state.tensors, generate=generate, own_head=True))
         return state, metrics
 
-    def _measure_end(self, order: Order, state: PersonalState) -> tuple[PersonalState, dict[str, float]]:
+    def _measure_end(self, order: TrainRequest, state: PersonalState) -> tuple[PersonalState, dict[str, float]]:
         state = self._with_base(state)
         metrics = _named("base", state.base or {})
-        if self.learns:
+        if self.trains:
             metrics |= _named("personal", self._measure(order.shared, state.tensors, generate=True, own_head=True))
-        if self.row.shares:
+        if self.method.shares:
             metrics |= _named("shared", self._measure(order.shared, {}, generate=True))
         return state, metrics
 
@@ -282,7 +282,7 @@ class Trainer:
     ) -> dict[str, float]:
         """Metrics of one composition; without a head of its own, a head is fitted to the site's training data."""
         self.load(shared, personal)
-        probing = not own_head and (self.row.head is PERSONAL or not shared)
+        probing = not own_head and (self.method.head is PERSONAL or not shared)
         while True:
             try:
                 fitted = self.task.probe() if probing else None
@@ -299,24 +299,24 @@ class Trainer:
         self.task.plan = dataclasses.replace(self.task.plan, evaluation=half)
         clear_device_cache(garbage_collection=True)
 
-    def _train(self, order: Order, state: PersonalState, watch: Watch | None) -> Trained:
+    def _train(self, order: TrainRequest, state: PersonalState, watch: StepCallback | None) -> TrainOutcome:
         self.load(order.shared, state.tensors)
         settings, per_round = self.plan.train, self.plan.train.steps_per_round
-        late = order.phase == "close" and state.round == 0  # it comes when all is trained, with a schedule of its own
-        stretch = Stretch(
+        late = order.kind == "close" and state.round == 0  # it comes when all is trained, with a schedule of its own
+        stretch = TrainCursor(
             step=0 if late else (order.round - 1) * per_round,
             total=settings.final_steps if late else self.plan.total_steps,
             position=state.position,
             seed=self.site_seed,
             noise=seed_from(self.site_seed, "round", order.round),
-            moments=state.moments if settings.keep_moments else None,
+            moments=state.optimizer_state if settings.persist_optimizer_state else None,
         )
-        live = {k: p for k, p in self.parameters.items() if self.row.role(k) in (SHARED, PERSONAL)}
-        planned = phases(self.plan, self.row, live, order.phase, late=late) if self.learns else []
+        live = {k: p for k, p in self.parameters.items() if self.method.role(k) in (SHARED, PERSONAL)}
+        planned = phases(self.plan, self.method, live, order.kind, late=late) if self.trains else []
         return train(self.task, live, planned, settings, stretch, watch)
 
 
-def phases(plan: Plan, row: Method, live: Mapping[str, object], phase: str, *, late: bool = False) -> list[Phase]:
+def phases(plan: Plan, row: Method, live: Mapping[str, object], phase: str, *, late: bool = False) -> list[TrainPhase]:
     """The steps of a round: joint, or personal groups and then shared ones; at the close personal groups only.
 
     A site that comes ``late``, when all is trained, trains all its personal groups then.
@@ -326,13 +326,13 @@ def phases(plan: Plan, row: Method, live: Mapping[str, object], phase: str, *, l
     if phase == "close":
         groups = None if late else settings.final_groups
         chosen = personal if groups is None else frozenset(key for key in personal if group_of(key) in groups)
-        planned = [Phase(settings.final_steps, chosen)]
+        planned = [TrainPhase(settings.final_steps, chosen)]
     elif settings.schedule == "phases":
-        planned = [Phase(p.steps, frozenset(k for k in live if group_of(k) in p.groups)) for p in settings.phase]
+        planned = [TrainPhase(p.steps, frozenset(k for k in live if group_of(k) in p.groups)) for p in settings.phase]
     elif settings.schedule == "joint" or not personal or not shared:  # nothing to alternate with: as many steps
-        planned = [Phase(settings.steps_per_round, everything)]
+        planned = [TrainPhase(settings.steps_per_round, everything)]
     else:
-        planned = [Phase(settings.personal_steps, personal), Phase(settings.shared_steps, shared)]
+        planned = [TrainPhase(settings.personal_steps, personal), TrainPhase(settings.shared_steps, shared)]
     return [p for p in planned if p.keys and p.steps]
 
 

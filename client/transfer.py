@@ -22,22 +22,22 @@ import torch
 from ..common.assets import file_sha256
 from ..common.errors import DataError, RecipeError, StateError
 from ..common.files import write_atomically
-from ..common.first import first_shared
-from ..common.model import BaseModel, check_writes, load
-from ..common.protocol import Order, Reply
-from ..common.recipe import overridden
-from ..common.rows import Row, SiteRows
-from ..common.saved import Saved, read_saved
+from ..common.first import initial_shared_state
+from ..common.model import BaseModel, check_generates, load_base_model
+from ..common.protocol import TrainRequest, TrainReply
+from ..common.recipe import with_overrides
+from ..common.rows import Row, SiteDataset
+from ..common.saved import SavedModel, read_saved_model
 from ..common.seeds import seed_from
 from ..common.settings import ModelSettings, Plan, digest, parse, to_dict, to_json
-from ..common.training import Watch as StepWatch
+from ..common.training import StepCallback as StepWatch
 from ..transfer.discriminator import Discriminator
-from ..transfer.preparation import TASKS, Prepared, as_it_writes, check_preparation, prepare, speaker
-from ..transfer.synthesis import Cast, Watch, synthesise
-from ..transfer.tuned import TunedWriter
-from .answers import best_by_titok, label
-from .store import Store
-from .trainer import Trainer, set_up
+from ..transfer.preparation import TASKS, TransferArtifacts, with_generator, check_preparation, prepare, generator_settings
+from ..transfer.synthesis import SynthesisModels, ProgressCallback, synthesise
+from ..transfer.tuned import TunedGenerator
+from .answers import best_by_titok, pseudo_label
+from .store import StateStore
+from .trainer import Trainer, attach_adapters
 
 HELD_OUT = 0.2  # of the written examples, to measure on in a federation
 KEPT = "seeds that the site kept (transfer.prepare = true in a run that has ended)"
@@ -46,7 +46,7 @@ TITOK_OVER = 2  # texts labelled for each one that TiTok's score keeps
 
 
 @dataclass(frozen=True)
-class Transferred:
+class TransferResult:
     """A model on the new base: its state file, and how many synthetic examples it learnt from, of those wanted.
 
     ``agreement`` is the share of them that it gives the old model's label; None where answers are free text.
@@ -59,14 +59,14 @@ class Transferred:
     seconds: float
 
 
-def plan_for(saved: Saved, to: str, overrides: tuple[str, ...] = ()) -> Plan:
+def transfer_plan(saved: SavedModel, to: str, overrides: tuple[str, ...] = ()) -> Plan:
     """The source's plan on another base model, with ``key.path=value`` overrides. Raises RecipeError."""
     raw = to_dict(saved.plan)
     raw["model"] = {key: value for key, value in raw["model"].items() if key != "revision"} | {"source": to}
-    return parse(Plan, overridden(raw, overrides))
+    return parse(Plan, with_overrides(raw, overrides))
 
 
-def check_changes(saved: Saved, plan: Plan) -> None:
+def check_changes(saved: SavedModel, plan: Plan) -> None:
     """Raises RecipeError when nothing would change, StateError for a model that is not one of texts."""
     old = saved.plan
     if (plan.model.source, plan.adapter, plan.method, plan.private) == (
@@ -77,15 +77,15 @@ def check_changes(saved: Saved, plan: Plan) -> None:
     ):
         wanted = "another base model than the source's, or another adapter"
         raise RecipeError("--to", wanted, f"{plan.model.source!r}, as the source")
-    if not saved.is_of_a_site:
+    if not saved.is_personal:
         raise StateError(str(saved.path), "one site's model (of a run: sites/NAME)", "what all sites share")
-    if saved.card.task not in TASKS:
-        raise StateError(str(saved.path), "a model of texts", f"one of {saved.card.task or 'no task'}")
+    if saved.metadata.task not in TASKS:
+        raise StateError(str(saved.path), "a model of texts", f"one of {saved.metadata.task or 'no task'}")
 
 
 def transfer(
-    saved: Saved, plan: Plan, out: Path, *, watch: Watch | None = None, steps: StepWatch | None = None
-) -> Transferred:
+    saved: SavedModel, plan: Plan, out: Path, *, watch: ProgressCallback | None = None, steps: StepWatch | None = None
+) -> TransferResult:
     """Moves a site's model to ``plan.model``; the same call goes on after an interruption.
 
     Raises StateError where the site prepared nothing or ``out`` is another transfer's, ModelError where nobody can
@@ -94,9 +94,9 @@ def transfer(
     began = time.monotonic()
     check_changes(saved, plan)
     check_transfer(saved, plan)
-    wanted = plan.transfer.samples or prepared_of(saved).examples
-    shared = first_shared(plan, len(saved.card.labels))
-    claim(saved, plan, out)
+    wanted = plan.transfer.samples or artifacts_of(saved).examples
+    shared = initial_shared_state(plan, len(saved.metadata.labels))
+    claim_output(saved, plan, out)
     rows = synthetic_rows(saved, plan, out, watch)
     batches = math.ceil(len(rows) / plan.train.batch_size)
     train = dataclasses.replace(
@@ -105,7 +105,7 @@ def transfer(
         phase=(),
         steps=batches * plan.transfer.distil_epochs,
         final_steps=0,
-        head_start=plan.train.head_start or "random",  # it learns for as long as it takes: a fitted head gains nothing
+        head_start=plan.train.head_init or "random",  # it learns for as long as it takes: a fitted head gains nothing
         lr=plan.transfer.distil_lr,
         lr_schedule="linear",
         warmup_steps=0,
@@ -113,16 +113,16 @@ def transfer(
     )
     of = dataclasses.replace(plan.transfer, of=saved.plan.name)
     plan = dataclasses.replace(plan, rounds=1, train=train, transfer=of)
-    card, kept = saved.card, for_the_next(saved, plan, rows)
-    base = load(plan.model, generates=card.task == "generation")
-    site = SiteRows(card.site, card.task, rows, (), card.labels)  # type: ignore[arg-type]
-    trainer = Trainer(set_up(base, plan), site, Store(out, plan.name), prepared=kept)
-    reply = trainer.respond(Order(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False), steps)
+    card, kept = saved.metadata, artifacts_for_next_transfer(saved, plan, rows)
+    base = load_base_model(plan.model, generates=card.task == "generation")
+    site = SiteDataset(card.site, card.task, rows, (), card.labels)  # type: ignore[arg-type]
+    trainer = Trainer(attach_adapters(base, plan), site, StateStore(out, plan.name), artifacts=kept)
+    reply = trainer.handle(TrainRequest(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False), steps)
     agreement = _agreement(trainer, reply) if card.task == "classification" else None
-    return Transferred(trainer.store.path(1), len(rows), wanted, agreement, time.monotonic() - began)
+    return TransferResult(trainer.store.path(1), len(rows), wanted, agreement, time.monotonic() - began)
 
 
-def _agreement(trainer: Trainer, reply: Reply) -> float:
+def _agreement(trainer: Trainer, reply: TrainReply) -> float:
     """The share of a classifier's written texts that the state after round 1 labels as they are."""
     state, rows = trainer.store.state(1), trainer.task.rows.train
     assert state
@@ -131,36 +131,36 @@ def _agreement(trainer: Trainer, reply: Reply) -> float:
     return statistics.mean(p["label"] == row["label"] for p, row in zip(said, rows, strict=True))
 
 
-def check_transfer(saved: Saved, plan: Plan) -> None:
+def check_transfer(saved: SavedModel, plan: Plan) -> None:
     """Raises, before anything is written, what would end a transfer later on.
 
     StateError where the site did not keep what is needed, ModelError where a model that has to cannot write,
     RecipeError for a filter that the task has not; and what :func:`check_preparation` raises, for the next transfer.
     """
-    kept, task, kind = prepared_of(saved), saved.card.task, plan.transfer.filter
+    kept, task, kind = artifacts_of(saved), saved.metadata.task, plan.transfer.filter
     if kind == "titok" and task != "generation":
         raise RecipeError("transfer.filter", "discriminator or none for classification", kind)
     if kind == "discriminator" and not kept.discriminator:
         raise StateError(str(saved.path), "a discriminator (transfer.filter as it was prepared)", "none")
-    if plan.transfer.writer == "tuned" and not kept.writer:
+    if plan.transfer.writer == "tuned" and not kept.tuned_generator:
         raise StateError(str(saved.path), "a tuned writer (transfer.writer as it was prepared)", "none")
     if task == "generation":
-        check_writes(plan.model)
+        check_generates(plan.model)
     if plan.transfer.prepare:
-        check_preparation(plan, SiteRows(saved.card.site, task, (), ()), kept)  # type: ignore[arg-type]
+        check_preparation(plan, SiteDataset(saved.metadata.site, task, (), ()), kept)  # type: ignore[arg-type]
 
 
-def for_the_next(saved: Saved, plan: Plan, rows: Sequence[Row]) -> Prepared | None:
+def artifacts_for_next_transfer(saved: SavedModel, plan: Plan, rows: Sequence[Row]) -> TransferArtifacts | None:
     """What a model on the new base keeps for another transfer, from the texts that were accepted for this one."""
-    kept, task = carried(saved, plan), saved.card.task
-    if kept is None or kept.serves(plan.transfer):
+    kept, task = carried_artifacts(saved, plan), saved.metadata.task
+    if kept is None or kept.satisfies(plan.transfer):
         return kept
-    site = SiteRows(saved.card.site, task, rows, ())  # type: ignore[arg-type]
-    with _in_memory(speaker(plan, task)) as base:
+    site = SiteDataset(saved.metadata.site, task, rows, ())  # type: ignore[arg-type]
+    with _in_memory(generator_settings(plan, task)) as base:
         return prepare(base, plan, site, seed_from(plan.seed, plan.name, site.site), kept)
 
 
-def carried(saved: Saved, plan: Plan) -> Prepared | None:
+def carried_artifacts(saved: SavedModel, plan: Plan) -> TransferArtifacts | None:
     """What a site keeps of what it kept: nothing unless ``plan.transfer.prepare``.
 
     The seeds stay. So do discriminator and writer while the model that writes does, and their form (else they have to
@@ -168,26 +168,26 @@ def carried(saved: Saved, plan: Plan) -> Prepared | None:
     """
     if not plan.transfer.prepare:
         return None
-    kept, old, task = prepared_of(saved), saved.plan, saved.card.task
-    new_speaker, old_speaker = speaker(plan, task), speaker(old, task)
+    kept, old, task = artifacts_of(saved), saved.plan, saved.metadata.task
+    new_speaker, old_speaker = generator_settings(plan, task), generator_settings(old, task)
     same = (new_speaker.source, new_speaker.revision) == (old_speaker.source, old_speaker.revision)
     judge, writer = (
-        same and form.form_of(plan.transfer) == form.form_of(old.transfer) for form in (Discriminator, TunedWriter)
+        same and form.spec_of(plan.transfer) == form.spec_of(old.transfer) for form in (Discriminator, TunedGenerator)
     )
     return dataclasses.replace(
         kept,
         discriminator=kept.discriminator if judge else {},
-        writer=kept.writer if writer and plan.transfer.writer == "tuned" else {},
+        writer=kept.tuned_generator if writer and plan.transfer.writer == "tuned" else {},
     )
 
 
-def synthetic_rows(saved: Saved, plan: Plan, folder: Path, watch: Watch | None = None) -> list[Row]:
+def synthetic_rows(saved: SavedModel, plan: Plan, folder: Path, watch: ProgressCallback | None = None) -> list[Row]:
     """Written inputs with the source model's answers, as training rows; those of an earlier call are read again."""
     path = folder / ROWS
     if not path.exists():
-        prepared = prepared_of(saved)
+        prepared = artifacts_of(saved)
         texts = _texts(saved, plan, prepared, folder, watch)
-        rows = label(saved, texts)
+        rows = pseudo_label(saved, texts)
         if plan.transfer.filter == "titok":
             rows = best_by_titok(saved, rows, plan.transfer.samples or prepared.examples)
         if not rows:
@@ -197,7 +197,7 @@ def synthetic_rows(saved: Saved, plan: Plan, folder: Path, watch: Watch | None =
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def rows_on_new_base(plan: Plan, states: Path, folder: Path) -> tuple[SiteRows, Prepared | None]:
+def rows_on_new_base(plan: Plan, states: Path, folder: Path) -> tuple[SiteDataset, TransferArtifacts | None]:
     """What a site trains and measures on in a federation that moved: written inputs with its old model's answers.
 
     Beside it what it keeps for the next move. ``states`` has its state in the federation ``plan.transfer.of``;
@@ -205,21 +205,21 @@ def rows_on_new_base(plan: Plan, states: Path, folder: Path) -> tuple[SiteRows, 
     """
     if not is_prepared(states):
         raise StateError(str(states), KEPT, "none")
-    saved = read_saved(states)
+    saved = read_saved_model(states)
     check_transfer(saved, plan)
     rows = synthetic_rows(saved, plan, folder)
     held_out = max(1, round(HELD_OUT * len(rows)))
-    card = saved.card
-    site = SiteRows(card.site, card.task, rows[held_out:], rows[:held_out], card.labels)  # type: ignore[arg-type]
-    return site, carried(saved, plan)
+    card = saved.metadata
+    site = SiteDataset(card.site, card.task, rows[held_out:], rows[:held_out], card.labels)  # type: ignore[arg-type]
+    return site, carried_artifacts(saved, plan)
 
 
 def is_prepared(states: Path) -> bool:
     """Whether there is a state with seeds in this folder."""
-    return bool(list(states.glob("round-*.safetensors"))) and read_saved(states).kept is not None
+    return bool(list(states.glob("round-*.safetensors"))) and read_saved_model(states).kept is not None
 
 
-def prepared_of(saved: Saved) -> Prepared:
+def artifacts_of(saved: SavedModel) -> TransferArtifacts:
     """What the site kept. Raises StateError where it prepared nothing."""
     if not saved.kept:
         raise StateError(str(saved.path), KEPT, "none")
@@ -227,13 +227,13 @@ def prepared_of(saved: Saved) -> Prepared:
         {key: torch.as_tensor(value) for key, value in values.items()} for values in (saved.discriminator, saved.writer)
     )
     kept = saved.kept
-    return Prepared(tuple(kept["seeds"]), kept["about"], kept["examples"], discriminator, writer)
+    return TransferArtifacts(tuple(kept["seeds"]), kept["about"], kept["examples"], discriminator, writer)
 
 
-def _texts(saved: Saved, plan: Plan, prepared: Prepared, folder: Path, watch: Watch | None) -> list[str]:
+def _texts(saved: SavedModel, plan: Plan, prepared: TransferArtifacts, folder: Path, watch: ProgressCallback | None) -> list[str]:
     """Written texts that the discriminator takes for real."""
-    card, settings = saved.card, plan.transfer
-    source = speaker(saved.plan, card.task)
+    card, settings = saved.metadata, plan.transfer
+    source = generator_settings(saved.plan, card.task)
     if settings.filter == "titok":
         settings = dataclasses.replace(settings, samples=TITOK_OVER * (settings.samples or prepared.examples))
     of_target = card.task == "generation" and settings.writer == "target"
@@ -243,21 +243,21 @@ def _texts(saved: Saved, plan: Plan, prepared: Prepared, folder: Path, watch: Wa
 
     @contextmanager
     def writer() -> Iterator[BaseModel]:
-        with _in_memory(model) as base, as_it_writes(base, model, of_source, prepared.writer):
+        with _in_memory(model) as base, with_generator(base, model, of_source, prepared.tuned_generator):
             yield base
 
     def judge(texts: list[str]) -> list[bool]:
         with _in_memory(source) as base:
-            found = Discriminator(base, source, of_source, prepared.about, 0)
-            with found.on(prepared.discriminator):
-                return found.keeps(texts)
+            found = Discriminator(base, source, of_source, prepared.dataset_name, 0)
+            with found.attached(prepared.discriminator):
+                return found.accepts(texts)
 
     seed = seed_from(plan.seed, plan.name, card.site, "transfer", card.fingerprint["model"])
     needed = judge if settings.filter == "discriminator" else None
-    return synthesise(prepared, settings, seed, Cast(writer, needed), folder, watch)
+    return synthesise(prepared, settings, seed, SynthesisModels(writer, needed), folder, watch)
 
 
-def claim(saved: Saved, plan: Plan, out: Path) -> None:
+def claim_output(saved: SavedModel, plan: Plan, out: Path) -> None:
     """Marks a new folder as this transfer's. Raises StateError for another's."""
     job = {"source": file_sha256(saved.path), "plan": digest(to_json(plan))}
     path = out / JOB
@@ -273,7 +273,7 @@ def claim(saved: Saved, plan: Plan, out: Path) -> None:
 
 @contextmanager
 def _in_memory(model: ModelSettings) -> Iterator[BaseModel]:
-    base = load(model, generates=True)
+    base = load_base_model(model, generates=True)
     try:
         yield base
     finally:

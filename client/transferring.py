@@ -7,10 +7,10 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ..transfer.synthesis import Progress as Written
+from ..transfer.synthesis import SynthesisProgress as Written
 
 
-class Bar:
+class TransferProgress:
     """One line a stage, as texts are written and as the new adapter learns.
 
     Where the output is no terminal: a line for every call of the writer, and for every quarter of the learning.
@@ -26,14 +26,14 @@ class Bar:
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.lines: dict[str, TaskID] = {}
 
-    def wrote(self, progress: Written) -> None:
+    def on_progress(self, progress: Written) -> None:
         """After every call of the writer, and after every judgement."""
         kept = min(progress.kept, progress.wanted)
         more = f", {progress.waiting} not judged yet" if progress.waiting else f" ({progress.acceptance:.0%} kept)"
         told = f"{kept} of {progress.wanted} kept, {progress.written} written{more}"
         self._show("writing", kept, progress.wanted, told)
 
-    def stepped(self, done: int, total: int) -> None:
+    def on_step(self, done: int, total: int) -> None:
         """After every optimiser step."""
         if self.progress.disable and done * 4 // total == (done - 1) * 4 // total:
             return
@@ -46,7 +46,7 @@ class Bar:
             self.lines[stage] = self.progress.add_task(stage, total=total, told="")
         self.progress.update(self.lines[stage], completed=done, total=total, told=told)
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> TransferProgress:
         self.progress.start()
         return self
 

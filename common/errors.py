@@ -34,7 +34,7 @@ class ColoraError(Exception):
         """What the coordinator may be told: the kind of error and the field, nothing that was found."""
         return f"{type(self).__name__}: {self.field}"
 
-    def at(self, site: str) -> ColoraError:
+    def at_site(self, site: str) -> ColoraError:
         """The same error, naming the site it happened at."""
         return type(self)(self.field, self.expected, self.found, site=self.site or site)
 
@@ -43,7 +43,7 @@ def _rebuild(kind: type[ColoraError], field: str, expected: str, found: str, sit
     return kind(field, expected, found, site=site)
 
 
-class RecipeError(ColoraError, ValueError):
+class ConfigError(ColoraError, ValueError):
     """A recipe, a command-line option or a site file is wrong."""
 
 

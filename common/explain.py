@@ -11,14 +11,14 @@ import pydantic
 from .errors import ColoraError, RecipeError
 
 
-def explain(kind: type, error: pydantic.ValidationError) -> RecipeError:
+def config_error(kind: type, error: pydantic.ValidationError) -> RecipeError:
     """The first thing that pydantic found wrong, as an error that names the key and the nearest known one."""
     first = error.errors()[0]
     path = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
     where = _dotted(path)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _fields_at(kind, path[:-1])
-        return RecipeError(where, f"one of {', '.join(known)}", guess(str(path[-1]), known))
+        return RecipeError(where, f"one of {', '.join(known)}", did_you_mean(str(path[-1]), known))
     if first["type"] in ("missing", "missing_argument"):
         return RecipeError(where, "a value", "nothing")
     expected = first["msg"].removeprefix("Input should be ").removeprefix("String should ")
@@ -34,7 +34,7 @@ def naming_the_site(error: RecipeError, sites: list[dict[str, Any]]) -> ColoraEr
     return RecipeError(key, error.expected, error.found, site=str(sites[int(index)].get("name", f"#{int(index) + 1}")))
 
 
-def guess(word: str, known: Any) -> str:
+def did_you_mean(word: str, known: Any) -> str:
     """A word as it was found, with the nearest known one."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"{word!r}" + (f" (did you mean {near[0]!r}?)" if near else "")

@@ -12,7 +12,7 @@ from .model import BaseModel, Fingerprint, skeleton
 from .settings import Plan
 
 
-def first_shared(plan: Plan, classes: int = 0) -> dict[str, np.ndarray]:
+def initial_shared_state(plan: Plan, classes: int = 0) -> dict[str, np.ndarray]:
     """The shared arrays that round 1 starts from; ``classes`` sizes a shared head. Needs no weights and no GPU."""
     row = plan.row()
     backbone = skeleton(plan.model)

@@ -10,12 +10,12 @@ from flwr.app import Error as FlowerError
 
 from .codec import DEFAULT, decode, encode
 from .errors import RefusedError
-from .protocol import Arrays, Description, Order, Reply
+from .protocol import Arrays, SiteInfo, TrainRequest, TrainReply
 
 ARRAYS, METRICS, CONFIG = "shared", "metrics", "colora"
 ALL = "adapter"  # key of the one entry in the array record: all arrays of a message
 ORDER, JOIN = MessageType.TRAIN, MessageType.QUERY
-T = TypeVar("T", Order, Reply, Description)
+T = TypeVar("T", TrainRequest, TrainReply, SiteInfo)
 SITE_FAILED = 1001  # Flower error code of an answer that is an error of ours
 
 
@@ -25,7 +25,7 @@ def pack_arrays(arrays: Arrays) -> ArrayRecord:
     return ArrayRecord({ALL: Array(dtype="uint8", shape=(len(data),), stype=DEFAULT, data=data)})
 
 
-def order_message(order: Order, packed: ArrayRecord, node_id: int) -> Message:
+def train_message(order: TrainRequest, packed: ArrayRecord, node_id: int) -> Message:
     """An order as the message that Flower takes to a node; ``packed`` is ``pack_arrays(order.shared)``."""
     return Message(_pack(order, packed), node_id, ORDER, group_id=str(order.round))
 
@@ -36,38 +36,38 @@ def join_message(federation: str, plan: str, node_id: int) -> Message:
     return Message(record, node_id, JOIN, group_id="join")
 
 
-def join_of(message: Message) -> tuple[str, str]:
+def join_from(message: Message) -> tuple[str, str]:
     """(federation, plan) of a join message."""
     config = message.content.config_records[CONFIG]
     return str(config["federation"]), str(config["plan"])
 
 
-def order_of(message: Message) -> Order:
+def request_from(message: Message) -> TrainRequest:
     """The order in a message. Raises RefusedError when a field is missing, unknown or of another type."""
-    return _unpack(Order, message)
+    return _unpack(TrainRequest, message)
 
 
-def answer(content: Reply | Description, message: Message) -> Message:
+def reply_message(content: TrainReply | SiteInfo, message: Message) -> Message:
     """A site's answer to a message."""
     return Message(_pack(content), reply_to=message)
 
 
-def failure(reason: str, message: Message) -> Message:
+def error_message(reason: str, message: Message) -> Message:
     """An answer that says what kind of thing went wrong; ``reason`` must be fit for the coordinator's eyes."""
     return Message(FlowerError(code=SITE_FAILED, reason=reason), reply_to=message)
 
 
-def reply_of(message: Message) -> Reply:
+def reply_from(message: Message) -> TrainReply:
     """The reply in a message. Raises RefusedError when a field is missing, unknown or of another type."""
-    return _unpack(Reply, message)
+    return _unpack(TrainReply, message)
 
 
-def description_of(message: Message) -> Description:
+def site_info_from(message: Message) -> SiteInfo:
     """The description in a message."""
-    return _unpack(Description, message)
+    return _unpack(SiteInfo, message)
 
 
-def size(message: Message) -> int:
+def payload_bytes(message: Message) -> int:
     """Payload bytes of a message: arrays, metrics and text, without Flower's envelope."""
     if not message.has_content():
         return 0
@@ -77,7 +77,7 @@ def size(message: Message) -> int:
     return arrays + numbers + texts
 
 
-def _pack(content: Order | Reply | Description, packed: ArrayRecord | None = None) -> RecordDict:
+def _pack(content: TrainRequest | TrainReply | SiteInfo, packed: ArrayRecord | None = None) -> RecordDict:
     """Arrays go to the array record, floats by name to the metric record, the rest to the config record."""
     fields = {f.name: getattr(content, f.name) for f in dataclasses.fields(content)}
     arrays, metrics = fields.pop("shared", None), fields.pop("metrics", None)

@@ -19,7 +19,7 @@ from .assets import asset_folder, cache_folder, file_sha256
 from .errors import ModelError, StateError
 from .quiet import quiet_transformers
 from .settings import ModelSettings
-from .widened import computes, widen
+from .widened import has_native_arithmetic, widen
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "config.json")
 TOKENIZER_FILES = (
@@ -96,7 +96,7 @@ class BaseModel:
         return {f"head.{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
 
 
-def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
+def load_base_model(settings: ModelSettings, *, generates: bool) -> BaseModel:
     """Loads a base model and its tokenizer for one process, in its precision, frozen.
 
     Raises ModelError when it is not there or cannot be read.
@@ -107,11 +107,11 @@ def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
         return BaseModel(synthetic.model_of(settings.source), None, None, _no_files(settings), torch.device("cpu"))
     from transformers import AutoModel, AutoModelForCausalLM
 
-    folder, device = source_folder(settings), device_of(settings.device)
+    folder, device = source_folder(settings), resolve_device(settings.device)
     if generates:
-        check_writes(settings)
+        check_generates(settings)
     kind = AutoModelForCausalLM if generates else AutoModel
-    how = weights_as(settings.precision, device)
+    how = loading_options(settings.precision, device)
     with quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(MISSING_WEIGHTS_SEED)
         try:
@@ -124,7 +124,7 @@ def load(settings: ModelSettings, *, generates: bool) -> BaseModel:
     model.requires_grad_(False)
     if "quantization_config" not in how:
         model.to(device)
-    if not computes(how["dtype"], device):
+    if not has_native_arithmetic(how["dtype"], device):
         widen(model)
     print_of = fingerprint(folder)
     return BaseModel(
@@ -149,7 +149,7 @@ def load_tokenizer(settings: ModelSettings, field: str = "model.source") -> Any:
     return tokenizer
 
 
-def check_writes(settings: ModelSettings, field: str = "model.source") -> None:
+def check_generates(settings: ModelSettings, field: str = "model.source") -> None:
     """Raises ModelError for a model that was not trained to go on with a text, though a class could make it try."""
     from transformers import AutoConfig
 
@@ -171,7 +171,7 @@ def _said_of(field: str, wanted: str, source: str) -> Iterator[None]:
         raise ModelError(field, wanted, f"{source} ({error})") from None
 
 
-def weights_as(precision: str, device: torch.device) -> dict[str, Any]:
+def loading_options(precision: str, device: torch.device) -> dict[str, Any]:
     """What ``from_pretrained`` needs to know to load weights in this precision. Raises ModelError without bitsandbytes.
 
     8 bits are LLM.int8() (arXiv 2208.07339), 4 bits are QLoRA's NF4 with double quantisation (arXiv 2305.14314); what
@@ -306,7 +306,7 @@ def _no_files(settings: ModelSettings) -> Fingerprint:
     return Fingerprint(hashlib.sha256(settings.source.encode()).hexdigest(), "", "")
 
 
-def device_of(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """The device that a name means here, ``auto`` among them. Raises ModelError where there is none of it."""
     if "," in name:
         wanted = "one device (a site per GPU is a way to use more)"

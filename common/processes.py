@@ -40,7 +40,7 @@ class Command:
     commands: Path | None = None
 
 
-class Child:
+class SupervisedProcess:
     """A process in a group of its own. Its starter must outlive it in the thread that started it."""
 
     def __init__(self, command: Command) -> None:
@@ -149,7 +149,7 @@ def _called(process: psutil.Process, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def sole(path: Path, what: str) -> Iterator[IO[str]]:
+def exclusive_lock(path: Path, what: str) -> Iterator[IO[str]]:
     """Holds a lock file for as long as this process lives. Raises StateError when another one holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -195,7 +195,7 @@ def listens(host: str, port: int) -> bool:
         return False
 
 
-def tell_services(path: Path, services: Mapping[str, object]) -> None:
+def write_services(path: Path, services: Mapping[str, object]) -> None:
     """Writes where the services are, for ``colora status``."""
     write_atomically(path, json.dumps(dict(services), indent=1).encode(), lasting=False)
 

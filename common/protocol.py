@@ -15,17 +15,17 @@ from typing import Literal
 import numpy as np
 
 from .errors import RefusedError
-from .rows import COMPOSITIONS, MEASURES
+from .rows import EVAL_MODES, METRICS
 from .settings import digest
 
 PROTOCOL = 1
-METRIC_NAMES = frozenset({"train.loss"} | {f"{kind}.{name}" for kind in COMPOSITIONS for name in MEASURES})
+METRIC_NAMES = frozenset({"train.loss"} | {f"{kind}.{name}" for kind in EVAL_MODES for name in METRICS})
 Arrays = Mapping[str, np.ndarray]
-Phase = Literal["train", "close"]
+RequestKind = Literal["train", "close"]
 
 
 @dataclass(frozen=True)
-class Order:
+class TrainRequest:
     """One message of the coordinator to one site: the shared adapter of the last round, and what to do with it.
 
     ``admitted`` is the last round of this site that counted (0: none); the site goes on from its state of then.
@@ -34,8 +34,8 @@ class Order:
 
     federation: str
     round: int
-    phase: Phase
-    admitted: int
+    kind: RequestKind
+    admitted_round: int
     plan: str
     shared: Arrays
     evaluate: bool
@@ -43,12 +43,12 @@ class Order:
     @cached_property
     def key(self) -> str:
         """The identity of the round: equal keys have equal answers."""
-        parts = (self.federation, self.round, self.phase, self.admitted, self.evaluate, digest(self.plan))
+        parts = (self.federation, self.round, self.kind, self.admitted_round, self.evaluate, digest(self.plan))
         return digest("|".join(map(str, (*parts, hash_arrays(self.shared)))))
 
 
 @dataclass(frozen=True)
-class Reply:
+class TrainReply:
     """One answer of a site: its shared arrays, what they weigh, and metrics by name (``personal.accuracy``)."""
 
     site: str
@@ -64,7 +64,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Description:
+class SiteInfo:
     """What a site says of itself when it joins."""
 
     site: str

@@ -6,7 +6,7 @@ FIRST, LONGEST = 0.1, 1.0  # seconds; Flower's own are 1 and 10, each pause twic
 TRIES = None  # without a limit: Flower's 500 would be over after 8 minutes now, its limit of 2 hours stays
 
 
-def hasten() -> None:
+def shorten_pull_backoff() -> None:
     """Shortens the pauses in this process. Flower has no setting for them; they are defaults of one function."""
     from flwr.supercore.inflatable.inflatable_utils import pull_objects
 

@@ -11,7 +11,7 @@ from typing import Any
 from .errors import RecipeError
 from .explain import naming_the_site
 from .methods import GROUPS, Method, Role
-from .settings import DataSettings, Recipe, SitePlan, parse
+from .settings import DataSettings, Recipe, SimulatedSiteSettings, parse
 from .site import SiteSettings
 
 
@@ -20,10 +20,10 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
     Raises RecipeError naming the key, the nearest known key, and what was expected and found.
     """
-    return recipe_from(overridden(read_toml(path), overrides))
+    return recipe_from(with_overrides(read_toml(path), overrides))
 
 
-def moved(recipe: Recipe, model: str) -> Recipe:
+def with_base_model(recipe: Recipe, model: str) -> Recipe:
     """The recipe of the same federation on another base model, to which its sites transfer what they have.
 
     It has a name of its own, as a federation has one base model. Raises RecipeError for the model it has already.
@@ -40,7 +40,7 @@ def moved(recipe: Recipe, model: str) -> Recipe:
     )
 
 
-def overridden(raw: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
+def with_overrides(raw: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
     """Parsed settings with ``key.path=value`` overrides (values in TOML, bare words as text). Raises RecipeError."""
     for override in overrides:
         _apply(raw, override)
@@ -49,7 +49,7 @@ def overridden(raw: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any
 
 def recipe_from(raw: dict[str, Any]) -> Recipe:
     """A recipe from a parsed TOML document; a ``[[site]]`` inherits what its own keys leave open from ``[data]``."""
-    own = {f.name for f in dataclasses.fields(SitePlan)}
+    own = {f.name for f in dataclasses.fields(SimulatedSiteSettings)}
     sites = raw.get("site", [])
     if not isinstance(sites, list) or not all(isinstance(site, dict) for site in sites):
         raise RecipeError("site", "tables written [[site]]", sites)
@@ -135,7 +135,7 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("site", "[[site]] tables, or a [partition] that makes them", "neither")
     if recipe.site and recipe.partition is not None:
         raise RecipeError("partition", "either [[site]] tables or [partition]", "both")
-    if recipe.train.head_start == "fitted" and row.head is not Role.PERSONAL:
+    if recipe.train.head_init == "fitted" and row.head is not Role.PERSONAL:
         raise RecipeError("train.head_start", "random (or none) where the head is not a site's own", "fitted")
     names = [site.name for site in recipe.site]
     twice = next((name for name in names if names.count(name) > 1), None)

@@ -10,18 +10,18 @@ from .settings import TaskKind
 
 Row = dict[str, Any]
 
-PRIMARY: dict[str, str] = {  # the metric that tables show for a task
+PRIMARY_METRICS: dict[str, str] = {  # the metric that tables show for a task
     "classification": "accuracy",
     "generation": "rouge_l",
     "regression": "relative_error",
 }
 LOWER_IS_BETTER = frozenset({"regression"})
-MEASURES = ("accuracy", "macro_f1", "loss", "exact_match", "rouge_l", "relative_error")
-COMPOSITIONS = ("base", "shared", "personal")  # of the model that is measured
+METRICS = ("accuracy", "macro_f1", "loss", "exact_match", "rouge_l", "relative_error")
+EVAL_MODES = ("base", "shared", "personal")  # of the model that is measured
 
 
 @dataclass(frozen=True)
-class SiteRows:
+class SiteDataset:
     """Training and test rows of one site.
 
     classification: ``{"text", "label"}``; generation: ``{"messages": [{"role", "content"}, …]}`` or

@@ -18,7 +18,7 @@ from .errors import StateError
 from .files import load_arrays
 from .settings import Plan, parse
 
-PRINTS = ("model", "tokenizer", "chat_template")  # fingerprints
+FINGERPRINTS = ("model", "tokenizer", "chat_template")  # fingerprints
 SHARED, TRAINED, PERSONAL = "shared/", "reply/", "state/"
 DISCRIMINATOR, WRITER = "transfer/", "writer/"  # of a later transfer
 FILES = "round-*.safetensors"
@@ -26,7 +26,7 @@ PLACES = (FILES, f"checkpoints/{FILES}", f"state/{FILES}", f"state/*/{FILES}")  
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelMetadata:
     """What the arrays of a file are: of which federation, round and plan, and of which site and task, if of one."""
 
     federation: str
@@ -41,11 +41,11 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedModel:
     """A model: the shared adapter, and a site's own groups (none in a checkpoint)."""
 
     path: Path
-    card: Card
+    metadata: ModelMetadata
     plan: Plan
     shared: Mapping[str, np.ndarray]
     personal: Mapping[str, np.ndarray]
@@ -55,20 +55,20 @@ class Saved:
     closed: bool = True  # ``shared`` is what all sites have, and not what this site made of it in a round
 
     @property
-    def is_of_a_site(self) -> bool:
+    def is_personal(self) -> bool:
         """Whether this is one site's model, and not what all sites share."""
-        return bool(self.card.site)
+        return bool(self.metadata.site)
 
 
-def read_saved(place: Path) -> Saved:
+def read_saved_model(place: Path) -> SavedModel:
     """The model at ``place``: a file, or a folder of a run or site, whose newest file counts. Raises StateError."""
-    path = find_saved(place)
+    path = find_saved_model(place)
     arrays, meta = load_arrays(path)
     if "card" not in meta:
         raise StateError(str(path), "a state or checkpoint of this version of colora", "one without a card")
-    card = Card(**{**meta["card"], "labels": tuple(meta["card"]["labels"])})
+    card = ModelMetadata(**{**meta["card"], "labels": tuple(meta["card"]["labels"])})
     shared, trained = _below(arrays, SHARED), _below(arrays, TRAINED)
-    return Saved(
+    return SavedModel(
         path,
         card,
         _plan(path, card),
@@ -81,7 +81,7 @@ def read_saved(place: Path) -> Saved:
     )
 
 
-def find_saved(place: Path) -> Path:
+def find_saved_model(place: Path) -> Path:
     """The file that a user means by a file, a run folder, a site's folder, its ``site.toml`` or its state folder."""
     if place.is_file() and place.suffix != ".toml":
         return place
@@ -94,7 +94,7 @@ def find_saved(place: Path) -> Path:
     return next(iter(found.values()))
 
 
-def _plan(path: Path, card: Card) -> Plan:
+def _plan(path: Path, card: ModelMetadata) -> Plan:
     raw: Any = json.loads(card.plan)
     if not isinstance(raw, dict):
         raise StateError(str(path), "a plan", card.plan[:40])

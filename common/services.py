@@ -19,20 +19,20 @@ from .errors import StateError
 FILE = "services.json"
 PATIENCE = 2.0  # seconds for one answer
 CLOCK = 2.0  # seconds that a file's time and a process's may be apart
-State = Literal["serving", "not serving", "down"]
+HealthState = Literal["serving", "not serving", "down"]
 
 
 @dataclass(frozen=True)
-class Service:
+class ServiceStatus:
     """Something that listens, and what it said of itself just now."""
 
     name: str
     address: str
-    state: State
+    state: HealthState
 
 
 @dataclass(frozen=True)
-class Process:
+class ProcessStatus:
     """Something that a command has started."""
 
     name: str
@@ -41,35 +41,35 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Told:
+class ServiceRecord:
     """What ``services.json`` says: addresses by name and pids by name, as of ``written`` (seconds since 1970)."""
 
     addresses: Mapping[str, str]
     pids: Mapping[str, int | None]
     written: float
 
-    def processes(self) -> tuple[Process, ...]:
+    def processes(self) -> tuple[ProcessStatus, ...]:
         """The pids, looked at. A process that began after the file was written has inherited a dead one's number."""
-        return tuple(Process(name, pid, _alive(pid, self.written)) for name, pid in self.pids.items())
+        return tuple(ProcessStatus(name, pid, _alive(pid, self.written)) for name, pid in self.pids.items())
 
 
-def read_services(folder: Path) -> Told | None:
+def read_services(folder: Path) -> ServiceRecord | None:
     """None where no command has written one. Raises StateError when it cannot be read."""
     path = folder / FILE
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         pids = {str(name): pid for name, pid in raw.pop("pids", {}).items()}
-        return Told({name: str(address) for name, address in raw.items()}, pids, path.stat().st_mtime)
+        return ServiceRecord({name: str(address) for name, address in raw.items()}, pids, path.stat().st_mtime)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError) as error:
         raise StateError(str(path), "the services of a command", error) from None
 
 
-def grpc_health(address: str, channel: Callable[[], grpc.Channel] | None = None) -> State:
+def grpc_health(address: str, channel: Callable[[], grpc.Channel] | None = None) -> HealthState:
     """What the gRPC health service there says, by ``channel`` where plain gRPC to the address is not the way."""
     try:
-        with (channel or (lambda: grpc.insecure_channel(here(address), [("grpc.enable_http_proxy", 0)])))() as way:
+        with (channel or (lambda: grpc.insecure_channel(connectable_address(address), [("grpc.enable_http_proxy", 0)])))() as way:
             stub: Any = health_pb2_grpc.HealthStub(way)
             said = stub.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE).status
     except grpc.RpcError:
@@ -77,7 +77,7 @@ def grpc_health(address: str, channel: Callable[[], grpc.Channel] | None = None)
     return "serving" if said == health_pb2.HealthCheckResponse.SERVING else "not serving"
 
 
-def here(address: str) -> str:
+def connectable_address(address: str) -> str:
     """How this machine reaches what listens at an address: one that means all interfaces is no goal."""
     for everywhere in ("0.0.0.0:", "[::]:"):
         if address.startswith(everywhere):
@@ -85,7 +85,7 @@ def here(address: str) -> str:
     return address
 
 
-def ago(seconds: float | None) -> str:
+def format_age(seconds: float | None) -> str:
     """A time that has passed, in words short enough for a table."""
     if seconds is None:
         return "never"
@@ -95,13 +95,13 @@ def ago(seconds: float | None) -> str:
     return f"{seconds / 86400:.0f} days ago"
 
 
-def plain(text: str) -> str:
+def sanitize(text: str) -> str:
     """Text of others for a terminal: no markup and no control characters that would steer it."""
     return escape("".join(letter if letter.isprintable() else " " for letter in text))
 
 
 def show_services(
-    services: Sequence[Service], processes: Sequence[Process], problems: Sequence[str], console: Console
+    services: Sequence[ServiceStatus], processes: Sequence[ProcessStatus], problems: Sequence[str], console: Console
 ) -> None:
     """One line each for services, processes and every problem."""
     parts = [f"{s.name} {s.state} at {s.address}" for s in services]
@@ -110,7 +110,7 @@ def show_services(
         if told:
             console.print(f"{name}: {', '.join(told)}", highlight=False, markup=False, soft_wrap=True)
     for problem in problems:
-        console.print(plain(f"! {problem}"), style="red", highlight=False, soft_wrap=True)
+        console.print(sanitize(f"! {problem}"), style="red", highlight=False, soft_wrap=True)
 
 
 def _alive(pid: int | None, written: float) -> bool:

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from .errors import RecipeError
-from .explain import explain, guess
+from .explain import config_error, did_you_mean
 from .methods import GROUPS, METHODS, PRIVATE_KINDS, Method, Role
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -116,7 +116,7 @@ class MethodSettings:
     def row(self) -> Method:
         """The table's row with this recipe's changes."""
         if self.name not in METHODS:
-            raise RecipeError("method.name", f"one of {', '.join(METHODS)}", guess(self.name, METHODS))
+            raise RecipeError("method.name", f"one of {', '.join(METHODS)}", did_you_mean(self.name, METHODS))
         moved = {g: Role(v) for g in GROUPS if (v := getattr(self, g, None)) is not None}
         return dataclasses.replace(METHODS[self.name], **moved)
 
@@ -153,13 +153,13 @@ class TrainSettings:
     core_lr: Rate | None = None  # as lr when unset
     head_lr: Rate | None = None  # as lr when unset
     private_lr: Rate | None = None  # as lr when unset
-    head_start: Literal["random", "fitted"] | None = None  # fitted: a site's own linear head begins as a regression on
+    head_init: Literal["random", "fitted"] | None = None  # fitted: a site's own linear head begins as a regression on
     # what it sees (linear probing before fine-tuning, arXiv:2202.10054); when unset, where a federation moves
     weight_decay: Rate = 0.0
     max_grad_norm: Rate = 1.0  # 0 turns clipping off
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     warmup_steps: Count = 0
-    keep_moments: bool = False
+    persist_optimizer_state: bool = False
 
     @property
     def steps_per_round(self) -> int:
@@ -235,9 +235,9 @@ class Plan:
         return dataclasses.replace(row, private=Role.PERSONAL) if self.private.present else row
 
     @property
-    def fits_heads(self) -> bool:
+    def probes_head(self) -> bool:
         """Whether a head that is a site's own is fitted before its first step."""
-        asked = self.train.head_start or ("random" if self.transfer.of is None else "fitted")
+        asked = self.train.head_init or ("random" if self.transfer.of is None else "fitted")
         return asked == "fitted" and self.row().head is Role.PERSONAL
 
     @property
@@ -281,7 +281,7 @@ class PartitionSettings:
 
 
 @dataclass(frozen=True, config=STRICT)
-class SitePlan:
+class SimulatedSiteSettings:
     """A site of a simulation: its name, its data and the round it joins in."""
 
     name: Name
@@ -304,8 +304,8 @@ class ServerSettings:
     fraction: Fraction = 1.0  # of the roster, asked each round
     quorum: Positive | None = None  # admitted replies a round needs; unset: more than half of the asked
     timeout: Annotated[float, Field(gt=0)] | None = None  # seconds a round may take; unset: no limit
-    attempts: Positive = 3  # times a site is asked in one round when its answer is an error
-    retry: Annotated[float, Field(gt=0)] = 10.0  # seconds until a round without its quorum is tried again (deployed)
+    max_attempts: Positive = 3  # times a site is asked in one round when its answer is an error
+    retry_interval: Annotated[float, Field(gt=0)] = 10.0  # seconds until a round without its quorum is tried again (deployed)
     max_update_norm: Annotated[float, Field(gt=0)] = 1e4
 
 
@@ -315,7 +315,7 @@ class SimulationSettings:
 
     engine: Literal["local", "ray"] = "local"
     threads: Positive | None = None  # torch threads; unset: all cores (local), 1 (ray)
-    states: str | None = None  # the run folder of the federation that ``transfer.of`` names
+    source_run: str | None = None  # the run folder of the federation that ``transfer.of`` names
     baseline: bool = False  # also train every site alone, with the same number of steps
 
 
@@ -326,7 +326,7 @@ class Recipe(Plan):
     description: str = ""
     data: DataSettings = field(default_factory=DataSettings)
     partition: PartitionSettings | None = None
-    site: tuple[SitePlan, ...] = ()
+    site: tuple[SimulatedSiteSettings, ...] = ()
     server: ServerSettings = field(default_factory=ServerSettings)
     simulation: SimulationSettings = field(default_factory=SimulationSettings)
 
@@ -346,7 +346,7 @@ def parse(kind: type[T], raw: dict[str, Any]) -> T:
     try:
         return _adapter(kind).validate_json(json.dumps(raw, default=str))
     except pydantic.ValidationError as error:
-        raise explain(kind, error) from None
+        raise config_error(kind, error) from None
 
 
 def to_json(settings: object) -> str:

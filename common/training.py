@@ -20,13 +20,13 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
 }
-Moments = dict[str, torch.Tensor]  # "<parameter>/<name of the moment>" → value
+OptimizerState = dict[str, torch.Tensor]  # "<parameter>/<name of the moment>" → value
 LOSS_SCALE = {"fp16": 1024.0}  # keeps small gradients of a half-precision base above zero; a power of two is exact
-Watch = Callable[[int, int], None]  # (steps done, steps of the round); what it raises ends the training
+StepCallback = Callable[[int, int], None]  # (steps done, steps of the round); what it raises ends the training
 
 
 @dataclass(frozen=True)
-class Phase:
+class TrainPhase:
     """``steps`` optimiser steps on the parameters named by ``keys``; all others stand still."""
 
     steps: int
@@ -34,17 +34,17 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainOutcome:
     """What a run of phases did. ``terms`` are loss terms: answer tokens, or labelled texts."""
 
     loss: float
     terms: int
     examples: int
-    moments: Moments = field(default_factory=dict)
+    optimizer_state: OptimizerState = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Stretch:
+class TrainCursor:
     """Where a site stands: ``step`` of ``total`` global optimiser steps, ``position`` examples already drawn.
 
     ``moments`` are the optimiser's, where it goes on with those of the round before.
@@ -61,11 +61,11 @@ class Stretch:
 def train(
     task: Task,
     parameters: Mapping[str, nn.Parameter],
-    phases: Sequence[Phase],
+    phases: Sequence[TrainPhase],
     settings: TrainSettings,
-    stretch: Stretch,
-    watch: Watch | None = None,
-) -> Trained:
+    stretch: TrainCursor,
+    watch: StepCallback | None = None,
+) -> TrainOutcome:
     """Trains ``parameters`` in place, phase after phase, from where ``stretch`` says.
 
     Data order: epoch e is a permutation seeded by (site, e), and ``position`` moves on from round to round, so no
@@ -74,10 +74,10 @@ def train(
     """
     optimizer = make_optimizer(parameters, settings)
     if stretch.moments:
-        _load_moments(optimizer, parameters, stretch.moments)
+        _load_optimizer_state(optimizer, parameters, stretch.moments)
     factor = lr_factor(settings, stretch.total)
     rates = [group["lr"] for group in optimizer.param_groups]
-    draws, fit = draw(len(task.train.examples), settings.batch_size, stretch), Fit(settings.micro_batch)
+    draws, fit = batch_indices(len(task.train.examples), settings.batch_size, stretch), MicroBatcher(settings.micro_batch)
     step, loss_sum, terms, examples = stretch.step, 0.0, 0, 0
     planned, watch = sum(phase.steps for phase in phases), watch or (lambda done, total: None)
     watch(0, planned)
@@ -85,7 +85,7 @@ def train(
         torch.manual_seed(stretch.noise)
         task.module.train()
         for phase in phases:
-            _only(parameters, phase.keys)
+            _train_only(parameters, phase.keys)
             for _ in range(phase.steps):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor(step)
@@ -98,9 +98,9 @@ def train(
                     examples + len(chosen),
                 )
                 watch(step - stretch.step, planned)
-    _only(parameters, frozenset())
-    kept = _save_moments(optimizer, parameters) if settings.keep_moments else {}
-    return Trained(loss_sum / terms if terms else float("nan"), terms, examples, kept)
+    _train_only(parameters, frozenset())
+    kept = _save_optimizer_state(optimizer, parameters) if settings.persist_optimizer_state else {}
+    return TrainOutcome(loss_sum / terms if terms else float("nan"), terms, examples, kept)
 
 
 def gradients(
@@ -141,7 +141,7 @@ def _with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-class Fit:
+class MicroBatcher:
     """Finds how many examples the device takes at once: halves them when its memory is not enough."""
 
     def __init__(self, size: int | None) -> None:
@@ -154,7 +154,7 @@ class Fit:
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
         while True:
-            size, noise = self.size or len(chosen), _noise()
+            size, noise = self.size or len(chosen), _rng_state()
             try:
                 parts = [task.collate(chosen[at : at + size]) for at in range(0, len(chosen), size)]
                 done = gradients(task, optimizer, parts)
@@ -168,16 +168,16 @@ class Fit:
                 raise ModelError("train.batch_size", "a device with room for one example", f"too little: lower {less}")
             self.size = (min(size, len(chosen)) + 1) // 2
             clear_device_cache(garbage_collection=True)
-            _set_noise(noise)  # the same dropout again
+            _set_rng_state(noise)  # the same dropout again
         apply_gradients(task, optimizer, max_grad_norm)
         return done
 
 
-def _noise() -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _rng_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
-def _set_noise(noise: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+def _set_rng_state(noise: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
     torch.set_rng_state(noise[0])
     if noise[1]:
         torch.cuda.set_rng_state_all(noise[1])
@@ -204,7 +204,7 @@ def lr_factor(settings: TrainSettings, total: int) -> Any:
     return scheduler.lr_lambdas[0]
 
 
-def draw(examples: int, batch_size: int, stretch: Stretch) -> Iterator[list[int]]:
+def batch_indices(examples: int, batch_size: int, stretch: TrainCursor) -> Iterator[list[int]]:
     """Endless batches of example indices, from ``stretch.position`` on; epochs run into each other."""
     position, batch_size = stretch.position, min(batch_size, examples)
     orders: dict[int, list[int]] = {}
@@ -222,13 +222,13 @@ def draw(examples: int, batch_size: int, stretch: Stretch) -> Iterator[list[int]
         position += batch_size
 
 
-def _only(parameters: Mapping[str, nn.Parameter], keys: frozenset[str]) -> None:
+def _train_only(parameters: Mapping[str, nn.Parameter], keys: frozenset[str]) -> None:
     for key, parameter in parameters.items():
         parameter.requires_grad_(key in keys)
         parameter.grad = None
 
 
-def _save_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Moments:
+def _save_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> OptimizerState:
     return {
         f"{key}/{name}": value.detach().to("cpu", copy=True)
         for key, parameter in parameters.items()
@@ -237,7 +237,7 @@ def _save_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.
     }
 
 
-def _load_moments(
+def _load_optimizer_state(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     moments: Mapping[str, torch.Tensor],

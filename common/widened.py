@@ -15,7 +15,7 @@ from torch.nn import functional
 NATIVE = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 
-def computes(dtype: torch.dtype, device: torch.device) -> bool:
+def has_native_arithmetic(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device multiplies matrices of this kind of number at full speed (on a CPU: by oneDNN)."""
     if device.type != "cpu" or dtype not in NATIVE:
         return True

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..common.errors import RefusedError
-from ..common.protocol import PROTOCOL, Arrays, Description, Order, Reply, check_arrays, check_metrics
+from ..common.protocol import PROTOCOL, Arrays, SiteInfo, TrainRequest, TrainReply, check_arrays, check_metrics
 
 Layout = Mapping[str, tuple[int, ...]]
 MAX_TERMS = 10**12  # loss terms of one round; more is a broken count
 PINNED = ("model", "tokenizer", "chat_template")
 
 
-def admit_reply(reply: Reply, site: str, order: Order, layout: Layout, max_update_norm: float) -> None:
+def admit_reply(reply: TrainReply, site: str, order: TrainRequest, layout: Layout, max_update_norm: float) -> None:
     """Checks one reply against the order that it answers. Raises RefusedError.
 
     ``layout`` has the arrays that must come: all shared ones after training, none at the close.
@@ -27,7 +27,7 @@ def admit_reply(reply: Reply, site: str, order: Order, layout: Layout, max_updat
         raise RefusedError("order", order.key, reply.key, site=site)
     check_arrays(reply.shared, layout, site)
     check_metrics(reply.metrics, site)
-    if order.phase == "train":
+    if order.kind == "train":
         for field in ("terms", "examples"):
             if not 0 < getattr(reply, field) <= MAX_TERMS:
                 raise RefusedError(field, f"1 to {MAX_TERMS}", getattr(reply, field), site=site)
@@ -45,7 +45,7 @@ def check_values(arrays: Arrays, previous: Arrays, max_update_norm: float, site:
         raise RefusedError("update norm", f"at most {max_update_norm:g}", f"{squares**0.5:g}", site=site)
 
 
-def admit_site(description: Description, expected: Mapping[str, object]) -> None:
+def admit_site(description: SiteInfo, expected: Mapping[str, object]) -> None:
     """Checks a joining site against the federation's pinned fingerprints, layout and protocol. Raises RefusedError."""
     found = dataclasses.asdict(description)
     for field, value in {"protocol": PROTOCOL, **expected}.items():

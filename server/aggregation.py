@@ -18,7 +18,7 @@ SMALL = 10**9  # multiplications; in a smaller product BLAS threads cost more th
 
 
 @dataclass(frozen=True)
-class Weighed:
+class WeightedUpdate:
     """One admitted update: what it weighs, and its arrays."""
 
     weight: float
@@ -32,7 +32,7 @@ WEIGHTS: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def weighted_mean(updates: Iterable[Weighed]) -> Arrays:
+def weighted_mean(updates: Iterable[WeightedUpdate]) -> Arrays:
     """Σ p_k S_k with p_k = weight_k / Σ weight, folded in the order given, one update in memory at a time.
 
     Sums are in double precision; a fixed order makes them repeat to the bit.
@@ -124,7 +124,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def product_residual(updates: list[Weighed], mean: Mapping[str, np.ndarray]) -> float:
+def product_residual(updates: list[WeightedUpdate], mean: Mapping[str, np.ndarray]) -> float:
     """How far the mean of the factors is from the mean of the products.
 
     √(Σ_layers ‖Σ p_k B_k A_k − B̄ Ā‖²_F ÷ Σ_layers ‖Σ p_k B_k A_k‖²_F): 0 when averaging A and B apart loses nothing.

@@ -21,8 +21,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from ..common.recipe import recipe_from
 from ..common.settings import Recipe, to_json
-from .checkpoint import Checkpoints, State
-from .conduct import Conduct, Member, Stopped
+from .checkpoint import Checkpoints, ServerState
+from .conduct import RunOptions, RosterEntry, StopRequested
 from .events import EventLog, Listener
 from .strategy import AdapterStrategy
 
@@ -34,29 +34,29 @@ class Run:
     """One federation: what it does, whose sites, in order, and its folder."""
 
     recipe: Recipe
-    roster: tuple[Member, ...]
+    roster: tuple[RosterEntry, ...]
     folder: Path
 
 
-def federate(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpoints) -> State:
+def train_federation(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpoints) -> ServerState:
     """Runs a federation from its last checkpoint, or from S_0, to its end (or until it is asked to stop)."""
     recipe, last = strategy.recipe, checkpoints.latest()
-    if last and last.closed:
+    if last and last.finalized:
         return last
     if last:
         strategy.events.emit("resumed", round=last.round)
     state = strategy.join(grid, last, lambda classes: _first(recipe, classes))
     for t in range(state.round + 1, recipe.rounds + 1):
-        if strategy.conduct.stop():
-            raise Stopped
-        state = strategy.insist(lambda t=t, s=state: strategy.aggregate_train(t, s, strategy.configure_train(t, s)))
+        if strategy.options.should_stop():
+            raise StopRequested
+        state = strategy.retry_until_quorum(lambda t=t, s=state: strategy.aggregate_train(t, s, strategy.configure_train(t, s)))
         checkpoints.write(state)
-    state = strategy.insist(lambda s=state: strategy.aggregate_close(s, strategy.configure_close(s)))
+    state = strategy.retry_until_quorum(lambda s=state: strategy.aggregate_finalize(s, strategy.configure_finalize(s)))
     checkpoints.write(state)
     return state
 
 
-def lead(grid: Grid, run: Run, listener: Listener | None = None, conduct: Conduct | None = None) -> State:
+def run_federation(grid: Grid, run: Run, listener: Listener | None = None, conduct: RunOptions | None = None) -> ServerState:
     """A federation in its run folder, with its beginning and its end in the events."""
     recipe, folder, began = run.recipe, run.folder, time.monotonic()
     events = EventLog(folder / "events.jsonl", listener)
@@ -64,12 +64,12 @@ def lead(grid: Grid, run: Run, listener: Listener | None = None, conduct: Conduc
     sites = [member.site for member in run.roster]
     events.emit("started", **about, model=recipe.model.source, sites=sites, recipe=recipe.identity)
     strategy = AdapterStrategy(recipe, run.roster, events, folder / "spool", conduct)
-    state = federate(grid, strategy, Checkpoints(folder / "checkpoints", recipe))
+    state = train_federation(grid, strategy, Checkpoints(folder / "checkpoints", recipe))
     events.emit("finished", seconds=time.monotonic() - began)
     return state
 
 
-def make_app(listener: Listener | None = None, conduct: Conduct | None = None) -> ServerApp:
+def make_app(listener: Listener | None = None, conduct: RunOptions | None = None) -> ServerApp:
     """A ServerApp that reads recipe, roster and folder from Flower's run config."""
     server = ServerApp()
 
@@ -77,22 +77,22 @@ def make_app(listener: Listener | None = None, conduct: Conduct | None = None) -
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
         recipe = recipe_from(json.loads(str(config[RECIPE])))
-        roster = tuple(Member(*entry) for entry in json.loads(str(config[ROSTER])))
-        lead(grid, Run(recipe, roster, Path(str(config[FOLDER]))), listener, conduct)
+        roster = tuple(RosterEntry(*entry) for entry in json.loads(str(config[ROSTER])))
+        run_federation(grid, Run(recipe, roster, Path(str(config[FOLDER]))), listener, conduct)
 
     return server
 
 
-def run_config(recipe: Recipe, roster: tuple[Member, ...], folder: Path) -> dict[str, bool | float | int | str]:
+def run_config(recipe: Recipe, roster: tuple[RosterEntry, ...], folder: Path) -> dict[str, bool | float | int | str]:
     """What :func:`make_app` reads, in the scalars that Flower's run config takes."""
     members = [[member.site, member.from_round] for member in roster]
     return {RECIPE: to_json(recipe), ROSTER: json.dumps(members), FOLDER: str(folder)}
 
 
 def _first(recipe: Recipe, classes: int) -> dict[str, np.ndarray]:
-    from ..common.first import first_shared  # torch only where S_0 is made
+    from ..common.first import initial_shared_state  # torch only where S_0 is made
 
-    return first_shared(recipe.plan, classes)
+    return initial_shared_state(recipe.plan, classes)
 
 
 app = ServerApp()
@@ -105,4 +105,4 @@ def main(grid: Grid, context: Context) -> None:
     from .deployed import deployed  # the coordinator's own machine only
 
     with deployed() as (run, conduct):
-        lead(grid, run, conduct=conduct)
+        run_federation(grid, run, conduct=conduct)

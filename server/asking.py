@@ -12,14 +12,14 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from ..common.messages import SITE_FAILED
-from .roll import Roll
+from .roll import NodeRegistry
 
 SITES_FAULT = frozenset({SITE_FAILED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION})  # any other error is the platform's
 PAUSE, LOOK = 1.0, 1.0  # seconds
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """``timeout`` seconds for all answers (None: no limit), ``attempts`` a site, a look every ``interval`` seconds.
 
     ``enduring`` is for sites in processes of their own, where messages get lost: a site that came back is asked again
@@ -29,13 +29,13 @@ class Patience:
 
     timeout: float | None
     attempts: int
-    enduring: bool = False
+    deployed: bool = False
     interval: float = 0.1
     silence: float = 600.0
 
 
 @dataclass
-class Pending:
+class PendingReply:
     """One site's unanswered question."""
 
     message: Callable[[], Message]
@@ -48,16 +48,16 @@ class Pending:
     silence: float = 0.0
 
 
-class Asker:
+class Dispatcher:
     """Asks on one grid; what comes after its question was given up is told as late and ignored."""
 
-    def __init__(self, grid: Grid, roll: Roll, patience: Patience, tell_late: Callable[[str], None]) -> None:
+    def __init__(self, grid: Grid, roll: NodeRegistry, patience: RetryPolicy, tell_late: Callable[[str], None]) -> None:
         self._grid, self._roll, self._patience, self._tell_late = grid, roll, patience, tell_late
         self._late: dict[str, str] = {}  # message id → site
         self._looked = 0.0
-        self._pull: Pull | None = None  # under way
+        self._pull: BackgroundPull | None = None  # under way
 
-    def ask(
+    def dispatch(
         self, questions: Mapping[str, Callable[[], Message]], enough: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[str, Message]]:
         """Yields (site, answer) as answers come; an answer may be an error after the last attempt.
@@ -66,7 +66,7 @@ class Asker:
         answer in time are not yielded, nor are absent ones once there are ``enough`` answers without them.
         """
         ends = None if self._patience.timeout is None else time.monotonic() + self._patience.timeout
-        waiting = {site: Pending(message) for site, message in questions.items()}
+        waiting = {site: PendingReply(message) for site, message in questions.items()}
         sent: dict[str, str] = {}  # message id → site
         while waiting and (ends is None or time.monotonic() < ends):
             self._send(waiting, sent)
@@ -77,13 +77,13 @@ class Asker:
                     sent = {message_id: other for message_id, other in sent.items() if other != site}
                     yield site, message
             if not answers:
-                if self._patience.enduring and self._look(waiting, enough):
+                if self._patience.deployed and self._look(waiting, enough):
                     break
                 time.sleep(self._patience.interval)
         self._late |= {message_id: site for message_id, site in sent.items() if site in waiting}
         self._pull = None
 
-    def _send(self, waiting: Mapping[str, Pending], sent: dict[str, str]) -> None:
+    def _send(self, waiting: Mapping[str, PendingReply], sent: dict[str, str]) -> None:
         now = time.monotonic()
         for site, pending in waiting.items():
             if pending.due is None or pending.due > now:
@@ -107,34 +107,34 @@ class Asker:
 
     def _pulled(self, message_ids: list[str]) -> list[Message]:
         """What has come. With sites that may die, in a thread of its own: see :class:`Pull`."""
-        if not self._patience.enduring:
+        if not self._patience.deployed:
             return list(self._grid.pull_messages(message_ids))
-        self._pull = self._pull or Pull(self._grid, message_ids)
-        if not self._pull.over(self._patience.interval):
+        self._pull = self._pull or BackgroundPull(self._grid, message_ids)
+        if not self._pull.wait(self._patience.interval):
             return []
         pull, self._pull = self._pull, None
-        return pull.found()
+        return pull.result()
 
-    def _again(self, pending: Pending, message: Message) -> bool:
+    def _again(self, pending: PendingReply, message: Message) -> bool:
         """Whether an answer is an error after which the site is asked again."""
         if not message.has_error():
             return False
         if message.metadata.reply_to_message_id != pending.newest:  # lost with a process that died; asked again since
             return True
-        if self._patience.enduring and message.error.code not in SITES_FAULT:
+        if self._patience.deployed and message.error.code not in SITES_FAULT:
             pending.due = time.monotonic() + PAUSE
             return True
         pending.errors += 1
-        pending.due = time.monotonic() + (PAUSE * 2**pending.errors if self._patience.enduring else 0)
+        pending.due = time.monotonic() + (PAUSE * 2**pending.errors if self._patience.deployed else 0)
         return pending.errors < self._patience.attempts
 
-    def _look(self, waiting: Mapping[str, Pending], enough: Callable[[], bool]) -> bool:
+    def _look(self, waiting: Mapping[str, PendingReply], enough: Callable[[], bool]) -> bool:
         """Asks those again that came back or are silent; True when only absent sites are left and none is needed."""
         now = time.monotonic()
         if now < self._looked + LOOK:
             return False
         self._looked = now
-        self._roll.look()
+        self._roll.refresh()
         presences = {site: self._roll.presence(site) for site in waiting}
         back = {s for s, p in waiting.items() if presences[s] is not None and presences[s] != p.presence}
         stuck = bool(back) and self._pull is not None
@@ -146,7 +146,7 @@ class Asker:
         return enough() and not any(presences.values())
 
 
-class Pull:
+class BackgroundPull:
     """One question to the grid for answers, which may take minutes.
 
     Of a site that died while it sent its answer, Flower tells that there is one, and then waits for its parts for as
@@ -165,12 +165,12 @@ class Pull:
         except Exception as error:  # whatever it is, it belongs to who asked
             self._error = error
 
-    def over(self, seconds: float) -> bool:
+    def wait(self, seconds: float) -> bool:
         """Whether it has ended; waits for that, ``seconds`` at most."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def found(self) -> list[Message]:
+    def result(self) -> list[Message]:
         """The answers. Raises what the grid raised."""
         if self._error:
             raise self._error

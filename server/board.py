@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..common.rows import PRIMARY
+from ..common.rows import PRIMARY_METRICS
 from .events import Event
 
 Metrics = Mapping[str, float | None]
@@ -14,7 +14,7 @@ _SLOW = "minutes a site without a GPU"
 
 
 @dataclass
-class SiteRow:
+class SiteSummary:
     """One site so far. Metrics are by composition: ``base``, ``shared``, ``personal``, and ``alone``."""
 
     site: str
@@ -35,14 +35,14 @@ class SiteRow:
 
     def metric(self, composition: str) -> float | None:
         """The task's primary metric of ``base``, ``shared``, ``personal`` or ``alone``; None if not measured."""
-        name = PRIMARY.get(self.task, "")
+        name = PRIMARY_METRICS.get(self.task, "")
         if composition == "alone":
             return self.alone.get(f"personal.{name}")
         return self.metrics.get(f"{composition}.{name}")
 
 
 @dataclass
-class Board:
+class RunSummary:
     """A federation and its local-only baseline, told by their events in order."""
 
     federation: str = ""
@@ -58,20 +58,20 @@ class Board:
     awaits: str = ""  # the event by which a site says that it has done what takes minutes: prepared, or written
     ready: list[str] = field(default_factory=list)  # those that have, of so many:
     awaited: int = 0
-    rows: dict[str, SiteRow] = field(default_factory=dict)
+    rows: dict[str, SiteSummary] = field(default_factory=dict)
     troubles: list[str] = field(default_factory=list)  # of nodes that are no known site
     replies: dict[tuple[bool, str, int], Event] = field(default_factory=dict)
 
-    def tell(self, event: Event) -> None:
+    def update(self, event: Event) -> None:
         """Takes in one event; a round that was done again after a restart counts once."""
         baseline = bool(event.get("baseline"))
         handler = _HANDLERS.get((event["event"], baseline)) or _HANDLERS.get((event["event"], None))
         if handler:
             handler(self, event)
 
-    def row(self, site: str) -> SiteRow:
+    def site(self, site: str) -> SiteSummary:
         """A site's row, new at the first call."""
-        return self.rows.setdefault(site, SiteRow(site))
+        return self.rows.setdefault(site, SiteSummary(site))
 
     def mean(self, composition: str) -> float | None:
         """The mean primary metric over sites; None where sites have different metrics or none."""
@@ -80,11 +80,11 @@ class Board:
         return sum(known) / len(known) if known and len({r.task for r in self.rows.values() if r.task}) == 1 else None
 
 
-def board_of(events: Iterable[Event]) -> Board:
+def summarize(events: Iterable[Event]) -> RunSummary:
     """The board after these events."""
-    board = Board()
+    board = RunSummary()
     for event in events:
-        board.tell(event)
+        board.update(event)
     return board
 
 
@@ -105,53 +105,53 @@ def note_of(event: Event) -> str:
     return f"waiting: {event['reason']}"
 
 
-def _noted(board: Board, event: Event) -> None:
+def _noted(board: RunSummary, event: Event) -> None:
     board.note = note_of(event)
 
 
-def _moving(board: Board, event: Event) -> None:
+def _moving(board: RunSummary, event: Event) -> None:
     _noted(board, event)
     board.awaits, board.ready, board.awaited, board.moved = "met", [], len(event["sites"]), event["of"]
 
 
-def _closing(board: Board, event: Event) -> None:
+def _closing(board: RunSummary, event: Event) -> None:
     _noted(board, event)
     board.awaits, board.ready, board.awaited = "reply" if event["prepares"] else "", [], len(event["sites"])
 
 
-def _ready(board: Board, event: Event) -> None:
+def _ready(board: RunSummary, event: Event) -> None:
     if event["event"] == board.awaits and event["site"] not in board.ready:
         board.ready.append(event["site"])
         board.note = f"{len(board.ready)} of {board.awaited} sites are ready"
 
 
-def _started(board: Board, event: Event) -> None:
+def _started(board: RunSummary, event: Event) -> None:
     board.federation, board.method, board.model = event["federation"], event["method"], event["model"]
     board.rounds, board.awaits = event["rounds"], ""
     for site in event["sites"]:
-        board.row(site)
+        board.site(site)
 
 
-def _baseline_started(board: Board, event: Event) -> None:
+def _baseline_started(board: RunSummary, event: Event) -> None:
     board.baseline, board.round, board.awaits = True, 0, ""
 
 
-def _joined(board: Board, event: Event) -> None:
-    row = board.row(event["site"])
+def _joined(board: RunSummary, event: Event) -> None:
+    row = board.site(event["site"])
     for name in ("task", "train", "test", "truncated", "dropped"):
         setattr(row, name, event[name])
 
 
-def _round_started(board: Board, event: Event) -> None:
+def _round_started(board: RunSummary, event: Event) -> None:
     board.round, board.note, board.awaits = event["round"], "", ""
 
 
-def _round(board: Board, event: Event) -> None:
+def _round(board: RunSummary, event: Event) -> None:
     board.round, board.residual = event["round"], event.get("residual")
 
 
-def _reply(board: Board, event: Event) -> None:
-    row, key = board.row(event["site"]), (False, event["site"], event["round"])
+def _reply(board: RunSummary, event: Event) -> None:
+    row, key = board.site(event["site"]), (False, event["site"], event["round"])
     before = board.replies.get(key)
     board.replies[key] = event
     for name in ("bytes_up", "bytes_down", "seconds"):
@@ -165,13 +165,13 @@ def _reply(board: Board, event: Event) -> None:
     _ready(board, event)
 
 
-def _baseline_reply(board: Board, event: Event) -> None:
-    row = board.row(event["site"])
+def _baseline_reply(board: RunSummary, event: Event) -> None:
+    row = board.site(event["site"])
     row.alone.update(event["metrics"])
     row.loss, row.round = event["metrics"].get("train.loss", row.loss), min(event["round"], board.rounds)
 
 
-def _trouble(board: Board, event: Event) -> None:
+def _trouble(board: RunSummary, event: Event) -> None:
     site = event.get("site")
     if site in board.rows:
         board.rows[site].troubles.setdefault(event["round"], str(event["reason"]).removeprefix(f"site {site}: "))
@@ -179,11 +179,11 @@ def _trouble(board: Board, event: Event) -> None:
         board.troubles.append(f"{site or 'a node'}: {event['reason']}")
 
 
-def _finished(board: Board, event: Event) -> None:
+def _finished(board: RunSummary, event: Event) -> None:
     board.seconds += event["seconds"]
 
 
-_HANDLERS: dict[tuple[str, bool | None], Callable[[Board, Any], None]] = {
+_HANDLERS: dict[tuple[str, bool | None], Callable[[RunSummary, Any], None]] = {
     ("started", False): _started,
     ("started", True): _baseline_started,
     ("joined", False): _joined,

@@ -11,7 +11,7 @@ from .events import read_events
 
 
 @dataclass(frozen=True)
-class Member:
+class RosterEntry:
     """A site of the roster: its name and the first round that asks it."""
 
     site: str
@@ -30,23 +30,23 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class Conduct:
+class RunOptions:
     """How a federation is led.
 
     ``enduring``: with sites in processes of their own; too few of them are waited for, and what fails is tried again.
     ``stop`` is asked between rounds.
     """
 
-    enduring: bool = False
-    stop: Callable[[], bool] = lambda: False
+    deployed: bool = False
+    should_stop: Callable[[], bool] = lambda: False
     replay: Replay | None = None
 
 
-class Stopped(Exception):
+class StopRequested(Exception):
     """Somebody asked the federation to stop while it waited."""
 
 
-def replay_of(path: Path) -> Replay:
+def read_replay(path: Path) -> Replay:
     """What an ``events.jsonl`` says of who counted; of a round done again, the last time. StateError."""
     events = read_events(path)
     agreed = [event["weights"] for event in events if event["event"] == "agreed"]

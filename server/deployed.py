@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..common.errors import ColoraError, QuorumError
-from ..common.pulling import hasten
+from ..common.pulling import shorten_pull_backoff
 from ..common.recipe import load_recipe
 from .app import Run
-from .conduct import Conduct, Member, Stopped
+from .conduct import RunOptions, RosterEntry, StopRequested
 from .events import EventLog
 from .folder import RunFolder
 from .superlink import RUN_FOLDER
@@ -24,21 +24,21 @@ LOOK = 0.3  # seconds between two looks whether the process that started this on
 
 
 @contextmanager
-def deployed() -> Iterator[tuple[Run, Conduct]]:
+def deployed() -> Iterator[tuple[Run, RunOptions]]:
     """The run of the folder in the environment. Waits until no other process leads it.
 
     Ends quietly after a stop; an error of ours is told in the events, for the supervisor to decide.
     """
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
-    hasten()
+    shorten_pull_backoff()
     files = RunFolder(Path(os.environ[RUN_FOLDER]))
     with (files.path / "leading.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        roster = tuple(Member(*entry) for entry in json.loads(files.roster.read_text()))
+        roster = tuple(RosterEntry(*entry) for entry in json.loads(files.roster.read_text()))
         events = EventLog(files.path / "events.jsonl")
         try:
-            yield Run(load_recipe(files.recipe), roster, files.path), Conduct(enduring=True, stop=files.stop.exists)
-        except Stopped:
+            yield Run(load_recipe(files.recipe), roster, files.path), RunOptions(deployed=True, should_stop=files.stop.exists)
+        except StopRequested:
             events.emit("stopped")
         except ColoraError as error:
             events.emit("broken", reason=str(error), final=not isinstance(error, QuorumError))

@@ -11,7 +11,7 @@ from pathlib import Path
 import uvicorn
 
 from ..common.errors import StateError
-from .gate import Passage, Upstream, make_gate
+from .gate import FleetProxy, Upstream, make_gateway
 
 SILENT = 60  # above logging.CRITICAL: what callers send must not reach the coordinator's terminal
 STARTUP = 10.0  # seconds
@@ -19,7 +19,7 @@ CROWD = 1024  # connections; more are answered 503, which a SuperNode retries
 
 
 @dataclass(frozen=True)
-class Door:
+class ListenAddress:
     """Where the gate stands. Port 0 takes a free one; without a certificate it speaks plain HTTP."""
 
     host: str
@@ -28,14 +28,14 @@ class Door:
     key: Path | None = None
 
 
-class Gate:
+class GatewayServer:
     """A context manager: inside it the gate is open at ``host`` and ``port``.
 
     It installs no signal handlers and prints nothing. Leaving it answers what is held and closes the port.
     """
 
-    def __init__(self, door: Door, upstream: Upstream) -> None:
-        app = make_gate(upstream)
+    def __init__(self, door: ListenAddress, upstream: Upstream) -> None:
+        app = make_gateway(upstream)
         config = uvicorn.Config(
             app,
             loop="asyncio",
@@ -61,7 +61,7 @@ class Gate:
         self.server = _Server(config, app.state.passage)
         self.thread = threading.Thread(target=self._run, name="colora-gate", daemon=True)
 
-    def __enter__(self) -> Gate:
+    def __enter__(self) -> GatewayServer:
         self.socket = _listen(self.door)
         self.host, self.port = self.socket.getsockname()[:2]
         self.thread.start()
@@ -100,7 +100,7 @@ class Gate:
 class _Server(uvicorn.Server):
     """Uvicorn's server, which says when it is open and lets held requests answer before it waits for them."""
 
-    def __init__(self, config: uvicorn.Config, passage: Passage) -> None:
+    def __init__(self, config: uvicorn.Config, passage: FleetProxy) -> None:
         super().__init__(config)
         self.passage, self.open = passage, threading.Event()
 
@@ -115,7 +115,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _listen(door: Door) -> socket.socket:
+def _listen(door: ListenAddress) -> socket.socket:
     """A bound socket. Raises StateError when the port is taken, or the address is not this machine's."""
     listener = None
     try:

@@ -43,7 +43,7 @@ def read_events(path: Path) -> list[Event]:
     return [json.loads(line) for line in lines if line]
 
 
-class Follower:
+class EventTail:
     """Reads a file that others append to: each call returns the whole events that came since the last."""
 
     def __init__(self, path: Path) -> None:

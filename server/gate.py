@@ -100,9 +100,9 @@ class Upstream:
     slowest: float = 2.0
 
 
-def make_gate(upstream: Upstream) -> Starlette:
+def make_gateway(upstream: Upstream) -> Starlette:
     """The gate as an ASGI app. Raises StateError when the CA certificate cannot be read."""
-    passage = Passage(upstream)
+    passage = FleetProxy(upstream)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -114,7 +114,7 @@ def make_gate(upstream: Upstream) -> Starlette:
     return app
 
 
-class Passage:
+class FleetProxy:
     """Compares, holds and forwards. One for all requests, in one event loop."""
 
     def __init__(self, upstream: Upstream) -> None:
@@ -164,11 +164,11 @@ class Passage:
             return JSONResponse(UNKNOWN_KEY, 400, {"connection": "close"})
         body = Body(request)
         await body.begin()
-        asked = Asked(request, body, path.decode(), call, time.monotonic() + min(call.hold, self.upstream.hold))
+        asked = HeldRequest(request, body, path.decode(), call, time.monotonic() + min(call.hold, self.upstream.hold))
         ways = {PULL: self._pull, OBJECT: self._object}
         return await ways.get(path, self._reach)(asked, stack)
 
-    async def _pull(self, asked: Asked, stack: AsyncExitStack) -> Response:
+    async def _pull(self, asked: HeldRequest, stack: AsyncExitStack) -> Response:
         """Asks until there is a message; a later pull of the same node ends this one, whose caller must be gone."""
         name, me = (asked.request.headers.get("flwr-public-key", ""), asked.body.head), object()
         ends = time.monotonic() + self.upstream.linger
@@ -191,7 +191,7 @@ class Passage:
             self._tell()
         return answer
 
-    async def _object(self, asked: Asked, stack: AsyncExitStack) -> Response:
+    async def _object(self, asked: HeldRequest, stack: AsyncExitStack) -> Response:
         """Asks until a part of a message that is still on its way has come: SuperNode by itself waits 1 s, 2 s, 4 s."""
         ends = time.monotonic() + self.upstream.linger
         self.awaited += 1
@@ -222,11 +222,11 @@ class Passage:
         except TimeoutError:
             pass
 
-    async def _pointless(self, asked: Asked) -> bool:
+    async def _pointless(self, asked: HeldRequest) -> bool:
         """Whether nobody waits for the answer any more, as far as can be known without eating up the body."""
         return self.stopping or (asked.body.whole and await asked.request.is_disconnected())
 
-    async def _reach(self, asked: Asked, stack: AsyncExitStack) -> Response:
+    async def _reach(self, asked: HeldRequest, stack: AsyncExitStack) -> Response:
         """Forwards, and holds while the SuperLink is away and trying again is safe."""
         while True:
             try:
@@ -243,7 +243,7 @@ class Passage:
                 return _refuse(503, "the SuperLink is away")
             await asyncio.sleep(RETRY)
 
-    async def _forward(self, asked: Asked, stack: AsyncExitStack) -> Response:
+    async def _forward(self, asked: HeldRequest, stack: AsyncExitStack) -> Response:
         headers = [(name, value) for name, value in asked.request.scope["headers"] if name in SENT]
         if not asked.body.whole and asked.body.length is not None:
             headers.append((b"content-length", str(asked.body.length).encode()))
@@ -264,7 +264,7 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Asked:
+class HeldRequest:
     """A request on its way through: ``ends`` is when it is held no longer (monotonic seconds)."""
 
     request: Request

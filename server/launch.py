@@ -19,11 +19,11 @@ import tomli_w
 
 from ..common.errors import ColoraError, QuorumError, RecipeError, StateError
 from ..common.files import write_atomically
-from ..common.processes import Signals, listens, sole, tell_services
+from ..common.processes import Signals, listens, exclusive_lock, write_services
 from ..common.settings import Recipe, to_dict
-from .conduct import Member
-from .door import Door, Gate
-from .events import Event, EventLog, Follower
+from .conduct import RosterEntry
+from .door import ListenAddress, GatewayServer
+from .events import Event, EventLog, EventTail
 from .folder import RunFolder
 from .gate import Upstream
 from .superlink import Certificates, SuperLink, point_of
@@ -45,7 +45,7 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class Post:
+class ServerJob:
     """What a coordinator leads, and where it listens. Without keys there is neither TLS nor any check of sites."""
 
     recipe: Recipe
@@ -67,19 +67,19 @@ def read_keys(folder: Path) -> Keys:
     return Keys(Certificates(*files.values()), sites)
 
 
-def roster_of(recipe: Recipe, keys: Keys | None) -> tuple[Member, ...]:
+def roster_of(recipe: Recipe, keys: Keys | None) -> tuple[RosterEntry, ...]:
     """The recipe's sites in its order, each with a key; for a recipe that names none, all that have one."""
     if not recipe.site:
         if keys is None:
             raise RecipeError("site", "[[site]] tables that name the sites, as there are no keys to tell them", "none")
-        return tuple(map(Member, keys.sites))
+        return tuple(map(RosterEntry, keys.sites))
     for site in recipe.site:
         if keys and site.name not in keys.sites:
             raise StateError("--keys", f"sites/{site.name}.pub for the recipe's site", "no such file", site=site.name)
-    return tuple(Member(site.name, site.from_round) for site in recipe.site)
+    return tuple(RosterEntry(site.name, site.from_round) for site in recipe.site)
 
 
-def run_server(post: Post, listener: Callable[[Event], None]) -> bool:
+def run_server(post: ServerJob, listener: Callable[[Event], None]) -> bool:
     """Leads a federation to its end; False when a signal ended it before. Goes on where the folder stands.
 
     Raises RecipeError or StateError for bad input, QuorumError and others when the run ended for good.
@@ -90,36 +90,36 @@ def run_server(post: Post, listener: Callable[[Event], None]) -> bool:
         run.check_same(post.recipe)
     else:
         run.check_new()
-    with sole(post.folder / "server.lock", "coordinator"):
-        _found(run, post.recipe, roster)
-        upstream, door = _places(post)
+    with exclusive_lock(post.folder / "server.lock", "coordinator"):
+        initialize_run(run, post.recipe, roster)
+        upstream, door = _endpoints(post)
         link = SuperLink(
             post.folder.resolve() / "flower",
             post.folder.resolve(),
             post.folder / "logs" / "superlink.log",
             post.keys.certificates if post.keys else None,
         )
-        with Gate(door, upstream(link.url)) as gate:
+        with GatewayServer(door, upstream(link.url)) as gate:
             gate.hold()
-            return Supervisor(run, link, gate, post, listener).work()
+            return Supervisor(run, link, gate, post, listener).run_until_done()
 
 
 class Supervisor:
     """Keeps one SuperLink and one run going."""
 
     def __init__(
-        self, run: RunFolder, link: SuperLink, gate: Gate, post: Post, listener: Callable[[Event], None]
+        self, run: RunFolder, link: SuperLink, gate: GatewayServer, post: ServerJob, listener: Callable[[Event], None]
     ) -> None:
-        self.run, self.link, self.gate, self.post, self.listener = run, link, gate, post, listener
-        self.events = Follower(run.path / "events.jsonl")
+        self.run, self.link, self.gate, self.job, self.listener = run, link, gate, post, listener
+        self.events = EventTail(run.path / "events.jsonl")
         self.signals = Signals()
         self.submitted: float | None = None  # when the run under way was handed over
         self.seen = False  # its ServerApp has been seen
-        self.fruitless = 0  # runs in a row that ended without a new round
+        self.failed_runs = 0  # runs in a row that ended without a new round
         self.broken: Event | None = None  # how the run under way ended
         self.pause = 0.0  # until when no new run is started
 
-    def work(self) -> bool:
+    def run_until_done(self) -> bool:
         """Until the federation has ended or a signal came and the round is over."""
         self.run.stop.unlink(missing_ok=True)
         looked = 0.0
@@ -132,7 +132,7 @@ class Supervisor:
                 if self._signalled():
                     return False
                 if time.monotonic() > looked + LOOK:
-                    self._tend()
+                    self._reconcile()
                     looked = time.monotonic()
                 time.sleep(PULSE)
         finally:
@@ -141,7 +141,7 @@ class Supervisor:
 
     def _take(self, event: Event) -> None:
         if event["event"] == "round":
-            self.fruitless = 0
+            self.failed_runs = 0
         if event["event"] == "broken":
             self.broken = event
         self.listener(event)
@@ -153,7 +153,7 @@ class Supervisor:
         self.run.stop.touch()
         return self.signals.count > 1 or not (self.submitted and self.link.child.running)
 
-    def _tend(self) -> None:
+    def _reconcile(self) -> None:
         """Starts what does not run: the SuperLink first, then a run."""
         if not self.link.child.running:
             self.submitted = None
@@ -174,8 +174,8 @@ class Supervisor:
         while self.link.child.running and not listens("127.0.0.1", self.link.port) and time.monotonic() < ends:
             time.sleep(PULSE)
         try:
-            if self.link.child.running and self.post.keys:
-                self.link.register(self.post.keys.sites)
+            if self.link.child.running and self.job.keys:
+                self.link.register(self.job.keys.sites)
         except httpx.HTTPError as error:
             logger.warning("the SuperLink does not take the sites' keys: %s", error)
             self.link.child.kill()
@@ -201,7 +201,7 @@ class Supervisor:
         """
         alive = self.link.child.has_living("flwr-serverapp")
         self.seen = self.seen or alive
-        if alive or (not self.seen and time.monotonic() < (self.submitted or 0) + SHOWING * 2**self.fruitless):
+        if alive or (not self.seen and time.monotonic() < (self.submitted or 0) + SHOWING * 2**self.failed_runs):
             return
         for event in self.events.new():
             self._take(event)
@@ -209,12 +209,12 @@ class Supervisor:
 
     def _ended(self) -> None:
         """The run is over before its time: for good, or to be followed by another."""
-        self.submitted, self.fruitless = None, self.fruitless + 1
+        self.submitted, self.failed_runs = None, self.failed_runs + 1
         died = "its ServerApp died" if self.seen else "its ServerApp never started"
         reason = self.broken["reason"] if self.broken else died
-        if (self.broken and self.broken["final"]) or self.fruitless >= STUBBORN:
+        if (self.broken and self.broken["final"]) or self.failed_runs >= STUBBORN:
             raise RunFailed(reason, self.run.path)
-        self.pause = time.monotonic() + (2.0**self.fruitless if self.broken else 0.0)
+        self.pause = time.monotonic() + (2.0**self.failed_runs if self.broken else 0.0)
         self._note("restarted", what="run", reason=reason)
 
     def _note(self, event: str, **fields: object) -> None:
@@ -224,7 +224,7 @@ class Supervisor:
         pids = {"server": os.getpid(), "superlink": self.link.child.pid}
         health = f"127.0.0.1:{self.link.health_port}"
         services = {"gate": self.gate.address, "superlink_health": health, "pids": pids}
-        tell_services(self.run.path / "services.json", services)
+        write_services(self.run.path / "services.json", services)
 
 
 class RunFailed(ColoraError, RuntimeError):
@@ -234,7 +234,7 @@ class RunFailed(ColoraError, RuntimeError):
         super().__init__("run", "a federation that goes on", f"{reason} (see {folder / 'logs'} and events.jsonl)")
 
 
-def _found(run: RunFolder, recipe: Recipe, roster: tuple[Member, ...]) -> None:
+def initialize_run(run: RunFolder, recipe: Recipe, roster: tuple[RosterEntry, ...]) -> None:
     """Writes roster and recipe where there are none yet, after what can be checked at the coordinator."""
     if run.recipe.exists():
         return
@@ -244,10 +244,10 @@ def _found(run: RunFolder, recipe: Recipe, roster: tuple[Member, ...]) -> None:
     write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
 
 
-def _places(post: Post) -> tuple[Callable[[str], Upstream], Door]:
+def _endpoints(post: ServerJob) -> tuple[Callable[[str], Upstream], ListenAddress]:
     if post.keys is None:
-        return (lambda url: Upstream(url, registration=True)), Door(post.host, post.port)
+        return (lambda url: Upstream(url, registration=True)), ListenAddress(post.host, post.port)
     files = post.keys.certificates
     known = frozenset(b64encode(point_of(key, name)).decode() for name, key in post.keys.sites.items())
-    door = Door(post.host, post.port, files.certificate, files.key)
+    door = ListenAddress(post.host, post.port, files.certificate, files.key)
     return (lambda url: Upstream(url, files.ca, keys=known)), door

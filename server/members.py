@@ -7,90 +7,90 @@ import time
 from collections.abc import Sequence
 
 from ..common.errors import RefusedError
-from ..common.protocol import Description
+from ..common.protocol import SiteInfo
 from .admission import admit_site
-from .chronicle import Chronicle
-from .conduct import Conduct, Stopped
-from .roll import Present, Roll
+from .chronicle import EventRecorder
+from .conduct import RunOptions, StopRequested
+from .roll import ConnectedSite, NodeRegistry
 
 GRACE = 30.0  # seconds for sites that are here to introduce themselves once there is a quorum without them
 TOLD = ("site", "task", "train", "test", "truncated", "dropped")
 
 
-class Members:
+class Membership:
     """``sites`` are those that fit. Who comes later, or comes back, is judged when it does."""
 
-    def __init__(self, roll: Roll, names: Sequence[str], chronicle: Chronicle, conduct: Conduct) -> None:
-        self.roll, self.names, self.chronicle, self.conduct = roll, names, chronicle, conduct
-        self.sites: dict[str, Present] = {}
-        self._judged: dict[str, Present] = {}
+    def __init__(self, roll: NodeRegistry, names: Sequence[str], chronicle: EventRecorder, conduct: RunOptions) -> None:
+        self.registry, self.names, self.chronicle, self.conduct = roll, names, chronicle, conduct
+        self.sites: dict[str, ConnectedSite] = {}
+        self._judged: dict[str, ConnectedSite] = {}
         self._common: dict[str, str] = {}
         self._missing: list[str] | None = None
 
-    def gather(self, quorum: int, timeout: float | None) -> list[Description]:
+    def wait_for_quorum(self, quorum: int, timeout: float | None) -> list[SiteInfo]:
         """Descriptions, once enough sites have introduced themselves and nobody who is here is still asked."""
         began = time.monotonic()
-        limit = GRACE if self.conduct.enduring else timeout or float("inf")
-        self.roll.look()
-        while self.conduct.enduring and len(self.roll.met) < quorum:
+        limit = GRACE if self.conduct.deployed else timeout or float("inf")
+        self.registry.refresh()
+        while self.conduct.deployed and len(self.registry.connected) < quorum:
             self._tell(0)
-            self._wait(quorum, list(self.roll.met))
-            self.roll.look()
-        while self.roll.asking and time.monotonic() < began + limit:
+            self._wait(quorum, list(self.registry.connected))
+            self.registry.refresh()
+        while self.registry.asking and time.monotonic() < began + limit:
             time.sleep(0.1)
-            self.roll.look()
-        return [self.roll.met[name].description for name in self.names if name in self.roll.met]
+            self.registry.refresh()
+        return [self.registry.connected[name].info for name in self.names if name in self.registry.connected]
 
-    def agree(self, pins: dict[str, str], layout: str, quorum: int, t: int) -> None:
+    def pin(self, pins: dict[str, str], layout: str, quorum: int, t: int) -> None:
         """From now on sites are judged by these fingerprints and this layout. Raises QuorumError, Stopped."""
         self._common = {**pins, "layout": layout}
-        self.meet(t)
-        while len(self.sites) < quorum and self.conduct.enduring:
+        self.update(t)
+        while len(self.sites) < quorum and self.conduct.deployed:
             self._wait(quorum, list(self.sites))
-            self.meet(t)
-        self.chronicle.need(quorum, list(self.sites), "join")
+            self.update(t)
+        self.chronicle.require_quorum(quorum, list(self.sites), "join")
 
-    def meet(self, t: int) -> None:
+    def update(self, t: int) -> None:
         """Takes in the sites that came, or came back, since; waits for none."""
-        self.roll.look()
-        self.judge(t)
+        self.registry.refresh()
+        self.admit(t)
 
-    def trains(self, site: str) -> bool:
+    def can_train(self, site: str) -> bool:
         """Whether a site is here and learns; one with no examples to train on is asked at the close only."""
-        return site in self.sites and self.sites[site].description.train > 0
+        return site in self.sites and self.sites[site].info.train > 0
 
-    def judge(self, t: int) -> None:
+    def admit(self, t: int) -> None:
         """Admits to the federation who fits it, and tells who does not."""
         self._tell(t)
         for name in self.names:
-            present = self.roll.met.get(name)
+            present = self.registry.connected.get(name)
             if present is None or present is self._judged.get(name):
                 continue
             self._judged[name] = present
             self.sites.pop(name, None)
             try:
-                admit_site(present.description, self._common)
+                admit_site(present.info, self._common)
             except RefusedError as error:
                 self.chronicle.refused(t, error)
                 continue
             self.sites[name] = present
-            told = dataclasses.asdict(present.description)
-            self.chronicle.tell("joined", **{key: told[key] for key in TOLD})
+            told = dataclasses.asdict(present.info)
+            self.chronicle.emit("joined", **{key: told[key] for key in TOLD})
 
     def _tell(self, t: int) -> None:
-        for name, reason in self.roll.failures:
+        for name, reason in self.registry.failures:
             self.chronicle.failed(t, name, reason)
-        for error in self.roll.refusals:
+        for error in self.registry.refusals:
             self.chronicle.refused(t, error)
-        self.roll.failures.clear()
-        self.roll.refusals.clear()
+        self.registry.failures.clear()
+        self.registry.refusals.clear()
 
     def _wait(self, quorum: int, present: list[str]) -> None:
         """A second of patience, told once for each set of missing sites. Raises Stopped."""
-        if self.conduct.stop():
-            raise Stopped
+        if self.conduct.should_stop():
+            raise StopRequested
         missing = [name for name in self.names if name not in present]
         if self._missing != missing:
             self._missing = missing
-            self.chronicle.tell("waiting", when="join", quorum=quorum, present=present, missing=missing)
+            self.chronicle.emit("waiting", when="join", quorum=quorum, present=present, missing=missing)
         time.sleep(1.0)

@@ -15,35 +15,35 @@ from flwr.serverapp import Grid
 from ..common import messages
 from ..common.errors import ColoraError, RefusedError
 from ..common.files import write_atomically
-from ..common.protocol import Description
+from ..common.protocol import SiteInfo
 
 AGAIN = 30.0  # seconds after which a site that failed to introduce itself is asked once more
 
 
 @dataclass(frozen=True)
-class Present:
+class ConnectedSite:
     """A site as it introduced itself, on the node it did so from, which came at ``since``."""
 
     node: int
     since: str
-    description: Description
+    info: SiteInfo
 
     @property
     def site(self) -> str:
         """The site's name."""
-        return self.description.site
+        return self.info.site
 
 
 @dataclass(frozen=True)
-class Inquiry:
+class JoinQuery:
     """How a node is asked who it is, and how often when its answer is an error."""
 
-    question: Callable[[int], Message]
+    message: Callable[[int], Message]
     attempts: int
 
 
 @dataclass
-class Introduction:
+class PendingJoin:
     """A question to a node that is here: who are you?"""
 
     since: str
@@ -51,7 +51,7 @@ class Introduction:
     due: float = 0.0  # when to ask (again); infinity: under way, or answered
 
 
-class Roll:
+class NodeRegistry:
     """Meets nodes without ever waiting for one. ``welcome`` judges who came, and raises RefusedError.
 
     Nodes that registered by a key carry the name that the key belongs to, and can speak for no other site. With a
@@ -63,17 +63,17 @@ class Roll:
         self,
         grid: Grid,
         names: Collection[str],
-        inquiry: Inquiry,
+        inquiry: JoinQuery,
         memory: Path | None = None,
         heard: Callable[[str], None] | None = None,
     ) -> None:
         self._grid, self._names, self._inquiry, self._memory = grid, names, inquiry, memory
         self._heard = heard or (lambda site: None)
         self._known = _recall(memory) if memory else {}
-        self.met: dict[str, Present] = {}
+        self.connected: dict[str, ConnectedSite] = {}
         self.failures: list[tuple[str, str | None]] = []  # (node or site, reason), for the caller to tell and clear
         self.refusals: list[ColoraError] = []
-        self._here: dict[int, Introduction] = {}
+        self._here: dict[int, PendingJoin] = {}
         self._registered: dict[int, str] = {}
         self._pending: dict[str, int] = {}  # message id → node
 
@@ -84,11 +84,11 @@ class Roll:
 
     def presence(self, site: str) -> object:
         """Something true that is another thing after the site has gone and come back; None while it is away."""
-        present = self.met.get(site)
+        present = self.connected.get(site)
         there = self._here.get(present.node) if present else None
         return (present.node, there.since) if present and there else None
 
-    def look(self) -> list[Present]:
+    def refresh(self) -> list[ConnectedSite]:
         """Asks who is new or came back, takes in what was answered, and returns the sites that were met just now."""
         now = time.monotonic()
         nodes = {int(node.node_id): node for node in self._grid.get_nodes()}
@@ -97,21 +97,21 @@ class Roll:
             self._registered[node] = info.name
             there = self._here.get(node)
             if there is None or there.since != info.last_activated_at:
-                there = self._here[node] = Introduction(info.last_activated_at)
+                there = self._here[node] = PendingJoin(info.last_activated_at)
                 known = self._known.get(node)
                 if known and known.since == there.since and known.site in self._names:
-                    self.met[known.site], there.due = known, float("inf")
+                    self.connected[known.site], there.due = known, float("inf")
                     self._heard(known.site)
             if there.due <= now:
                 self._ask(node, there)
         return self._take_answers()
 
-    def _ask(self, node: int, there: Introduction) -> None:
+    def _ask(self, node: int, there: PendingJoin) -> None:
         there.tries, there.due = there.tries + 1, float("inf")
-        for message_id in self._grid.push_messages([self._inquiry.question(node)]):
+        for message_id in self._grid.push_messages([self._inquiry.message(node)]):
             self._pending[message_id] = node
 
-    def _take_answers(self) -> list[Present]:
+    def _take_answers(self) -> list[ConnectedSite]:
         found = []
         while answers := list(self._grid.pull_messages(list(self._pending))) if self._pending else []:
             for message in answers:
@@ -121,7 +121,7 @@ class Roll:
                     found.append(present)
         return found
 
-    def _present(self, node: int, there: Introduction, message: Message) -> Present | None:
+    def _present(self, node: int, there: PendingJoin, message: Message) -> ConnectedSite | None:
         name = self._registered.get(node) or f"node {node}"
         if message.has_error():
             if there.tries < self._inquiry.attempts:
@@ -131,22 +131,22 @@ class Roll:
                 self.failures.append((name, message.error.reason))
             return None
         try:
-            present = Present(node, there.since, messages.description_of(message))
+            present = ConnectedSite(node, there.since, messages.site_info_from(message))
             self._check_name(present)
         except RefusedError as error:
-            self.refusals.append(error if error.site else error.at(name))
+            self.refusals.append(error if error.site else error.at_site(name))
             return None
-        self.met[present.site] = present
+        self.connected[present.site] = present
         self._heard(present.site)
         self._remember()
         return present
 
     def _remember(self) -> None:
         if self._memory:
-            told = [dataclasses.asdict(present) for present in self.met.values()]
+            told = [dataclasses.asdict(present) for present in self.connected.values()]
             write_atomically(self._memory, json.dumps(told).encode(), lasting=False)
 
-    def _check_name(self, present: Present) -> None:
+    def _check_name(self, present: ConnectedSite) -> None:
         registered = self._registered.get(present.node)
         if registered in self._names and present.site != registered:
             raise RefusedError("site", f"the name of its key, {registered}", present.site, site=registered)
@@ -154,11 +154,11 @@ class Roll:
             raise RefusedError("site", "a name of the roster", present.site)
 
 
-def _recall(memory: Path) -> dict[int, Present]:
+def _recall(memory: Path) -> dict[int, ConnectedSite]:
     """Who was met before, by node; nobody where the file is missing or from another version."""
     try:
         told = json.loads(memory.read_text())
-        found = [Present(each["node"], each["since"], Description(**each["description"])) for each in told]
+        found = [ConnectedSite(each["node"], each["since"], SiteInfo(**each["description"])) for each in told]
     except (OSError, ValueError, TypeError, KeyError):
         return {}
     return {present.node: present for present in found}

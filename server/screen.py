@@ -11,21 +11,21 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..common.rows import COMPOSITIONS, LOWER_IS_BETTER, PRIMARY
-from .board import Board, SiteRow, note_of
+from ..common.rows import EVAL_MODES, LOWER_IS_BETTER, PRIMARY_METRICS
+from .board import RunSummary, SiteSummary, note_of
 from .events import Event
 
-COLUMNS = (*COMPOSITIONS, "alone")
+COLUMNS = (*EVAL_MODES, "alone")
 
 
-class Screen:
+class LiveDisplay:
     """Shows events as they happen. Use as a context; call it with each event."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.board = console, Board()
+        self.console, self.summary = console, RunSummary()
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> LiveDisplay:
         if self.live:
             self.live.__enter__()
         return self
@@ -36,18 +36,18 @@ class Screen:
 
     def __call__(self, event: Event) -> None:
         """Takes in one event and redraws, or prints its line."""
-        before = len(self.board.ready)
-        self.board.tell(event)
+        before = len(self.summary.ready)
+        self.summary.update(event)
         if self.live:
-            self.live.update(Group(_headline(self.board), _progress_table(self.board)), refresh=True)
+            self.live.update(Group(_headline(self.summary), _progress_table(self.summary)), refresh=True)
         else:
-            new = len(self.board.ready) > before
-            line = f"{self.board.note} ({event['site']})" if new else _line(self.board, event)
+            new = len(self.summary.ready) > before
+            line = f"{self.summary.note} ({event['site']})" if new else _line(self.summary, event)
             if line:
                 self.console.print(line, highlight=False, soft_wrap=True)
 
 
-def report(board: Board, folder: Path, console: Console) -> None:
+def print_report(board: RunSummary, folder: Path, console: Console) -> None:
     """Prints the final table and what it says, and writes both to ``report.html``."""
     page = Console(record=True, width=120, file=io.StringIO())
     for target in (console, page):
@@ -58,7 +58,7 @@ def report(board: Board, folder: Path, console: Console) -> None:
     console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)
 
 
-def _headline(board: Board) -> Text:
+def _headline(board: RunSummary) -> Text:
     if board.baseline:
         return Text(f"{board.federation}: baseline, every site alone, round {board.round} of {board.rounds}")
     phase = f"round {board.round} of {board.rounds}" if board.round else "sites are joining"
@@ -66,12 +66,12 @@ def _headline(board: Board) -> Text:
     return Text(f"{board.federation}: {board.method} on {board.model}, {phase}{note}")
 
 
-def _progress_table(board: Board) -> Table:
+def _progress_table(board: RunSummary) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("site", "round", "loss", *COMPOSITIONS, "sent", "seconds"):
+    for name in ("site", "round", "loss", *EVAL_MODES, "sent", "seconds"):
         table.add_column(name, justify="left" if name == "site" else "right")
     for row in board.rows.values():
-        metrics = [_number(row.metric(c)) for c in COMPOSITIONS]
+        metrics = [_number(row.metric(c)) for c in EVAL_MODES]
         cells = [
             row.site,
             str(row.round or ""),
@@ -84,7 +84,7 @@ def _progress_table(board: Board) -> Table:
     return table
 
 
-def _line(board: Board, event: Event) -> str | None:
+def _line(board: RunSummary, event: Event) -> str | None:
     name = event["event"]
     who = "alone: " if event.get("baseline") else ""
     if name == "started":
@@ -107,9 +107,9 @@ def _line(board: Board, event: Event) -> str | None:
     return None
 
 
-def _final_table(board: Board) -> Table:
+def _final_table(board: RunSummary) -> Table:
     tasks = sorted({row.task for row in board.rows.values() if row.task})
-    kinds = [PRIMARY[task] + (" (lower is better)" if task in LOWER_IS_BETTER else "") for task in tasks]
+    kinds = [PRIMARY_METRICS[task] + (" (lower is better)" if task in LOWER_IS_BETTER else "") for task in tasks]
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -131,14 +131,14 @@ def _final_table(board: Board) -> Table:
     return table
 
 
-def _cells(row: SiteRow, shown: list[str]) -> list[str]:
+def _cells(row: SiteSummary, shown: list[str]) -> list[str]:
     metrics = [_number(row.metric(c)) for c in shown]
     counts = [str(row.truncated), str(row.dropped)]
     traffic = [_bytes(row.bytes_up), _bytes(row.bytes_down), f"{row.seconds:.0f}"]
     return [row.site, f"{row.train}+{row.test}", *metrics, *traffic, *counts]
 
 
-def _findings(board: Board) -> list[RenderableType]:
+def _findings(board: RunSummary) -> list[RenderableType]:
     lines: list[RenderableType] = [
         f"rows: training+test. base: the bare model; shared: the shared adapter only (both with a head fitted to the "
         f"site's training rows where heads are personal); personal: the site's own model"

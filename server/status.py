@@ -29,22 +29,22 @@ from rich.table import Table
 
 from ..common.errors import StateError
 from ..common.recipe import load_recipe
-from ..common.rows import COMPOSITIONS
+from ..common.rows import EVAL_MODES
 from ..common.services import (
     PATIENCE,
-    Process,
-    Service,
-    State,
-    Told,
-    ago,
+    ProcessStatus,
+    ServiceStatus,
+    HealthState,
+    ServiceRecord,
+    format_age,
     grpc_health,
-    here,
-    plain,
+    connectable_address,
+    sanitize,
     read_services,
     show_services,
 )
-from .board import Board, SiteRow, board_of
-from .checkpoint import Mark, latest_mark
+from .board import RunSummary, SiteSummary, summarize
+from .checkpoint import CheckpointInfo, latest_checkpoint_info
 from .events import Event, read_events
 
 Phase = Literal["joining", "waiting", "training", "closing", "closed", "not running"]
@@ -55,7 +55,7 @@ LONGEST_ROUND = 3600.0  # the same for a round without a deadline
 
 
 @dataclass(frozen=True)
-class SiteStatus:
+class SiteProgress:
     """One site as the coordinator knows it. ``seen`` is seconds since it was heard of."""
 
     site: str
@@ -67,7 +67,7 @@ class SiteStatus:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointStatus:
     """The newest checkpoint: its round, and seconds since it was written."""
 
     round: int
@@ -89,10 +89,10 @@ class RunStatus:
     about: str
     idle: float | None
     problems: tuple[str, ...]
-    checkpoint: Checkpoint | None
-    sites: tuple[SiteStatus, ...]
-    services: tuple[Service, ...]
-    processes: tuple[Process, ...]
+    checkpoint: CheckpointStatus | None
+    sites: tuple[SiteProgress, ...]
+    services: tuple[ServiceStatus, ...]
+    processes: tuple[ProcessStatus, ...]
     kind: str = "run"
     version: int = 1
 
@@ -123,8 +123,8 @@ def run_status(folder: Path, now: float | None = None) -> RunStatus:
     """Reads a run folder and asks its services. Raises StateError or RecipeError when that is no run folder."""
     now = time.time() if now is None else now
     recipe = load_recipe(folder / "recipe.toml")
-    events, mark = _events(folder), latest_mark(folder / "checkpoints")
-    board, told = board_of(events), read_services(folder)
+    events, mark = _events(folder), latest_checkpoint_info(folder / "checkpoints")
+    board, told = summarize(events), read_services(folder)
     phase, about = _phase(events, board, mark)
     idle = now - events[-1]["time"] if events else None
     processes = told.processes() if told else ()
@@ -135,7 +135,7 @@ def run_status(folder: Path, now: float | None = None) -> RunStatus:
     limit = LONGEST_WAIT if short else (recipe.server.timeout or LONGEST_ROUND) + LONGEST_WAIT
     problems = list(_problems(phase, about, services, processes))
     if phase not in ("closed", "not running") and (idle or 0) > limit:
-        problems.append(f"nothing has happened for {ago(idle).removesuffix(' ago')}")
+        problems.append(f"nothing has happened for {format_age(idle).removesuffix(' ago')}")
     return RunStatus(
         folder=str(folder),
         federation=board.federation or recipe.name,
@@ -147,7 +147,7 @@ def run_status(folder: Path, now: float | None = None) -> RunStatus:
         about=about,
         idle=idle,
         problems=tuple(problems),
-        checkpoint=Checkpoint(mark.round, now - mark.written, mark.closed) if mark else None,
+        checkpoint=CheckpointStatus(mark.round, now - mark.written, mark.closed) if mark else None,
         sites=tuple(_site(site, board, events, mark, now) for site in _roster(folder, board)),
         services=services,
         processes=processes if phase != "closed" else (),
@@ -156,23 +156,23 @@ def run_status(folder: Path, now: float | None = None) -> RunStatus:
 
 def show_run(status: RunStatus, console: Console) -> None:
     """A page for people."""
-    say: Callable[[str], None] = lambda text: console.print(plain(text), highlight=False, soft_wrap=True)  # noqa: E731
+    say: Callable[[str], None] = lambda text: console.print(sanitize(text), highlight=False, soft_wrap=True)  # noqa: E731
     say(f"{status.federation}: {status.method or 'not begun'} on {status.model}")
     about = f" ({status.about})" if status.about else ""
-    say(f"round {status.round} of {status.rounds}, {status.phase}{about}; last event {ago(status.idle)}")
+    say(f"round {status.round} of {status.rounds}, {status.phase}{about}; last event {format_age(status.idle)}")
     mark = status.checkpoint
-    say(f"checkpoint: round {mark.round}, written {ago(mark.age)}" if mark else "checkpoint: none yet")
+    say(f"checkpoint: round {mark.round}, written {format_age(mark.age)}" if mark else "checkpoint: none yet")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("site", no_wrap=True)
-    for name in ("seen", "admitted", *COMPOSITIONS):
+    for name in ("seen", "admitted", *EVAL_MODES):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("trouble")
     for site in status.sites:
-        row = SiteRow(site.site, site.task, metrics=site.metrics)
-        values = [row.metric(name) for name in COMPOSITIONS]
-        trouble = [plain(f"round {t}: {why}") for t, why in site.troubles.items()][-1:]
+        row = SiteSummary(site.site, site.task, metrics=site.metrics)
+        values = [row.metric(name) for name in EVAL_MODES]
+        trouble = [sanitize(f"round {t}: {why}") for t, why in site.troubles.items()][-1:]
         cells = ["" if value is None else f"{value:.3f}" for value in values]
-        table.add_row(site.site, ago(site.seen), str(site.admitted or ""), *cells, *trouble)
+        table.add_row(site.site, format_age(site.seen), str(site.admitted or ""), *cells, *trouble)
     console.print(table)
     show_services(status.services, status.processes, status.problems, console)
 
@@ -188,7 +188,7 @@ def _events(folder: Path) -> list[Event]:
         raise StateError(str(folder / "events.jsonl"), "events, one JSON object a line", error) from None
 
 
-def _roster(folder: Path, board: Board) -> list[str]:
+def _roster(folder: Path, board: RunSummary) -> list[str]:
     """The sites in their order, also before anything has happened."""
     try:
         return [str(entry[0]) for entry in json.loads((folder / "roster.json").read_text(encoding="utf-8"))]
@@ -196,7 +196,7 @@ def _roster(folder: Path, board: Board) -> list[str]:
         return list(board.rows)
 
 
-def _phase(events: list[Event], board: Board, mark: Mark | None) -> tuple[Phase, str]:
+def _phase(events: list[Event], board: RunSummary, mark: CheckpointInfo | None) -> tuple[Phase, str]:
     """What the events of the last start say, and words on it."""
     events = [event for event in events if event["event"] != "met"]
     names = [event["event"] for event in events]
@@ -222,7 +222,7 @@ def _phase(events: list[Event], board: Board, mark: Mark | None) -> tuple[Phase,
     return ("closing" if over and board.round >= board.rounds else "training"), ""
 
 
-def _ended(processes: Sequence[Process], told: Told | None, idle: float | None, timeout: float | None) -> bool:
+def _ended(processes: Sequence[ProcessStatus], told: ServiceRecord | None, idle: float | None, timeout: float | None) -> bool:
     """Whether the coordinator is gone. A simulation writes no pids: there only silence tells."""
     server = next((process for process in processes if process.name == "server"), None)
     if told and server:
@@ -230,21 +230,21 @@ def _ended(processes: Sequence[Process], told: Told | None, idle: float | None, 
     return (idle or 0) > (timeout or LONGEST_ROUND)
 
 
-def _services(told: Told) -> list[Service]:
+def _services(told: ServiceRecord) -> list[ServiceStatus]:
     found = []
     for name, address in told.addresses.items():
         if name == "gate":
-            found.append(Service(name, address, _gate_health(address)))
+            found.append(ServiceStatus(name, address, _gate_health(address)))
         elif name.endswith("_health"):
-            found.append(Service(name.removesuffix("_health"), address, grpc_health(address)))
+            found.append(ServiceStatus(name.removesuffix("_health"), address, grpc_health(address)))
     return found
 
 
-def _gate_health(address: str) -> State:
+def _gate_health(address: str) -> HealthState:
     """The gate's own answer. Whose certificate it shows does not matter here: nothing is told to it."""
     for scheme in ("https", "http"):
         try:
-            url = f"{scheme}://{here(address)}/health"
+            url = f"{scheme}://{connectable_address(address)}/health"
             answer = httpx.get(url, verify=False, trust_env=False, timeout=PATIENCE)
             return "serving" if answer.text == "ok" else "not serving"
         except httpx.HTTPError:
@@ -252,7 +252,7 @@ def _gate_health(address: str) -> State:
     return "down"
 
 
-def _problems(phase: Phase, about: str, services: Sequence[Service], processes: Sequence[Process]) -> list[str]:
+def _problems(phase: Phase, about: str, services: Sequence[ServiceStatus], processes: Sequence[ProcessStatus]) -> list[str]:
     if phase == "closed":
         return []
     found = [f"the run stands still: {about or phase}"] if phase == "not running" else []
@@ -262,9 +262,9 @@ def _problems(phase: Phase, about: str, services: Sequence[Service], processes: 
     return found + [f"{each.name} (process {each.pid}) is gone" for each in processes if not each.alive]
 
 
-def _site(site: str, board: Board, events: list[Event], mark: Mark | None, now: float) -> SiteStatus:
-    row = board.rows.get(site, SiteRow(site))
+def _site(site: str, board: RunSummary, events: list[Event], mark: CheckpointInfo | None, now: float) -> SiteProgress:
+    row = board.rows.get(site, SiteSummary(site))
     heard = [event["time"] for event in events if event.get("site") == site and event["event"] in HEARD]
     admitted = min(mark.admitted.get(site, 0), board.rounds) if mark else 0
     seen = now - heard[-1] if heard else None
-    return SiteStatus(site, row.task, seen, admitted, dict(row.metrics), dict(row.troubles))
+    return SiteProgress(site, row.task, seen, admitted, dict(row.metrics), dict(row.troubles))

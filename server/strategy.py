@@ -20,28 +20,28 @@ from flwr.serverapp import Grid
 from ..common import messages
 from ..common.errors import QuorumError, RefusedError
 from ..common.files import ArrayFile, save_arrays
-from ..common.protocol import Description, Order, Reply, hash_layout
+from ..common.protocol import SiteInfo, TrainRequest, TrainReply, hash_layout
 from ..common.seeds import seed_from
 from ..common.settings import Recipe, to_json
 from . import aggregation
 from .admission import PINNED, admit_reply
-from .aggregation import Weighed
-from .asking import Asker, Patience
-from .checkpoint import State
-from .chronicle import Chronicle
-from .conduct import Conduct, Member, Stopped
+from .aggregation import WeightedUpdate
+from .asking import Dispatcher, RetryPolicy
+from .checkpoint import ServerState
+from .chronicle import EventRecorder
+from .conduct import RunOptions, RosterEntry, StopRequested
 from .events import EventLog
-from .members import Members
-from .roll import Inquiry, Roll, wait_for_nodes
+from .members import Membership
+from .roll import JoinQuery, NodeRegistry, wait_for_nodes
 
 INTERVAL = 0.25  # seconds between two questions to a SuperLink whether answers have come
 
 
 @dataclass(frozen=True)
-class Asked:
+class PendingRequest:
     """One order under way to a site."""
 
-    order: Order
+    request: TrainRequest
     message: Callable[[], Message]
 
 
@@ -49,80 +49,80 @@ class AdapterStrategy:
     """Samples, orders, admits and folds by one recipe. ``roster`` fixes names and order of the sites."""
 
     def __init__(
-        self, recipe: Recipe, roster: tuple[Member, ...], events: EventLog, spool: Path, conduct: Conduct | None = None
+        self, recipe: Recipe, roster: tuple[RosterEntry, ...], events: EventLog, spool: Path, conduct: RunOptions | None = None
     ) -> None:
         self.recipe, self.roster, self.events, self.spool = recipe, roster, events, spool
-        self.conduct, self.chronicle = conduct or Conduct(), Chronicle(events)
-        self.row, self.settings = recipe.row(), recipe.server
+        self.options, self.recorder = conduct or RunOptions(), EventRecorder(events)
+        self.method, self.settings = recipe.row(), recipe.server
         self.plan = to_json(recipe.plan)
         self.layout: dict[str, tuple[int, ...]] = {}
 
-    def join(self, grid: Grid, state: State | None, first: Callable[[int], dict[str, np.ndarray]]) -> State:
+    def join(self, grid: Grid, state: ServerState | None, first: Callable[[int], dict[str, np.ndarray]]) -> ServerState:
         """Meets the sites, refuses those that do not fit, and returns the state to go on from.
 
         ``first`` makes S_0 from the number of classes (for a shared head). Raises QuorumError, Stopped.
         """
-        names, attempts, enduring = [m.site for m in self.roster], self.settings.attempts, self.conduct.enduring
-        inquiry = Inquiry(lambda node: messages.join_message(self.recipe.name, self.plan, node), attempts)
+        names, attempts, enduring = [m.site for m in self.roster], self.settings.max_attempts, self.options.deployed
+        inquiry = JoinQuery(lambda node: messages.join_message(self.recipe.name, self.plan, node), attempts)
         memory = self.spool.with_name("roll.json") if enduring else None
         moving = state is None and self.recipe.transfer.of is not None  # a site has its texts when it is met
-        roll = Roll(grid, names, inquiry, memory, self._tell_met if moving else None)
-        self.members = Members(roll, names, self.chronicle, self.conduct)
-        patience = Patience(self.settings.timeout, attempts, enduring, INTERVAL if enduring else 0.05)
-        self.asker = Asker(grid, roll, patience, self._tell_late)
+        roll = NodeRegistry(grid, names, inquiry, memory, self._tell_met if moving else None)
+        self.membership = Membership(roll, names, self.recorder, self.options)
+        patience = RetryPolicy(self.settings.timeout, attempts, enduring, INTERVAL if enduring else 0.05)
+        self.dispatcher = Dispatcher(grid, roll, patience, self._tell_late)
         quorum = self.settings.quorum or len(names) // 2 + 1
         if moving:
-            self.chronicle.tell("moving", of=self.recipe.transfer.of, sites=names)
+            self.recorder.emit("moving", of=self.recipe.transfer.of, sites=names)
         if not enduring:
             wait_for_nodes(grid, len(names))
-        met = self.members.gather(quorum, self.settings.timeout)
-        state = state or State(0, first(max((description.classes for description in met), default=0)))
+        met = self.membership.wait_for_quorum(quorum, self.settings.timeout)
+        state = state or ServerState(0, first(max((description.classes for description in met), default=0)))
         self.layout = {key: tuple(array.shape) for key, array in state.shared.items()}
         pins = dict(state.pins) or most_common(met)
-        self.members.agree(pins, hash_layout(self.layout), quorum, state.round)
-        tasks = {present.description.task for present in self.members.sites.values()}
+        self.membership.pin(pins, hash_layout(self.layout), quorum, state.round)
+        tasks = {present.info.task for present in self.membership.sites.values()}
         weights = state.weights or self._weights(mixed=len(tasks) > 1)
         task = state.task or (tasks.pop() if len(tasks) == 1 else "")
-        self.chronicle.tell("agreed", weights=weights, pins=pins)
+        self.recorder.emit("agreed", weights=weights, pins=pins)
         return dataclasses.replace(state, pins=pins, weights=weights, task=task)
 
     def _weights(self, *, mixed: bool) -> str:
-        if self.conduct.replay:
-            return self.conduct.replay.weights
+        if self.options.replay:
+            return self.options.replay.weights
         return self.settings.weights or ("uniform" if mixed else "tokens")
 
-    def insist(self, attempt: Callable[[], State]) -> State:
+    def retry_until_quorum(self, attempt: Callable[[], ServerState]) -> ServerState:
         """One round, or, where that is the conduct, as many tries as it takes to reach the quorum. Raises Stopped."""
         while True:
             try:
                 return attempt()
             except QuorumError as error:
-                if not self.conduct.enduring:
+                if not self.options.deployed:
                     raise
-                self.chronicle.tell("waiting", when=error.field, reason=str(error))
-                self.chronicle.troubles.clear()
-                if self.conduct.stop():
-                    raise Stopped from None
-                time.sleep(self.settings.retry)
+                self.recorder.emit("waiting", when=error.field, reason=str(error))
+                self.recorder.failures.clear()
+                if self.options.should_stop():
+                    raise StopRequested from None
+                time.sleep(self.settings.retry_interval)
 
     # --- a round -----------------------------------------------------------------------------------------------
 
-    def configure_train(self, t: int, state: State) -> dict[str, Asked]:
+    def configure_train(self, t: int, state: ServerState) -> dict[str, PendingRequest]:
         """The orders of round t, for a seeded sample of the roster, whoever of it happens to be there."""
-        self.members.meet(t)
+        self.membership.update(t)
         chosen = self._chosen(t)
         every = self.recipe.evaluation.every
         evaluate = bool(every) and (t == 1 or (t - 1) % every == 0)
-        self.chronicle.tell("round_started", round=t, sites=chosen)
-        return self._orders([site for site in chosen if self.members.trains(site)], state, t, "train", evaluate)
+        self.recorder.emit("round_started", round=t, sites=chosen)
+        return self._requests([site for site in chosen if self.membership.can_train(site)], state, t, "train", evaluate)
 
     def _chosen(self, t: int) -> list[str]:
-        if self.conduct.replay:
-            return [member.site for member in self.roster if member.site in self.conduct.replay.admitted.get(t, ())]
+        if self.options.replay:
+            return [member.site for member in self.roster if member.site in self.options.replay.admitted.get(t, ())]
         eligible = [m.site for m in self.roster if m.from_round <= t]
         return sample(eligible, self.settings.fraction, seed_from(self.recipe.seed, self.recipe.name, "sample", t))
 
-    def aggregate_train(self, t: int, state: State, asked: Mapping[str, Asked]) -> State:
+    def aggregate_train(self, t: int, state: ServerState, asked: Mapping[str, PendingRequest]) -> ServerState:
         """S_t from the admitted replies, which wait on disk and are folded in roster order. Raises QuorumError."""
         started = time.monotonic()
         shutil.rmtree(self.spool, ignore_errors=True)
@@ -131,16 +131,16 @@ class AdapterStrategy:
         for site, reply in self._admitted(asked, t, lambda: len(weights) >= quorum):
             weights[site] = aggregation.WEIGHTS[state.weights](reply.terms, reply.examples)
             save_arrays(self.spool / f"{site}.safetensors", dict(reply.shared), {}, lasting=False)
-        self.chronicle.need(quorum, list(weights), f"round {t}")
+        self.recorder.require_quorum(quorum, list(weights), f"round {t}")
         order = [site for site in asked if site in weights]
         mean = aggregation.weighted_mean(self._spooled(order, weights))
-        shared, memory = aggregation.apply_rule(dict(state.shared), mean, dict(state.memory), self.settings, t)
+        shared, memory = aggregation.apply_rule(dict(state.shared), mean, dict(state.optimizer_state), self.settings, t)
         residual = None
-        if self.row.averages_products:
+        if self.method.averages_products:
             residual = aggregation.product_residual(list(self._spooled(order, weights)), mean)
         shutil.rmtree(self.spool, ignore_errors=True)
         seconds = time.monotonic() - started
-        self.chronicle.tell("round", round=t, admitted=order, weights=weights, residual=residual, seconds=seconds)
+        self.recorder.emit("round", round=t, admitted=order, weights=weights, residual=residual, seconds=seconds)
         return dataclasses.replace(
             state,
             round=t,
@@ -149,88 +149,88 @@ class AdapterStrategy:
             admitted={**state.admitted, **dict.fromkeys(order, t)},
         )
 
-    def _spooled(self, order: list[str], weights: Mapping[str, float]) -> Iterator[Weighed]:
+    def _spooled(self, order: list[str], weights: Mapping[str, float]) -> Iterator[WeightedUpdate]:
         for site in order:
-            yield Weighed(weights[site], ArrayFile(self.spool / f"{site}.safetensors"))
+            yield WeightedUpdate(weights[site], ArrayFile(self.spool / f"{site}.safetensors"))
 
     # --- the end -----------------------------------------------------------------------------------------------
 
-    def configure_close(self, state: State) -> dict[str, Asked]:
+    def configure_finalize(self, state: ServerState) -> dict[str, PendingRequest]:
         """The closing orders: final personalisation and metrics, no arrays back."""
-        self.members.meet(state.round)
-        replay = self.conduct.replay
+        self.membership.update(state.round)
+        replay = self.options.replay
         closing = [m.site for m in self.roster if not replay or m.site in replay.admitted.get(state.round + 1, ())]
-        here = [site for site in closing if site in self.members.sites]
-        self.chronicle.tell("closing", round=state.round, sites=here, prepares=self.recipe.transfer.prepare)
-        return self._orders(here, state, state.round + 1, "close", True)
+        here = [site for site in closing if site in self.membership.sites]
+        self.recorder.emit("closing", round=state.round, sites=here, prepares=self.recipe.transfer.prepare)
+        return self._requests(here, state, state.round + 1, "close", True)
 
-    def aggregate_close(self, state: State, asked: Mapping[str, Asked]) -> State:
+    def aggregate_finalize(self, state: ServerState, asked: Mapping[str, PendingRequest]) -> ServerState:
         """The closed state: the adapter of the last round, and who personalised on it."""
-        closed: dict[str, Reply] = {}
+        closed: dict[str, TrainReply] = {}
         quorum = self.settings.quorum or len(asked) // 2 + 1
         for site, reply in self._admitted(asked, state.round + 1, lambda: len(closed) >= quorum):
             closed[site] = reply
-        self.chronicle.need(quorum, list(closed), "close")
-        self.chronicle.tell("closed", round=state.round, sites=list(closed))
+        self.recorder.require_quorum(quorum, list(closed), "close")
+        self.recorder.emit("closed", round=state.round, sites=list(closed))
         admitted = {**state.admitted, **dict.fromkeys(closed, state.round + 1)}
         return dataclasses.replace(state, admitted=admitted, closed=True)
 
     # --- between ------------------------------------------------------------------------------------------------
 
-    def _orders(self, sites: list[str], state: State, t: int, phase: str, evaluate: bool) -> dict[str, Asked]:
+    def _requests(self, sites: list[str], state: ServerState, t: int, phase: str, evaluate: bool) -> dict[str, PendingRequest]:
         packed, asked = messages.pack_arrays(state.shared), {}
         for site in sites:
             admitted = state.admitted.get(site, 0)
-            order = Order(self.recipe.name, t, phase, admitted, self.plan, state.shared, evaluate)  # type: ignore[arg-type]
-            asked[site] = Asked(
-                order, lambda o=order, s=site: messages.order_message(o, packed, self.members.roll.met[s].node)
+            order = TrainRequest(self.recipe.name, t, phase, admitted, self.plan, state.shared, evaluate)  # type: ignore[arg-type]
+            asked[site] = PendingRequest(
+                order, lambda o=order, s=site: messages.train_message(o, packed, self.membership.registry.connected[s].node)
             )
         return asked
 
-    def _admitted(self, asked: Mapping[str, Asked], t: int, enough: Callable[[], bool]) -> Iterator[tuple[str, Reply]]:
+    def _admitted(self, asked: Mapping[str, PendingRequest], t: int, enough: Callable[[], bool]) -> Iterator[tuple[str, TrainReply]]:
         """Admitted replies as they come; failures, refusals and silence are told and left out."""
-        down = {site: messages.size(a.message()) for site, a in asked.items()}
+        down = {site: messages.payload_bytes(a.message()) for site, a in asked.items()}
         silent = set(asked)
         self.asked_in = t
-        for site, message in self.asker.ask({site: a.message for site, a in asked.items()}, enough):
+        for site, message in self.dispatcher.dispatch({site: a.message for site, a in asked.items()}, enough):
             silent.discard(site)
-            self.members.judge(t)
+            self.membership.admit(t)
             if message.has_error():
-                self.chronicle.failed(t, site, message.error.reason)
+                self.recorder.failed(t, site, message.error.reason)
                 continue
-            if site not in self.members.sites:  # it came back as another one
+            if site not in self.membership.sites:  # it came back as another one
                 continue
-            order = asked[site].order
+            order = asked[site].request
             try:
-                reply = messages.reply_of(message)
-                layout = self.layout if order.phase == "train" else {}
+                reply = messages.reply_from(message)
+                layout = self.layout if order.kind == "train" else {}
                 admit_reply(reply, site, order, layout, self.settings.max_update_norm)
             except RefusedError as error:
-                self.chronicle.refused(t, error.at(site))
+                self.recorder.refused(t, error.at_site(site))
                 continue
             told = {
-                "phase": order.phase,
+                "phase": order.kind,
                 "metrics": dict(reply.metrics),
                 "terms": reply.terms,
                 "fresh": reply.fresh,
             }
-            size = {"bytes_down": down[site], "bytes_up": messages.size(message), "seconds": reply.seconds}
-            self.chronicle.tell("reply", round=t, site=site, **told, **size)
+            size = {"bytes_down": down[site], "bytes_up": messages.payload_bytes(message), "seconds": reply.seconds}
+            self.recorder.emit("reply", round=t, site=site, **told, **size)
             yield site, reply
         for site in [s for s in asked if s in silent]:
             limit = self.settings.timeout
-            self.chronicle.failed(t, site, f"no answer within {limit:g} s" if limit else "not there")
+            self.recorder.failed(t, site, f"no answer within {limit:g} s" if limit else "not there")
 
     def _tell_met(self, site: str) -> None:
-        self.chronicle.tell("met", site=site)
+        self.recorder.emit("met", site=site)
 
     def _tell_late(self, site: str) -> None:
-        self.chronicle.tell(
+        self.recorder.emit(
             "late", round=self.asked_in, site=site, reason="answered after its round had ended: ignored"
         )
 
 
-def most_common(descriptions: list[Description]) -> dict[str, str]:
+def most_common(descriptions: list[SiteInfo]) -> dict[str, str]:
     """The fingerprints that most sites have; of equally many, those of the earlier site in the roster."""
     prints = [tuple(getattr(description, name) for name in PINNED) for description in descriptions]
     return dict(zip(PINNED, max(prints, key=prints.count), strict=True)) if prints else {}

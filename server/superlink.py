@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..common.errors import StateError
 from ..common.files import write_atomically
-from ..common.processes import Child, Command, free_port, program
+from ..common.processes import SupervisedProcess, Command, free_port, program
 
 STUB = {
     "pyproject.toml": """\
@@ -66,7 +66,7 @@ class SuperLink:
         arguments += ["--health-server-address", f"127.0.0.1:{self.health_port}"]
         arguments += ["--disable-runtime-dependency-installation", *self._security()]
         environment = {**POLLING, "FLWR_HOME": str(home), RUN_FOLDER: str(run)}
-        self.child = Child(Command("superlink", (program("flower-superlink"), *arguments), log, environment))
+        self.child = SupervisedProcess(Command("superlink", (program("flower-superlink"), *arguments), log, environment))
 
     def _security(self) -> list[str]:
         if self.certificates is None:

@@ -18,7 +18,7 @@ RunConfig = dict[str, bool | float | int | str]
 
 
 @dataclass(frozen=True)
-class Job:
+class SimulationJob:
     """One federation, ready to run."""
 
     server: ServerApp
@@ -28,12 +28,12 @@ class Job:
     threads: int
 
 
-def run_local(job: Job) -> None:
+def run_local(job: SimulationJob) -> None:
     """In this process, one site after the other, one base model for all."""
     job.server(LocalGrid(job.client, job.sites), _context(job))
 
 
-def run_ray(job: Job) -> None:
+def run_ray(job: SimulationJob) -> None:
     """On Flower's simulation runtime: several processes, each with a base model of its own."""
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     logging.getLogger("ray").setLevel(logging.CRITICAL)
@@ -70,8 +70,8 @@ def run_ray(job: Job) -> None:
         raise caught[0]
 
 
-ENGINES: dict[str, Callable[[Job], None]] = {"local": run_local, "ray": run_ray}
+ENGINES: dict[str, Callable[[SimulationJob], None]] = {"local": run_local, "ray": run_ray}
 
 
-def _context(job: Job) -> Context:
+def _context(job: SimulationJob) -> Context:
     return Context(RUN_ID, 0, {}, RecordDict(), job.config)

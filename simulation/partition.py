@@ -26,9 +26,9 @@ from ..client.data import (
 )
 from ..common.errors import DataError
 from ..common.files import write_atomically
-from ..common.rows import Row, SiteRows
+from ..common.rows import Row, SiteDataset
 from ..common.seeds import seed_from
-from ..common.settings import DataSettings, PartitionSettings, Recipe, SitePlan, to_dict
+from ..common.settings import DataSettings, PartitionSettings, Recipe, SimulatedSiteSettings, to_dict
 from ..common.site import SiteSettings
 from .regression import SOURCE, regression_sites
 
@@ -39,8 +39,8 @@ Parts = dict[str, list[int]]  # site name → row numbers
 class SiteShare:
     """A site of a simulation with the rows it was given."""
 
-    plan: SitePlan
-    rows: SiteRows
+    plan: SimulatedSiteSettings
+    rows: SiteDataset
 
 
 def make_sites(recipe: Recipe) -> list[SiteShare]:
@@ -97,7 +97,7 @@ def _partitioned(recipe: Recipe) -> list[SiteShare]:
         else:
             train, test = hold_out(train, data, seed_from(recipe.seed, name, "held out"))
         rows = check_rows(name, data, capped(train, data.train), capped(test, data.test))
-        sites.append(SiteShare(SitePlan(name, data), rows))
+        sites.append(SiteShare(SimulatedSiteSettings(name, data), rows))
     return sites
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..common.rows import Row, SiteRows
+from ..common.rows import Row, SiteDataset
 from ..common.seeds import seed_from
-from ..common.settings import Recipe, SitePlan
+from ..common.settings import Recipe, SimulatedSiteSettings
 from ..common.synthetic import regression_rows, regression_truth
 
 SOURCE = "synthetic:regression"
@@ -20,14 +20,14 @@ def truths(recipe: Recipe) -> dict[str, np.ndarray]:
     return {f"task-{k + 1:02d}": w for k, w in enumerate(truth)}
 
 
-def regression_sites(recipe: Recipe) -> list[tuple[SitePlan, SiteRows]]:
+def regression_sites(recipe: Recipe) -> list[tuple[SimulatedSiteSettings, SiteDataset]]:
     """``data.train`` noisy rows to train on and ``data.test`` noiseless ones for each of ``partition.sites`` tasks."""
     sites = []
     for name, truth in truths(recipe).items():
         train = regression_rows(truth, recipe.data.train or 40, NOISE, seed_from(recipe.seed, name, "train"))
         test = regression_rows(truth, recipe.data.test or 500, 0.0, seed_from(recipe.seed, name, "test"))
-        rows = SiteRows(name, "regression", _rows(train), _rows(test))
-        sites.append((SitePlan(name, recipe.data), rows))
+        rows = SiteDataset(name, "regression", _rows(train), _rows(test))
+        sites.append((SimulatedSiteSettings(name, recipe.data), rows))
     return sites
 
 

@@ -13,21 +13,21 @@ import tomli_w
 
 from ..client.app import make_app as make_client_app
 from ..client.transfer import is_prepared
-from ..common.adapters.attach import inject, private_form
+from ..common.adapters.attach import inject, private_spec
 from ..common.errors import QuorumError, RecipeError, StateError
 from ..common.files import write_atomically
-from ..common.first import first_shared, head_layout
+from ..common.first import initial_shared_state, head_layout
 from ..common.methods import SHARED
 from ..common.model import skeleton
 from ..common.settings import MethodSettings, Recipe, to_dict
 from ..server.app import make_app as make_server_app
 from ..server.app import run_config
-from ..server.conduct import Conduct, Member, Replay
+from ..server.conduct import RunOptions, RosterEntry, Replay
 from ..server.events import Event
 from ..server.folder import RunFolder
 from ..transfer.preparation import check_preparation
 from . import workshop
-from .engines import ENGINES, Job
+from .engines import ENGINES, SimulationJob
 from .partition import SiteShare, make_sites, write_site
 
 BASELINE = "local"  # the method of the local-only baseline
@@ -53,46 +53,46 @@ def simulate(
     else:
         run.check_same(recipe)
     if not run.recipe.exists():
-        _found(run, recipe)
-    roster = tuple(Member(*entry) for entry in json.loads(run.roster.read_text()))
-    federate(recipe, Places(folder, folder), roster, listener, Conduct(replay=replay))
+        initialize_run(run, recipe)
+    roster = tuple(RosterEntry(*entry) for entry in json.loads(run.roster.read_text()))
+    federate(recipe, RunPaths(folder, folder), roster, listener, RunOptions(replay=replay))
     if recipe.simulation.baseline:
         told = (lambda event: listener({**event, "baseline": True})) if listener else None
-        federate(local_only(recipe), Places(run.baseline, folder), roster, told)
+        federate(local_only(recipe), RunPaths(run.baseline, folder), roster, told)
     return run
 
 
-def _found(run: RunFolder, recipe: Recipe) -> None:
+def initialize_run(run: RunFolder, recipe: Recipe) -> None:
     """Makes the sites, checks all that can be checked, and writes the folder."""
     if recipe.transfer.of is not None:
-        return _found_moved(run, recipe)
+        return _initialize_transfer(run, recipe)
     sites = make_sites(recipe)
     _check(recipe, sites)
     for site in sites:
         write_site(site, run.path / "sites" / site.plan.name)
-    _seal(run, recipe, [(site.plan.name, site.plan.from_round) for site in sites])
+    _write_run(run, recipe, [(site.plan.name, site.plan.from_round) for site in sites])
 
 
-def _found_moved(run: RunFolder, recipe: Recipe) -> None:
+def _initialize_transfer(run: RunFolder, recipe: Recipe) -> None:
     """The sites of an earlier run, without their data: what they know is in their states."""
-    old = RunFolder(Path(recipe.simulation.states or ""))
-    if not recipe.simulation.states or not old.recipe.exists():
+    old = RunFolder(Path(recipe.simulation.source_run or ""))
+    if not recipe.simulation.source_run or not old.recipe.exists():
         wanted = f"the run folder of {recipe.transfer.of}"
-        raise RecipeError("simulation.states", wanted, recipe.simulation.states or "nothing")
+        raise RecipeError("simulation.states", wanted, recipe.simulation.source_run or "nothing")
     roster = [(site, 1) for site, _ in json.loads(old.roster.read_text())]
     for site, _ in roster:
         states = old.path / "sites" / site / "state"
         if not is_prepared(states):
             wanted = "a site that prepared (transfer.prepare = true, and the run has ended: --resume)"
             raise StateError(str(states), wanted, "no seeds", site=site)
-    first_shared(recipe.plan, 2)
+    initial_shared_state(recipe.plan, 2)
     for site, _ in roster:
         copy = (old.path / "sites" / site / "site.toml").read_bytes()
         write_atomically(run.path / "sites" / site / "site.toml", copy)
-    _seal(run, recipe, roster)
+    _write_run(run, recipe, roster)
 
 
-def _seal(run: RunFolder, recipe: Recipe, roster: list[tuple[str, int]]) -> None:
+def _write_run(run: RunFolder, recipe: Recipe, roster: list[tuple[str, int]]) -> None:
     """Roster, and the recipe last: with it the folder is a run."""
     write_atomically(run.roster, json.dumps(roster).encode())
     write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
@@ -112,7 +112,7 @@ def local_only(recipe: Recipe) -> Recipe:
 
 
 @dataclass(frozen=True)
-class Places:
+class RunPaths:
     """The run folder of one federation, and the folder below which its sites have their rows."""
 
     folder: Path
@@ -121,23 +121,23 @@ class Places:
 
 def federate(
     recipe: Recipe,
-    places: Places,
-    roster: tuple[Member, ...],
+    places: RunPaths,
+    roster: tuple[RosterEntry, ...],
     listener: Callable[[Event], None] | None,
-    conduct: Conduct | None = None,
+    conduct: RunOptions | None = None,
 ) -> None:
     """One federation; goes on where its folder stands."""
     folder, home = places.folder, places.home
     threads = recipe.simulation.threads or (1 if recipe.simulation.engine == "ray" else os.cpu_count() or 1)
-    premises = workshop.Premises(
+    premises = workshop.SitePaths(
         (home / "sites").resolve(),
         (folder / "sites").resolve(),
         tuple(m.site for m in roster),
         threads,
         (home / "log.txt").resolve(),
-        Path(recipe.simulation.states).resolve() if recipe.simulation.states else None,
+        Path(recipe.simulation.source_run).resolve() if recipe.simulation.source_run else None,
     )
-    job = Job(
+    job = SimulationJob(
         server=make_server_app(listener, conduct),
         client=make_client_app(workshop.connect_to(premises)),
         config=run_config(recipe, roster, folder.resolve()),
@@ -169,10 +169,10 @@ def _check(recipe: Recipe, sites: list[SiteShare]) -> None:
         raise RecipeError("method.head", "one list of labels at all sites for a shared head", "different lists")
     if labels:
         head_layout(skeleton(recipe.model), 2)
-    first_shared(recipe.plan, max(map(len, labels), default=0))
+    initial_shared_state(recipe.plan, max(map(len, labels), default=0))
     if recipe.transfer.prepare:
         for site in sites:
             check_preparation(recipe.plan, site.rows)
     for private in {recipe.private, *(site.plan.private for site in sites if site.plan.private)}:
         if private.present:
-            inject(skeleton(recipe.model), private_form(private, recipe.adapter), "private")
+            inject(skeleton(recipe.model), private_spec(private, recipe.adapter), "private")

@@ -12,18 +12,18 @@ from flwr.app import Context
 
 from ..client.app import Connect, Site
 from ..client.data import load_site_rows
-from ..client.store import Store
-from ..client.trainer import Bench, Trainer, set_up
+from ..client.store import StateStore
+from ..client.trainer import AdaptedModel, Trainer, attach_adapters
 from ..client.transfer import rows_on_new_base
-from ..common.model import load
-from ..common.protocol import Description, Order, Reply
+from ..common.model import load_base_model
+from ..common.protocol import SiteInfo, TrainRequest, TrainReply
 from ..common.recipe import load_site
 from ..common.settings import Plan, parse
 from ..common.site import SiteSettings
 
 
 @dataclass(frozen=True)
-class Premises:
+class SitePaths:
     """Where a simulation's sites lie: their data below ``sites``, their state below ``state``."""
 
     sites: Path
@@ -42,10 +42,10 @@ class Premises:
         return self.state / name / "state"
 
 
-class Workshop:
+class SitePool:
     """One process's bench, and a trainer for each site that has worked at it."""
 
-    def __init__(self, premises: Premises, plan: Plan) -> None:
+    def __init__(self, premises: SitePaths, plan: Plan) -> None:
         import torch
 
         torch.set_num_threads(premises.threads)
@@ -55,21 +55,21 @@ class Workshop:
             name: load_site(premises.data_of(name) / "site.toml") for name in premises.names
         }
         generates = any(site.data.task == "generation" for site in self.files.values())
-        self.bench: Bench = set_up(load(plan.model, generates=generates), plan)
+        self.bench: AdaptedModel = attach_adapters(load_base_model(plan.model, generates=generates), plan)
         self.trainers: dict[str, Trainer] = {}
 
     def trainer(self, name: str) -> Trainer:
         """The trainer of one site, made at the first call."""
         if name not in self.trainers:
             site, premises = self.files[name], self.premises
-            store, prepared = Store(premises.state_of(name), self.plan.name), None
+            store, prepared = StateStore(premises.state_of(name), self.plan.name), None
             if self.plan.transfer.of is None:
                 rows = load_site_rows(site, self.plan.seed)
             else:
                 assert premises.moved_from is not None
                 old = premises.moved_from / "sites" / name / "state"
                 rows, prepared = rows_on_new_base(self.plan, old, premises.state / name / "transfer")
-            self.trainers[name] = Trainer(self.bench, rows, store, site.private, prepared=prepared)
+            self.trainers[name] = Trainer(self.bench, rows, store, site.private, artifacts=prepared)
         return self.trainers[name]
 
 
@@ -78,18 +78,18 @@ class SimulatedSite(Site):
     """One site's door: it finds its workshop by the plan that a message names."""
 
     name: str
-    premises: Premises
+    premises: SitePaths
 
-    def describe(self, federation: str, plan: str) -> Description:
+    def describe(self, federation: str, plan: str) -> SiteInfo:
         """Introduces the site."""
-        return _workshop(self.premises, plan).trainer(self.name).describe()
+        return _site_pool(self.premises, plan).trainer(self.name).site_info()
 
-    def respond(self, order: Order) -> Reply:
+    def respond(self, order: TrainRequest) -> TrainReply:
         """Answers an order."""
-        return _workshop(self.premises, order.plan).trainer(self.name).respond(order)
+        return _site_pool(self.premises, order.plan).trainer(self.name).handle(order)
 
 
-def connect_to(premises: Premises) -> Connect:
+def connect_to(premises: SitePaths) -> Connect:
     """A ``connect`` for the ClientApp: partition k is the k-th site."""
 
     def connect(context: Context) -> Site:
@@ -99,8 +99,8 @@ def connect_to(premises: Premises) -> Connect:
 
 
 @lru_cache(maxsize=1)  # one base model in memory: another federation replaces it
-def _workshop(premises: Premises, plan: str) -> Workshop:
-    return Workshop(premises, parse(Plan, json.loads(plan)))
+def _site_pool(premises: SitePaths, plan: str) -> SitePool:
+    return SitePool(premises, parse(Plan, json.loads(plan)))
 
 
 def _log_to(path: Path) -> None:
@@ -115,4 +115,4 @@ def _log_to(path: Path) -> None:
 
 def close() -> None:
     """Lets go of the base model."""
-    _workshop.cache_clear()
+    _site_pool.cache_clear()

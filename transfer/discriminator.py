@@ -16,11 +16,11 @@ from torch import nn
 
 from ..common.errors import ModelError
 from ..common.model import BaseModel
-from ..common.rows import Row, SiteRows
+from ..common.rows import Row, SiteDataset
 from ..common.settings import ModelSettings, Plan, TransferSettings
 from ..common.tasks.task import Batch, Encoded, Metrics, Task, pad
-from ..common.training import Watch
-from .lora import OwnLora
+from ..common.training import StepCallback
+from .lora import AuxiliaryLora
 
 BATCH = 8
 ANSWERS = ("no", "yes")
@@ -46,7 +46,7 @@ class Verdicts(Task):
 
     def __init__(self, base: BaseModel, about: str, rows: Sequence[Row], plan: Plan) -> None:
         self.about, self.answers = about, answer_ids(base.tokenizer, plan.model.source)
-        super().__init__(SiteRows("", "generation", rows, ()), base, plan)
+        super().__init__(SiteDataset("", "generation", rows, ()), base, plan)
 
     def _build(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         assert self.base.language_model is not None
@@ -86,7 +86,7 @@ class Verdicts(Task):
         return {}
 
 
-class Discriminator(OwnLora):
+class Discriminator(AuxiliaryLora):
     """The LoRA on its model, and the rule p(yes) > p(no)."""
 
     name = "discriminator"
@@ -102,14 +102,14 @@ class Discriminator(OwnLora):
         """``transfer.target_modules``."""
         return settings.target_modules
 
-    def fit(self, real: Sequence[str], written: Sequence[str], watch: Watch | None = None) -> float:
+    def fit(self, real: Sequence[str], written: Sequence[str], watch: StepCallback | None = None) -> float:
         """Trains φ on inputs and on what the model wrote; returns the mean loss."""
         rows = [{"text": text, "real": True} for text in real] + [{"text": text, "real": False} for text in written]
         task = Verdicts(self.base, self.about, rows, self.plan)
         return self.learn(task, self.settings.steps, BATCH, self.settings.lr, watch)
 
     @torch.no_grad()
-    def keeps(self, texts: Sequence[str]) -> list[bool]:
+    def accepts(self, texts: Sequence[str]) -> list[bool]:
         """Whether p(yes | t(x)) > p(no | t(x)) under M + φ, for each text."""
         if not texts:
             return []

@@ -11,18 +11,18 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from ..common.adapters.attach import Form, activate, initial_values, inject, layout_of
+from ..common.adapters.attach import AdapterSpec, activate, initial_values, inject, layout_of
 from ..common.errors import StateError
 from ..common.model import BaseModel
 from ..common.seeds import seed_from
 from ..common.settings import AdapterSettings, ModelSettings, Plan, TrainSettings, TransferSettings
 from ..common.tasks.task import Task
-from ..common.training import Phase, Stretch, Watch, train
+from ..common.training import TrainPhase, TrainCursor, StepCallback, train
 
 SCALING = 2.0
 
 
-class OwnLora(ABC):
+class AuxiliaryLora(ABC):
     """One LoRA, named and formed by its class, on a model that may carry others."""
 
     name: ClassVar[str]
@@ -38,18 +38,18 @@ class OwnLora(ABC):
         """The modules it is on, in PEFT's words."""
 
     @classmethod
-    def form_of(cls, settings: TransferSettings) -> Form:
+    def spec_of(cls, settings: TransferSettings) -> AdapterSpec:
         """Its form, on whichever model."""
-        return Form("transfer", settings.rank, SCALING, 0.0, cls.targets_of(settings))
+        return AdapterSpec("transfer", settings.rank, SCALING, 0.0, cls.targets_of(settings))
 
     @contextmanager
-    def on(self, values: Mapping[str, torch.Tensor] | None = None) -> Iterator[Self]:
+    def attached(self, values: Mapping[str, torch.Tensor] | None = None) -> Iterator[Self]:
         """Active and alone in this block, from these values or its initial ones; then off the model.
 
         Raises StateError for values of another form.
         """
         try:
-            self.parameters = inject(self.base.backbone, self.form_of(self.settings), self.name)
+            self.parameters = inject(self.base.backbone, self.spec_of(self.settings), self.name)
             layout = layout_of(self.parameters)
             self._load(values or initial_values(layout, AdapterSettings(), seed_from(self.seed, self.name)))
             activate(self.base.backbone, [self.name])
@@ -77,8 +77,8 @@ class OwnLora(ABC):
         """The LoRA's values, on the CPU."""
         return {key: p.detach().to("cpu", copy=True) for key, p in self.parameters.items()}
 
-    def learn(self, task: Task, steps: int, batch_size: int, lr: float, watch: Watch | None) -> float:
+    def learn(self, task: Task, steps: int, batch_size: int, lr: float, watch: StepCallback | None) -> float:
         """Trains the LoRA alone on a task; returns the mean loss. ``watch`` may end it."""
         settings = TrainSettings(steps=steps, batch_size=batch_size, lr=lr, lr_schedule="linear")
-        stretch = Stretch(0, steps, 0, seed_from(self.seed, "order"), seed_from(self.seed, "noise"))
-        return train(task, self.parameters, [Phase(steps, frozenset(self.parameters))], settings, stretch, watch).loss
+        stretch = TrainCursor(0, steps, 0, seed_from(self.seed, "order"), seed_from(self.seed, "noise"))
+        return train(task, self.parameters, [TrainPhase(steps, frozenset(self.parameters))], settings, stretch, watch).loss

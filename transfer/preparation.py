@@ -18,35 +18,35 @@ import torch
 
 from ..common.adapters.attach import activate, inject
 from ..common.errors import ColoraError, DataError, ModelError, RecipeError
-from ..common.model import BaseModel, check_writes, load, load_tokenizer, skeleton
-from ..common.rows import Row, SiteRows
+from ..common.model import BaseModel, check_generates, load_base_model, load_tokenizer, skeleton
+from ..common.rows import Row, SiteDataset
 from ..common.seeds import seed_from
 from ..common.settings import ModelSettings, Plan, TransferSettings
-from ..common.training import Watch
+from ..common.training import StepCallback
 from .discriminator import Discriminator, answer_ids
-from .tuned import TunedWriter
-from .writing import Novel, one_line, write
+from .tuned import TunedGenerator
+from .writing import Deduplicator, one_line, generate_texts
 
 TASKS = ("classification", "generation")  # that have texts
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TransferArtifacts:
     """Seeds, how many examples the site had, and the values of discriminator and writer (none where not needed)."""
 
     seeds: tuple[str, ...]
-    about: str
+    dataset_name: str
     examples: int
     discriminator: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    writer: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tuned_generator: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
-    def serves(self, settings: TransferSettings) -> bool:
+    def satisfies(self, settings: TransferSettings) -> bool:
         """Whether a transfer with these settings has all that it needs."""
         judged = bool(self.discriminator) or settings.filter != "discriminator"
-        return judged and (bool(self.writer) or settings.writer != "tuned")
+        return judged and (bool(self.tuned_generator) or settings.writer != "tuned")
 
 
-def speaker(plan: Plan, task: str) -> ModelSettings:
+def generator_settings(plan: Plan, task: str) -> ModelSettings:
     """The causal model beside a plan's base model: the base model itself where it generates, else the generator.
 
     Raises ModelError where an encoder has no generator named.
@@ -62,47 +62,47 @@ def speaker(plan: Plan, task: str) -> ModelSettings:
 def prepare(
     base: BaseModel,
     plan: Plan,
-    site: SiteRows,
+    site: SiteDataset,
     seed: int,
-    before: Prepared | None = None,
-    watch: Watch | None = None,
-) -> Prepared:
+    before: TransferArtifacts | None = None,
+    watch: StepCallback | None = None,
+) -> TransferArtifacts:
     """Draws seeds and trains writer and discriminator, as needed, on ``base``: the model that :func:`speaker` names.
 
     What was kept ``before`` stays. ``watch`` may end it. Raises DataError where there are not enough texts.
     """
     settings, answers = plan.transfer, dict(_inputs(base.tokenizer, site.train, plan.model.max_length))
-    inputs, model = list(answers), speaker(plan, site.task)
-    kept = before or Prepared(_seeds(answers, settings, seed), settings.about or plan.name, len(site.train))
-    with as_it_writes(base, model, settings, kept.writer, seed) as writer:
-        if writer and not kept.writer:
+    inputs, model = list(answers), generator_settings(plan, site.task)
+    kept = before or TransferArtifacts(_seeds(answers, settings, seed), settings.about or plan.name, len(site.train))
+    with with_generator(base, model, settings, kept.tuned_generator, seed) as writer:
+        if writer and not kept.tuned_generator:
             writer.fit(inputs, len(kept.seeds), watch)
             kept = dataclasses.replace(kept, writer=writer.values())
         if kept.discriminator or settings.filter != "discriminator":
             return kept
-        texts = written(base, kept.seeds, inputs, settings, seed)
+        texts = generate_negatives(base, kept.seeds, inputs, settings, seed)
     if not texts:
         wanted = "a model that goes on with a list of examples"
         raise ModelError(_field(site.task), wanted, "no text that is new")
-    with Discriminator(base, model, settings, kept.about, seed).on() as found:
-        found.fit(cut_as(base.tokenizer, inputs, texts, plan.model.max_length, seed), texts, watch)
+    with Discriminator(base, model, settings, kept.dataset_name, seed).attached() as found:
+        found.fit(match_lengths(base.tokenizer, inputs, texts, plan.model.max_length, seed), texts, watch)
         return dataclasses.replace(kept, discriminator=found.values())
 
 
 @contextmanager
-def as_it_writes(
+def with_generator(
     base: BaseModel, model: ModelSettings, settings: TransferSettings, values: Mapping[str, torch.Tensor], seed: int = 0
-) -> Iterator[TunedWriter | None]:
+) -> Iterator[TunedGenerator | None]:
     """``base`` with the tuned writer's LoRA and what it learnt, where the settings say so; else bare."""
     activate(base.backbone, [])
     if settings.writer != "tuned":
         yield None
         return
-    with TunedWriter(base, model, settings, seed).on(values) as writer:
+    with TunedGenerator(base, model, settings, seed).attached(values) as writer:
         yield writer
 
 
-def check_preparation(plan: Plan, site: SiteRows, before: Prepared | None = None) -> None:
+def check_preparation(plan: Plan, site: SiteDataset, before: TransferArtifacts | None = None) -> None:
     """Raises before the first round what :func:`prepare` would raise after the last, without loading weights.
 
     RecipeError for rows without texts; ModelError where nobody can write, or the writer cannot be a discriminator;
@@ -111,23 +111,23 @@ def check_preparation(plan: Plan, site: SiteRows, before: Prepared | None = None
     try:
         _check(plan, site, before)
     except ColoraError as error:
-        raise error.at(site.site) from None
+        raise error.at_site(site.site) from None
 
 
-def _check(plan: Plan, site: SiteRows, before: Prepared | None) -> None:
+def _check(plan: Plan, site: SiteDataset, before: TransferArtifacts | None) -> None:
     if site.task not in TASKS:
         raise RecipeError("transfer.prepare", f"false, or a task of {' or '.join(TASKS)}", site.task)
-    model, settings = speaker(plan, site.task), plan.transfer
+    model, settings = generator_settings(plan, site.task), plan.transfer
     field = _field(site.task)
-    check_writes(model, field)
+    check_generates(model, field)
     tokenizer = load_tokenizer(model, field)
     if before is None:
         _check_enough(_inputs(tokenizer, site.train, plan.model.max_length), settings)
     if settings.filter == "discriminator":
         answer_ids(tokenizer, model.source, field)
-        inject(skeleton(model), Discriminator.form_of(settings), Discriminator.name)
+        inject(skeleton(model), Discriminator.spec_of(settings), Discriminator.name)
     if settings.writer == "tuned":
-        inject(skeleton(model), TunedWriter.form_of(settings), TunedWriter.name)
+        inject(skeleton(model), TunedGenerator.spec_of(settings), TunedGenerator.name)
 
 
 def _field(task: str) -> str:
@@ -161,7 +161,7 @@ def _seeds(answers: Mapping[str, str | None], settings: TransferSettings, seed: 
     return tuple(islice((text for text in turns if text is not None), settings.seeds))
 
 
-def written(
+def generate_negatives(
     base: BaseModel, seeds: Sequence[str], inputs: Sequence[str], settings: TransferSettings, seed: int
 ) -> list[str]:
     """As many new texts as there are inputs, of the model as it stands, or what ``settings.calls`` calls give.
@@ -169,15 +169,15 @@ def written(
     A real text that was written again is not a written one.
     """
     texts: list[str] = []
-    new = Novel([*seeds, *inputs])
+    new = Deduplicator([*seeds, *inputs])
     for call in range(settings.calls):
-        texts += [text for text in write(base, seeds, settings, seed_from(seed, "negatives"), call) if new(text)]
+        texts += [text for text in generate_texts(base, seeds, settings, seed_from(seed, "negatives"), call) if new(text)]
         if len(texts) >= len(inputs):
             break
     return texts[: len(inputs)]
 
 
-def cut_as(tokenizer: Any, inputs: Sequence[str], texts: Sequence[str], limit: int, seed: int) -> list[str]:
+def match_lengths(tokenizer: Any, inputs: Sequence[str], texts: Sequence[str], limit: int, seed: int) -> list[str]:
     """Inputs, of which those that end only where they were cut (``limit``) become as long as some written text.
 
     Else a discriminator learns lengths alone: it would keep what rambles on, and nothing that ends.
@@ -211,6 +211,6 @@ def shortened(tokenizer: Any, text: str, limit: int) -> str:
     return text if len(ids) <= limit else tokenizer.decode(ids[:limit], skip_special_tokens=True)
 
 
-def load_speaker(plan: Plan, task: str) -> BaseModel:
+def load_generator(plan: Plan, task: str) -> BaseModel:
     """The causal model that :func:`speaker` names, in memory."""
-    return load(speaker(plan, task), generates=True)
+    return load_base_model(generator_settings(plan, task), generates=True)

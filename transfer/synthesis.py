@@ -16,17 +16,17 @@ from ..common.errors import DataError
 from ..common.files import write_atomically
 from ..common.model import BaseModel
 from ..common.settings import TransferSettings
-from .preparation import Prepared
-from .writing import Novel, write
+from .preparation import TransferArtifacts
+from .writing import Deduplicator, generate_texts
 
 OVER = 1.3  # texts written for each that is still wanted, at the acceptance seen so far
 
-Judge = Callable[[list[str]], list[bool]]
+Filter = Callable[[list[str]], list[bool]]
 Model = Callable[[], AbstractContextManager[BaseModel]]  # in memory while it is needed, and as it writes
 
 
 @dataclass(frozen=True)
-class Progress:
+class SynthesisProgress:
     """How far a transfer is: writer's calls, texts written, kept of those wanted, and waiting to be judged."""
 
     calls: int
@@ -41,10 +41,10 @@ class Progress:
         return self.kept / self.written if self.written else 0.0
 
 
-Watch = Callable[[Progress], None]
+ProgressCallback = Callable[[SynthesisProgress], None]
 
 
-class Notebook:
+class SampleLog:
     """``written.json``: every text with its verdict (None: not judged yet), and the writer's calls so far."""
 
     def __init__(self, path: Path) -> None:
@@ -65,31 +65,31 @@ class Notebook:
 
 
 @dataclass(frozen=True)
-class Cast:
+class SynthesisModels:
     """Who writes, and who judges a list of texts; without a judge every new text is kept."""
 
-    writer: Model
-    judge: Judge | None
+    generator: Model
+    filter: Filter | None
 
 
 def synthesise(
-    prepared: Prepared, settings: TransferSettings, seed: int, cast: Cast, folder: Path, watch: Watch | None = None
+    prepared: TransferArtifacts, settings: TransferSettings, seed: int, cast: SynthesisModels, folder: Path, watch: ProgressCallback | None = None
 ) -> list[str]:
     """As many kept texts as wanted, or all that came of ``settings.calls`` calls. Raises DataError for none at all."""
-    book, wanted = Notebook(folder / "written.json"), settings.samples or prepared.examples
+    book, wanted = SampleLog(folder / "written.json"), settings.samples or prepared.examples
     tell = watch or (lambda progress: None)
     while True:
-        _judge(book, cast.judge)
+        _judge(book, cast.filter)
         kept = book.with_verdict(True)
-        tell(Progress(book.calls, len(book.verdicts), len(kept), wanted))
+        tell(SynthesisProgress(book.calls, len(book.verdicts), len(kept), wanted))
         if len(kept) >= wanted or book.calls >= settings.calls:
             break
         acceptance = (len(kept) + 1) / (len(book.verdicts) + 2)
-        more = OVER * (wanted - len(kept)) / acceptance if cast.judge else wanted - len(kept)
+        more = OVER * (wanted - len(kept)) / acceptance if cast.filter else wanted - len(kept)
         aim = len(book.verdicts) + 1 + int(min(more, len(book.verdicts) + 2 * wanted))  # a first guess may be far off
-        with cast.writer() as base:
+        with cast.generator() as base:
             for _ in _write(base, prepared, settings, seed, book, aim):
-                tell(Progress(book.calls, len(book.verdicts), len(kept), wanted, len(book.with_verdict(None))))
+                tell(SynthesisProgress(book.calls, len(book.verdicts), len(kept), wanted, len(book.with_verdict(None))))
     if not kept:
         found = f"none of {len(book.verdicts)} after {book.calls} calls of the writer"
         wanted_of = "that the discriminator takes for real" if book.verdicts else "that is new and whole"
@@ -99,12 +99,12 @@ def synthesise(
 
 
 def _write(
-    base: BaseModel, prepared: Prepared, settings: TransferSettings, seed: int, book: Notebook, aim: int
+    base: BaseModel, prepared: TransferArtifacts, settings: TransferSettings, seed: int, book: SampleLog, aim: int
 ) -> Iterator[None]:
     """Calls the writer until there are ``aim`` texts; every call is on disk before the next."""
-    new = Novel([*prepared.seeds, *book.verdicts])
+    new = Deduplicator([*prepared.seeds, *book.verdicts])
     while len(book.verdicts) < aim and book.calls < settings.calls:
-        for text in write(base, prepared.seeds, settings, seed, book.calls):
+        for text in generate_texts(base, prepared.seeds, settings, seed, book.calls):
             if new(text):
                 book.verdicts[text] = None
         book.calls += 1
@@ -112,7 +112,7 @@ def _write(
         yield
 
 
-def _judge(book: Notebook, judge: Judge | None) -> None:
+def _judge(book: SampleLog, judge: Filter | None) -> None:
     waiting = book.with_verdict(None)
     if waiting:
         verdicts = judge(waiting) if judge else [True] * len(waiting)

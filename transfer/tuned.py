@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
-from ..common.rows import Row, SiteRows
+from ..common.rows import Row, SiteDataset
 from ..common.seeds import seed_from
 from ..common.settings import TransferSettings
 from ..common.tasks.generation import Generation
-from ..common.training import Watch
-from .lora import OwnLora
+from ..common.training import StepCallback
+from .lora import AuxiliaryLora
 from .writing import list_of
 
 LISTS = 2  # in a batch
@@ -25,7 +25,7 @@ WINDOW = 1024  # tokens of a list at most
 NUMBER = 4  # tokens of an item's number and line, at most
 
 
-class TunedWriter(OwnLora):
+class TunedGenerator(AuxiliaryLora):
     """The LoRA on its model; while it is active, the model writes as ``transfer.writer = "tuned"`` means."""
 
     name = "writer"
@@ -35,14 +35,14 @@ class TunedWriter(OwnLora):
         """All linear layers: on the attention alone it takes three times the steps."""
         return "all-linear"
 
-    def fit(self, texts: Sequence[str], seeds: int, watch: Watch | None = None) -> float:
+    def fit(self, texts: Sequence[str], seeds: int, watch: StepCallback | None = None) -> float:
         """Trains on lists of ``texts``, of the length that so many seeds ask for; returns the mean loss per token."""
         steps, room = self.settings.writer_steps, self._room()
         longest = max(len(self.base.tokenizer(text)["input_ids"]) for text in texts) + NUMBER
         length = max(1, min(2 * seeds, len(texts), room // longest - 1))
         rows = list(islice(lists(texts, length, self.seed), LISTS * steps))
         plan = replace(self.plan, model=replace(self.plan.model, max_length=room))
-        task = Generation(SiteRows("", "generation", rows, ()), self.base, plan)
+        task = Generation(SiteDataset("", "generation", rows, ()), self.base, plan)
         return self.learn(task, steps, LISTS, self.settings.writer_lr, watch)
 
     def _room(self) -> int:

@@ -28,7 +28,7 @@ def list_of(texts: Sequence[str], announced: int) -> str:
     return "\n".join([f"Here are {announced} examples:", *lines])
 
 
-def items_of(continuation: str, first: int, wanted: int, *, whole: bool) -> list[str]:
+def parse_list(continuation: str, first: int, wanted: int, *, whole: bool) -> list[str]:
     """The list items ``first`` to ``first + wanted - 1`` of what a model wrote after ``first.``.
 
     The last item counts only where the model ended it itself: by the next number, or (``whole``) by its end of text.
@@ -46,20 +46,20 @@ def items_of(continuation: str, first: int, wanted: int, *, whole: bool) -> list
     return [one_line(text) for text in ended[:wanted] if len(text.split()) >= SHORTEST]
 
 
-def in_turn(seeds: Sequence[str], seed: int, call: int, last: int) -> list[str]:
+def rotate_seeds(seeds: Sequence[str], seed: int, call: int, last: int) -> list[str]:
     """The seeds in some order that ends with this one: a model goes on most like what it read last."""
     others = [text for i, text in enumerate(seeds) if i != last]
     return [*random.Random(seed_from(seed, "writing", call, last)).sample(others, len(others)), seeds[last]]
 
 
-def write(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, seed: int, call: int) -> Iterator[str]:
+def generate_texts(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, seed: int, call: int) -> Iterator[str]:
     """The texts of one call of the writer; equal seeds and call numbers give equal texts on one machine.
 
     A call asks ``settings.batch`` times, with each seed the last in turn, and reads each of these few prompts once.
     """
     tokenizer, turns = base.tokenizer, [(call * settings.batch + i) % len(seeds) for i in range(settings.batch)]
     prompts = {
-        last: tokenizer(list_prompt(in_turn(seeds, seed, call, last)))["input_ids"] for last in sorted(set(turns))
+        last: tokenizer(list_prompt(rotate_seeds(seeds, seed, call, last)))["input_ids"] for last in sorted(set(turns))
     }
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed_from(seed, "sampling", call))
@@ -70,7 +70,7 @@ def write(base: BaseModel, seeds: Sequence[str], settings: TransferSettings, see
             for row in _continued(base, prompt, which, settings):
                 whole = bool((row == tokenizer.eos_token_id).any())
                 text = tokenizer.decode(row, skip_special_tokens=True)
-                yield from items_of(text, len(seeds) + 1, len(seeds), whole=whole)
+                yield from parse_list(text, len(seeds) + 1, len(seeds), whole=whole)
 
 
 def _continued(base: BaseModel, prompt: torch.Tensor, which: torch.Tensor, settings: TransferSettings) -> torch.Tensor:
@@ -100,7 +100,7 @@ def _read(backbone: Any, prompt: torch.Tensor, which: torch.Tensor) -> dict[str,
     return {"past_key_values": cache}
 
 
-class Novel:
+class Deduplicator:
     """Lets every text through once, whatever its case, spaces and punctuation at its ends; never a seed."""
 
     def __init__(self, known: Sequence[str]) -> None:

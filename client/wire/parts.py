@@ -11,7 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from ...common.errors import RefusedError
-from ...common.protocol import PROTOCOL, Arrays, Description, Order, Phase, Reply
+from ...common.protocol import PROTOCOL, Arrays, SiteInfo, TrainRequest, RequestKind, TrainReply
 from . import trainer_pb2 as wire
 
 CHUNK = 1 << 20  # bytes of array data in one message
@@ -29,30 +29,30 @@ def target_of(address: str) -> str:
     return UNIX + quote(address.removeprefix(UNIX)) if address.startswith(UNIX) else address
 
 
-def description_message(description: Description) -> wire.Description:
+def site_info_message(description: SiteInfo) -> wire.Description:
     """A description as it travels."""
     return wire.Description(**dataclasses.asdict(description))
 
 
-def description_of(message: wire.Description) -> Description:
+def site_info_from(message: wire.Description) -> SiteInfo:
     """The description in a message."""
-    return Description(**_values(message, Description))
+    return SiteInfo(**_values(message, SiteInfo))
 
 
-def order_parts(order: Order) -> Iterator[wire.OrderPart]:
+def request_parts(order: TrainRequest) -> Iterator[wire.OrderPart]:
     """An order's head and the chunks of its arrays."""
     yield wire.OrderPart(head=wire.OrderHead(**_plain(order), protocol=PROTOCOL))
     yield from (wire.OrderPart(chunk=chunk) for chunk in chunks(order.shared))
 
 
-def order_of(head: wire.OrderHead, shared: Arrays) -> Order:
+def request_from(head: wire.OrderHead, shared: Arrays) -> TrainRequest:
     """The order of a head and its arrays. Raises RefusedError when the head is of no order that could be."""
     check_protocol(head.protocol)
-    if head.phase not in get_args(Phase):
-        raise RefusedError("phase", " or ".join(get_args(Phase)), repr(head.phase[:40]))
+    if head.phase not in get_args(RequestKind):
+        raise RefusedError("phase", " or ".join(get_args(RequestKind)), repr(head.phase[:40]))
     if not 0 <= head.admitted < head.round:
         raise RefusedError("admitted", f"a round before round {head.round}", head.admitted)
-    return Order(**_values(head, Order), shared=shared)
+    return TrainRequest(**_values(head, TrainRequest), shared=shared)
 
 
 def check_protocol(protocol: int) -> None:
@@ -61,15 +61,15 @@ def check_protocol(protocol: int) -> None:
         raise RefusedError("protocol", str(PROTOCOL), protocol)
 
 
-def reply_head(reply: Reply) -> wire.ReplyHead:
+def reply_head(reply: TrainReply) -> wire.ReplyHead:
     """Everything in a reply but its arrays."""
     return wire.ReplyHead(**_plain(reply))
 
 
-def reply_of(head: wire.ReplyHead, shared: Arrays) -> Reply:
+def reply_from(head: wire.ReplyHead, shared: Arrays) -> TrainReply:
     """The reply of a head and its arrays; metrics by name."""
-    values = _values(head, Reply)
-    return Reply(**{**values, "metrics": dict(sorted(head.metrics.items()))}, shared=shared)
+    values = _values(head, TrainReply)
+    return TrainReply(**{**values, "metrics": dict(sorted(head.metrics.items()))}, shared=shared)
 
 
 def chunks(arrays: Arrays) -> Iterator[wire.Chunk]:
@@ -82,7 +82,7 @@ def chunks(arrays: Arrays) -> Iterator[wire.Chunk]:
             yield wire.Chunk(name=name, dtype=str(array.dtype), shape=arrays[name].shape, data=piece)
 
 
-class Gathering:
+class ArrayAssembler:
     """Arrays that come in chunks. What is kept is what came, and never more than the layout says."""
 
     def __init__(self, layout: Mapping[str, tuple[int, ...]], site: str) -> None:
@@ -118,9 +118,9 @@ def _size(shape: tuple[int, ...]) -> int:
     return math.prod(shape) * np.dtype(DTYPE).itemsize
 
 
-def _plain(content: Order | Reply) -> dict[str, Any]:
+def _plain(content: TrainRequest | TrainReply) -> dict[str, Any]:
     return {f.name: getattr(content, f.name) for f in dataclasses.fields(content) if f.name != "shared"}
 
 
-def _values(message: Any, kind: type[Order] | type[Reply] | type[Description]) -> dict[str, Any]:
+def _values(message: Any, kind: type[TrainRequest] | type[TrainReply] | type[SiteInfo]) -> dict[str, Any]:
     return {f.name: getattr(message, f.name) for f in dataclasses.fields(kind) if f.name != "shared"}

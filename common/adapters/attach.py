@@ -32,7 +32,7 @@ Layout = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Form:
+class AdapterSpec:
     """An adapter as PEFT's layers need to know it. ``field`` is the settings table that errors name."""
 
     field: str
@@ -43,7 +43,7 @@ class Form:
     variant: Variant | None = None
 
 
-def shared_form(settings: AdapterSettings, method: Method) -> Form:
+def shared_spec(settings: AdapterSettings, method: Method) -> AdapterSpec:
     """The form of the shared adapter by the method's row."""
     variant: Variant | None = None
     if method.core is not ABSENT:
@@ -52,14 +52,14 @@ def shared_form(settings: AdapterSettings, method: Method) -> Form:
     if method.scale is not ABSENT:
         variant = MultiVariant(modules)
     targets = settings.target_modules
-    return Form("adapter", settings.rank * modules, scaling_of(settings), settings.dropout, targets, variant)
+    return AdapterSpec("adapter", settings.rank * modules, scaling_of(settings), settings.dropout, targets, variant)
 
 
-def private_form(settings: PrivateSettings, usual: AdapterSettings) -> Form:
+def private_spec(settings: PrivateSettings, usual: AdapterSettings) -> AdapterSpec:
     """The form of a private adapter, with the shared one's target modules unless it has its own."""
     variant = MultiVariant(settings.slices) if PRIVATE_KINDS[settings.kind] else None
     targets = settings.target_modules or usual.target_modules
-    return Form("private", settings.total_rank, scaling_of(settings), settings.dropout, targets, variant)
+    return AdapterSpec("private", settings.total_rank, scaling_of(settings), settings.dropout, targets, variant)
 
 
 def scaling_of(settings: AdapterSettings | PrivateSettings) -> float:
@@ -72,10 +72,10 @@ def attach(backbone: nn.Module, settings: AdapterSettings, method: Method) -> di
 
     Raises ModelError when no module matches or the rank exceeds a layer.
     """
-    return inject(backbone, shared_form(settings, method), ADAPTER)
+    return inject(backbone, shared_spec(settings, method), ADAPTER)
 
 
-def inject(backbone: nn.Module, form: Form, adapter: str) -> dict[str, nn.Parameter]:
+def inject(backbone: nn.Module, form: AdapterSpec, adapter: str) -> dict[str, nn.Parameter]:
     """Injects an adapter of any form under a name of its own, in fp32 whatever the base model's precision."""
     config = LoraConfig(
         r=form.rank,
@@ -169,7 +169,7 @@ def _kaiming(key: str, shape: tuple[int, ...], fan_in: int, seed: int) -> torch.
 _INITIAL = {"lora_A": _a, "lora_B": _b, "lora_core": _core, "lora_scale": _scale, "head": _head}
 
 
-def _parameters_of(name: str, layer: Any, form: Form, adapter: str) -> dict[str, nn.Parameter]:
+def _parameters_of(name: str, layer: Any, form: AdapterSpec, adapter: str) -> dict[str, nn.Parameter]:
     layer.scaling[adapter] = form.scaling
     for leaf in (layer.lora_A, layer.lora_B):
         leaf[adapter].float()
@@ -183,7 +183,7 @@ def _parameters_of(name: str, layer: Any, form: Form, adapter: str) -> dict[str,
     return parameters
 
 
-def _check_layer(name: str, layer: Any, form: Form) -> None:
+def _check_layer(name: str, layer: Any, form: AdapterSpec) -> None:
     base = layer.get_base_layer()
     if not isinstance(layer, Linear) and not isinstance(base, nn.Linear):  # bitsandbytes' are nn.Linear, too
         found = f"{name}, which is of kind {type(base).__name__}"

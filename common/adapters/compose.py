@@ -17,7 +17,7 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer → B' (d_out, r
 A_LEAF = ".lora_A.weight"
 
 
-def factors(values: Values, plan: Plan) -> Factors:
+def factors_of(values: Values, plan: Plan) -> Factors:
     """The factors of every layer; where a layer has a shared and a private adapter, they lie side by side."""
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for key in sorted(key for key in values if key.endswith(A_LEAF)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..model import BaseModel
-from ..rows import SiteRows
+from ..rows import SiteDataset
 from ..settings import Plan
 from .classification import Classification
 from .generation import Generation
@@ -19,6 +19,6 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def build_task(rows: SiteRows, base: BaseModel, plan: Plan) -> Task:
+def build_task(rows: SiteDataset, base: BaseModel, plan: Plan) -> Task:
     """The task of one site, with its own head around the process's base model."""
     return TASKS[rows.task](rows, base, plan)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import DataError
 from ..model import BaseModel
-from ..rows import Row, SiteRows
+from ..rows import Row, SiteDataset
 from ..settings import Plan
 
 Batch = dict[str, torch.Tensor]
@@ -39,7 +39,7 @@ class Task(ABC):
     module: nn.Module
     head: dict[str, nn.Parameter]
 
-    def __init__(self, rows: SiteRows, base: BaseModel, plan: Plan) -> None:
+    def __init__(self, rows: SiteDataset, base: BaseModel, plan: Plan) -> None:
         self.rows, self.base, self.plan = rows, base, plan
         self.module, self.head = self._build()
         self.train, self.test = self.encode(rows.train), self.encode(rows.test)
