@@ -21,23 +21,23 @@ from rich.console import Console
 from rich.table import Table
 
 from colora.cli import find_recipe
-from colora.common.recipe import load_recipe
-from colora.common.settings import MethodSettings
-from colora.server.board import Board, board_of
+from colora.common.config.loader import load_recipe
+from colora.common.config.schema import MethodSettings
+from colora.server.reporting.summary import RunSummary, summarize
 from colora.simulation.run import simulate
 
 ARMS = ("local", "fedit", "colora")
-Boards = dict[str, list[Board]]  # arm → a board a seed
+Boards = dict[str, list[RunSummary]]  # arm → a board a seed
 
 
-def run(recipe_path: Path, arm: str, seed: int, folder: Path) -> Board:
+def run(recipe_path: Path, arm: str, seed: int, folder: Path) -> RunSummary:
     """One arm at one seed, measured at the end only."""
     same = ("simulation.baseline=false", "simulation.threads=1", "evaluation.every=0")
     recipe = load_recipe(recipe_path, (f"seed={seed}", *same))
     method, _, private = arm.partition("+")
     kind = dataclasses.replace(recipe.private, kind=private or "none")
     recipe = dataclasses.replace(recipe, method=MethodSettings(name=method), private=kind)
-    return board_of(simulate(recipe, folder / f"{arm}-{seed}", resume=False).events())
+    return summarize(simulate(recipe, folder / f"{arm}-{seed}", resume=False).events())
 
 
 def table_of(title: str, boards: Boards) -> Table:
@@ -46,10 +46,10 @@ def table_of(title: str, boards: Boards) -> Table:
     for column in ("site", "base", *boards):
         table.add_column(column, justify="left" if column == "site" else "right", no_wrap=True)
     first = next(iter(boards.values()))
-    rows: dict[str, Callable[[Board, str], float | None]] = {
+    rows: dict[str, Callable[[RunSummary, str], float | None]] = {
         site: lambda board, composition, site=site: board.rows[site].metric(composition) for site in first[0].rows
     }
-    rows["mean"] = Board.mean
+    rows["mean"] = RunSummary.mean
     for name, of in rows.items():
         cells = [_cell(of(board, "base") for board in first)]
         cells += [_cell(of(board, "personal") for board in mine) for mine in boards.values()]
@@ -73,7 +73,7 @@ def main() -> None:
     Console(width=170).print(table_of(f"{name}, {seeds} seeds: the personal model's metric", boards))
 
 
-def _mean(board: Board) -> float:
+def _mean(board: RunSummary) -> float:
     return board.mean("personal") or 0.0
 
 

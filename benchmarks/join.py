@@ -1,6 +1,6 @@
 """A new site joins a finished federation with its core and head alone; beside it the same site training alone.
 
-The recipe runs with one site left out of all rounds; ``join_core`` then fits that site's core and head to the finished
+The recipe runs with one site left out of all rounds; ``personalize`` then fits that site's core and head to the finished
 checkpoint, on the same rows from which it also trains a LoRA of its own (method local): with as few steps, and with
 as many as a member of the whole run takes. Every arm trains in one stretch. Mean ± standard deviation over seeds.
 
@@ -24,16 +24,16 @@ from rich.console import Console
 from rich.table import Table
 
 from colora.cli import find_recipe
-from colora.client.join import join_core
-from colora.client.resident import Resident
+from colora.client.personalize import personalize
+from colora.client.trainer_service.session import TrainerSession
+from colora.common.config.loader import load_recipe, load_site
+from colora.common.config.schema import MethodSettings, Plan, Recipe, to_json
+from colora.common.config.site_schema import SiteSettings
+from colora.common.dataset import PRIMARY_METRICS
 from colora.common.methods import group_of
-from colora.common.protocol import Order
-from colora.common.recipe import load_recipe, load_site
-from colora.common.rows import PRIMARY
-from colora.common.saved import Saved, read_saved
-from colora.common.settings import MethodSettings, Plan, Recipe, to_json
-from colora.common.site import SiteSettings
-from colora.server.board import board_of
+from colora.common.models.saved import SavedModel, read_saved_model
+from colora.common.protocol.types import TrainRequest
+from colora.server.reporting.summary import summarize
 from colora.simulation.run import simulate
 
 TEST = 256  # texts of the new site
@@ -75,10 +75,10 @@ def recipe_without(path: Path, site: str, seed: int) -> Recipe:
     return dataclasses.replace(recipe, site=sites)
 
 
-def joined(site: SiteSettings, saved: Saved, steps: int) -> Outcome:
+def joined(site: SiteSettings, saved: SavedModel, steps: int) -> Outcome:
     """The site's core and head, fitted to the finished adapter."""
     watch = Stopwatch()
-    found = join_core(site, saved, steps=steps, watch=watch)
+    found = personalize(site, saved, steps=steps, watch=watch)
     return Outcome(_primary(site, found.metrics), watch.seconds, found.trained)
 
 
@@ -86,11 +86,11 @@ def alone(site: SiteSettings, plan: Plan, steps: int) -> Outcome:
     """The site by itself: a LoRA and a head of its own."""
     train = dataclasses.replace(plan.train, final_steps=steps)
     plan = dataclasses.replace(plan, name=f"{plan.name}-alone", method=MethodSettings(name="local"), train=train)
-    resident = Resident(site)
+    resident = TrainerSession(site)
     resident.start()
     plan = resident.accept(plan.name, to_json(plan))
     watch, counts = Stopwatch(), Counter[str]()
-    order = Order(plan.name, plan.rounds + 1, "close", 0, to_json(plan), {}, evaluate=True)
+    order = TrainRequest(plan.name, plan.rounds + 1, "finalize", 0, to_json(plan), {}, evaluate=True)
     reply, _ = resident.answer(plan, order, watch)
     for key, parameter in resident.trainer(plan).parameters.items():
         counts[group_of(key)] += parameter.numel()
@@ -99,8 +99,8 @@ def alone(site: SiteSettings, plan: Plan, steps: int) -> Outcome:
 
 def run(recipe: Recipe, name: str, folder: Path) -> dict[str, Outcome]:
     """All arms at one seed, by name."""
-    board = board_of(simulate(recipe, folder, resume=False).events())
-    site, saved = load_site(folder / "sites" / name / "site.toml"), read_saved(folder)
+    board = summarize(simulate(recipe, folder, resume=False).events())
+    site, saved = load_site(folder / "sites" / name / "site.toml"), read_saved_model(folder)
     row, few = board.rows[name], recipe.train.final_steps or recipe.train.steps_per_round
     found = {label: Outcome(row.metric(composition) or 0.0) for label, composition in BARE.items()}
     found[CLOSE] = Outcome(row.metric("personal") or 0.0)
@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def _primary(site: SiteSettings, metrics: Mapping[str, float]) -> float:
-    return metrics[f"personal.{PRIMARY[site.data.task]}"]
+    return metrics[f"personal.{PRIMARY_METRICS[site.data.task]}"]
 
 
 if __name__ == "__main__":

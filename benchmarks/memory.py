@@ -16,7 +16,7 @@ from typing import Any
 
 from figures import Figure, ratios, show
 
-from colora.common.recipe import recipe_from
+from colora.common.config.loader import recipe_from
 from colora.simulation.run import simulate
 
 BAR, REPEATS = 1.15, 3

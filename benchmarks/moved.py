@@ -15,18 +15,18 @@ from pathlib import Path
 
 import torch
 
-from colora.client.data import load_site_rows
-from colora.client.predict import Predictor
-from colora.common.recipe import load_site
-from colora.common.saved import read_saved
-from colora.server.folder import RunFolder
+from colora.client.artifacts.predict import Predictor
+from colora.client.data.selection import load_site_rows
+from colora.common.config.loader import load_site
+from colora.common.models.saved import read_saved_model
+from colora.server.reporting.run_folder import RunFolder
 
 
 def accuracy(run: Path, site: str, data: Path) -> float:
     """Of the site's newest personal model on its real test rows: of a classifier of texts."""
-    seed = read_saved(data / "sites" / site).plan.seed
+    seed = read_saved_model(data / "sites" / site).plan.seed
     rows = load_site_rows(load_site(data / "sites" / site / "site.toml"), seed).test
-    found = Predictor(read_saved(run / "sites" / site)).predict([{"text": row["text"]} for row in rows])
+    found = Predictor(read_saved_model(run / "sites" / site)).predict([{"text": row["text"]} for row in rows])
     return statistics.mean(p["label"] == row["label"] for p, row in zip(found, rows, strict=True))
 
 

@@ -19,12 +19,16 @@ from typing import Any
 
 from figures import Figure, show
 
-from colora.client import store, trainer
-from colora.common import messages, protocol, training
-from colora.common.recipe import load_recipe
+from colora.client.training import state_store as store
+from colora.client.training import trainer
+from colora.common.config.loader import load_recipe
+from colora.common.protocol import flower_messages as messages
+from colora.common.protocol import types as protocol
 from colora.common.tasks.classification import Classification
-from colora.server import aggregation, checkpoint, events, strategy
-from colora.simulation import grid
+from colora.common.training import loop as training
+from colora.server.reporting import events
+from colora.server.rounds import aggregation, checkpoint, strategy
+from colora.simulation import local_grid as grid
 from colora.simulation.run import simulate
 
 BAR = 50.0
@@ -37,20 +41,20 @@ PARTS: list[tuple[str, Any, str]] = [  # (part, where the function is looked up,
     (SITE, grid.LocalGrid, "_answer"),
     (COORDINATOR, strategy.AdapterStrategy, "configure_train"),
     (COORDINATOR, strategy.AdapterStrategy, "aggregate_train"),
-    (COORDINATOR, strategy.AdapterStrategy, "configure_close"),
+    (COORDINATOR, strategy.AdapterStrategy, "configure_finalize"),
     ("load values into the model", trainer.Trainer, "load"),
     ("copy values out", trainer.Trainer, "_values"),
     ("draw, collate, make the optimiser", trainer, "train"),
     ("hash arrays", protocol, "hash_arrays"),
-    ("read the site's state", store.Store, "state"),
-    ("read the site's state", store.Store, "reply"),
-    ("write the site's state", store.Store, "write"),
-    ("write the site's state", store.Store, "forget_before"),
+    ("read the site's state", store.StateStore, "state"),
+    ("read the site's state", store.StateStore, "reply"),
+    ("write the site's state", store.StateStore, "write"),
+    ("write the site's state", store.StateStore, "prune"),
     ("encode messages", messages, "pack_arrays"),
-    ("encode messages", messages, "order_message"),
+    ("encode messages", messages, "train_message"),
     ("encode messages", messages, "answer"),
-    ("decode messages", messages, "order_of"),
-    ("decode messages", messages, "reply_of"),
+    ("decode messages", messages, "request_from"),
+    ("decode messages", messages, "reply_from"),
     ("check a reply", strategy, "admit_reply"),
     ("spool a reply", strategy, "save_arrays"),
     ("aggregate", aggregation, "weighted_mean"),
@@ -123,7 +127,7 @@ class Clock:
 
 def install(clock: Clock) -> None:
     """Puts the clock around every part."""
-    special = {"_answer": clock.site_round, "configure_train": clock.opening, "configure_close": clock.opening}
+    special = {"_answer": clock.site_round, "configure_train": clock.opening, "configure_finalize": clock.opening}
     for part, owner, name in PARTS:
         function = getattr(owner, name)
         around = special.get(name, functools.partial(clock.timed, part))

@@ -112,7 +112,7 @@ def plain(size: Size, rounds: int, folder: Path) -> list[Round]:
     port = free_port()
     home = folder / "flower"
     home.mkdir()
-    (home / "config.toml").write_text(f'[superlink.bench]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    (home / "config.toml").write_text(f'[superlink.model]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
     own = {"FLWR_HOME": str(home)}
     link = ["flower-superlink", "--insecure", "--port", str(port), "--disable-runtime-dependency-installation"]
     with processes(folder) as run:

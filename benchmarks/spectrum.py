@@ -23,17 +23,14 @@ from typing import Any
 
 import torch
 from figures import show_table
+from spectra import Spectrum, spectrum_of, spectrum_of_factors
 from torch import nn
 
-from colora.client.data import load_site_rows
-from colora.common.adapters.attach import attach, initial_values, layout_of
-from colora.common.adapters.compose import factors
-from colora.common.adapters.spectrum import Spectrum, spectrum_of, spectrum_of_factors
-from colora.common.methods import PRIVATE
-from colora.common.model import load, skeleton
-from colora.common.rows import SiteRows
-from colora.common.seeds import seed_from
-from colora.common.settings import (
+from colora.client.data.selection import load_site_rows
+from colora.common.adapters.factors import factors_of
+from colora.common.adapters.initialization import initial_values
+from colora.common.adapters.inject import attach, layout_of
+from colora.common.config.schema import (
     AdapterSettings,
     DataSettings,
     MethodSettings,
@@ -41,9 +38,13 @@ from colora.common.settings import (
     Plan,
     TrainSettings,
 )
-from colora.common.site import SiteSettings
+from colora.common.config.site_schema import SiteSettings
+from colora.common.dataset import SiteDataset
+from colora.common.methods import PRIVATE
+from colora.common.models.base_model import load_base_model, skeleton
+from colora.common.seeds import seed_from
 from colora.common.tasks import build_task
-from colora.common.training import Phase, Stretch, train
+from colora.common.training.loop import TrainCursor, TrainPhase, train
 
 STEPS, BATCH, TOKENS, TEST = 200, 8, 64, 600
 RANK, WIDTH = 24, 384
@@ -107,15 +108,15 @@ def measures(spectrum: Spectrum) -> dict[str, float]:
     }
 
 
-def texts(seed: int) -> SiteRows:
+def texts(seed: int) -> SiteDataset:
     source, test = "asset:20newsgroups/train", "asset:20newsgroups/test"
     return load_site_rows(SiteSettings("one", DataSettings(source, test, train=STEPS * BATCH, test=TEST)), seed)
 
 
-def learn(contender: Contender, rows: SiteRows, seed: int) -> Outcome:
+def learn(contender: Contender, rows: SiteDataset, seed: int) -> Outcome:
     """Trains a contender on a base model of its own."""
     plan = contender.plan(seed)
-    base = load(plan.model, generates=False)
+    base = load_base_model(plan.model, generates=False)
     weights = {} if contender.adapter else target_weights(base.backbone)
     before = {layer: weight.detach().clone() for layer, weight in weights.items()}
     fresh = attach(base.backbone, plan.adapter, plan.row()) if contender.adapter else {}
@@ -126,10 +127,10 @@ def learn(contender: Contender, rows: SiteRows, seed: int) -> Outcome:
             fresh[key].copy_(value)
     # whole weights are in no group of an adapter; a private parameter may have any name
     parameters = fresh | {f"{PRIVATE}{layer}.weight": weight for layer, weight in weights.items()}
-    stretch = Stretch(0, STEPS, 0, seed_from(seed, "order"), seed_from(seed, "noise"))
-    trained = train(task, parameters, [Phase(STEPS, frozenset(parameters))], plan.train, stretch)
+    stretch = TrainCursor(0, STEPS, 0, seed_from(seed, "order"), seed_from(seed, "noise"))
+    trained = train(task, parameters, [TrainPhase(STEPS, frozenset(parameters))], plan.train, stretch)
     layers = {layer: spectrum_of(weight - before[layer]) for layer, weight in weights.items()}
-    layers |= {layer: spectrum_of_factors(b, a) for layer, (b, a) in factors(fresh, plan).items()}
+    layers |= {layer: spectrum_of_factors(b, a) for layer, (b, a) in factors_of(fresh, plan).items()}
     return Outcome(contender, layers, trained.loss, task.measure(generate=False)["accuracy"])
 
 
@@ -139,7 +140,7 @@ def at_start(contender: Contender, seed: int) -> Outcome:
     layout = layout_of(attach(skeleton(plan.model), plan.adapter, plan.row()))
     values = initial_values(layout, plan.adapter, seed)
     values |= {key: torch.ones_like(value) for key, value in values.items() if key.endswith("lora_scale")}
-    layers = {layer: spectrum_of_factors(b, a) for layer, (b, a) in factors(values, plan).items()}
+    layers = {layer: spectrum_of_factors(b, a) for layer, (b, a) in factors_of(values, plan).items()}
     return Outcome(contender, layers, math.nan, math.nan)
 
 

@@ -15,10 +15,12 @@ from figures import Figure, show
 BAR, REPEATS = 0.5, 10
 COMMANDS = {
     "colora --help": [str(Path(sys.executable).parent / "colora"), "--help"],
-    "import colora.client.app": [sys.executable, "-c", "import colora.client.app"],
+    "import colora.client.client_app": [sys.executable, "-c", "import colora.client.client_app"],
     "python -c pass": [sys.executable, "-c", "pass"],
 }
-HEAVY = "import sys, colora.client.app; print(*sorted({'torch', 'transformers', 'peft', 'ray'} & set(sys.modules)))"
+HEAVY = (
+    "import sys, colora.client.client_app; print(*sorted({'torch', 'transformers', 'peft', 'ray'} & set(sys.modules)))"
+)
 
 
 def seconds(command: list[str]) -> float:

@@ -18,8 +18,8 @@ import torch
 from figures import Figure, ratios, show
 from step_models import CLASSES, MODEL, Batch, Put, Step, model_with, ours, plain_step, stock, trainer_step
 
-from colora.common.model import load
-from colora.common.settings import PrivateSettings
+from colora.common.config.schema import PrivateSettings
+from colora.common.models.base_model import load_base_model
 
 BATCHES = {(8, 64): 40, (16, 64): 24}  # (texts, tokens) → rounds
 CORE_BAR, MULTI_BAR = 1.05, 1.10
@@ -55,7 +55,7 @@ def reference(rank: int) -> str:
 
 def steps_of_all() -> dict[str, Step]:
     """A step of every contender and of a reference of every rank, by name."""
-    weights = load(MODEL, generates=False)
+    weights = load_base_model(MODEL, generates=False)
     ranks = sorted({contender.rank for contender in CONTENDERS.values()})
     steps = {reference(rank): plain_step(model_with(stock(rank), weights)) for rank in ranks}
     for name, contender in CONTENDERS.items():

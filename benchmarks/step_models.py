@@ -10,21 +10,15 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from colora.common.adapters.attach import (
-    ADAPTER,
-    activate,
-    attach,
-    initial_values,
-    inject,
-    layout_of,
-    private_form,
-)
+from colora.common.adapters.initialization import initial_values
+from colora.common.adapters.inject import ADAPTER, activate, attach, inject, layout_of, private_spec
+from colora.common.config.schema import AdapterSettings, ModelSettings, Plan, PrivateSettings, TrainSettings
+from colora.common.dataset import SiteDataset
 from colora.common.methods import METHODS
-from colora.common.model import BaseModel, load
-from colora.common.rows import SiteRows
-from colora.common.settings import AdapterSettings, ModelSettings, Plan, PrivateSettings, TrainSettings
+from colora.common.models.base_model import BaseModel, load_base_model
 from colora.common.tasks import Task, build_task
-from colora.common.training import apply_gradients, gradients, make_optimizer
+from colora.common.training.loop import make_optimizer
+from colora.common.training.micro_batch import apply_gradients, gradients
 
 MODEL = ModelSettings(source="asset:minilm-l6")
 CLASSES = ("a", "b", "c", "d")
@@ -59,7 +53,7 @@ def ours(method: str = "colora", core: str = "full", private: PrivateSettings | 
     def put(backbone: nn.Module) -> None:
         parameters = attach(backbone, settings, METHODS[method])
         if private:
-            parameters |= inject(backbone, private_form(private, settings), "private")
+            parameters |= inject(backbone, private_spec(private, settings), "private")
             activate(backbone, (ADAPTER, "private"))
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -69,13 +63,13 @@ def ours(method: str = "colora", core: str = "full", private: PrivateSettings | 
 
 def model_with(adapter: Put, weights: BaseModel) -> Task:
     """A model of its own whose frozen weights are those of ``weights``, with an adapter and a head."""
-    base = load(MODEL, generates=False)
+    base = load_base_model(MODEL, generates=False)
     for mine, one in zip(base.backbone.parameters(), weights.backbone.parameters(), strict=True):
         mine.data = one.data
     adapter(base.backbone)
     plan = Plan(name="bench", rounds=1, model=MODEL)
     rows = [{"text": label, "label": label} for label in CLASSES]
-    task = build_task(SiteRows("bench", "classification", rows, rows, CLASSES), base, plan)
+    task = build_task(SiteDataset("bench", "classification", rows, rows, CLASSES), base, plan)
     with torch.no_grad():
         for key, value in initial_values(layout_of(task.head), plan.adapter, 0).items():
             task.head[key].copy_(value)

@@ -27,18 +27,15 @@ from pathlib import Path
 
 import torch
 
-from colora.client.answers import label
-from colora.client.data import load_site_rows
-from colora.client.predict import Predictor
-from colora.client.store import Store
-from colora.client.trainer import Trainer, set_up
-from colora.client.transfer import ROWS, claim, plan_for, synthetic_rows, transfer
-from colora.common.first import first_shared
-from colora.common.model import load
-from colora.common.protocol import Order
-from colora.common.rows import Row, SiteRows
-from colora.common.saved import Saved, read_saved
-from colora.common.settings import (
+from colora.client.artifacts.predict import Predictor
+from colora.client.artifacts.pseudo_labels import pseudo_label
+from colora.client.artifacts.transfer import ROWS, claim_output, synthetic_rows, transfer, transfer_plan
+from colora.client.data.selection import load_site_rows
+from colora.client.training.adapted_model import attach_adapters
+from colora.client.training.state_store import StateStore
+from colora.client.training.trainer import Trainer
+from colora.common.adapters.initialization import initial_shared_state
+from colora.common.config.schema import (
     AdapterSettings,
     DataSettings,
     EvaluationSettings,
@@ -49,10 +46,14 @@ from colora.common.settings import (
     TransferSettings,
     to_json,
 )
-from colora.common.site import SiteSettings
+from colora.common.config.site_schema import SiteSettings
+from colora.common.dataset import Row, SiteDataset
+from colora.common.models.base_model import load_base_model
+from colora.common.models.saved import SavedModel, read_saved_model
+from colora.common.protocol.types import TrainRequest
 from colora.transfer.preparation import input_of
-from colora.transfer.synthesis import Notebook
-from colora.transfer.writing import one_line
+from colora.transfer.sampling import one_line
+from colora.transfer.synthesis import SampleLog
 
 L6, L3, WRITER = "asset:minilm-l6", "asset:paraphrase-minilm-l3", "asset:smollm2-135m-instruct"
 TRAIN, TEST, STEPS, LENGTH = 64, 200, 100, 32
@@ -111,29 +112,33 @@ def plan_of(name: str, source: str, seed: int, calls: int, writer: str) -> Plan:
     )
 
 
-def trained(plan: Plan, rows: SiteRows, folder: Path) -> Saved:
+def trained(plan: Plan, rows: SiteDataset, folder: Path) -> SavedModel:
     """A site after its only round and the close."""
     if (folder / "round-000002.safetensors").exists():
-        return read_saved(folder)
+        return read_saved_model(folder)
     trainer = Trainer(
-        set_up(load(plan.model, generates=rows.task == "generation"), plan), rows, Store(folder, plan.name)
+        attach_adapters(load_base_model(plan.model, generates=rows.task == "generation"), plan),
+        rows,
+        StateStore(folder, plan.name),
     )
-    text, first = to_json(plan), first_shared(plan, len(rows.labels))
-    reply = trainer.respond(Order(plan.name, 1, "train", 0, text, first, evaluate=False))
-    trainer.respond(Order(plan.name, 2, "close", 1, text, reply.shared, evaluate=False))
-    return read_saved(folder)
+    text, first = to_json(plan), initial_shared_state(plan, len(rows.labels))
+    reply = trainer.handle(TrainRequest(plan.name, 1, "train", 0, text, first, evaluate=False))
+    trainer.handle(TrainRequest(plan.name, 2, "finalize", 1, text, reply.shared, evaluate=False))
+    return read_saved_model(folder)
 
 
-def accuracy(saved: Saved, rows: Sequence[Row]) -> float:
+def accuracy(saved: SavedModel, rows: Sequence[Row]) -> float:
     found = Predictor(saved).predict([{"text": row["text"]} for row in rows])
     return statistics.mean(p["label"] == row["label"] for p, row in zip(found, rows, strict=True))
 
 
-def probed(plan: Plan, rows: list[Row], real: SiteRows) -> float:
+def probed(plan: Plan, rows: list[Row], real: SiteDataset) -> float:
     """The bare target with a logistic regression on the written texts."""
     site = dataclasses.replace(real, train=rows)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(set_up(load(plan.model, generates=False), plan), site, Store(Path(folder), "bench"))
+        trainer = Trainer(
+            attach_adapters(load_base_model(plan.model, generates=False), plan), site, StateStore(Path(folder), "bench")
+        )
         trainer.load({}, {})
         found = trainer.task.probe()
     return (found or {})["accuracy"]
@@ -147,11 +152,11 @@ def random_texts(seed: int, count: int) -> list[str]:
     return [" ".join(row["text"].split()[:LENGTH]) for row in random.Random(seed).sample(list(rows), count)]
 
 
-def arms(source: Saved, plan: Plan, book: Path) -> dict[str, list[str]]:
+def arms(source: SavedModel, plan: Plan, book: Path) -> dict[str, list[str]]:
     """The texts that each arm learns from; ``book`` is the folder of what is written at this seed, for all arms."""
     assert source.kept is not None
     filtered = [input_of(row) for row in synthetic_rows(source, plan, book)]
-    written = list(Notebook(book / "written.json").verdicts)
+    written = list(SampleLog(book / "written.json").verdicts)
     count = len(filtered)
     texts = (
         source.kept["seeds"],
@@ -163,7 +168,7 @@ def arms(source: Saved, plan: Plan, book: Path) -> dict[str, list[str]]:
     return dict(zip(ARMS, texts, strict=True))
 
 
-def copied(source: Saved, texts: Sequence[str], real: Sequence[Row]) -> int:
+def copied(source: SavedModel, texts: Sequence[str], real: Sequence[Row]) -> int:
     """How many texts have so many characters in common with a real one that is not a seed."""
     assert source.kept is not None
     seen = set().union(*(windows(one_line(row["text"])) for row in real))
@@ -195,37 +200,39 @@ def one(name: str, seed: int, calls: int, writer: str, folder: Path) -> dict[str
     }
 
 
-def moved(old: Saved, target: str, rows: SiteRows, ceilings: dict[str, float], folder: Path) -> dict[str, float]:
+def moved(
+    old: SavedModel, target: str, rows: SiteDataset, ceilings: dict[str, float], folder: Path
+) -> dict[str, float]:
     """One direction. What the target reaches on the real data is what it reached as a source."""
     source, began = old.plan.model.source, time.monotonic()
-    new = plan_for(old, target)
+    new = transfer_plan(old, target)
     found = {"source with adapter": ceilings[source]}
     chosen = arms(old, new, folder.parent)
     for kind, some in (("written", chosen[ARMS[4]]), ("real, unseen", [row["text"] for row in rows.test])):
         near = copied(old, [" ".join(text.split()[:WORDS]) for text in some], rows.train)
         print(f"  {near} of {len(some)} texts ({kind}) have {COPIED} characters of a training text", flush=True)
     for name, inputs in chosen.items():
-        texts = label(old, inputs)
+        texts = pseudo_label(old, inputs)
         found[name] = accuracy(taught(old, new, texts, folder / name.replace(" ", "-")), rows.test)
         if name == ARMS[3]:
             found["target without adapter"] = probed(new, texts, rows)
         kinds = " ".join(f"{kind} {n}" for kind, n in Counter(row["label"] for row in texts).most_common())
         print(f"  {name}: {found[name]:.3f} of {len(texts)} ({kinds}), {time.monotonic() - began:.0f} s", flush=True)
     if source == L6 and old.plan.seed == 0:
-        first = read_saved(folder / ARMS[3])
-        back = transfer(first, plan_for(first, source, (f"transfer.calls={BACK}",)), folder / "back")
-        found["two hops, back to the source's base"] = accuracy(read_saved(folder / "back"), rows.test)
+        first = read_saved_model(folder / ARMS[3])
+        back = transfer(first, transfer_plan(first, source, (f"transfer.calls={BACK}",)), folder / "back")
+        found["two hops, back to the source's base"] = accuracy(read_saved_model(folder / "back"), rows.test)
         print(f"  back: {back.examples} texts, {back.seconds:.0f} s", flush=True)
     found["target on the real data"] = ceilings[target]
     return found
 
 
-def taught(old: Saved, plan: Plan, rows: list[Row], out: Path) -> Saved:
+def taught(old: SavedModel, plan: Plan, rows: list[Row], out: Path) -> SavedModel:
     """A transfer whose written texts are given."""
-    claim(old, plan, out)
+    claim_output(old, plan, out)
     (out / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     transfer(old, plan, out)
-    return read_saved(out)
+    return read_saved_model(out)
 
 
 def main() -> None:

@@ -20,15 +20,13 @@ from pathlib import Path
 
 import torch
 
-from colora.client.answers import label
-from colora.client.predict import Predictor
-from colora.client.store import Store
-from colora.client.trainer import Trainer, set_up
-from colora.client.transfer import plan_for
-from colora.common.model import load
-from colora.common.rows import Row, SiteRows
-from colora.common.saved import Saved
-from colora.common.settings import (
+from colora.client.artifacts.predict import Predictor
+from colora.client.artifacts.pseudo_labels import pseudo_label
+from colora.client.artifacts.transfer import transfer_plan
+from colora.client.training.adapted_model import attach_adapters
+from colora.client.training.state_store import StateStore
+from colora.client.training.trainer import Trainer
+from colora.common.config.schema import (
     AdapterSettings,
     EvaluationSettings,
     MethodSettings,
@@ -37,6 +35,9 @@ from colora.common.settings import (
     TrainSettings,
     TransferSettings,
 )
+from colora.common.dataset import Row, SiteDataset
+from colora.common.models.base_model import load_base_model
+from colora.common.models.saved import SavedModel
 from transfer import ARMS, arms, taught, trained
 
 WRITER = "asset:smollm2-135m-instruct"
@@ -72,10 +73,10 @@ def plan_of(name: str, samples: int, writer: str, seed: int) -> Plan:
     )
 
 
-def rows_of(path: Path, seed: int) -> SiteRows:
+def rows_of(path: Path, seed: int) -> SiteDataset:
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = random.Random(seed).sample([json.loads(line) for line in lines], TRAIN + TEST)
-    return SiteRows("bench", "generation", rows[:TRAIN], rows[TRAIN:], ())
+    return SiteDataset("bench", "generation", rows[:TRAIN], rows[TRAIN:], ())
 
 
 def matched(answers: list[str], rows: list[Row]) -> float:
@@ -84,15 +85,19 @@ def matched(answers: list[str], rows: list[Row]) -> float:
     return sum(a.strip(" .\n").casefold() == b.strip(" .\n").casefold() for a, b in pairs) / len(rows)
 
 
-def exact(saved: Saved, rows: list[Row]) -> float:
+def exact(saved: SavedModel, rows: list[Row]) -> float:
     found = Predictor(saved).predict([{"prompt": row["prompt"]} for row in rows])
     return matched([str(p["completion"]) for p in found], rows)
 
 
-def bare(plan: Plan, rows: SiteRows) -> float:
+def bare(plan: Plan, rows: SiteDataset) -> float:
     """The base model without any adapter."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(set_up(load(plan.model, generates=True), plan), rows, Store(Path(folder), plan.name))
+        trainer = Trainer(
+            attach_adapters(load_base_model(plan.model, generates=True), plan),
+            rows,
+            StateStore(Path(folder), plan.name),
+        )
         trainer.load({}, {})
         found = trainer.task.predict([{"prompt": row["prompt"]} for row in rows.test])
         return matched([str(p["completion"]) for p in found], list(rows.test))
@@ -119,8 +124,8 @@ def main() -> None:
         tell("target without adapter", bare(dataclasses.replace(plan, transfer=quiet), rows))
         chosen = arms(old, plan, folder / "written")
         for method, which in CONTENDERS:
-            new = plan_for(old, WRITER, (f"method.name={method}", f"transfer.distil_lr={RATES[method]}"))
-            texts = label(old, chosen[which])
+            new = transfer_plan(old, WRITER, (f"method.name={method}", f"transfer.distil_lr={RATES[method]}"))
+            texts = pseudo_label(old, chosen[which])
             saved = taught(old, new, texts, folder / f"{method}-{which.replace(' ', '-')}")
             tell(f"{method}, {which} ({len(texts)} texts)", exact(saved, test))
         real = dataclasses.replace(plan, method=MethodSettings("colora"), transfer=quiet)

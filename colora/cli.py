@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from colora.common.settings import Recipe
+    from colora.common.config.schema import Recipe
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -67,10 +67,10 @@ def simulate(
     """
     from rich.console import Console
 
-    from colora.common.recipe import load_recipe
-    from colora.server.board import board_of
-    from colora.server.conduct import replay_of
-    from colora.server.screen import Screen, report
+    from colora.common.config.loader import load_recipe
+    from colora.server.reporting.console import LiveDisplay, print_report
+    from colora.server.reporting.summary import summarize
+    from colora.server.rounds.run_options import read_replay
     from colora.simulation.run import simulate as run_simulation
 
     overrides = [*(set_ or [])]
@@ -82,11 +82,11 @@ def simulate(
         settings = load_recipe(find_recipe(recipe or "demo"), tuple(overrides))
     folder = out or Path("runs") / settings.name
     console = Console()
-    log = replay_of(replay) if replay else None
+    log = read_replay(replay) if replay else None
     if resume and not (folder / "recipe.toml").exists():
         console.print(f"No run in {folder} yet: starting one.", highlight=False)
     try:
-        with Screen(console) as screen:
+        with LiveDisplay(console) as screen:
             run = run_simulation(settings, folder, resume=resume, listener=screen, replay=log)
     except KeyboardInterrupt:
         typer.echo(
@@ -94,7 +94,7 @@ def simulate(
             err=True,
         )
         raise typer.Exit(STOPPED) from None
-    report(board_of(run.events()), run.path, console)
+    print_report(summarize(run.events()), run.path, console)
     if settings.transfer.prepare:
         one = f"colora transfer {run.path}/sites/NAME --to MODEL --out FOLDER"
         every = f"colora simulate --transfer-from {run.path} --transfer-to MODEL"
@@ -102,22 +102,22 @@ def simulate(
 
 
 def _moved_recipe(old: Path | None, model: str | None, recipe: str | None, overrides: list[str]) -> Recipe:
-    """The recipe of the run ``old`` on the base model to which its sites move. Raises RecipeError."""
+    """The recipe of the run ``old`` on the base model to which its sites move. Raises ConfigError."""
     import json
 
-    from colora.common.errors import RecipeError
-    from colora.common.recipe import load_recipe, moved
+    from colora.common.config.loader import load_recipe, with_base_model
+    from colora.common.errors import ConfigError
 
     if old is None:
-        raise RecipeError("--transfer-from", "the run folder whose sites move to --transfer-to", "nothing")
+        raise ConfigError("--transfer-from", "the run folder whose sites move to --transfer-to", "nothing")
     if model is None:
-        raise RecipeError("--transfer-to", "the base model that the sites of --transfer-from move to", "nothing")
+        raise ConfigError("--transfer-to", "the base model that the sites of --transfer-from move to", "nothing")
     if recipe:
-        raise RecipeError("RECIPE", f"none: it is that of {old}, and --set changes its keys", recipe)
+        raise ConfigError("RECIPE", f"none: it is that of {old}, and --set changes its keys", recipe)
     if not (old / "recipe.toml").is_file():
-        raise RecipeError("--transfer-from", "the run folder of a simulation", old)
-    states = f"simulation.states={json.dumps(str(old.resolve()))}"
-    return moved(load_recipe(old / "recipe.toml", (*overrides, states)), model)
+        raise ConfigError("--transfer-from", "the run folder of a simulation", old)
+    states = f"simulation.source_run={json.dumps(str(old.resolve()))}"
+    return with_base_model(load_recipe(old / "recipe.toml", (*overrides, states)), model)
 
 
 @app.command()
@@ -140,26 +140,26 @@ def server(
     """
     from rich.console import Console
 
-    from colora.common.errors import RecipeError
-    from colora.common.recipe import load_recipe, moved
-    from colora.server.folder import RunFolder
-    from colora.server.launch import Post, read_keys, run_server
-    from colora.server.screen import Screen, report
+    from colora.common.config.loader import load_recipe, with_base_model
+    from colora.common.errors import ConfigError
+    from colora.server.deployment.supervisor import ServerJob, read_keys, run_server
+    from colora.server.reporting.console import LiveDisplay, print_report
+    from colora.server.reporting.run_folder import RunFolder
 
     if (keys is None) != insecure:
-        raise RecipeError("--keys", "a folder of keys, or --insecure for none", "both" if keys else "neither")
+        raise ConfigError("--keys", "a folder of keys, or --insecure for none", "both" if keys else "neither")
     settings = load_recipe(find_recipe(recipe), tuple(set_ or []))
-    settings = moved(settings, transfer_to) if transfer_to else settings
+    settings = with_base_model(settings, transfer_to) if transfer_to else settings
     folder, console = out or Path("runs") / settings.name, Console()
-    post = Post(settings, folder, host, port, read_keys(keys) if keys else None)
-    with Screen(console) as screen:
+    post = ServerJob(settings, folder, host, port, read_keys(keys) if keys else None)
+    with LiveDisplay(console) as screen:
         for event in RunFolder(folder).events():
-            screen.board.tell(event)
+            screen.summary.update(event)
         ended = run_server(post, screen)
     if not ended:
         typer.echo("Stopped. The same command goes on from the last round.", err=True)
         raise typer.Exit(STOPPED)
-    report(screen.board, folder, console)
+    print_report(screen.summary, folder, console)
 
 
 @app.command()
@@ -168,7 +168,7 @@ def client(
     check: Annotated[bool, typer.Option("--check", help="Look whether all is well, and do nothing.")] = False,
     model: Annotated[str | None, typer.Option(help="For --check: the base model to look at.")] = None,
     only: Annotated[str | None, typer.Option(help="trainer or node: one of the two processes, for containers.")] = None,
-    join_core: Annotated[
+    personalize: Annotated[
         Path | None, typer.Option(help="A finished run's folder or checkpoint: fit this site's core to it, and end.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="For --join-core: optimiser steps.")] = None,
@@ -179,24 +179,24 @@ def client(
     """
     from rich.console import Console
 
-    from colora.common.errors import RecipeError
+    from colora.common.errors import ConfigError
 
     console = Console()
     if only not in (None, "trainer", "node"):
-        raise RecipeError("--only", "trainer or node", repr(only))
+        raise ConfigError("--only", "trainer or node", repr(only))
     if check:
-        from colora.client.preflight import preflight, report
+        from colora.client.deployment.checks.preflight import preflight, print_checks
 
-        raise typer.Exit(report(preflight(site, model, only), console))  # type: ignore[arg-type]
-    if join_core:
-        from colora.client.join import join_core as join
-        from colora.client.join import tell
-        from colora.common.recipe import load_site
-        from colora.common.saved import read_saved
+        raise typer.Exit(print_checks(preflight(site, model, only), console))  # type: ignore[arg-type]
+    if personalize:
+        from colora.client.personalize import personalize as join
+        from colora.client.personalize import print_result
+        from colora.common.config.loader import load_site
+        from colora.common.models.saved import read_saved_model
 
-        tell(join(load_site(site), read_saved(join_core), steps=steps), console)
+        print_result(join(load_site(site), read_saved_model(personalize), steps=steps), console)
         return
-    from colora.client.launch import run_site
+    from colora.client.deployment.supervisor import run_site
 
     run_site(site, lambda text: console.print(text, highlight=False, soft_wrap=True), only)  # type: ignore[arg-type]
 
@@ -214,13 +214,13 @@ def export(
 
     STATE is a site's folder or one of its state files; with --only shared also a run folder or checkpoint.
     """
-    from colora.client.export import export as write
-    from colora.common.errors import RecipeError
-    from colora.common.saved import read_saved
+    from colora.client.artifacts.export import export as write
+    from colora.common.errors import ConfigError
+    from colora.common.models.saved import read_saved_model
 
     if only not in (None, "shared", "personal"):
-        raise RecipeError("--only", "shared or personal", repr(only))
-    written = write(read_saved(state), out, only or "all", merge=merge)  # type: ignore[arg-type]
+        raise ConfigError("--only", "shared or personal", repr(only))
+    written = write(read_saved_model(state), out, only or "all", merge=merge)  # type: ignore[arg-type]
     typer.echo(written.about(out, merged=merge))
 
 
@@ -239,13 +239,13 @@ def predict(
 
     STATE is a site's folder or one of its state files.
     """
-    from colora.client.predict import predict_file, render, write_rows
-    from colora.common.saved import read_saved
-    from colora.common.settings import DataSettings
+    from colora.client.artifacts.predict import predict_file, render, write_rows
+    from colora.common.config.schema import DataSettings
+    from colora.common.models.saved import read_saved_model
 
     columns = DataSettings(text=column or "text", prompt=column or "prompt")
     render([], out.suffix if out else ".jsonl")  # a wrong ending is told before the work
-    rows, cut = predict_file(read_saved(state), source, columns, device=device, batch_size=batch_size)
+    rows, cut = predict_file(read_saved_model(state), source, columns, device=device, batch_size=batch_size)
     if out:
         write_rows(rows, out)
         typer.echo(f"{out}: {len(rows)} predictions")
@@ -270,16 +270,16 @@ def transfer(
     """
     from rich.console import Console
 
-    from colora.client.transfer import plan_for
-    from colora.client.transfer import transfer as move
-    from colora.client.transferring import Bar
-    from colora.common.saved import read_saved
+    from colora.client.artifacts.transfer import transfer as move
+    from colora.client.artifacts.transfer import transfer_plan
+    from colora.client.artifacts.transfer_progress import TransferProgress
+    from colora.common.models.saved import read_saved_model
 
-    saved = read_saved(state)
-    plan = plan_for(saved, to, tuple(set_ or []))
+    saved = read_saved_model(state)
+    plan = transfer_plan(saved, to, tuple(set_ or []))
     try:
-        with Bar(Console()) as bar:
-            done = move(saved, plan, out, watch=bar.wrote, steps=bar.stepped)
+        with TransferProgress(Console()) as bar:
+            done = move(saved, plan, out, watch=bar.on_progress, steps=bar.on_step)
     except KeyboardInterrupt:
         typer.echo("Stopped. The same command goes on with the texts that are written.", err=True)
         raise typer.Exit(STOPPED) from None
@@ -303,7 +303,7 @@ def provision(
     SITES.toml has a table [coordinator] with address = "host:port", and a table [[site]] with a name for every site.
     Nothing that exists is overwritten.
     """
-    from colora.server.provision import provision as write
+    from colora.server.deployment.provisioning.provision import provision as write
 
     new = write(sites, out, add=add)
     if add:
@@ -333,9 +333,9 @@ def status(
 
     from rich.console import Console
 
-    from colora.client.status import show_site, site_file, site_status
+    from colora.client.deployment.status import show_site, site_file, site_status
     from colora.common.errors import StateError
-    from colora.server.status import is_run, newest_run, run_status, show_run
+    from colora.server.deployment.status import is_run, newest_run, run_status, show_run
 
     place = newest_run(Path("runs")) if run is None else run
     site = None if is_run(place) else site_file(place)
@@ -353,13 +353,13 @@ def status(
 
 def find_recipe(name: str) -> Path:
     """A recipe by path, or by the name of one that comes with colora."""
-    from colora.common.errors import RecipeError
+    from colora.common.errors import ConfigError
 
     if Path(name).suffix == ".toml" or os.sep in name:
         return Path(name)
     shipped = {path.stem: path for folder in _recipe_folders() for path in sorted(folder.glob("*.toml"))}
     if name not in shipped:
-        raise RecipeError("recipe", f"a .toml file or one of {', '.join(sorted(shipped))}", repr(name))
+        raise ConfigError("recipe", f"a .toml file or one of {', '.join(sorted(shipped))}", repr(name))
     return shipped[name]
 
 

@@ -1,7 +1,7 @@
 """One family of errors; every one is a single line that a person can act on.
 
 ColoraError
-├── RecipeError (ValueError)      a recipe, an option or a site file
+├── ConfigError (ValueError)      a recipe, an option or a site file
 ├── AssetError (RuntimeError)     a model or data set that installs from a package
 ├── ModelError (ValueError)       the base model, or an adapter that does not fit it
 ├── DataError (ValueError)        a site's rows
@@ -16,31 +16,51 @@ from __future__ import annotations
 class ColoraError(Exception):
     """Base of the family: names the site, the field, what was expected and what was found.
 
-    ``found`` may quote a site's own data, so only :meth:`public` may leave a site.
+    The text is ``message``, a sentence, followed by ``hint``, which says what to do. Without a message the text is
+    "FIELD: expected EXPECTED, found FOUND". ``found``, ``message`` and ``hint`` may quote a site's own data, so only
+    :meth:`public` may leave a site.
     """
 
-    def __init__(self, field: str, expected: str, found: object, *, site: str | None = None) -> None:
+    def __init__(
+        self,
+        field: str,
+        expected: str,
+        found: object,
+        *,
+        site: str | None = None,
+        message: str | None = None,
+        hint: str | None = None,
+    ) -> None:
         self.field, self.expected, self.found, self.site = field, expected, str(found), site
+        self.message, self.hint = message, hint
         super().__init__(str(self))
 
     def __str__(self) -> str:
         where = f"site {self.site}: " if self.site else ""
-        return " ".join(f"{where}{self.field}: expected {self.expected}, found {self.found}".split())
+        message = self.message or f"{self.field}: expected {self.expected}, found {self.found}"
+        if self.hint:
+            message = f"{message.rstrip('.')}. {self.hint}"
+        return " ".join(f"{where}{message}".split())
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (type(self), self.field, self.expected, self.found, self.site)
+        return _rebuild, (type(self), self.field, self.expected, self.found, self._rest())
+
+    def _rest(self) -> dict[str, str | None]:
+        return {"site": self.site, "message": self.message, "hint": self.hint}
 
     def public(self) -> str:
-        """What the coordinator may be told: the kind of error and the field, nothing that was found."""
+        """The error type and the field: all that the coordinator receives."""
         return f"{type(self).__name__}: {self.field}"
 
     def at_site(self, site: str) -> ColoraError:
-        """The same error, naming the site it happened at."""
-        return type(self)(self.field, self.expected, self.found, site=self.site or site)
+        """Return the same error with the site's name, unless it has one."""
+        return type(self)(self.field, self.expected, self.found, **{**self._rest(), "site": self.site or site})
 
 
-def _rebuild(kind: type[ColoraError], field: str, expected: str, found: str, site: str | None) -> ColoraError:
-    return kind(field, expected, found, site=site)
+def _rebuild(
+    kind: type[ColoraError], field: str, expected: str, found: str, rest: dict[str, str | None]
+) -> ColoraError:
+    return kind(field, expected, found, **rest)
 
 
 class ConfigError(ColoraError, ValueError):

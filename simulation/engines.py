@@ -12,7 +12,7 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from .grid import RUN_ID, LocalGrid
+from .local_grid import RUN_ID, LocalGrid
 
 RunConfig = dict[str, bool | float | int | str]
 

@@ -14,23 +14,16 @@ from pathlib import Path
 import numpy as np
 import tomli_w
 
-from ..client.data import (
-    Sources,
-    as_test_source,
-    capped,
-    check_rows,
-    hold_out,
-    load_site_rows,
-    read_rows,
-    select_numbered,
-)
+from ..client.data.readers import as_test_source, read_rows
+from ..client.data.row_schema import check_rows
+from ..client.data.selection import Sources, capped, hold_out, load_site_rows, select_numbered
+from ..common.atomic_io import write_atomically
+from ..common.config.schema import DataSettings, PartitionSettings, Recipe, SimulatedSiteSettings, to_dict
+from ..common.config.site_schema import SiteSettings
+from ..common.dataset import Row, SiteDataset
 from ..common.errors import DataError
-from ..common.files import write_atomically
-from ..common.rows import Row, SiteDataset
 from ..common.seeds import seed_from
-from ..common.settings import DataSettings, PartitionSettings, Recipe, SimulatedSiteSettings, to_dict
-from ..common.site import SiteSettings
-from .regression import SOURCE, regression_sites
+from .synthetic_sites import SOURCE, regression_sites
 
 Parts = dict[str, list[int]]  # site name → row numbers
 

@@ -11,22 +11,22 @@ from pathlib import Path
 
 import tomli_w
 
-from ..client.app import make_app as make_client_app
-from ..client.transfer import is_prepared
-from ..common.adapters.attach import inject, private_spec
-from ..common.errors import QuorumError, RecipeError, StateError
-from ..common.files import write_atomically
-from ..common.first import initial_shared_state, head_layout
+from ..client.artifacts.transfer import is_prepared
+from ..client.client_app import make_app as make_client_app
+from ..common.adapters.initialization import head_layout, initial_shared_state
+from ..common.adapters.inject import inject, private_spec
+from ..common.atomic_io import write_atomically
+from ..common.config.schema import MethodSettings, Recipe, to_dict
+from ..common.errors import ConfigError, QuorumError, StateError
 from ..common.methods import SHARED
-from ..common.model import skeleton
-from ..common.settings import MethodSettings, Recipe, to_dict
-from ..server.app import make_app as make_server_app
-from ..server.app import run_config
-from ..server.conduct import RunOptions, RosterEntry, Replay
-from ..server.events import Event
-from ..server.folder import RunFolder
+from ..common.models.base_model import skeleton
+from ..server.reporting.events import Event
+from ..server.reporting.run_folder import RunFolder
+from ..server.rounds.run_options import Replay, RosterEntry, RunOptions
+from ..server.server_app import make_app as make_server_app
+from ..server.server_app import run_config
 from ..transfer.preparation import check_preparation
-from . import workshop
+from . import site_pool as workshop
 from .engines import ENGINES, SimulationJob
 from .partition import SiteShare, make_sites, write_site
 
@@ -45,7 +45,7 @@ def simulate(
 
     With ``replay`` only those sites are asked that a log says were admitted, round by round.
 
-    Raises RecipeError, DataError, ModelError, AssetError (bad input), StateError (a foreign folder), QuorumError.
+    Raises ConfigError, DataError, ModelError, AssetError (bad input), StateError (a foreign folder), QuorumError.
     """
     run = RunFolder(folder)
     if not run.recipe.exists() or not resume:
@@ -78,7 +78,7 @@ def _initialize_transfer(run: RunFolder, recipe: Recipe) -> None:
     old = RunFolder(Path(recipe.simulation.source_run or ""))
     if not recipe.simulation.source_run or not old.recipe.exists():
         wanted = f"the run folder of {recipe.transfer.of}"
-        raise RecipeError("simulation.states", wanted, recipe.simulation.source_run or "nothing")
+        raise ConfigError("simulation.source_run", wanted, recipe.simulation.source_run or "nothing")
     roster = [(site, 1) for site, _ in json.loads(old.roster.read_text())]
     for site, _ in roster:
         states = old.path / "sites" / site / "state"
@@ -160,13 +160,13 @@ def _check(recipe: Recipe, sites: list[SiteShare]) -> None:
     late = next((site for site in sites if site.plan.from_round > recipe.rounds + 1), None)
     if late:
         wanted = f"a round of the run, or {recipe.rounds + 1} to join when it is trained"
-        raise RecipeError("from_round", wanted, late.plan.from_round, site=late.plan.name)
+        raise ConfigError("from_round", wanted, late.plan.from_round, site=late.plan.name)
     if any(site.plan.from_round > recipe.rounds for site in sites) and not recipe.train.final_steps:
         wanted = "some, as a site that joins when all is trained has no other steps"
-        raise RecipeError("train.final_steps", wanted, 0)
+        raise ConfigError("train.final_steps", wanted, 0)
     labels = {site.rows.labels for site in sites if site.rows.labels}
     if recipe.method.row().head is SHARED and len(labels) > 1:
-        raise RecipeError("method.head", "one list of labels at all sites for a shared head", "different lists")
+        raise ConfigError("method.head", "one list of labels at all sites for a shared head", "different lists")
     if labels:
         head_layout(skeleton(recipe.model), 2)
     initial_shared_state(recipe.plan, max(map(len, labels), default=0))

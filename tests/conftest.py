@@ -97,7 +97,7 @@ def labelled_rows(labels: list[str], count: int, seed: int = 0, words: int = 12)
 @pytest.fixture
 def wire(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
     """Every message of the runs of a test: the coordinator's orders and the sites' answers."""
-    from colora.simulation.grid import LocalGrid
+    from colora.simulation.local_grid import LocalGrid
 
     seen: list[Message] = []
     answer = LocalGrid._answer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from colora.common.files import load_arrays
+from colora.common.atomic_io import load_arrays
 
 WINDOW = 20  # characters of a text that must not be found together
 OWN = ("state/", "moments/", "transfer/", "writer/")  # of a state file

@@ -21,10 +21,10 @@ import yaml
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from colora.cli import app
-from colora.common.processes import tell_services
-from colora.server.door import Door, Gate
-from colora.server.gate import Upstream
-from colora.server.provision import provision
+from colora.common.processes.supervised import write_services
+from colora.server.deployment.gateway.proxy import Upstream
+from colora.server.deployment.gateway.server import GatewayServer, ListenAddress
+from colora.server.deployment.provisioning.provision import provision
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def test_the_nodes_image_needs_no_more_than_it_has() -> None:
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys("{heavy}".split()))  # importing one of them fails
-import colora.cli, colora.client.app, colora.client.launch
+import colora.cli, colora.client.client_app, colora.client.deployment.supervisor
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -187,8 +187,8 @@ def grpc_server() -> Iterator[grpc.Server]:
 
 def test_the_coordinators_check_finds_the_gate(keys: Path, free: int) -> None:
     own = keys / "coordinator"
-    door = Door("127.0.0.1", 0, own / "server.crt", own / "server.key")
-    with Gate(door, Upstream(f"https://127.0.0.1:{free}", own / "ca.crt")) as gate:
+    door = ListenAddress("127.0.0.1", 0, own / "server.crt", own / "server.key")
+    with GatewayServer(door, Upstream(f"https://127.0.0.1:{free}", own / "ca.crt")) as gate:
         assert check("gate", gate.address, own / "ca.crt").returncode == 0
         assert check("gate", gate.address, keys / "sites/north/link/ca.crt").returncode != 0
     assert check("gate", f"127.0.0.1:{free}", own / "ca.crt").returncode != 0
@@ -200,7 +200,7 @@ def test_the_nodes_check_asks_grpc_health(tmp_path: Path, grpc_server: grpc.Serv
     port = grpc_server.add_insecure_port("127.0.0.1:0")
     grpc_server.start()
     assert check("node", tmp_path).returncode != 0  # nothing has started yet
-    tell_services(tmp_path / "services.json", {"node_health": f"127.0.0.1:{port}"})
+    write_services(tmp_path / "services.json", {"node_health": f"127.0.0.1:{port}"})
     states.set("", health_pb2.HealthCheckResponse.SERVING)
     assert check("node", tmp_path).returncode == 0
     states.set("", health_pb2.HealthCheckResponse.NOT_SERVING)

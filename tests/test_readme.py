@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from colora.common.recipe import recipe_from
-from colora.server.board import board_of
+from colora.common.config.loader import recipe_from
+from colora.server.reporting.summary import summarize
 from colora.simulation.run import simulate
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -34,5 +34,5 @@ def test_the_printed_recipe_runs(tiny_bert: Path, tmp_path: Path, monkeypatch: p
     lines = [json.dumps({"text": row["text"], "topic": row["label"]}) for row in rows]
     Path("south.jsonl").write_text("\n".join(lines))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "west.parquet")
-    board = board_of(simulate(recipe_from(raw), Path("run"), resume=False).events())
+    board = summarize(simulate(recipe_from(raw), Path("run"), resume=False).events())
     assert all(row.metric("personal") is not None for row in board.rows.values())

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..common.config.schema import ModelSettings, Plan, TransferSettings
+from ..common.dataset import Row, SiteDataset
 from ..common.errors import ModelError
-from ..common.model import BaseModel
-from ..common.rows import Row, SiteDataset
-from ..common.settings import ModelSettings, Plan, TransferSettings
-from ..common.tasks.task import Batch, Encoded, Metrics, Task, pad
-from ..common.training import StepCallback
-from .lora import AuxiliaryLora
+from ..common.models.base_model import BaseModel
+from ..common.tasks.base import Batch, Encoded, Metrics, Task, pad
+from ..common.training.loop import StepCallback
+from .auxiliary_lora import AuxiliaryLora
 
 BATCH = 8
 ANSWERS = ("no", "yes")

@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 
-from ..common.adapters.attach import activate, inject
-from ..common.errors import ColoraError, DataError, ModelError, RecipeError
-from ..common.model import BaseModel, check_generates, load_base_model, load_tokenizer, skeleton
-from ..common.rows import Row, SiteDataset
+from ..common.adapters.inject import activate, inject
+from ..common.config.schema import ModelSettings, Plan, TransferSettings
+from ..common.dataset import Row, SiteDataset
+from ..common.errors import ColoraError, ConfigError, DataError, ModelError
+from ..common.models.base_model import BaseModel, check_generates, load_base_model, load_tokenizer, skeleton
 from ..common.seeds import seed_from
-from ..common.settings import ModelSettings, Plan, TransferSettings
-from ..common.training import StepCallback
+from ..common.training.loop import StepCallback
 from .discriminator import Discriminator, answer_ids
-from .tuned import TunedGenerator
-from .writing import Deduplicator, one_line, generate_texts
+from .sampling import Deduplicator, generate_texts, one_line
+from .tuned_generator import TunedGenerator
 
 TASKS = ("classification", "generation")  # that have texts
 
@@ -77,7 +77,7 @@ def prepare(
     with with_generator(base, model, settings, kept.tuned_generator, seed) as writer:
         if writer and not kept.tuned_generator:
             writer.fit(inputs, len(kept.seeds), watch)
-            kept = dataclasses.replace(kept, writer=writer.values())
+            kept = dataclasses.replace(kept, tuned_generator=writer.values())
         if kept.discriminator or settings.filter != "discriminator":
             return kept
         texts = generate_negatives(base, kept.seeds, inputs, settings, seed)
@@ -105,7 +105,7 @@ def with_generator(
 def check_preparation(plan: Plan, site: SiteDataset, before: TransferArtifacts | None = None) -> None:
     """Raises before the first round what :func:`prepare` would raise after the last, without loading weights.
 
-    RecipeError for rows without texts; ModelError where nobody can write, or the writer cannot be a discriminator;
+    ConfigError for rows without texts; ModelError where nobody can write, or the writer cannot be a discriminator;
     DataError where there are not enough different texts. Each names the site.
     """
     try:
@@ -116,7 +116,7 @@ def check_preparation(plan: Plan, site: SiteDataset, before: TransferArtifacts |
 
 def _check(plan: Plan, site: SiteDataset, before: TransferArtifacts | None) -> None:
     if site.task not in TASKS:
-        raise RecipeError("transfer.prepare", f"false, or a task of {' or '.join(TASKS)}", site.task)
+        raise ConfigError("transfer.prepare", f"false, or a task of {' or '.join(TASKS)}", site.task)
     model, settings = generator_settings(plan, site.task), plan.transfer
     field = _field(site.task)
     check_generates(model, field)
@@ -171,7 +171,9 @@ def generate_negatives(
     texts: list[str] = []
     new = Deduplicator([*seeds, *inputs])
     for call in range(settings.calls):
-        texts += [text for text in generate_texts(base, seeds, settings, seed_from(seed, "negatives"), call) if new(text)]
+        texts += [
+            text for text in generate_texts(base, seeds, settings, seed_from(seed, "negatives"), call) if new(text)
+        ]
         if len(texts) >= len(inputs):
             break
     return texts[: len(inputs)]

@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.atomic_io import write_atomically
+from ..common.config.schema import TransferSettings
 from ..common.errors import DataError
-from ..common.files import write_atomically
-from ..common.model import BaseModel
-from ..common.settings import TransferSettings
+from ..common.models.base_model import BaseModel
 from .preparation import TransferArtifacts
-from .writing import Deduplicator, generate_texts
+from .sampling import Deduplicator, generate_texts
 
 OVER = 1.3  # texts written for each that is still wanted, at the acceptance seen so far
 
@@ -73,7 +73,12 @@ class SynthesisModels:
 
 
 def synthesise(
-    prepared: TransferArtifacts, settings: TransferSettings, seed: int, cast: SynthesisModels, folder: Path, watch: ProgressCallback | None = None
+    prepared: TransferArtifacts,
+    settings: TransferSettings,
+    seed: int,
+    cast: SynthesisModels,
+    folder: Path,
+    watch: ProgressCallback | None = None,
 ) -> list[str]:
     """As many kept texts as wanted, or all that came of ``settings.calls`` calls. Raises DataError for none at all."""
     book, wanted = SampleLog(folder / "written.json"), settings.samples or prepared.examples

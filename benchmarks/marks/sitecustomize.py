@@ -27,9 +27,9 @@ MARKED: dict[str, dict[str, str]] = {  # module → function in it → name of t
     "flwr.clientapp.client_app": {"ClientApp.__call__": "app"},
     "flwr.serverapp.strategy.fedavg": {"FedAvg.aggregate_evaluate": "round"},
     "plain.task": {"load_model": "load", "train": "work", "evaluate": "work"},
-    "colora.server.checkpoint": {"Checkpoints.write": "round"},
-    "colora.client.trainer": {"Trainer.respond": "trainer", "train": "work", "Trainer._measure": "work"},
-    "colora.client.store": {"Store.write": "store"},
+    "colora.server.rounds.checkpoint": {"Checkpoints.write": "round"},
+    "colora.client.training.trainer": {"Trainer.handle": "trainer", "train": "work", "Trainer._measure": "work"},
+    "colora.client.training.state_store": {"Store.write": "store"},
 }
 
 

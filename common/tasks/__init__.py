@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ..model import BaseModel
-from ..rows import SiteDataset
-from ..settings import Plan
+from ..config.schema import Plan
+from ..dataset import SiteDataset
+from ..models.base_model import BaseModel
+from .base import Encoded, Task
 from .classification import Classification
 from .generation import Generation
 from .regression import Regression
-from .task import Encoded, Task
 
 __all__ = ["TASKS", "Encoded", "Task", "build_task"]
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..rows import Row
-from .task import Batch, Encoded, Metrics, Prediction, Task, pad
+from ..dataset import Row
+from .base import Batch, Encoded, Metrics, Prediction, Task, pad
 
 Label = int | list[float]  # a class, or the probabilities of all
 UNSEEN = -10.0  # the logit of a class without an example, where a head has offsets

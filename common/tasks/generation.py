@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..dataset import Row
 from ..errors import DataError
-from ..rows import Row
-from .task import Batch, Encoded, Metrics, Prediction, Task, pad
+from .base import Batch, Encoded, Metrics, Prediction, Task, pad
 
 MASKED = -100  # what Hugging Face models leave out of the loss
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..rows import Row
-from .task import Batch, Encoded, Metrics, Task
+from ..dataset import Row
+from .base import Batch, Encoded, Metrics, Task
 
 
 class Regression(Task):

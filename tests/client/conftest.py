@@ -19,24 +19,25 @@ import grpc
 import numpy as np
 import pytest
 
-from colora.client.connection import TrainerConnection
-from colora.client.wire import parts, trainer_pb2_grpc
-from colora.client.wire import trainer_pb2 as wire
-from colora.common.protocol import Order, Reply
-from colora.common.recipe import load_site
-from colora.common.settings import AdapterSettings, MethodSettings, ModelSettings, Plan, TrainSettings, to_json
+from colora.client.trainer_service import serde as parts
+from colora.client.trainer_service.client import TrainerClient
+from colora.client.trainer_service.proto import trainer_pb2 as wire
+from colora.client.trainer_service.proto import trainer_pb2_grpc
+from colora.common.config.loader import load_site
+from colora.common.config.schema import AdapterSettings, MethodSettings, ModelSettings, Plan, TrainSettings, to_json
+from colora.common.protocol.types import TrainReply, TrainRequest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LETTERS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()  # noqa: SIM905
-START = "import sys; from colora.client.service import main; sys.exit(main(sys.argv[1:]))"
+START = "import sys; from colora.client.trainer_service.server import main; sys.exit(main(sys.argv[1:]))"
 
 
 class TrainerProcess:
-    """``python -m colora.client.service``; what it prints is read as it comes."""
+    """``python -m colora.client.trainer_service.server``; what it prints is read as it comes."""
 
     def __init__(self, site_file: Path, before: str = "") -> None:
         """``before`` is code that runs in the process first."""
-        code = ["-c", f"{before}\n{START}"] if before else ["-m", "colora.client.service"]
+        code = ["-c", f"{before}\n{START}"] if before else ["-m", "colora.client.trainer_service.server"]
         self.process = subprocess.Popen(
             [sys.executable, *code, str(site_file)],
             cwd=ROOT,
@@ -119,8 +120,8 @@ class House:
     def address(self) -> str:
         return load_site(self.file).trainer.listen
 
-    def connection(self, **changes: Any) -> TrainerConnection:
-        return TrainerConnection(**{"name": self.name, "address": self.address, "link": "", **changes})
+    def connection(self, **changes: Any) -> TrainerClient:
+        return TrainerClient(**{"name": self.name, "address": self.address, "link": "", **changes})
 
     def plan(self, name: str = "town", *, method: str = "colora", rounds: int = 4, **train: Any) -> Plan:
         settings = TrainSettings(**{"steps": 2, "batch_size": 4, "lr": 1e-2, **train})
@@ -128,31 +129,32 @@ class House:
         model, row = ModelSettings(str(self.model), max_length=16), MethodSettings(method)
         return Plan(name, rounds, model, seed=3, adapter=adapter, method=row, train=settings)
 
-    def order(self, plan: Plan, t: int = 1, /, *, seed: int = 0, **changes: Any) -> Order:
+    def order(self, plan: Plan, t: int = 1, /, *, seed: int = 0, **changes: Any) -> TrainRequest:
         """Round t of a plan with a shared adapter that does something."""
-        from colora.common.first import first_shared
+        from colora.common.adapters.initialization import initial_shared_state
 
         rng = np.random.default_rng(seed)
-        start = first_shared(plan)
+        start = initial_shared_state(plan)
         shared = {key: value + rng.normal(0, 0.3, value.shape).astype(np.float32) for key, value in start.items()}
-        values = {"round": t, "admitted": t - 1, "phase": "train", "evaluate": True, "shared": shared}
-        return Order(**{**values, "federation": plan.name, "plan": to_json(plan), **changes})
+        values = {"round": t, "admitted_round": t - 1, "kind": "train", "evaluate": True, "shared": shared}
+        return TrainRequest(**{**values, "federation": plan.name, "plan": to_json(plan), **changes})
 
-    def oracle(self, plan: Plan, *orders: Order) -> list[Reply]:
+    def oracle(self, plan: Plan, *orders: TrainRequest) -> list[TrainReply]:
         """What a Trainer in this process answers."""
         import torch
 
-        from colora.client.data import load_site_rows
-        from colora.client.store import Store
-        from colora.client.trainer import Trainer, set_up
-        from colora.common.model import load
+        from colora.client.data.selection import load_site_rows
+        from colora.client.training.adapted_model import attach_adapters
+        from colora.client.training.state_store import StateStore
+        from colora.client.training.trainer import Trainer
+        from colora.common.models.base_model import load_base_model
 
         torch.set_num_threads(1)
         site = load_site(self.file)
-        base = load(plan.model, generates=site.data.task == "generation")
-        store = Store(self.folder / "oracle" / plan.name, plan.name)
-        trainer = Trainer(set_up(base, plan), load_site_rows(site, plan.seed), store)
-        return [trainer.respond(order) for order in orders]
+        base = load_base_model(plan.model, generates=site.data.task == "generation")
+        store = StateStore(self.folder / "oracle" / plan.name, plan.name)
+        trainer = Trainer(attach_adapters(base, plan), load_site_rows(site, plan.seed), store)
+        return [trainer.handle(order) for order in orders]
 
     def audit(self, federation: str = "town") -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.state / federation / "audit.jsonl").read_text().splitlines()]
@@ -165,7 +167,7 @@ class House:
             yield trainer_pb2_grpc.TrainerStub(channel).Train(iter(sent))
 
     @staticmethod
-    def alike(one: Reply, other: Reply) -> bool:
+    def alike(one: TrainReply, other: TrainReply) -> bool:
         """Bit for bit, but for the seconds that it took."""
         bits = [
             {key: (str(v.dtype), v.shape, v.tobytes()) for key, v in reply.shared.items()} for reply in (one, other)

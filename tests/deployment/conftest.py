@@ -19,9 +19,9 @@ import pytest
 import tomli_w
 from safetensors import safe_open
 
-from colora.common.processes import free_port
-from colora.server.events import Event, read_events
-from colora.server.provision import provision
+from colora.common.processes.supervised import free_port
+from colora.server.deployment.provisioning.provision import provision
+from colora.server.reporting.events import Event, read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 COLORA = [sys.executable, "-m", "colora"]
@@ -214,7 +214,7 @@ def place() -> Iterator[Path]:
 def town(place: Path, tiny_recipe: dict) -> Iterator[Town]:
     """Three sites; an optimiser at the coordinator and moments at the sites, so that every kind of state is in use."""
     tiny_recipe["rounds"] = 3
-    tiny_recipe["train"] |= {"final_steps": 2, "keep_moments": True}
+    tiny_recipe["train"] |= {"final_steps": 2, "persist_optimizer_state": True}
     tiny_recipe["server"] |= {"optimizer": "adam"}
     tiny_recipe["private"] = "multilora"
     town = Town(place / "town", tiny_recipe).build()

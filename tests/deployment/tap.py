@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from colora.common.files import load_arrays
-from colora.common.saved import TRAINED
-from colora.server.door import Door, Gate
-from colora.server.gate import Passage, Upstream
+from colora.common.atomic_io import load_arrays
+from colora.common.models.saved import TRAINED
+from colora.server.deployment.gateway.proxy import FleetProxy, Upstream
+from colora.server.deployment.gateway.server import GatewayServer, ListenAddress
 from tests.leaks import Secret, leaks_in, numbers_in
 
 from .conftest import Town
@@ -22,17 +22,17 @@ from .conftest import Town
 def tapped(town: Town, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     """The bodies of all requests of a town's sites, whose site files lead to the tap from now on."""
     sent: list[bytes] = []
-    forward = Passage._forward
+    forward = FleetProxy._forward
 
-    async def kept(self: Passage, asked, stack):
+    async def kept(self: FleetProxy, asked, stack):
         assert asked.body.whole, "a body too large to be kept"
         sent.append(asked.body.head)
         return await forward(self, asked, stack)
 
-    monkeypatch.setattr(Passage, "_forward", kept)
+    monkeypatch.setattr(FleetProxy, "_forward", kept)
     keys = town.folder / "keys" / "coordinator"
-    door = Door("127.0.0.1", 0, keys / "server.crt", keys / "server.key")
-    with Gate(door, Upstream(f"https://127.0.0.1:{town.port}", keys / "ca.crt")) as gate:
+    door = ListenAddress("127.0.0.1", 0, keys / "server.crt", keys / "server.key")
+    with GatewayServer(door, Upstream(f"https://127.0.0.1:{town.port}", keys / "ca.crt")) as gate:
         for name in town.names:
             path = town.site(name) / "site.toml"
             path.write_text(path.read_text().replace(f"127.0.0.1:{town.port}", gate.address))

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from colora.client.audit import FILE as AUDIT
-from colora.common.files import load_arrays
-from colora.common.recipe import recipe_from
-from colora.server.conduct import replay_of
+from colora.client.trainer_service.audit_log import FILE as AUDIT
+from colora.common.atomic_io import load_arrays
+from colora.common.config.loader import recipe_from
+from colora.server.rounds.run_options import read_replay
 from colora.simulation.run import simulate
 
 from .conftest import Town, last, simulated_outcome
@@ -73,7 +73,7 @@ def test_a_straggler_is_left_out_and_told_and_the_log_replays_to_the_same_bits(
         town.wait_for("round", 240, round=1)
         town.start("cyd")
         town.wait_for("joined", 120, site="cyd")
-        (trainer,) = town.below("bob", "colora.client.service")
+        (trainer,) = town.below("bob", "colora.client.trainer_service.server")
         town.wait_for("reply", 120, site="cyd")
         trainer.suspend()
         left_out = town.wait_for("failed", 120, site="bob")
@@ -88,6 +88,6 @@ def test_a_straggler_is_left_out_and_told_and_the_log_replays_to_the_same_bits(
     assert "bob" not in admitted[left_out["round"]]
     assert any("cyd" in sites for sites in admitted.values())
     again = simulate(
-        recipe_from(tiny_recipe), tmp_path / "again", resume=False, replay=replay_of(town.run / "events.jsonl")
+        recipe_from(tiny_recipe), tmp_path / "again", resume=False, replay=read_replay(town.run / "events.jsonl")
     )
     assert town.outcome() == simulated_outcome(again.path, town.names)

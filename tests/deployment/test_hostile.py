@@ -26,14 +26,14 @@ import psutil
 import pytest
 import tomli_w
 
-from colora.client.wire import trainer_pb2 as wire
-from colora.common.processes import free_port, listens
-from colora.server import superlink
-from colora.server.door import Door, Gate
-from colora.server.gate import Upstream
-from colora.server.launch import read_keys
-from colora.server.provision import provision
-from colora.server.superlink import SuperLink
+from colora.client.trainer_service.proto import trainer_pb2 as wire
+from colora.common.processes.supervised import free_port, listens
+from colora.server.deployment import superlink
+from colora.server.deployment.gateway.proxy import Upstream
+from colora.server.deployment.gateway.server import GatewayServer, ListenAddress
+from colora.server.deployment.provisioning.provision import provision
+from colora.server.deployment.superlink import SuperLink
+from colora.server.deployment.supervisor import read_keys
 from tests.conftest import labelled_rows, write_lines
 from tests.leaks import leaks_in, numbers_in, personal_tensors, text_windows
 
@@ -195,7 +195,7 @@ def plan_of(model: Path) -> dict[str, Any]:
         "model": {"source": str(model), "max_length": 16},
         "adapter": {"rank": 4, "alpha": 8.0, "target_modules": ["query", "value"]},
         "method": {"name": "colora"},
-        "train": {"steps": 2, "batch_size": 4, "lr": 1e-2, "final_steps": 2, "keep_moments": True},
+        "train": {"steps": 2, "batch_size": 4, "lr": 1e-2, "final_steps": 2, "persist_optimizer_state": True},
     }
 
 
@@ -233,8 +233,8 @@ def coordinator(world: World, port: int) -> Iterator[SuperLink]:
     run = world.top / "run"
     run.mkdir(mode=0o700)
     link = SuperLink(run / "flower", run, run / "superlink.log", keys.certificates)
-    door = Door("127.0.0.1", port, keys.certificates.certificate, keys.certificates.key)
-    with pytest.MonkeyPatch.context() as patch, Gate(door, Upstream(link.url, keys.certificates.ca)) as gate:
+    door = ListenAddress("127.0.0.1", port, keys.certificates.certificate, keys.certificates.key)
+    with pytest.MonkeyPatch.context() as patch, GatewayServer(door, Upstream(link.url, keys.certificates.ca)) as gate:
         patch.setattr(superlink, "STUB", {"pyproject.toml": stub, **files})
         gate.hold()
         link.start()

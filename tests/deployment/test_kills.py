@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from colora.common.recipe import recipe_from
+from colora.common.config.loader import recipe_from
 from colora.simulation.run import simulate
 
 from .conftest import Town, simulated_outcome
@@ -23,7 +23,7 @@ from .conftest import Town, simulated_outcome
 KILLS = int(os.environ.get("COLORA_KILLS", "7"))
 SEED = int(os.environ.get("COLORA_KILL_SEED", "0"))
 VICTIMS = {  # kind → the process of a command (none: the command itself)
-    "trainer": "colora.client.service",
+    "trainer": "colora.client.trainer_service.server",
     "SuperNode": "flower-supernode",
     "ClientApp": "flwr-clientapp",
     "ServerApp": "flwr-serverapp",
@@ -61,7 +61,7 @@ def rounds(town: Town) -> int:
 @pytest.mark.endurance
 def test_any_process_may_be_killed_at_any_moment(tmp_path: Path, place: Path, tiny_recipe: dict) -> None:
     tiny_recipe["rounds"] = 2 * KILLS + 2
-    tiny_recipe["train"] |= {"final_steps": 2, "keep_moments": True}
+    tiny_recipe["train"] |= {"final_steps": 2, "persist_optimizer_state": True}
     tiny_recipe["server"] |= {"optimizer": "adam"}
     calm = simulate(recipe_from(tiny_recipe), tmp_path / "calm", resume=False)
     town, rng = Town(place / "town", tiny_recipe).build(), random.Random(SEED)

@@ -19,8 +19,8 @@ import httpx
 import pytest
 import tomli_w
 
-from colora.common.processes import free_port
-from colora.server.provision import provision
+from colora.common.processes.supervised import free_port
+from colora.server.deployment.provisioning.provision import provision
 from tests.conftest import labelled_rows, write_lines
 from tests.server.test_gate import SECRET, SPELLINGS
 

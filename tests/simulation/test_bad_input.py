@@ -17,11 +17,12 @@ import tomli_w
 import torch
 
 from colora.cli import main
-from colora.client import data, trainer
-from colora.common import assets
-from colora.common.files import load_arrays
-from colora.common.training import Trained
-from colora.server.events import Event, read_events
+from colora.client.data import readers as data
+from colora.client.training import trainer
+from colora.common.atomic_io import load_arrays
+from colora.common.models import assets
+from colora.common.training.loop import TrainOutcome
+from colora.server.reporting.events import Event, read_events
 
 
 @dataclass(frozen=True)
@@ -485,7 +486,7 @@ def nan_at_bob(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training at site bob ends in NaN everywhere."""
     train = trainer.train
 
-    def train_to_nan(task: Any, parameters: Any, *rest: Any) -> Trained:
+    def train_to_nan(task: Any, parameters: Any, *rest: Any) -> TrainOutcome:
         trained = train(task, parameters, *rest)
         if task.rows.site == "bob":
             for parameter in parameters.values():

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tomli_w
 
-from colora.common.files import load_arrays
-from colora.server.board import board_of
+from colora.common.atomic_io import load_arrays
+from colora.server.reporting.summary import summarize
 from colora.simulation.run import RunFolder
 
 
@@ -41,7 +41,7 @@ def test_ray_and_local_give_the_same_adapter_states_and_metrics(tiny_recipe: dic
         x, y = (load_arrays(path)[0] for path in states)
         assert x.keys() == y.keys()
         assert all(np.array_equal(x[key], y[key]) for key in x)
-    rows = [board_of(run.events()).rows for run in (local, ray)]
+    rows = [summarize(run.events()).rows for run in (local, ray)]
     assert [json.dumps(r.metrics, sort_keys=True) for r in rows[0].values()] == [
         json.dumps(r.metrics, sort_keys=True) for r in rows[1].values()
     ]

@@ -20,13 +20,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from colora.client.store import Store
-from colora.common.adapters.attach import initial_values
-from colora.common.first import first_shared
-from colora.common.recipe import recipe_from
+from colora.client.training.state_store import StateStore
+from colora.common.adapters.initialization import initial_shared_state, initial_values
+from colora.common.config.loader import recipe_from
+from colora.common.config.schema import Recipe
 from colora.common.seeds import seed_from
-from colora.common.settings import Recipe
-from colora.server.checkpoint import Checkpoints
+from colora.server.rounds.checkpoint import Checkpoints
 from colora.simulation.run import simulate
 
 ROUNDS = 3
@@ -70,7 +69,7 @@ class Pool:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.parameters = recipe, dict[str, nn.Parameter]()
-        self.shared = {k: nn.Parameter(torch.tensor(v)) for k, v in first_shared(recipe.plan).items()}
+        self.shared = {k: nn.Parameter(torch.tensor(v)) for k, v in initial_shared_state(recipe.plan).items()}
         self.parameters |= self.shared
         build = classifier if recipe.data.task == "classification" else writer
         self.members = [build(self, site.name, rows_of(site.data.source)) for site in recipe.site]
@@ -160,10 +159,10 @@ def federated(recipe: Recipe, folder: Path) -> Values:
     simulate(recipe, folder, resume=False)
     state = Checkpoints(folder / "checkpoints", recipe).latest()
     assert state is not None
-    assert (state.round, state.closed) == (ROUNDS, True)
+    assert (state.round, state.finalized) == (ROUNDS, True)
     values = {key: torch.tensor(value) for key, value in state.shared.items()}
     for site in recipe.site:
-        personal = Store(folder / "sites" / site.name / "state", recipe.name).state(ROUNDS)
+        personal = StateStore(folder / "sites" / site.name / "state", recipe.name).state(ROUNDS)
         assert personal is not None
         values |= {f"{site.name}/{key}": value for key, value in personal.tensors.items()}
     return values

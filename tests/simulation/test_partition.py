@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from colora.client.data import balanced, load_site_rows
-from colora.common.recipe import load_site, recipe_from
-from colora.common.rows import Row, SiteRows
-from colora.common.settings import PartitionSettings, Recipe, SitePlan
+from colora.client.data.selection import balanced, load_site_rows
+from colora.common.config.loader import load_site, recipe_from
+from colora.common.config.schema import PartitionSettings, Recipe, SimulatedSiteSettings
+from colora.common.dataset import Row, SiteDataset
 from colora.simulation.partition import SiteShare, by_column, dirichlet, iid, make_sites, write_site
 
 LABELS = ("cat", "dog", "sun")
@@ -106,7 +106,7 @@ def test_any_value_of_a_column_makes_a_valid_site_name() -> None:
     plain = recipe(partition={"by": "iid"}, data={"source": "x"})
     parts = by_column(rows, PartitionSettings("column", column="who"), plain)
     assert sorted(parts) == sorted(["S-o-Paulo", "x", "a-b", "7", "1.5", "True", "z" * 64, "unnamed"])
-    assert all(SitePlan(name) for name in parts)
+    assert all(SimulatedSiteSettings(name) for name in parts)
 
 
 # --- explicit sites -------------------------------------------------------------------------------------------------
@@ -152,17 +152,17 @@ def test_balanced_draws_take_labels_in_turn_and_keep_their_order() -> None:
 # --- on disk --------------------------------------------------------------------------------------------------------
 
 WRITTEN = {
-    "classification": SiteRows(
+    "classification": SiteDataset(
         "ada",
         "classification",
         [{"text": 'größer\n\u2028 "x"', "label": "z"}, {"text": "", "label": "a"}],
         [{"text": "t", "label": "a"}],
         ("z", "a"),
     ),
-    "generation": SiteRows(
+    "generation": SiteDataset(
         "ada", "generation", [{"prompt": "p\r\n", "completion": "日本"}], [{"prompt": "", "completion": ""}]
     ),
-    "chat": SiteRows(
+    "chat": SiteDataset(
         "ada",
         "generation",
         [{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}],
@@ -171,13 +171,13 @@ WRITTEN = {
 }
 
 
-def read_back(rows: SiteRows, folder: Path) -> SiteRows:
-    write_site(SiteShare(SitePlan(rows.site), rows), folder)
+def read_back(rows: SiteDataset, folder: Path) -> SiteDataset:
+    write_site(SiteShare(SimulatedSiteSettings(rows.site), rows), folder)
     return load_site_rows(load_site(folder / "site.toml"), seed=99)
 
 
 @pytest.mark.parametrize("rows", WRITTEN.values(), ids=WRITTEN)
-def test_written_rows_are_read_back_equal(rows: SiteRows, tmp_path: Path) -> None:
+def test_written_rows_are_read_back_equal(rows: SiteDataset, tmp_path: Path) -> None:
     assert read_back(rows, tmp_path) == rows
 
 
@@ -187,7 +187,7 @@ def test_written_arrays_are_read_back_equal(tmp_path: Path) -> None:
         [{"x": rng.standard_normal((3, 3)).astype("f4"), "y": np.float32(rng.standard_normal())} for _ in range(n)]
         for n in (4, 2)
     )
-    found = read_back(SiteRows("ada", "regression", train, test), tmp_path)
+    found = read_back(SiteDataset("ada", "regression", train, test), tmp_path)
     assert (found.site, found.task) == ("ada", "regression")
     for read, written in ((found.train, train), (found.test, test)):
         assert len(read) == len(written)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flwr.app import Array, ConfigRecord, Message
 
-from colora.client import trainer as trainer_module
-from colora.client.trainer import Trainer
-from colora.common import messages
-from colora.common.codec import CODECS, decode
+from colora.client.training import trainer as trainer_module
+from colora.client.training.trainer import Trainer
+from colora.common.config.loader import recipe_from
 from colora.common.methods import METHODS
-from colora.common.recipe import recipe_from
-from colora.server.board import board_of
+from colora.common.protocol import flower_messages as messages
+from colora.common.protocol.codec import CODECS, decode
+from colora.server.reporting.summary import summarize
 from colora.simulation.run import simulate
 from tests.leaks import Secret, leaks_in, personal_tensors, text_windows
 
@@ -68,7 +68,7 @@ def leaks(seen: list[Message], folder: Path) -> list[str]:
 def test_nothing_personal_is_in_any_message(
     tiny_recipe: dict, tmp_path: Path, wire: list[Message], method: str
 ) -> None:
-    train = {**tiny_recipe["train"], "keep_moments": True, "final_steps": 2}
+    train = {**tiny_recipe["train"], "persist_optimizer_state": True, "final_steps": 2}
     recipe = recipe_from({**tiny_recipe, "train": train, "method": {"name": method}, "private": "multilora"})
     run = simulate(recipe, tmp_path / "run", resume=False)
     assert len(wire) == 2 * 3 * (1 + 2 + 1), "join, two rounds and the close, there and back, for three sites"
@@ -126,9 +126,9 @@ def test_a_reply_with_an_extra_array_is_refused_by_the_coordinator(
 
     monkeypatch.setattr(Trainer, "_send", careless)
     recipe = recipe_from({**tiny_recipe, "server": {"quorum": 2}})
-    board = board_of(simulate(recipe, tmp_path / "run", resume=False).events())
-    assert board.rows["bob"].troubles[1].startswith("arrays: expected the shared groups only")
-    assert not board.rows["ada"].troubles
+    board = summarize(simulate(recipe, tmp_path / "run", resume=False).events())
+    assert board.rows["bob"].failures[1].startswith("arrays: expected the shared groups only")
+    assert not board.rows["ada"].failures
 
 
 def test_an_error_tells_the_coordinator_its_kind_and_no_text(

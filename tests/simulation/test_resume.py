@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import tomli_w
 
-from colora.common.files import load_arrays
-from colora.server.board import board_of
+from colora.common.atomic_io import load_arrays
+from colora.server.reporting.summary import summarize
 from colora.simulation.run import RunFolder
 
 
@@ -62,7 +62,13 @@ def durable(folder: Path) -> dict[str, tuple[dict[str, np.ndarray], dict]]:
 def test_kills_change_no_bit_of_adapter_or_personal_state(
     tiny_recipe: dict, tmp_path: Path, kills: int, rounds: int
 ) -> None:
-    train = {**tiny_recipe["train"], "steps": 6, "final_steps": 3, "keep_moments": True, "lr_schedule": "cosine"}
+    train = {
+        **tiny_recipe["train"],
+        "steps": 6,
+        "final_steps": 3,
+        "persist_optimizer_state": True,
+        "lr_schedule": "cosine",
+    }
     raw = {
         **tiny_recipe,
         "rounds": rounds,
@@ -90,5 +96,5 @@ def test_kills_change_no_bit_of_adapter_or_personal_state(
         assert b[place][1] == meta, place
         assert b[place][0].keys() == arrays.keys()
         assert all(np.array_equal(b[place][0][key], value) for key, value in arrays.items()), place
-    finals = [{r.site: r.metrics for r in board_of(RunFolder(f).events()).rows.values()} for f in (calm, stormy)]
+    finals = [{r.site: r.metrics for r in summarize(RunFolder(f).events()).rows.values()} for f in (calm, stormy)]
     assert finals[0] == finals[1]

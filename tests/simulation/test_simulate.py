@@ -6,25 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from colora.common.config.loader import recipe_from
 from colora.common.methods import METHODS
-from colora.common.recipe import recipe_from
-from colora.server.board import board_of
+from colora.server.reporting.summary import summarize
 from colora.simulation.run import simulate
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_to_its_end_and_reports_every_site(tiny_recipe: dict, tmp_path: Path, method: str) -> None:
     recipe = recipe_from({**tiny_recipe, "method": {"name": method}})
-    board = board_of(simulate(recipe, tmp_path / "run", resume=False).events())
+    board = summarize(simulate(recipe, tmp_path / "run", resume=False).events())
     for row in board.rows.values():
         assert row.metric("base") is not None
         assert row.metric("personal") is not None
         assert (row.metric("shared") is not None) == METHODS[method].shares
-        assert not row.troubles
+        assert not row.failures
 
 
 def test_generation_sites_report_text_metrics(generation_recipe: dict, tmp_path: Path) -> None:
-    board = board_of(simulate(recipe_from(generation_recipe), tmp_path / "run", resume=False).events())
+    board = summarize(simulate(recipe_from(generation_recipe), tmp_path / "run", resume=False).events())
     for row in board.rows.values():
         assert {"personal.rouge_l", "personal.exact_match", "personal.loss", "base.rouge_l"} <= set(row.metrics)
 

@@ -49,6 +49,6 @@ def writer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         for _ in range(settings.batch):
             yield " ".join(rng.choices("stuvwxyz", k=6))
 
-    monkeypatch.setattr(preparation, "write", write)
-    monkeypatch.setattr(synthesis, "write", write)
+    monkeypatch.setattr(preparation, "generate_texts", write)
+    monkeypatch.setattr(synthesis, "generate_texts", write)
     return calls

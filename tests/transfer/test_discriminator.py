@@ -10,16 +10,17 @@ from typing import Literal
 import pytest
 import torch
 
-from colora.client.store import Store
-from colora.client.trainer import Trainer, set_up
+from colora.client.training.adapted_model import attach_adapters
+from colora.client.training.state_store import StateStore
+from colora.client.training.trainer import Trainer
+from colora.common.config.loader import recipe_from
+from colora.common.config.schema import ModelSettings, Plan, TransferSettings
+from colora.common.dataset import Row, SiteDataset
 from colora.common.errors import ColoraError, DataError, ModelError, StateError
-from colora.common.model import BaseModel, load
-from colora.common.recipe import recipe_from
-from colora.common.rows import Row, SiteRows
-from colora.common.settings import ModelSettings, Plan, TransferSettings
+from colora.common.models.base_model import BaseModel, load_base_model
 from colora.simulation.run import simulate
 from colora.transfer.discriminator import Discriminator, question
-from colora.transfer.preparation import cut_as, prepare, speaker
+from colora.transfer.preparation import generator_settings, match_lengths, prepare
 
 SETTINGS = TransferSettings(prepare=True, about="tiny", rank=4, lr=0.05, steps=60, batch=8)
 REAL = [f"a b c d {word} f" for word in "abcdefghijkl"]
@@ -29,24 +30,24 @@ FALSE = [f"s t u v {word} z" for word in "stuvwxyzqpon"]
 @pytest.fixture
 def base(speaking_llama: Path) -> BaseModel:
     torch.set_num_threads(1)
-    return load(ModelSettings(str(speaking_llama), max_length=32), generates=True)
+    return load_base_model(ModelSettings(str(speaking_llama), max_length=32), generates=True)
 
 
 def made(base: BaseModel, source: Path) -> Discriminator:
     return Discriminator(base, ModelSettings(str(source), max_length=32), SETTINGS, "tiny", seed=1)
 
 
-def site_of(rows: Sequence[Row], task: Literal["classification", "generation"] = "generation") -> SiteRows:
-    return SiteRows("ada", task, rows, ())
+def site_of(rows: Sequence[Row], task: Literal["classification", "generation"] = "generation") -> SiteDataset:
+    return SiteDataset("ada", task, rows, ())
 
 
 def test_it_keeps_by_p_yes_above_p_no_under_its_own_lora(base: BaseModel, speaking_llama: Path) -> None:
     tokenizer, model, each = base.tokenizer, base.language_model, []
     assert model is not None
     yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
-    with made(base, speaking_llama).on() as found:
+    with made(base, speaking_llama).attached() as found:
         found.fit(REAL[:8], FALSE[:8])
-        kept = found.keeps(REAL + FALSE)
+        kept = found.accepts(REAL + FALSE)
         for text in REAL + FALSE:  # the oracle: one text at a time, the whole softmax
             with torch.no_grad():
                 ids = tokenizer([question(text, "tiny")], return_tensors="pt", return_token_type_ids=False)
@@ -62,22 +63,22 @@ def test_its_values_come_back_and_it_leaves_the_model_as_it_was(base: BaseModel,
     assert base.language_model is not None
     ids = torch.tensor([[12, 13, 14]])
     before = base.language_model(ids).logits
-    with made(base, speaking_llama).on() as found:
+    with made(base, speaking_llama).attached() as found:
         found.fit(REAL[:8], FALSE[:8])
-        kept, values = found.keeps(REAL + FALSE), found.values()
+        kept, values = found.accepts(REAL + FALSE), found.values()
     assert torch.equal(base.language_model(ids).logits, before)
-    with made(base, speaking_llama).on() as again:
-        assert again.keeps(REAL + FALSE) != kept, "without its values it knows nothing"
-    with made(base, speaking_llama).on(values) as again:
-        assert again.keeps(REAL + FALSE) == kept
+    with made(base, speaking_llama).attached() as again:
+        assert again.accepts(REAL + FALSE) != kept, "without its values it knows nothing"
+    with made(base, speaking_llama).attached(values) as again:
+        assert again.accepts(REAL + FALSE) == kept
 
 
 def test_values_of_another_form_are_refused(base: BaseModel, speaking_llama: Path) -> None:
-    with made(base, speaking_llama).on() as found:
+    with made(base, speaking_llama).attached() as found:
         values = found.values()
     narrow = Discriminator(base, found.plan.model, replace(SETTINGS, rank=1), "tiny", seed=1)
     words = r"transfer, the discriminator that was kept: expected .*lora_A.* \(1, 16\), found .* \(4, 16\)"
-    with pytest.raises(StateError, match=words), narrow.on(values):
+    with pytest.raises(StateError, match=words), narrow.attached(values):
         pass
 
 
@@ -105,7 +106,7 @@ def test_seeds_are_of_as_many_labels_as_they_can_be(base: BaseModel, speaking_ll
 
 def test_where_a_text_was_cut_off_is_no_clue(base: BaseModel) -> None:
     long, short = [f"a b c d e f g h {word} j k l" for word in "abcdefgh"], ["a b", "c d e"]
-    cut = cut_as(base.tokenizer, [*long, *short], ["s t u", "v w x y z"], 12, 0)
+    cut = match_lengths(base.tokenizer, [*long, *short], ["s t u", "v w x y z"], 12, 0)
     assert {len(text.split()) for text in cut[:-2]} == {3, 5}
     assert all(whole.startswith(text) for whole, text in zip(long, cut, strict=False))
     assert cut[-2:] == short, "these end by themselves"
@@ -114,15 +115,15 @@ def test_where_a_text_was_cut_off_is_no_clue(base: BaseModel) -> None:
 def test_what_cannot_be_prepared_is_said(
     base: BaseModel, tiny_llama: Path, speaking_llama: Path, writer: list[int]
 ) -> None:
-    silent = load(ModelSettings(str(tiny_llama), max_length=32), generates=True)
+    silent = load_base_model(ModelSettings(str(tiny_llama), max_length=32), generates=True)
     words = "a vocabulary with yes and no as single tokens"
-    with pytest.raises(ModelError, match=words), made(silent, tiny_llama).on() as mute:
+    with pytest.raises(ModelError, match=words), made(silent, tiny_llama).attached() as mute:
         mute.fit(REAL, FALSE)
     plan = Plan("tiny", 1, ModelSettings(str(speaking_llama), max_length=32), transfer=SETTINGS)
     with pytest.raises(DataError, match=r"transfer.seeds: expected 5 different texts to choose from, found 2"):
         prepare(base, plan, site_of([{"prompt": "a b"}, {"prompt": "a  b"}, {"prompt": "c d"}]), 0)
     with pytest.raises(ModelError, match=r"transfer.generator: expected a causal model that writes texts"):
-        speaker(plan, "classification")
+        generator_settings(plan, "classification")
 
 
 def test_what_will_not_be_prepared_is_said_before_the_first_round(
@@ -152,12 +153,14 @@ def test_what_will_not_be_prepared_is_said_before_the_first_round(
             simulate(recipe, tmp_path / str(i), resume=False)
         assert not list((tmp_path / str(i)).rglob("round-*"))
     with pytest.raises(ModelError, match=r"model.source: expected .*, found .* which is a BertModel"):
-        load(ModelSettings(str(tiny_bert)), generates=True)
+        load_base_model(ModelSettings(str(tiny_bert)), generates=True)
 
 
 def test_a_site_says_so_when_it_joins(tiny_bert: Path, tmp_path: Path) -> None:
     plan = Plan("tiny", 1, ModelSettings(str(tiny_bert), max_length=8), transfer=SETTINGS)
-    rows = SiteRows("ada", "classification", [{"text": "a b", "label": "x"}], (), ("x", "y"))
-    trainer = Trainer(set_up(load(plan.model, generates=False), plan), rows, Store(tmp_path, "tiny"))
+    rows = SiteDataset("ada", "classification", [{"text": "a b", "label": "x"}], (), ("x", "y"))
+    trainer = Trainer(
+        attach_adapters(load_base_model(plan.model, generates=False), plan), rows, StateStore(tmp_path, "tiny")
+    )
     with pytest.raises(ModelError, match=r"transfer.generator: expected a causal model that writes"):
-        trainer.describe()
+        trainer.site_info()

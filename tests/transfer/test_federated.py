@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from flwr.app import Message
 
-from colora.common.errors import RecipeError, StateError
-from colora.common.recipe import load_recipe, moved, recipe_from
-from colora.common.saved import read_saved
+from colora.common.config.loader import load_recipe, recipe_from, with_base_model
+from colora.common.errors import ConfigError, StateError
+from colora.common.models.saved import read_saved_model
 from colora.simulation.run import simulate
 
 SITES = ("ada", "bob", "cyd")
@@ -34,15 +34,15 @@ def test_all_sites_move_and_nothing_written_is_in_any_message(
 ) -> None:
     target = tmp_path / "target"
     shutil.copytree(tiny_bert, target)
-    old = load_recipe(first / "recipe.toml", (f'simulation.states="{first}"',))
-    recipe = moved(old, str(target))
+    old = load_recipe(first / "recipe.toml", (f'simulation.source_run="{first}"',))
+    recipe = with_base_model(old, str(target))
     assert recipe.name.startswith("tiny-on-")
     run = simulate(recipe, tmp_path / "second", resume=False)
     texts = set()
     for site in SITES:
-        saved, before = read_saved(run.path / "sites" / site), read_saved(first / "sites" / site)
+        saved, before = read_saved_model(run.path / "sites" / site), read_saved_model(first / "sites" / site)
         assert saved.plan.model.source == str(target)
-        assert saved.card.labels == before.card.labels
+        assert saved.metadata.labels == before.metadata.labels
         assert saved.kept == before.kept is not None, "and it is prepared for the next"
         lines = (run.path / "sites" / site / "transfer" / "synthetic.jsonl").read_text().splitlines()
         assert len(lines) == 10
@@ -63,15 +63,15 @@ def test_all_sites_move_and_nothing_written_is_in_any_message(
 
 def test_what_is_missing_for_a_move_is_said(first: Path, tiny_recipe: dict, tiny_bert: Path, tmp_path: Path) -> None:
     old = load_recipe(first / "recipe.toml")
-    with pytest.raises(RecipeError, match="--transfer-to: expected another base model"):
-        moved(old, old.model.source)
+    with pytest.raises(ConfigError, match="--transfer-to: expected another base model"):
+        with_base_model(old, old.model.source)
     target = tmp_path / "target"
     shutil.copytree(tiny_bert, target)
-    with pytest.raises(RecipeError, match=r"simulation.states: expected the run folder of tiny, found nothing"):
-        simulate(moved(old, str(target)), tmp_path / "no", resume=False)
+    with pytest.raises(ConfigError, match=r"simulation.source_run: expected the run folder of tiny, found nothing"):
+        simulate(with_base_model(old, str(target)), tmp_path / "no", resume=False)
     for path in (first / "sites" / "bob" / "state").iterdir():
         path.unlink()
-    states = load_recipe(first / "recipe.toml", (f'simulation.states="{first}"',))
+    states = load_recipe(first / "recipe.toml", (f'simulation.source_run="{first}"',))
     with pytest.raises(StateError, match=r"site bob: .*expected a site that prepared .*, found no seeds"):
-        simulate(moved(states, str(target)), tmp_path / "no", resume=False)
+        simulate(with_base_model(states, str(target)), tmp_path / "no", resume=False)
     assert not (tmp_path / "no" / "recipe.toml").exists()

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from torch import nn
 
+from colora.common.config.schema import TransferSettings
 from colora.common.errors import DataError
-from colora.common.settings import TransferSettings
-from colora.transfer.preparation import Prepared
-from colora.transfer.synthesis import Cast, Progress, synthesise
+from colora.transfer.preparation import TransferArtifacts
+from colora.transfer.synthesis import SynthesisModels, SynthesisProgress, synthesise
 
-PREPARED = Prepared(("a b", "c d", "e f", "g h", "i j"), "tiny", 20)
+PREPARED = TransferArtifacts(("a b", "c d", "e f", "g h", "i j"), "tiny", 20)
 
 
 class Nothing:
@@ -23,8 +23,8 @@ class Nothing:
     backbone = nn.Module()
 
 
-def cast(judge: Any) -> Cast:
-    return Cast(lambda: nullcontext(Nothing()), judge)  # type: ignore[arg-type, return-value]
+def cast(judge: Any) -> SynthesisModels:
+    return SynthesisModels(lambda: nullcontext(Nothing()), judge)  # type: ignore[arg-type, return-value]
 
 
 def by_first_word(texts: list[str]) -> list[bool]:
@@ -32,7 +32,7 @@ def by_first_word(texts: list[str]) -> list[bool]:
 
 
 def test_it_stops_at_the_number_wanted_with_kept_texts_only(tmp_path: Path, writer: list[int]) -> None:
-    told: list[Progress] = []
+    told: list[SynthesisProgress] = []
     texts = synthesise(PREPARED, TransferSettings(), 3, cast(by_first_word), tmp_path, told.append)
     assert len(texts) == len(set(texts)) == 20
     assert all(text.startswith("s") for text in texts)
@@ -59,7 +59,7 @@ def test_it_goes_on_where_it_was_cut_off_and_ends_with_the_same_texts(
     whole = synthesise(PREPARED, TransferSettings(), 3, cast(by_first_word), tmp_path / "whole")
     calls = len(writer)
 
-    def cut(progress: Progress) -> None:
+    def cut(progress: SynthesisProgress) -> None:
         if progress.calls >= after:
             raise KeyboardInterrupt
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from colora.client.answers import label
-from colora.client.predict import Predictor
-from colora.client.transfer import for_the_next, plan_for, synthetic_rows, transfer
+from colora.client.artifacts.predict import Predictor
+from colora.client.artifacts.pseudo_labels import pseudo_label
+from colora.client.artifacts.transfer import artifacts_for_next_transfer, synthetic_rows, transfer, transfer_plan
+from colora.common.config.loader import recipe_from
 from colora.common.errors import ColoraError, DataError, ModelError, StateError
-from colora.common.recipe import recipe_from
-from colora.common.saved import Saved, read_saved
+from colora.common.models.saved import SavedModel, read_saved_model
 from colora.simulation.run import simulate
 from tests.conftest import WORDS, write_lines
 
@@ -25,7 +25,7 @@ TEXTS = [" ".join(pair) for pair in pairwise(WORDS)]
 
 
 @pytest.fixture
-def prepared(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: list[int]) -> Saved:
+def prepared(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: list[int]) -> SavedModel:
     """ada after a federation with ``transfer.prepare``, her rows deleted."""
     tiny_recipe["transfer"] = {
         "prepare": True,
@@ -41,7 +41,7 @@ def prepared(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: li
     run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
     shutil.rmtree(run.path / "sites" / "ada" / "data")
     shutil.rmtree(tmp_path / "rows")
-    return read_saved(run.path / "sites" / "ada")
+    return read_saved_model(run.path / "sites" / "ada")
 
 
 @pytest.fixture
@@ -57,14 +57,14 @@ def other_bert(tiny_bert: Path, tmp_path: Path) -> Path:
 
 
 def test_a_classifier_moves_without_its_data_and_two_hops_as_well(
-    prepared: Saved, other_bert: Path, tmp_path: Path
+    prepared: SavedModel, other_bert: Path, tmp_path: Path
 ) -> None:
-    plan = plan_for(prepared, str(other_bert), ("transfer.filter=none",))
+    plan = transfer_plan(prepared, str(other_bert), ("transfer.filter=none",))
     first = transfer(prepared, plan, tmp_path / "out")
     assert first.examples == 16
-    moved = read_saved(tmp_path / "out")
+    moved = read_saved_model(tmp_path / "out")
     assert moved.plan.model.source == str(other_bert)
-    assert (moved.card.site, moved.card.labels) == ("ada", prepared.card.labels)
+    assert (moved.metadata.site, moved.metadata.labels) == ("ada", prepared.metadata.labels)
     rows = [json.loads(line) for line in (tmp_path / "out" / "synthetic.jsonl").read_text().splitlines()]
     source = [p["probabilities"] for p in Predictor(prepared).predict(rows)]
     target = [p["probabilities"] for p in Predictor(moved).predict(rows)]
@@ -77,19 +77,21 @@ def test_a_classifier_moves_without_its_data_and_two_hops_as_well(
     assert {k: v.tobytes() for k, v in moved.discriminator.items()} == {
         k: v.tobytes() for k, v in prepared.discriminator.items()
     }, "the writer stays, and so does what judges it"
-    transfer(moved, plan_for(moved, prepared.plan.model.source), tmp_path / "back")
-    back = read_saved(tmp_path / "back")
+    transfer(moved, transfer_plan(moved, prepared.plan.model.source), tmp_path / "back")
+    back = read_saved_model(tmp_path / "back")
     assert back.plan.model.source == prepared.plan.model.source
     assert np.mean([a["label"] == b["label"] for a, b in zip(*answers(moved, back, rows), strict=True)]) > 0.8
 
 
-def answers(one: Saved, other: Saved, rows: list[dict]) -> tuple[list[dict], list[dict]]:
+def answers(one: SavedModel, other: SavedModel, rows: list[dict]) -> tuple[list[dict], list[dict]]:
     return list(Predictor(one).predict(rows)), list(Predictor(other).predict(rows))
 
 
-def test_only_what_the_discriminator_keeps_is_learnt_from(prepared: Saved, other_bert: Path, tmp_path: Path) -> None:
+def test_only_what_the_discriminator_keeps_is_learnt_from(
+    prepared: SavedModel, other_bert: Path, tmp_path: Path
+) -> None:
     with suppress(DataError):  # a discriminator that takes none of these for real is a good one
-        synthetic_rows(prepared, plan_for(prepared, str(other_bert)), tmp_path / "out")
+        synthetic_rows(prepared, transfer_plan(prepared, str(other_bert)), tmp_path / "out")
     path = tmp_path / "out" / "synthetic.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     book = json.loads((tmp_path / "out" / "written.json").read_text())
@@ -98,7 +100,7 @@ def test_only_what_the_discriminator_keeps_is_learnt_from(prepared: Saved, other
     assert not set(book["verdicts"]) & set(prepared.kept["seeds"] if prepared.kept else ())
 
 
-def test_seeds_and_discriminator_are_in_the_state_and_in_no_message(prepared: Saved, tmp_path: Path) -> None:
+def test_seeds_and_discriminator_are_in_the_state_and_in_no_message(prepared: SavedModel, tmp_path: Path) -> None:
     assert prepared.kept is not None
     assert len(prepared.kept["seeds"]) == 5
     assert prepared.kept["examples"] == 12
@@ -110,37 +112,45 @@ def test_seeds_and_discriminator_are_in_the_state_and_in_no_message(prepared: Sa
         assert not any(seed.encode() in path.read_bytes() for seed in prepared.kept["seeds"])
 
 
-def test_what_cannot_be_transferred_is_said(prepared: Saved, other_bert: Path, tiny_bert: Path, tmp_path: Path) -> None:
-    same = plan_for(prepared, prepared.plan.model.source)
+def test_what_cannot_be_transferred_is_said(
+    prepared: SavedModel, other_bert: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    same = transfer_plan(prepared, prepared.plan.model.source)
     for plan, words in (
         (same, "--to: expected another base model than the source's"),
-        (plan_for(prepared, str(other_bert), ("transfer.filter=titok",)), "discriminator or none for classification"),
-        (plan_for(prepared, str(other_bert), ("adapter.target_modules=['nothing']", "transfer.filter=none")), "query"),
+        (
+            transfer_plan(prepared, str(other_bert), ("transfer.filter=titok",)),
+            "discriminator or none for classification",
+        ),
+        (
+            transfer_plan(prepared, str(other_bert), ("adapter.target_modules=['nothing']", "transfer.filter=none")),
+            "query",
+        ),
     ):
         with pytest.raises(ColoraError, match=words):
             transfer(prepared, plan, tmp_path / "no")
         assert not (tmp_path / "no").exists()
     with pytest.raises(ColoraError, match=r"model.source: expected .*nowhere"):
-        transfer(prepared, plan_for(prepared, str(tmp_path / "nowhere")), tmp_path / "bare")
+        transfer(prepared, transfer_plan(prepared, str(tmp_path / "nowhere")), tmp_path / "bare")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(ColoraError, match="a new or empty folder, found other files"):
-        transfer(prepared, plan_for(prepared, str(other_bert)), tmp_path / "full")
-    bare = Saved(prepared.path, prepared.card, prepared.plan, prepared.shared, prepared.personal)
+        transfer(prepared, transfer_plan(prepared, str(other_bert)), tmp_path / "full")
+    bare = SavedModel(prepared.path, prepared.metadata, prepared.plan, prepared.shared, prepared.personal)
     with pytest.raises(
         ColoraError, match=r"seeds that the site kept \(transfer.prepare = true in a run that has ended\)"
     ):
-        transfer(bare, plan_for(prepared, str(other_bert), ("transfer.samples=4",)), tmp_path / "bare")
+        transfer(bare, transfer_plan(prepared, str(other_bert), ("transfer.samples=4",)), tmp_path / "bare")
     assert not (tmp_path / "bare").exists()
-    run = read_saved(tmp_path / "run" / "checkpoints")
+    run = read_saved_model(tmp_path / "run" / "checkpoints")
     with pytest.raises(
         StateError, match=r"expected one site's model \(of a run: sites/NAME\), found what all sites share"
     ):
-        transfer(run, plan_for(run, str(other_bert)), tmp_path / "bare")
+        transfer(run, transfer_plan(run, str(other_bert)), tmp_path / "bare")
 
 
 @pytest.fixture
-def talker(speaking_llama: Path, tmp_path: Path, writer: list[int]) -> Saved:
+def talker(speaking_llama: Path, tmp_path: Path, writer: list[int]) -> SavedModel:
     """A site that generates, prepared."""
     rows = [{"prompt": text, "completion": "sun moon"} for text in TEXTS]
     raw = {
@@ -156,30 +166,32 @@ def talker(speaking_llama: Path, tmp_path: Path, writer: list[int]) -> Saved:
         "site": [{"name": "eva", "source": str(write_lines(tmp_path / "eva.jsonl", rows))}],
     }
     run = simulate(recipe_from(raw), tmp_path / "run", resume=False)
-    return read_saved(run.path / "sites" / "eva")
+    return read_saved_model(run.path / "sites" / "eva")
 
 
 @pytest.mark.parametrize("kind", ["none", "titok"])
-def test_a_generator_moves_to_another_adapter_form_by_its_own_answers(talker: Saved, kind: str, tmp_path: Path) -> None:
-    plan = plan_for(talker, talker.plan.model.source, ("method.name=multilora", f"transfer.filter={kind}"))
+def test_a_generator_moves_to_another_adapter_form_by_its_own_answers(
+    talker: SavedModel, kind: str, tmp_path: Path
+) -> None:
+    plan = transfer_plan(talker, talker.plan.model.source, ("method.name=multilora", f"transfer.filter={kind}"))
     done = transfer(talker, plan, tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out" / "synthetic.jsonl").read_text().splitlines()]
     assert 9 < done.examples == len(rows) <= 12, "but for empty answers"
-    assert rows == label(talker, [row["prompt"] for row in rows])
-    learnt = [p["completion"] for p in Predictor(read_saved(tmp_path / "out")).predict(rows)]
+    assert rows == pseudo_label(talker, [row["prompt"] for row in rows])
+    learnt = [p["completion"] for p in Predictor(read_saved_model(tmp_path / "out")).predict(rows)]
     assert sum(a == row["completion"] for a, row in zip(learnt, rows, strict=True)) >= len(rows) - 2
 
 
 def test_on_a_model_that_writes_by_itself_the_discriminator_is_trained_anew(
-    talker: Saved, speaking_llama: Path, tmp_path: Path
+    talker: SavedModel, speaking_llama: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "other-speaker"
     shutil.copytree(speaking_llama, target)
-    plan = plan_for(talker, str(target), ("transfer.filter=none",))
+    plan = transfer_plan(talker, str(target), ("transfer.filter=none",))
     rows = [{"prompt": text, "completion": "sun"} for text in TEXTS]
     assert talker.kept
-    bare = for_the_next(talker, plan, rows)
-    again = for_the_next(talker, plan_for(talker, str(target)), rows)
+    bare = artifacts_for_next_transfer(talker, plan, rows)
+    again = artifacts_for_next_transfer(talker, transfer_plan(talker, str(target)), rows)
     assert bare
     assert again
     assert bare.seeds == again.seeds == tuple(talker.kept["seeds"])
@@ -187,14 +199,19 @@ def test_on_a_model_that_writes_by_itself_the_discriminator_is_trained_anew(
     assert again.discriminator.keys() == talker.discriminator.keys()
     assert any(value.numpy().tobytes() != talker.discriminator[k].tobytes() for k, value in again.discriminator.items())
     assert any(value.any() for k, value in again.discriminator.items() if "lora_B" in k), "it was trained, not made"
-    wider = for_the_next(talker, plan_for(talker, talker.plan.model.source, ("transfer.rank=2",)), rows)
+    wider = artifacts_for_next_transfer(
+        talker, transfer_plan(talker, talker.plan.model.source, ("transfer.rank=2",)), rows
+    )
     assert wider
     assert {value.shape[0] for k, value in wider.discriminator.items() if "lora_A" in k} == {2}
-    assert for_the_next(talker, plan_for(talker, str(target), ("transfer.prepare=false",)), rows) is None
+    assert (
+        artifacts_for_next_transfer(talker, transfer_plan(talker, str(target), ("transfer.prepare=false",)), rows)
+        is None
+    )
 
 
 def test_a_target_that_cannot_write_or_answer_is_told_before_anything_is_written(
-    talker: Saved, tiny_bert: Path, tiny_llama: Path, tmp_path: Path
+    talker: SavedModel, tiny_bert: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
     from transformers import T5Config
 
@@ -207,5 +224,5 @@ def test_a_target_that_cannot_write_or_answer_is_told_before_anything_is_written
         (tiny_llama, "site eva: model.source: .* a vocabulary with yes and no", ()),
     ):
         with pytest.raises(ModelError, match=words):
-            transfer(talker, plan_for(talker, str(target), overrides), tmp_path / "out")
+            transfer(talker, transfer_plan(talker, str(target), overrides), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from colora.common.assets import asset_folder  # a folder on this disk, in place of a hub id
+from colora.common.models.assets import asset_folder  # a folder on this disk, in place of a hub id
 
 BATCH, LENGTH, LR = 8, 32, 1e-3
 

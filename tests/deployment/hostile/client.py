@@ -21,12 +21,13 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from colora.client.connection import connect
-from colora.client.wire import parts, trainer_pb2_grpc
-from colora.client.wire import trainer_pb2 as wire
+from colora.client.trainer_service import serde as parts
+from colora.client.trainer_service.client import connect
+from colora.client.trainer_service.proto import trainer_pb2 as wire
+from colora.client.trainer_service.proto import trainer_pb2_grpc
+from colora.common.config.schema import Plan, parse
 from colora.common.methods import METHODS, SHARED
-from colora.common.protocol import PROTOCOL, Order
-from colora.common.settings import Plan, parse
+from colora.common.protocol.types import PROTOCOL, TrainRequest
 
 MOST = 1 << 18  # bytes of one thing
 SERVICE = "/colora.trainer.v1.Trainer/"
@@ -84,13 +85,13 @@ class Thief:
 
     def lead(self) -> None:
         """Two rounds and the close, so that the site has a state; round 2 again with another adapter."""
-        for t, phase in ((1, "train"), (2, "train"), (3, "close")):
-            self.train(f"lead {t}", self.plan, t, phase=phase, admitted=t - 1, evaluate=True)
+        for t, phase in ((1, "train"), (2, "train"), (3, "finalize")):
+            self.train(f"lead {t}", self.plan, t, kind=phase, admitted_round=t - 1, evaluate=True)
 
     # --- what the trainer's surface offers, and what it does not ------------------------------------------------
 
     def ask_for_anything(self) -> None:
-        names = ["Dump", "GetState", "Export", "Core", "Head", "Rows", "Audit", "describe", "Train/", "../Train", ""]
+        names = ["Dump", "GetState", "Export", "Core", "Head", "Rows", "Audit", "site_info", "Train/", "../Train", ""]
         reflection = [f"/grpc.reflection.{v}.ServerReflection/ServerReflectionInfo" for v in ("v1", "v1alpha")]
         channelz = [f"/grpc.channelz.v1.Channelz/{name}" for name in ("GetServers", "GetTopChannels", "GetSockets")]
         health = [f"/grpc.health.v1.Health/{name}" for name in ("Check", "List")]
@@ -146,7 +147,7 @@ class Thief:
             classes = described[0].classes if described else 2
             self.train(what, plan, 1, classes=classes)
             if described:
-                self.train(f"{what}, close", plan, 2, phase="close", classes=classes)
+                self.train(f"{what}, close", plan, 2, kind="finalize", classes=classes)
         raw = json.dumps(self.plan)
         for text in ("", "[]", "{}", "null", raw[:-1], raw.replace("colora", "col\x00ora"), raw + raw):
             self.call("text", lambda stub, _, t=text: stub.Describe(wire.DescribeRequest(plan=t, protocol=PROTOCOL)))
@@ -203,14 +204,14 @@ class Thief:
 
     def train(self, what: str, plan: Raw, t: int, *, classes: int = 2, **changes: Any) -> None:
         values = {
-            "phase": "train",
-            "admitted": 0,
+            "kind": "train",
+            "admitted_round": 0,
             "evaluate": False,
             "shared": self.arrays(plan, t, classes),
             **changes,
         }
-        order = Order(plan["name"], t, plan=json.dumps(plan), **values)
-        self.call(f"train {what}", lambda stub, _: stub.Train(parts.order_parts(order)))
+        order = TrainRequest(plan["name"], t, plan=json.dumps(plan), **values)
+        self.call(f"train {what}", lambda stub, _: stub.Train(parts.request_parts(order)))
 
     def orders(self) -> None:
         """In the allowed plan: other arrays, other rounds, other phases, old rounds again, and out of order."""
@@ -220,18 +221,20 @@ class Thief:
             square = np.ones((4, 4), np.float32)
             self.train(f"with {name}", self.plan, 4, shared={**shared, name: square})
             self.train(f"only {name}", self.plan, 4, shared={name: square})
-            self.train(f"close with {name}", self.plan, 4, phase="close", shared={**shared, name: square})
+            self.train(f"close with {name}", self.plan, 4, kind="finalize", shared={**shared, name: square})
         self.train("nothing", self.plan, 4, shared={})
         for value in (0.0, np.nan, 1e30):
             same = {key: np.full_like(array, value) for key, array in shared.items()}
-            self.train(f"all {value}", self.plan, 5, shared=same, admitted=2)
-            self.train(f"all {value}, close", self.plan, 6, phase="close", shared=same, admitted=2)
+            self.train(f"all {value}", self.plan, 5, shared=same, admitted_round=2)
+            self.train(f"all {value}, close", self.plan, 6, kind="finalize", shared=same, admitted_round=2)
         for t, admitted in ((1, 0), (2, 1), (3, 2), (2, 0), (1, 1), (0, 0), (-1, -2), (9, 2), (10**6, 3), (2**62, 1)):
-            for phase in ("train", "close"):
-                self.train(f"round {t} after {admitted} {phase}", self.plan, t, admitted=admitted, phase=phase)
+            for phase in ("train", "finalize"):
+                self.train(f"round {t} after {admitted} {phase}", self.plan, t, admitted_round=admitted, kind=phase)
         for phase in ("state", "export", ""):
-            self.train(f"phase {phase}", self.plan, 4, admitted=2, phase=phase)
-        head, *chunks = parts.order_parts(Order(self.plan["name"], 7, "train", 2, json.dumps(self.plan), shared, True))
+            self.train(f"phase {phase}", self.plan, 4, admitted_round=2, kind=phase)
+        head, *chunks = parts.request_parts(
+            TrainRequest(self.plan["name"], 7, "train", 2, json.dumps(self.plan), shared, True)
+        )
         for name, sent in {
             "no head": chunks,
             "no end": [head, *chunks[:1]],
@@ -259,7 +262,7 @@ class Thief:
             for name in ("fd", "cwd", "root", "task", "map_files"):
                 with suppress(OSError):
                     self.take(f"list: {place / name}", "\n".join(os.listdir(place / name)))
-            self.memory(pid)
+            self.optimizer_state(pid)
             if ctypes.CDLL(None).ptrace(0x4206, pid, 0, 0) == 0:  # PTRACE_SEIZE
                 self.take(f"traced: {pid}", "yes")
         for site in self.others.values():

@@ -1,0 +1,1 @@
+"""What a trained site produces: exports, predictions, transfers."""

@@ -1,0 +1,153 @@
+"""Reading rows from files, assets and hub data sets."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from ...common.dataset import Row
+from ...common.errors import AssetError, ConfigError, DataError
+from ...common.models.assets import asset_folder
+
+
+def read_rows(source: str, site: str | None = None) -> Iterable[Row]:
+    """Rows of a file (by its ending), of ``asset:NAME/SPLIT`` or of a hub data set (``id`` or ``id:split``)."""
+    if source.startswith("asset:"):
+        return _read_asset(source.removeprefix("asset:"), site)
+    path = Path(source)
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        return _read_hub(source, site)
+    if not path.is_file():
+        raise DataError("data.source", "a file that is there", source, site=site)
+    try:
+        rows = list(reader(path, site))
+    except DataError:
+        raise
+    except (ValueError, OSError, EOFError, csv.Error, BadZipFile) as error:
+        raise DataError("data.source", f"a readable {path.suffix} file", f"{source} ({error})", site=site) from None
+    if not rows:
+        raise DataError("data.source", "rows", f"an empty file, {source}", site=site)
+    return rows
+
+
+@contextmanager
+def as_test_source() -> Iterator[None]:
+    """Errors about ``data.source`` are about ``data.test_source`` where that is what is read."""
+    try:
+        yield
+    except (DataError, ConfigError) as error:
+        error.field = "data.test_source" if error.field == "data.source" else error.field
+        raise
+
+
+def _read_jsonl(path: Path, site: str | None) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path.name} line {number}", "one JSON object", error.msg, site=site) from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path.name} line {number}", "one JSON object", type(row).__name__, site=site)
+            yield row
+
+
+def _read_table(delimiter: str) -> Callable[[Path, str | None], Iterator[Row]]:
+    def read(path: Path, site: str | None) -> Iterator[Row]:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from csv.DictReader(file, delimiter=delimiter)
+
+    return read
+
+
+def _read_parquet(path: Path, site: str | None) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    yield from pyarrow.parquet.read_table(path).to_pylist()
+
+
+def _read_npz(path: Path, site: str | None) -> Iterator[Row]:
+    with np.load(path, allow_pickle=False) as file:
+        if set(file.files) != {"x", "y"}:
+            raise DataError("data.source", "arrays x and y", ", ".join(file.files), site=site)
+        yield from ({"x": x, "y": y} for x, y in zip(file["x"], file["y"], strict=True))
+
+
+_READERS: dict[str, Callable[[Path, str | None], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_table(","),
+    ".tsv": _read_table("\t"),
+    ".parquet": _read_parquet,
+    ".npz": _read_npz,
+}
+
+
+def _read_hub(source: str, site: str | None) -> Iterable[Row]:
+    import datasets
+
+    name, _, split = source.partition(":")
+    try:
+        return datasets.load_dataset(name, split=split or "train")  # type: ignore[return-value]
+    except Exception as error:  # whatever the hub, the network or a builder raises
+        endings = ", ".join(_READERS)
+        wanted = f"a file ({endings}), asset:NAME or a hub data set that can be reached"
+        raise DataError("data.source", wanted, f"{source!r} ({type(error).__name__})", site=site) from None
+
+
+def _read_asset(name: str, site: str | None) -> Iterable[Row]:
+    asset, _, part = name.partition("/")
+    reader = _ASSET_READERS.get(asset)
+    if reader is None:
+        raise ConfigError("data.source", f"asset:NAME with NAME of {', '.join(_ASSET_READERS)}", repr(name), site=site)
+    try:
+        rows = list(reader(asset_folder(asset), part))
+    except AssetError as error:
+        raise error.at_site(site or "") from None
+    except FileNotFoundError:
+        rows = []
+    if not rows:
+        raise DataError("data.source", f"asset:{asset}/PART with a part that is there", repr(name), site=site)
+    return rows
+
+
+def _read_newsgroups(folder: Path, part: str) -> Iterator[Row]:
+    with (folder / f"20newsgroups-{part or 'train'}.tab").open(encoding="utf-8") as file:
+        for line in list(file)[3:]:  # three header lines
+            label, _, text = line.rstrip("\n").partition("\t")
+            yield {"label": label, "family": label.split(".")[0], "text": text}
+
+
+def _read_orange(folder: Path, part: str) -> Iterator[Row]:
+    """Any of the package's tables, by its file's name: below the columns' names stand their types and their roles."""
+    with (folder / f"{part}.tab").open(encoding="utf-8", newline="") as file:
+        yield from islice(csv.DictReader(file, delimiter="\t"), 2, None)
+
+
+def _read_chatterbot(folder: Path, part: str) -> Iterator[Row]:
+    """The first two turns of every conversation; the corpus repeats itself, so each pair comes once."""
+    import yaml
+
+    seen: set[tuple[str, str]] = set()
+    for file in sorted(folder.glob(f"{part or '*'}.yml")):
+        for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            pair = tuple(str(turn) for turn in turns[:2])
+            if len(pair) == 2 and pair not in seen:
+                seen.add(pair)
+                yield {"topic": file.stem, "prompt": pair[0], "completion": pair[1]}
+
+
+_ASSET_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+    "20newsgroups": _read_newsgroups,
+    "orange-texts": _read_orange,
+    "chatterbot": _read_chatterbot,
+}

@@ -1,0 +1,1 @@
+"""Running a site: the trainer and the SuperNode."""

@@ -1,0 +1,1 @@
+"""The trainer process, which serves gRPC to the ClientApp."""

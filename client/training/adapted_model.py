@@ -1,0 +1,65 @@
+"""The base model with the shared adapter and the private adapters that its sites use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ...common.adapters.inject import ADAPTER, activate, attach, inject, private_spec
+from ...common.config.schema import Plan, PrivateSettings
+from ...common.models.base_model import BaseModel
+from ...common.models.precision import checkpoint_activations
+from ...transfer.preparation import load_generator
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A base model with the plan's adapter attached: one per process, used by one site after the other."""
+
+    base: BaseModel
+    plan: Plan
+    adapter: Mapping[str, nn.Parameter]
+    private_adapters: dict[PrivateSettings, PrivateAdapter] = field(default_factory=dict)
+    generators: list[BaseModel] = field(default_factory=list)  # the generator beside an encoder, once it was needed
+
+    def private_adapter(self, settings: PrivateSettings) -> PrivateAdapter:
+        """The private adapter of this kind, attached at the first call; sites of one kind take turns on it."""
+        if not settings.present:
+            return PrivateAdapter("", {})
+        if settings not in self.private_adapters:
+            name = f"private{len(self.private_adapters)}"
+            parameters = inject(self.base.backbone, private_spec(settings, self.plan.adapter), name)
+            self.private_adapters[settings] = PrivateAdapter(name, parameters)
+        return self.private_adapters[settings]
+
+    def generator(self, task: str) -> BaseModel:
+        """The causal model that writes texts: the base model, or the generator beside it, loaded at the first call."""
+        if task == "generation":
+            return self.base
+        if not self.generators:
+            self.generators.append(load_generator(self.plan, task))
+        return self.generators[0]
+
+    def select(self, private: PrivateAdapter) -> None:
+        """Lets the shared adapter and this private one act, and no other."""
+        if self.private_adapters:
+            activate(self.base.backbone, [name for name in (ADAPTER, private.name) if name])
+
+
+@dataclass(frozen=True)
+class PrivateAdapter:
+    """A private adapter on a bench: its name there, and its parameters."""
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+
+
+def attach_adapters(base: BaseModel, plan: Plan) -> AdaptedModel:
+    """Attaches the plan's shared adapter to the base model."""
+    checkpoint_activations(base.backbone, plan.train.gradient_checkpointing)
+    adapter = attach(base.backbone, plan.adapter, plan.method.row())
+    for parameter in adapter.values():
+        parameter.requires_grad_(False)
+    return AdaptedModel(base, plan, adapter)

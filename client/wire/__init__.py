@@ -1,4 +1,0 @@
-"""The wire between a site's thin ClientApp and its resident trainer.
-
-``trainer_pb2*.py`` are generated from ``trainer.proto`` by ``python -m colora.client.wire.generate``.
-"""

@@ -1,0 +1,85 @@
+"""Initial values of adapters and heads, and the first shared state S_0."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..config.schema import AdapterSettings, Plan
+from ..methods import SHARED
+from ..models.base_model import BaseModel, skeleton
+from ..models.sources import Fingerprint
+from ..seeds import seed_from
+from .core import CORE_FORMS
+from .inject import Layout, attach, layout_of
+
+
+def initial_values(layout: Layout, settings: AdapterSettings, seed: int) -> dict[str, torch.Tensor]:
+    """Values at step 0, where ΔW = 0: A Kaiming-uniform(a=√5), B zero, Λ = I, so that a step equals plain LoRA's.
+
+    With MultiLoRA's scales in the layout those are zero, and every B_i is Kaiming-uniform on its own. Every tensor has
+    its own generator seeded by (seed, name): the values depend on nothing else.
+    """
+    return {key: _initial(key, layout, settings, seed) for key in layout}
+
+
+def _initial(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
+    leaf = next((part for part in reversed(key.split(".")) if part in _INITIAL), "head")
+    return _INITIAL[leaf](key, layout, settings, seed)
+
+
+def _a(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
+    return _kaiming(key, layout[key], layout[key][1], seed)
+
+
+def _b(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
+    scale = layout.get(f"{key.rpartition('lora_B')[0]}lora_scale")
+    if scale is None:
+        return torch.zeros(layout[key])
+    return _kaiming(key, layout[key], layout[key][1] // scale[0], seed)  # the inputs of one module
+
+
+def _core(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
+    return CORE_FORMS[settings.core].initial(layout[key][0])
+
+
+def _scale(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
+    return torch.zeros(layout[key])
+
+
+def _head(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
+    """As BERT's: matrices N(0, 0.02²), biases zero, the scales of normalisations one."""
+    shape = layout[key]
+    if len(shape) < 2:
+        return torch.zeros(shape) if key.endswith("bias") else torch.ones(shape)
+    generator = torch.Generator().manual_seed(seed_from(seed, key))
+    return torch.empty(shape).normal_(0, 0.02, generator=generator)
+
+
+def _kaiming(key: str, shape: tuple[int, ...], fan_in: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed_from(seed, key))
+    bound = 1 / math.sqrt(fan_in)  # √(6 / ((1 + a²) · fan_in)) with a = √5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+_INITIAL = {"lora_A": _a, "lora_B": _b, "lora_core": _core, "lora_scale": _scale, "head": _head}
+
+
+def initial_shared_state(plan: Plan, classes: int = 0) -> dict[str, np.ndarray]:
+    """The shared arrays that round 1 starts from; ``classes`` sizes a shared head. Needs no weights and no GPU."""
+    row = plan.row()
+    backbone = skeleton(plan.model)
+    layout = layout_of(attach(backbone, plan.adapter, row))
+    if row.head is SHARED and classes:
+        layout |= head_layout(backbone, classes)
+    values = initial_values(row.having(layout, SHARED), plan.adapter, plan.seed)
+    return {key: value.numpy() for key, value in values.items()}
+
+
+def head_layout(backbone: nn.Module, classes: int) -> Layout:
+    """Names and shapes of a classification head on a backbone without weights. Raises ModelError if there is none."""
+    meta = BaseModel(backbone, backbone.config, None, Fingerprint("", "", ""), torch.device("meta"))
+    return layout_of(meta.head_parameters(meta.classifier(classes)[1]))

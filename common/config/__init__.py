@@ -1,0 +1,1 @@
+"""Recipes and site files: schema, loading and error messages."""

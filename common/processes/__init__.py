@@ -1,0 +1,1 @@
+"""Supervised processes and their health."""

@@ -1,0 +1,1 @@
+"""Running a coordinator: SuperLink, gateway and ServerApp."""

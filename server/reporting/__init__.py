@@ -1,0 +1,1 @@
+"""Events, run folders and what a person sees."""

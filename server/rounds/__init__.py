@@ -1,0 +1,1 @@
+"""The rounds: sampling, dispatch, admission, aggregation and checkpoints."""

@@ -1,0 +1,101 @@
+"""The coordinator's state, one safetensors file a round, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ...common.atomic_io import load_arrays, save_arrays
+from ...common.config.schema import Recipe, to_json
+from ...common.errors import StateError
+from ...common.models.saved import FINGERPRINTS, SHARED, ModelMetadata
+
+OPTIMIZER_STATE = "memory/"
+MAX_CHECKPOINTS = 3  # checkpoints that stay on disk
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Where a federation stands after ``round``. ``admitted`` is each site's last round that counted."""
+
+    round: int
+    shared: Mapping[str, np.ndarray]
+    optimizer_state: Mapping[str, np.ndarray] = field(default_factory=dict)  # of the server optimiser
+    admitted: Mapping[str, int] = field(default_factory=dict)
+    pins: Mapping[str, str] = field(default_factory=dict)  # fingerprints that every site must have
+    weights: str = ""  # how updates are weighed, chosen at the first join
+    finalized: bool = False
+    task: str = ""  # of all sites; empty where they have different ones
+
+
+class Checkpoints:
+    """The ``checkpoints/`` folder of one federation."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.folder, self.identity = folder, {"federation": recipe.name, "recipe": recipe.identity}
+        self.plan = to_json(recipe.plan)
+
+    def latest(self) -> ServerState | None:
+        """The newest state, or None. Raises StateError when it belongs to another federation or recipe."""
+        paths = sorted(self.folder.glob("round-*.safetensors"))
+        if not paths:
+            return None
+        arrays, meta = load_arrays(paths[-1])
+        for name, mine in self.identity.items():
+            if meta[name] != mine:
+                raise StateError(f"{paths[-1]}: {name}", mine, meta[name])
+        shared, memory = (
+            {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in (SHARED, OPTIMIZER_STATE)
+        )
+        return ServerState(
+            meta["round"], shared, memory, meta["admitted"], meta["pins"], meta["weights"], meta["closed"], meta["task"]
+        )
+
+    def write(self, state: ServerState) -> None:
+        """Puts a state on disk and deletes all but the newest few."""
+        arrays = {SHARED + k: v for k, v in state.shared.items()} | {
+            OPTIMIZER_STATE + k: v for k, v in state.optimizer_state.items()
+        }
+        meta = {
+            **self.identity,
+            "round": state.round,
+            "admitted": dict(state.admitted),
+            "pins": dict(state.pins),
+            "weights": state.weights,
+            "closed": state.finalized,
+            "task": state.task,
+            "card": dataclasses.asdict(self._card(state)),
+        }
+        save_arrays(self.folder / f"round-{state.round:06d}.safetensors", arrays, meta)
+        for path in sorted(self.folder.glob("round-*.safetensors"))[:-MAX_CHECKPOINTS]:
+            path.unlink(missing_ok=True)
+
+    def _card(self, state: ServerState) -> ModelMetadata:
+        prints = {name: state.pins[name] for name in FINGERPRINTS if name in state.pins}
+        return ModelMetadata(self.identity["federation"], state.round, self.plan, task=state.task, fingerprint=prints)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What the newest checkpoint says, without its arrays. ``written`` is seconds since 1970."""
+
+    round: int
+    admitted: Mapping[str, int]
+    closed: bool
+    written: float
+
+
+def latest_checkpoint_info(folder: Path) -> CheckpointInfo | None:
+    """The newest checkpoint of any federation in ``folder``, also while another process goes on writing there."""
+    while paths := sorted(folder.glob("round-*.safetensors")):
+        try:
+            _, meta = load_arrays(paths[-1], prefix=" ")
+            return CheckpointInfo(meta["round"], meta["admitted"], meta["closed"], paths[-1].stat().st_mtime)
+        except (StateError, OSError):
+            if paths[-1].exists():
+                raise
+    return None

@@ -1,0 +1,35 @@
+"""Sites for heterogeneous linear regression: y = ⟨X, W_k*⟩ + ε with W_k* = U* Λ_k* V*ᵀ, d = 20, r = 3, σ = 0.1."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..common.config.schema import Recipe, SimulatedSiteSettings
+from ..common.dataset import Row, SiteDataset
+from ..common.models.synthetic import regression_rows, regression_truth
+from ..common.seeds import seed_from
+
+SOURCE = "synthetic:regression"
+NOISE = 0.1
+
+
+def truths(recipe: Recipe) -> dict[str, np.ndarray]:
+    """W_k* by site name, each (20, 20)."""
+    assert recipe.partition is not None
+    truth = regression_truth(seed_from(recipe.seed, "truth"), recipe.partition.sites)
+    return {f"task-{k + 1:02d}": w for k, w in enumerate(truth)}
+
+
+def regression_sites(recipe: Recipe) -> list[tuple[SimulatedSiteSettings, SiteDataset]]:
+    """``data.train`` noisy rows to train on and ``data.test`` noiseless ones for each of ``partition.sites`` tasks."""
+    sites = []
+    for name, truth in truths(recipe).items():
+        train = regression_rows(truth, recipe.data.train or 40, NOISE, seed_from(recipe.seed, name, "train"))
+        test = regression_rows(truth, recipe.data.test or 500, 0.0, seed_from(recipe.seed, name, "test"))
+        rows = SiteDataset(name, "regression", _rows(train), _rows(test))
+        sites.append((SimulatedSiteSettings(name, recipe.data), rows))
+    return sites
+
+
+def _rows(arrays: dict[str, np.ndarray]) -> list[Row]:
+    return [{"x": x, "y": y} for x, y in zip(arrays["x"], arrays["y"], strict=True)]

@@ -1,0 +1,352 @@
+"""An exported adapter is the personalised model: stock transformers and PEFT, in a process without colora, agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from colora.client.artifacts.export import compose, export
+from colora.client.artifacts.predict import Predictor, predict_file
+from colora.client.data.selection import load_site_rows
+from colora.client.training.adapted_model import attach_adapters
+from colora.client.training.state_store import StateStore
+from colora.client.training.trainer import Trainer
+from colora.common.adapters.initialization import initial_shared_state
+from colora.common.config.loader import recipe_from
+from colora.common.config.schema import DataSettings, to_json
+from colora.common.config.site_schema import SiteSettings
+from colora.common.errors import ColoraError
+from colora.common.methods import METHODS
+from colora.common.models.assets import asset_folder
+from colora.common.models.base_model import load_base_model
+from colora.common.models.saved import SavedModel, read_saved_model
+from colora.common.protocol.types import TrainRequest
+
+SIZES = {"vocab_size": 44, "pad_token_id": 0}
+WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+ARCHITECTURES = {
+    "roberta": ("Roberta", {**SIZES, **WIDE, "max_position_embeddings": 66}, ["query", "value"]),
+    "distilbert": (
+        "DistilBert",
+        {**SIZES, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+        ["q_lin", "v_lin"],
+    ),
+    "gpt2": (
+        "GPT2",
+        {"vocab_size": 44, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+        ["c_attn", "c_proj"],
+    ),
+}
+PRIVATES = ("none", "lora", "multilora")
+CLOSE = 1e-5
+STOCK = Path(__file__).with_name("stock.py")
+TEXTS = ["red a b", "blue cat dog c d e f", "x"]
+
+
+@dataclass
+class Trained:
+    """A site after one round and the close, its trainer still in memory."""
+
+    name: str
+    saved: SavedModel
+    trainer: Trainer
+
+    def answers(self) -> list:
+        """``colora predict``'s: the numbers of labels, or completions."""
+        labels = self.saved.metadata.labels
+        if labels:
+            return [labels.index(p["label"]) for p in Predictor(self.saved).predict([{"text": t} for t in TEXTS])]
+        return [p["completion"] for p in Predictor(self.saved).predict([{"prompt": t} for t in TEXTS])]
+
+    def job(self, name: str, folder: Path, base: str | None) -> dict:
+        """An order to the stock process: this model, exported to ``folder``."""
+        tokens = self.saved.plan.evaluation.max_new_tokens
+        labels = len(self.saved.metadata.labels)
+        return {"name": name, "folder": str(folder), "base": base, "labels": labels, "tokens": tokens}
+
+    def logits(self) -> np.ndarray:
+        """Of the personalised model, one text at a time."""
+        task, tokenizer = self.trainer.task, self.trainer.model.base.tokenizer
+        self.trainer.load(dict(self.saved.shared), {k: torch.as_tensor(v) for k, v in self.saved.personal.items()})
+        task.module.eval()
+        found = []
+        with torch.no_grad():
+            for text in TEXTS:
+                out = task.module(**tokenizer([text], return_tensors="pt", return_token_type_ids=False)).logits
+                found.append(out.numpy().reshape(-1, out.shape[-1])[-1])
+        return np.concatenate(found)
+
+
+def train(raw: dict, folder: Path, name: str) -> Trained:
+    """The first site of a recipe through one round and the close, without Flower."""
+    recipe = recipe_from(raw)
+    plan, site = recipe.plan, recipe.site[0]
+    generates = site.data.task == "generation"
+    bench = attach_adapters(load_base_model(plan.model, generates=generates), plan)
+    rows = load_site_rows(SiteSettings(site.name, site.data), recipe.seed)
+    trainer = Trainer(bench, rows, StateStore(folder, plan.name))
+    shared = initial_shared_state(plan, len(rows.labels))
+    reply = trainer.handle(TrainRequest(plan.name, 1, "train", 0, to_json(plan), shared, False))
+    order = TrainRequest(plan.name, 2, "finalize", 1, to_json(plan), dict(reply.shared), True)
+    trainer.handle(order)
+    return Trained(name, read_saved_model(folder), trainer)
+
+
+def varied(raw: dict, method: str, private: str) -> dict:
+    steps = {**raw["train"], "steps": 8, "final_steps": 8, "lr": 0.05, "private_lr": 0.05}
+    table = {"kind": private, "rank": 2, "modules": 3, "alpha": 5.0, "target_modules": ["value", "v_proj", "o_proj"]}
+    return {**raw, "method": {"name": method}, "private": table, "train": steps}
+
+
+@pytest.fixture(scope="module")
+def without_colora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that is installed but colora."""
+    folder = tmp_path_factory.mktemp("stock")
+    for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(place).iterdir():
+            if "colora" not in entry.name.lower() and entry.suffix != ".pth":
+                (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+@dataclass(frozen=True)
+class Stock:
+    """Logits, and labels or greedy completions, by the names of the jobs."""
+
+    logits: dict[str, np.ndarray]
+    answers: dict[str, list]
+
+
+def stock(folder: Path, jobs: list[dict]) -> Stock:
+    """What every job's model says, from a fresh process that cannot import colora."""
+    todo = folder.parent / "jobs.json"
+    todo.write_text(json.dumps({"jobs": jobs, "texts": TEXTS, "out": str(folder.parent / "logits.npz")}))
+    env = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-S", str(STOCK), str(todo)], env=env, cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads((folder.parent / "logits.json").read_text())
+    return Stock(dict(np.load(folder.parent / "logits.npz")), answers)
+
+
+def cases(tiny_recipe: dict, generation_recipe: dict, top: Path) -> Iterator[Trained]:
+    for kind, raw in (("classification", tiny_recipe), ("generation", generation_recipe)):
+        for method in METHODS:
+            for private in PRIVATES:
+                name = f"{kind}-{method}-{private}"
+                yield train(varied(raw, method, private), top / name, name)
+
+
+def test_each_method_with_each_private_adapter_is_what_stock_peft_loads(
+    tiny_recipe: dict, generation_recipe: dict, tmp_path: Path, without_colora: Path
+) -> None:
+    jobs, ours, answers = [], {}, {}
+    for case in cases(tiny_recipe, generation_recipe, tmp_path / "states"):
+        ours[case.name], said = case.logits(), case.answers()
+        for merge in (False, True):
+            out = tmp_path / "out" / f"{case.name}{'-merged' if merge else ''}"
+            export(case.saved, out, merge=merge)
+            base = None if merge else case.saved.plan.model.source
+            jobs.append(case.job(out.name, out, base))
+            ours[out.name], answers[out.name] = ours[case.name], said
+    everything = stock(without_colora, jobs)
+    assert everything.answers == answers
+    assert len({str(said) for said in answers.values()}) > 5, "and they are not all the same"
+    found = everything.logits
+    assert len(found) == len(METHODS) * len(PRIVATES) * 2 * 2
+    worst = {name: float(np.abs(found[name] - ours[name]).max()) for name in found}
+    assert max(worst.values()) < CLOSE, sorted(worst.items(), key=lambda item: -item[1])[:5]
+    bare = stock(without_colora, [{**job, "bare": True} for job in jobs if job["base"]]).logits
+    moved = [float(np.abs(bare[name] - ours[name]).max()) for name in bare if not name.startswith("classification")]
+    assert min(moved) > 100 * CLOSE, "and the adapters do something"
+
+
+def test_architectures_with_heads_of_their_own(tiny_recipe: dict, tmp_path: Path, without_colora: Path) -> None:
+    """RoBERTa's head is a module of modules, DistilBERT has two, GPT-2 no padding token and turned weights."""
+    tokenizer, jobs, ours = Path(tiny_recipe["model"]["source"]), [], {}
+    for name, (kind, sizes, targets) in ARCHITECTURES.items():
+        place = tmp_path / name
+        shutil.copytree(tokenizer, place)
+        for weights in place.glob("*.safetensors"):
+            weights.unlink()
+        torch.manual_seed(1)
+        getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)).save_pretrained(place)
+        raw = varied({**tiny_recipe, "model": {"source": str(place), "max_length": 16}}, "colora", "lora")
+        raw["adapter"] = {**raw["adapter"], "target_modules": targets}
+        raw["private"] |= {"target_modules": targets[:1]}
+        case = train(raw, tmp_path / f"{name}-state", name)
+        ours |= dict.fromkeys((f"{name}-out", f"{name}-merged"), case.logits())
+        for out, base in ((f"{name}-out", str(place)), (f"{name}-merged", None)):
+            export(case.saved, tmp_path / out, merge=base is None)
+            jobs.append(case.job(out, tmp_path / out, base))
+    for name, logits in stock(without_colora, jobs).logits.items():
+        assert np.abs(logits - ours[name]).max() < CLOSE, name
+
+
+def test_weights_that_the_source_lacks_go_with_the_adapter(
+    tiny_recipe: dict, tmp_path: Path, without_colora: Path
+) -> None:
+    """A BERT without a pooler, and a LoRA on the pooler as well: elsewhere it would be drawn anew."""
+    source, place = Path(tiny_recipe["model"]["source"]), tmp_path / "model"
+    shutil.copytree(source, place)
+    weights = {k: v for k, v in load_file(place / "model.safetensors").items() if "pooler" not in k}
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    raw = varied({**tiny_recipe, "model": {"source": str(place), "max_length": 16}}, "colora", "none")
+    raw["adapter"] = {**raw["adapter"], "target_modules": ["query", "dense"]}
+    case = train(raw, tmp_path / "state", "a")
+    jobs = []
+    for out, base in (("out", str(place)), ("merged", None)):
+        export(case.saved, tmp_path / out, merge=base is None)
+        jobs.append(case.job(out, tmp_path / out, base))
+    for name, logits in stock(without_colora, jobs).logits.items():
+        assert np.abs(logits - case.logits()).max() < CLOSE, name
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own, about transformers
+def test_the_cards_own_lines_load_it_and_equal_models_give_equal_files(tiny_recipe: dict, tmp_path: Path) -> None:
+    case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "state", "a")
+    export(case.saved, tmp_path / "out")
+    export(case.saved, tmp_path / "again")
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    text = (tmp_path / "out" / "README.md").read_text()
+    for fact in (
+        "round 2 of 2",
+        "site**: ada",
+        "private adapter: lora",
+        "accuracy",
+        case.saved.metadata.fingerprint["model"],
+    ):
+        assert fact in text, fact
+    lines = text.partition("```python\n")[2].partition("```")[0].replace("HERE", str(tmp_path / "out"))
+    names: dict = {}
+    exec(lines, names)
+    batch = names["tokenizer"](TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        assert np.abs(names["model"](**batch).logits.numpy().ravel() - case.logits()).max() < CLOSE
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("part", ["shared", "personal"])
+def test_the_lines_of_a_part_load_it_too(tiny_recipe: dict, tmp_path: Path, part: Any) -> None:
+    case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "state", "a")
+    export(case.saved, tmp_path / "out", part)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert ("without a head" in text) is (part == "shared")
+    names: dict = {}
+    exec(text.partition("```python\n")[2].partition("```")[0].replace("HERE", str(tmp_path / "out")), names)
+    state, layers = names["model"].state_dict(), compose(case.saved, part).layers
+    for layer, (b, a) in layers.items():
+        found = [state[f"base_model.model.{layer}.lora_{x}.default.weight"] for x in "BA"]
+        assert torch.equal(found[0] @ found[1], b @ a), layer
+
+
+def test_what_all_sites_share_names_no_site(tiny_recipe: dict, tmp_path: Path) -> None:
+    case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "state", "a")
+    export(case.saved, tmp_path / "out", "shared")
+    text = (tmp_path / "out" / "README.md").read_text()
+    for secret in ("ada", *case.saved.metadata.labels, "accuracy"):
+        assert not re.search(rf"\b{secret}\b", text), secret
+    with pytest.raises(ColoraError, match="found what the site made of it in round 1"):
+        export(read_saved_model(case.trainer.store.path(1)), tmp_path / "no", "shared")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "kind"), [("minilm-l6", "classification"), ("smollm2-135m-instruct", "generation")])
+def test_real_models_as_well(
+    source: str, kind: str, tiny_recipe: dict, generation_recipe: dict, tmp_path: Path, without_colora: Path
+) -> None:
+    raw = tiny_recipe if kind == "classification" else generation_recipe
+    raw = {**varied(raw, "colora", "multilora"), "model": {"source": f"asset:{source}", "max_length": 16}}
+    raw["train"] = {**raw["train"], "steps": 2, "final_steps": 2, "lr": 0.01, "private_lr": 0.01}
+    raw["evaluation"] = {"max_new_tokens": 8}
+    case = train(raw, tmp_path / "state", kind)
+    jobs = []
+    for name, merge in (("adapter", False), ("merged", True)):
+        export(case.saved, tmp_path / name, merge=merge)
+        base = None if merge else str(asset_folder(source))
+        jobs.append(case.job(name, tmp_path / name, base))
+    ours, found = case.logits(), stock(without_colora, jobs)
+    assert found.answers == dict.fromkeys(("adapter", "merged"), case.answers())
+    for name, logits in found.logits.items():
+        assert np.abs(logits - ours).max() < CLOSE * max(1.0, np.abs(ours).max()), name
+
+
+def test_what_all_share_and_what_a_site_adds_make_the_whole(tiny_recipe: dict, tmp_path: Path) -> None:
+    for method in METHODS:
+        saved = train(varied(tiny_recipe, method, "multilora"), tmp_path / method, method).saved
+        whole, personal = compose(saved), compose(saved, "personal")
+        parts = [personal]
+        if saved.plan.method.row().averages_products or method == "ffa":
+            parts.append(compose(saved, "shared"))
+        for layer, (b, a) in whole.layers.items():
+            total = sum((p.layers[layer][0] @ p.layers[layer][1] for p in parts if layer in p.layers), torch.zeros(1))
+            if len(parts) > 1 or method in ("local", "fedsa"):
+                assert torch.allclose(total, b @ a, atol=1e-6), (method, layer)
+
+
+def test_predictions_are_those_of_the_stock_model(tiny_recipe: dict, generation_recipe: dict, tmp_path: Path) -> None:
+    case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "a", "a")
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)))
+    rows, cut = predict_file(case.saved, source, DataSettings(), batch_size=1)
+    logits = torch.as_tensor(case.logits()).reshape(len(TEXTS), -1).softmax(-1)
+    for i, row in enumerate(rows):
+        assert (row["id"], row["text"]) == (i, TEXTS[i])
+        assert row["label"] == case.saved.metadata.labels[int(logits[i].argmax())]
+        assert list(row["probabilities"].values()) == pytest.approx(logits[i].tolist(), abs=1e-6)
+    assert cut == 0
+    talk = train(varied(generation_recipe, "colora", "lora"), tmp_path / "b", "b")
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    rows, _ = predict_file(talk.saved, source, DataSettings(), batch_size=2)
+    talk.trainer.load(dict(talk.saved.shared), {k: torch.as_tensor(v) for k, v in talk.saved.personal.items()})
+    tokenizer = talk.trainer.model.base.tokenizer
+    assert [r["completion"] for r in rows] == talk.trainer.task.answers([tokenizer(t)["input_ids"] for t in TEXTS])  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_exported_is_said(tiny_recipe: dict, tmp_path: Path) -> None:
+    saved = train(varied(tiny_recipe, "colora", "none"), tmp_path / "a", "a").saved
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    for arguments, words in (
+        ({"out": tmp_path / "full"}, "expected a new or empty folder, found other files"),
+        ({"out": tmp_path / "n", "part": "shared", "merge": True}, "the whole model, without --only"),
+    ):
+        with pytest.raises(ColoraError, match=words):
+            export(saved, **arguments)
+    alone = train(varied(tiny_recipe, "local", "none"), tmp_path / "b", "b").saved
+    with pytest.raises(ColoraError, match="a method with shared adapter values"):
+        export(alone, tmp_path / "n", "shared")
+    with pytest.raises(ColoraError, match="a run, a site's folder"):
+        read_saved_model(tmp_path / "nowhere")
+    assert not (tmp_path / "n").exists()
+
+
+def test_a_changed_base_model_is_refused(tiny_recipe: dict, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_recipe["model"]["source"], copy)
+    raw = {**tiny_recipe, "model": {**tiny_recipe["model"], "source": str(copy)}}
+    saved = train(varied(raw, "colora", "none"), tmp_path / "a", "a").saved
+    Predictor(saved)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "more": 1}))
+    with pytest.raises(ColoraError, match="model: expected the one with fingerprint"):
+        Predictor(saved)

@@ -1,0 +1,588 @@
+"""A page of findings: all well at a good site, and at a broken one exactly what is broken, in words, without values."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+from rich.console import Console
+
+from colora.cli import main
+from colora.client.deployment.checks import preflight as module
+from colora.client.deployment.checks import system as machine
+from colora.client.deployment.checks.preflight import preflight, print_checks
+from colora.client.deployment.checks.result import CheckResult, size
+from colora.server.deployment.gateway.proxy import Upstream
+from colora.server.deployment.gateway.server import GatewayServer, ListenAddress
+from colora.server.deployment.provisioning import certificates
+from colora.server.deployment.provisioning.provision import provision
+from tests.conftest import labelled_rows, write_lines
+
+SECRET = "zzgeheim"  # a word of the rows that no finding may show
+EVERYTHING = ["site file", "data", "labels", "device", "threads", "memory", "model", "tokens", "state", "socket"]
+EVERYTHING += ["key", "CA", "coordinator"]
+
+
+def make_keys(folder: Path) -> Path:
+    plan = folder / "sites.toml"
+    plan.write_text('[coordinator]\naddress = "localhost:9443"\n[[site]]\nname = "north"\n')
+    provision(plan, folder / "keys")
+    return folder / "keys"
+
+
+@contextmanager
+def gate(keys: Path | None) -> Iterator[str]:
+    """The address of a coordinator's gate, which answers /health with no SuperLink behind it."""
+    server = keys / "coordinator" / "server.crt" if keys else None
+    door = ListenAddress("127.0.0.1", 0, server, server.with_suffix(".key") if server else None)
+    with GatewayServer(door, Upstream("http://127.0.0.1:1")) as opened:
+        yield f"localhost:{opened.port}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_keys(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def address(made: Path) -> Iterator[str]:
+    with gate(made) as where:
+        yield where
+
+
+@dataclass
+class Place:
+    """A site's folder, whose file is written anew for every change."""
+
+    folder: Path
+    raw: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        path = self.folder / "site.toml"
+        path.write_text(tomli_w.dumps(self.raw))
+        return path
+
+    def look(self, **options: Any) -> dict[str, CheckResult]:
+        found = preflight(self.path, **options)
+        assert len({f.name for f in found}) == len(found)
+        for finding in found:
+            assert SECRET not in finding.detail
+            assert "\n" not in finding.detail
+        return {f.name: f for f in found}
+
+    def wrong(self, **options: Any) -> dict[str, str]:
+        return {name: finding.detail for name, finding in self.look(**options).items() if not finding.ok}
+
+
+@pytest.fixture
+def place(made: Path, address: str, tiny_bert: Path, tmp_path: Path) -> Place:
+    """A good site: provisioned, with rows, a model and a coordinator that answers."""
+    folder = shutil.copytree(made / "sites/north", tmp_path / "north")
+    rows = labelled_rows(["yes", "no"], 40)
+    rows[0]["text"] = f"{SECRET} " + "a " * 298
+    rows[1]["text"] = " "
+    write_lines(folder / "rows.jsonl", rows)
+    raw = {
+        "name": "north",
+        "data": {"source": "rows.jsonl"},
+        "coordinator": {"address": address},
+        "trainer": {"threads": 1, "device": "cpu"},
+        "allow": {"models": [str(tiny_bert)]},
+    }
+    return Place(folder, raw)
+
+
+def test_a_good_site_has_nothing_wrong_and_its_numbers_are_true(place: Place, tiny_bert: Path) -> None:
+    before = sorted(place.path.parent.rglob("*"))
+    found = place.look()
+    assert [f for f in found.values() if not f.ok] == []
+    assert list(found) == EVERYTHING
+    assert found["data"].detail == "30 rows to train on, 10 to test on; columns text, label"
+    counts = [int(n) for part in found["labels"].detail.split(", ") for n in part.split(" ")[1].split("+")]
+    assert (sum(counts[::2]), sum(counts[1::2]), len(counts)) == (30, 10, 4)
+    parameters = 44 * 16 + 64 * 16 + 2 * 16 + 2 * 16 + 2 * (4 * (16 * 16 + 16) + 2 * 16 * 32 + 32 + 16 + 4 * 16) + 272
+    assert found["model"].detail.startswith(f"{tiny_bert}: {parameters:,} parameters, loaded in ")
+    buffers = 2 * 64 * 8  # of positions and token types
+    assert found["model"].detail.endswith(f" s, {size(4 * parameters + buffers)} of memory taken (cpu)")
+    assert f"the model's weights take {size(4 * parameters)}" in found["memory"].detail
+    # 38 texts of 12 words, one of 299, one empty; the tokenizer splits at spaces and adds nothing
+    words = (
+        "median 12, longest 299; 1 of 39 texts would be cut at 256 (model.max_length of a recipe that does not set it)"
+    )
+    assert found["tokens"].detail == f"{words}; 1 rows are empty and would be left out"
+    assert "(not made yet)" in found["state"].detail
+    assert found["key"].detail.startswith("ECDSA secp384r1, SHA256:")
+    assert "valid until 20" in found["CA"].detail
+    assert found["coordinator"].detail.endswith("ms, with a certificate of this CA")
+    assert sorted(place.folder.rglob("*")) == before  # a look leaves nothing behind
+
+
+def test_the_sites_own_limit_is_the_one_that_texts_are_held_against(place: Place) -> None:
+    place.raw["allow"]["max_tokens"] = 11
+    assert "; 39 of 39 texts would be cut at 11 (allow.max_tokens)" in place.look()["tokens"].detail
+
+
+def test_without_a_model_all_else_is_looked_at(place: Place, tiny_bert: Path) -> None:
+    for models in (None, ["a", "b"]):
+        place.raw["allow"] = {"models": models} if models else {}
+        found = place.look()
+        assert all(f.ok for f in found.values())
+        assert found["model"].detail == found["tokens"].detail == module.NO_MODEL
+    assert place.look(model=str(tiny_bert))["model"].detail.startswith(str(tiny_bert))
+
+
+def test_a_site_that_generates_counts_prompt_and_answer(place: Place, tiny_llama: Path) -> None:
+    place.raw["data"] |= {"task": "generation"}
+    write_lines(place.folder / "rows.jsonl", [{"prompt": "a b c", "completion": "d e"} for _ in range(8)])
+    found = place.look(model=str(tiny_llama))
+    assert [f for f in found.values() if not f.ok] == []
+    assert found["labels"].detail == "none: the task is generation"
+    assert found["tokens"].detail.startswith("median 6, longest 6; 0 of 8 ")  # and the end of the text
+
+
+def test_each_part_looks_at_what_it_needs(place: Place) -> None:
+    assert list(place.look(only="trainer")) == EVERYTHING[:10]
+    assert list(place.look(only="node")) == ["site file", *EVERYTHING[9:]]
+
+
+def _remove_rows(place: Place) -> None:
+    (place.folder / "rows.jsonl").unlink()
+
+
+def _no_source(place: Place) -> None:
+    place.raw["data"]["source"] = ""
+
+
+def _other_column(place: Place) -> None:
+    place.raw["data"]["label"] = "topic"
+
+
+def _other_test_column(place: Place) -> None:
+    rows = [{"text": f"{SECRET} b", "topic": "yes"}]
+    place.raw["data"]["test_source"] = str(write_lines(place.folder / "test.jsonl", rows))
+
+
+def _column_missing_later(place: Place) -> None:
+    rows = [{"text": "a", "label": "yes"}, {"text": f"{SECRET} b"}]
+    write_lines(place.folder / "rows.jsonl", rows)
+
+
+def _odd_label(place: Place) -> None:
+    write_lines(place.folder / "rows.jsonl", [{"text": SECRET, "label": x} for x in ("yes", "no", 1.5)])
+
+
+def _label_is_the_text(place: Place) -> None:
+    place.raw["data"] |= {"label": "text", "text": "label", "test_source": "test.jsonl"}
+    rows = [{"text": f"{SECRET} {i}", "label": "yes"} for i in range(3)]
+    write_lines(place.folder / "rows.jsonl", rows[:2])
+    write_lines(place.folder / "test.jsonl", rows[2:])
+
+
+def _no_header(place: Place) -> None:
+    (place.folder / "rows.csv").write_text(f"{'very ' * 10}{SECRET},yes\nother,no\n")
+    place.raw["data"]["source"] = "rows.csv"
+
+
+def _no_model(place: Place) -> None:
+    place.raw["allow"]["models"] = ["./not-there"]
+
+
+def _no_device(place: Place) -> None:
+    place.raw["trainer"]["device"] = "warp"
+
+
+def _state_is_a_file(place: Place) -> None:
+    (place.folder / "state").touch()
+
+
+def _long_socket(place: Place) -> None:
+    place.raw["trainer"]["listen"] = f"unix:{'s' * 101}"
+
+
+def _no_key(place: Place) -> None:
+    (place.folder / "site.key").unlink()
+
+
+def _open_key(place: Place) -> None:
+    (place.folder / "site.key").chmod(0o640)
+
+
+def _write_key(place: Place, content: bytes) -> None:
+    (place.folder / "site.key").write_bytes(content)
+
+
+def _public_key(place: Place) -> None:
+    _write_key(place, b"ecdsa-sha2-nistp384 AAAA north\n")
+
+
+def _pem_key(place: Place) -> None:
+    key = ec.generate_private_key(ec.SECP384R1())
+    _write_key(place, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+
+
+def _other_kind_of_key(place: Place) -> None:
+    key = ed25519.Ed25519PrivateKey.generate()
+    _write_key(place, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+
+
+def _locked_key(place: Place) -> None:
+    (place.folder / "site.key").unlink()
+    command = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "a word", "-f", place.folder / "site.key"]
+    subprocess.run(command, check=True)
+
+
+BREAKS: list[tuple[Callable[[Place], None], str, str]] = [
+    (_remove_rows, "data", "data.source: expected a file that is there, found rows.jsonl"),
+    (_no_source, "data", "data.source is empty: the site file must say where the rows are"),
+    (_other_column, "data", "data.label: expected a column 'topic', found text, label in {folder}/rows.jsonl"),
+    (_other_test_column, "data", "data.label: expected a column 'label', found text, topic in {folder}/test.jsonl"),
+    (_column_missing_later, "data", "data.label: expected a column 'label', found none in row 2"),
+    (
+        _odd_label,
+        "data",
+        "data.label: expected a text or whole number, found something else in row 3 (values are not shown)",
+    ),
+    (
+        _label_is_the_text,
+        "data",
+        "data.label: expected a label seen in training, found something else (values are not shown)",
+    ),
+    (
+        _no_header,
+        "data",
+        "data.text: expected a column 'text', found very very very very very very …, yes in {folder}/rows.csv",
+    ),
+    (
+        _no_model,
+        "model",
+        "model.source: expected a folder, asset:NAME or a hub id that can be reached, found './not-there'"
+        " (HFValidationError)",
+    ),
+    (_no_device, "device", "trainer.device is 'warp', which this machine or its torch does not have: {there}"),
+    (_state_is_a_file, "state", "{folder}/state cannot be written to: Not a directory ({folder}/state)"),
+    (_no_key, "key", "{folder}/site.key cannot be read: No such file or directory"),
+    (_open_key, "key", "{folder}/site.key is open to other users (mode 0640): chmod 600 closes it"),
+    (_public_key, "key", "{folder}/site.key is no OpenSSH private key (colora provision makes one)"),
+    (_pem_key, "key", "{folder}/site.key is no OpenSSH private key (colora provision makes one)"),
+    (
+        _other_kind_of_key,
+        "key",
+        "{folder}/site.key is a key of another kind, Ed25519: Flower wants ECDSA (ssh-keygen -t ecdsa -b 384)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spoil", "name", "message"), BREAKS, ids=[spoil.__name__[1:] for spoil, _, _ in BREAKS])
+def test_what_is_broken_is_the_only_thing_wrong(
+    place: Place, spoil: Callable[[Place], None], name: str, message: str
+) -> None:
+    spoil(place)
+    cards = torch.cuda.device_count()
+    there = f"cpu and {cards} CUDA device{'s' * (cards > 1)}" if cards else "cpu only"
+    assert place.wrong() == {name: message.format(folder=place.folder.resolve(), there=there)}
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen here")
+def test_a_key_with_a_passphrase_is_no_use_to_a_service(place: Place) -> None:
+    _locked_key(place)
+    told = "has a passphrase, which nobody enters at a start: ssh-keygen -p takes it off"
+    assert place.wrong() == {"key": f"{place.folder.resolve()}/site.key {told}"}
+
+
+def test_a_socket_path_that_the_system_does_not_take_is_found_before_the_start(place: Place) -> None:
+    _long_socket(place)
+    (message,) = place.wrong().values()
+    assert message.startswith("trainer.listen: a socket's path has at most 100 bytes, ")
+
+
+def test_one_failure_hides_no_other(place: Place) -> None:
+    for spoil in (_remove_rows, _no_model, _no_device, _state_is_a_file, _open_key):
+        spoil(place)
+    (place.folder / "ca.crt").write_text("no certificate")
+    place.raw["coordinator"]["address"] = f"localhost:{closed_port()}"
+    found = place.look()
+    assert {name for name, f in found.items() if not f.ok} == {
+        "data",
+        "model",
+        "device",
+        "state",
+        "key",
+        "CA",
+        "coordinator",
+    }
+    assert found["labels"].detail == found["tokens"].detail == "not checked: there are no rows to look at"
+
+
+def test_labels_that_look_like_texts_are_counted_and_not_shown(place: Place) -> None:
+    rows = [{"text": "a b c", "label": f"{SECRET} {'word ' * 8}{i % 3}"} for i in range(40)]
+    write_lines(place.folder / "rows.jsonl", rows)
+    assert place.look()["labels"].detail.startswith("3, with ")
+    rows = [{"text": "a b c", "label": str(i % 21)} for i in range(210)]
+    write_lines(place.folder / "rows.jsonl", rows)
+    assert place.look()["labels"].detail.startswith("21, with ")
+
+
+def test_an_unexpected_error_is_a_finding_by_its_kind_alone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError(SECRET)
+
+    monkeypatch.setattr(module, "load_site_rows", fail)
+    assert place.wrong() == {"data": "an unexpected KeyError"}
+
+
+def test_a_model_that_does_not_fit_is_not_loaded(
+    place: Place, monkeypatch: pytest.MonkeyPatch, tiny_bert: Path
+) -> None:
+    monkeypatch.setattr(module, "memory_left", lambda: (1000, 2_000_000))
+    wrong = place.wrong()
+    assert wrong["memory"].startswith("1.0 kB of 2.0 MB free, and the model's weights alone take ")
+    assert wrong["model"] == f"{tiny_bert} was not loaded: it does not fit into memory"
+    assert set(wrong) == {"memory", "model"}
+
+
+def test_a_containers_own_limit_is_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    free, total = machine.memory_left()
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("1200\n")
+    (tmp_path / "memory.stat").write_text("anon 800\ninactive_file 200\n")
+    assert machine.memory_left() == (2000, 3000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.memory_left()[1] == total
+    assert free <= total
+
+
+def test_a_full_disk_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "ROOM", 1 << 62)
+    assert "state has room for " in place.wrong()["state"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_state_folder_of_somebody_else_is_told(place: Place) -> None:
+    (place.folder / "state").mkdir(mode=0o500)
+    assert "Permission denied" in place.wrong()["state"]
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def coordinator(place: Place) -> str:
+    """What is wrong with the coordinator, and nothing else is."""
+    wrong = place.wrong(only="node")
+    assert list(wrong) == ["coordinator"]
+    return wrong["coordinator"]
+
+
+def test_a_coordinator_that_is_down_refuses(place: Place) -> None:
+    address = place.raw["coordinator"]["address"] = f"localhost:{closed_port()}"
+    assert coordinator(place) == f"{address} refuses the connection: nothing listens there"
+
+
+def test_a_host_that_nobody_knows_is_told(place: Place) -> None:
+    place.raw["coordinator"]["address"] = "no-such-host.invalid:9443"
+    assert coordinator(place) == "no-such-host.invalid:9443: no such host is known here"
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:", ":9443", "localhost:http"])
+def test_an_address_is_host_and_port(place: Place, address: str) -> None:
+    place.raw["coordinator"]["address"] = address
+    assert coordinator(place) == f"coordinator.address is {address!r}, not host:port"
+
+
+def test_a_coordinator_of_another_authority_is_not_trusted(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = make_keys(tmp_path / "other")
+    shutil.copy(other / "ca.crt", place.folder / "ca.crt")
+    signed = "shows a certificate that this site's CA did not sign: another coordinator, or an old ca.crt"
+    assert coordinator(place) == f"{place.raw['coordinator']['address']} {signed}"
+
+
+def test_a_certificate_for_other_names_is_not_trusted(place: Place, tmp_path: Path, made: Path) -> None:
+    authority = certificates.Authority.read(
+        certificates.Pair((made / "ca.crt").read_bytes(), (made / "ca.key").read_bytes())
+    )
+    pair = authority.sign("coordinator", "coordinator", certificates.SERVER, ["elsewhere.example.org"])
+    (tmp_path / "coordinator").mkdir()
+    (tmp_path / "coordinator/server.crt").write_bytes(pair.certificate)
+    (tmp_path / "coordinator/server.key").write_bytes(pair.key)
+    with gate(tmp_path) as address:
+        place.raw["coordinator"]["address"] = address
+        told = f"{address} shows a certificate of the right CA, but for other names than localhost"
+        assert coordinator(place) == told
+
+
+def test_an_expired_authority_is_named_with_its_day(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    then = datetime.datetime(2010, 1, 1, tzinfo=datetime.UTC)
+    monkeypatch.setattr(certificates, "_now", lambda: then)
+    (tmp_path / "old").mkdir()
+    old = make_keys(tmp_path / "old")
+    shutil.copy(old / "ca.crt", place.folder / "ca.crt")
+    with gate(old) as address:
+        place.raw["coordinator"]["address"] = address
+        assert place.wrong(only="node") == {
+            "CA": f"{place.folder.resolve()}/ca.crt expired on 2020-01-01",
+            "coordinator": f"{address} shows a certificate that has expired (or this machine's clock is wrong)",
+        }
+
+
+def test_a_certificate_that_is_no_authority_vouches_for_nobody(place: Place, made: Path) -> None:
+    shutil.copy(made / "coordinator/server.crt", place.folder / "ca.crt")
+    wrong = place.wrong(only="node")
+    assert wrong["CA"].endswith("ca.crt is a certificate, but not of an authority: it cannot vouch for the coordinator")
+
+
+def test_without_a_ca_it_is_still_told_whether_somebody_answers(place: Place) -> None:
+    (place.folder / "ca.crt").unlink()
+    wrong = place.wrong(only="node")
+    assert wrong["CA"] == f"{place.folder.resolve()}/ca.crt cannot be read: No such file or directory"
+    address = place.raw["coordinator"]["address"]
+    assert wrong["coordinator"] == f"{address} answers, but without a CA certificate nobody can tell who it is"
+
+
+def test_a_plain_server_is_told_from_one_with_tls_both_ways(place: Place) -> None:
+    tls = place.raw["coordinator"]["address"]
+    with gate(None) as plain:
+        place.raw["coordinator"]["address"] = plain
+        assert coordinator(place).startswith(f"{plain} answers, but not with TLS: a plain HTTP server")
+        place.raw["coordinator"]["insecure"] = True
+        found = place.look(only="node")
+        assert all(f.ok for f in found.values())
+        assert found["key"].detail == found["CA"].detail == module.INSECURE
+    place.raw["coordinator"]["address"] = tls
+    told = f"{tls} does not speak plain HTTP, as coordinator.insecure = true wants: a TLS server?"
+    assert coordinator(place) == told
+
+
+def test_another_web_server_is_not_taken_for_a_coordinator(place: Place) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        address = f"localhost:{server.server_port}"
+        place.raw["coordinator"] |= {"address": address, "insecure": True}
+        told = f"{address} answers 404 to /health: something else than colora server is there"
+        assert coordinator(place) == told
+        server.shutdown()
+        thread.join()
+
+
+def test_a_server_that_hangs_up_and_one_that_is_silent_are_told_apart(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = place.raw["coordinator"]["address"] = f"127.0.0.1:{listener.getsockname()[1]}"
+        with monkeypatch.context() as hasty:
+            hasty.setattr("colora.client.deployment.checks.credentials.PATIENCE", 0.3)
+            assert coordinator(place) == f"{address} does not answer within 0.3 s: a firewall, or another host"
+        listener.accept()[0].close()
+
+        def hang_up() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(1)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(4096):
+                    pass
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        assert coordinator(place) == f"{address} hangs up during the TLS handshake"
+        thread.join()
+
+
+def test_a_site_without_a_coordinator_can_serve_nobody(place: Place) -> None:
+    del place.raw["coordinator"]
+    assert coordinator(place) == "the site file has no table [coordinator] with address, ca and key"
+
+
+def test_a_link_between_containers_is_looked_at_in_both_parts(place: Place) -> None:
+    place.raw["trainer"]["listen"] = "trainer:9500"
+    link, folder = place.folder / "link", place.folder.resolve() / "link"
+    assert place.look(only="node")["link"].detail.startswith("node of link of north ")
+    (link / "node.key").unlink()  # a trainer has none
+    assert place.look(only="trainer")["link"].ok
+    assert place.wrong(only="node") == {"link": f"{folder}/node.key cannot be read: No such file or directory"}
+    shutil.copy(link / "trainer.key", link / "node.key")
+    assert place.wrong(only="node") == {"link": f"{folder}/node.key is not the key of node.crt"}
+    shutil.copy(place.folder / "ca.crt", link / "ca.crt")
+    assert place.wrong(only="node") == {"link": f"{folder}/node.crt is not signed by {folder}/ca.crt"}
+
+
+def test_a_site_file_that_cannot_be_read_is_the_only_finding(place: Place) -> None:
+    place.raw["trainer"]["threds"] = 2
+    (finding,) = place.look().values()
+    assert (finding.name, finding.ok) == ("site file", False)
+    assert "(did you mean 'threads'?)" in finding.detail
+    (finding,) = preflight(place.folder / "absent.toml")
+    assert finding.detail.endswith("expected a readable TOML file, found No such file or directory")
+
+
+def test_the_page_has_one_line_a_finding_and_the_exit_code_says_whether_all_is_well() -> None:
+    page = io.StringIO()
+    console = Console(file=page, width=30)
+    good, bad = CheckResult("data", True, "[bold]30 rows[/] " + "x" * 40), CheckResult("coordinator", False, "away")
+    assert print_checks([good, bad], console) == 2
+    assert page.getvalue().splitlines() == [
+        f"ok    data         [bold]30 rows[/] {'x' * 40}",
+        "WRONG coordinator  away",
+        "1 of 2 want mending",
+    ]
+    assert print_checks([good], console) == 0
+    assert page.getvalue().endswith("\nAll is well\n")
+
+
+def test_the_command_ends_with_code_2_where_something_is_wrong(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*options: str) -> tuple[object, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["colora", "client", str(place.path), "--check", *options])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code or 0, capsys.readouterr().out.splitlines()
+
+    code, lines = run()
+    assert (code, len(lines), lines[-1]) == (0, len(EVERYTHING) + 1, "All is well")
+    _open_key(place)
+    assert run("--only", "trainer")[0] == 0
+    code, lines = run("--only", "node")
+    assert (code, len(lines), lines[-1]) == (2, 6, "1 of 5 want mending")
+    assert lines[2].startswith("WRONG key          ")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_600, "1.0 MB"), (90_870_000, "91 MB"), (1.25e15, "1250 TB")],
+)
+def test_sizes_read_as_people_say_them(count: float, text: str) -> None:
+    assert size(int(count)) == text

@@ -1,0 +1,172 @@
+"""A SuperNode of which a part has ended ends as a whole, and is started again."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from colora.client.deployment import supernode
+from colora.client.deployment.supernode import SuperNode
+from colora.client.deployment.supervisor import NodeSupervisor
+from colora.common.config.schema import DataSettings
+from colora.common.config.site_schema import CoordinatorSettings, SiteSettings, TrainerSettings
+from colora.common.processes.supervised import Command, SupervisedProcess, free_port
+
+ENDS = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit())"
+CONNECTED = f"{ENDS}; print('SuperNode ID: 7'); time.sleep(60)"
+UNCONNECTED = f"{ENDS}; print('starting'); time.sleep(60)"
+HELD_BY_ANOTHER = "print('[code: 2004] it is held')"
+PART_FAILS = """
+import sys, threading, time
+from contextlib import contextmanager
+from flwr.supernode import start_client_internal as flower
+from colora.client.deployment.supernode_main import main
+
+part = sys.argv.pop()
+
+def fail(*_):
+    raise RuntimeError("HTTP 500")
+
+@contextmanager
+def connection(**_):
+    '''As Flower's own: what fails after the connection is logged, and the main thread goes home.'''
+    try:
+        if part == "heart":
+            threading.Thread(target=fail, daemon=True).start()
+            time.sleep(600)
+        yield (7, *[fail] * 7)
+    except Exception as error:
+        print(error)
+
+flower._init_connection = connection
+main()
+"""
+
+
+def keeper_of(place: Path, said: list[str], *, insecure: bool = True) -> NodeSupervisor:
+    coordinator = CoordinatorSettings("127.0.0.1:1", ca="ca", key="key", insecure=insecure)
+    trainer = TrainerSettings(state=str(place / "state"))
+    return NodeSupervisor(
+        SiteSettings("ada", DataSettings("rows.jsonl"), trainer=trainer, coordinator=coordinator), said.append
+    )
+
+
+@pytest.fixture
+def signed_off(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The places that were given back."""
+    nodes: list[int] = []
+    monkeypatch.setattr(supernode, "_deactivate", lambda coordinator, node: nodes.append(node))
+    return nodes
+
+
+def node_that_runs(place: Path, *programs: str) -> SuperNode:
+    node, words = keeper_of(place, [], insecure=False).node, iter(programs)
+    stock = node.child.command
+    node._command = lambda: replace(stock, arguments=(sys.executable, "-u", "-c", next(words)))  # type: ignore[method-assign]
+    return node
+
+
+def test_whose_place_it_is_stands_there_from_its_start_on(tmp_path: Path, signed_off: list[int]) -> None:
+    """A client that is killed before its SuperNode is connected leaves what the next one signs off."""
+    node = node_that_runs(tmp_path, CONNECTED, UNCONNECTED, UNCONNECTED, CONNECTED)
+    node.start()
+    waited(lambda: node.stuck_reason() == "" and node.record.exists())
+    for killed in (1, 2):
+        node.child.kill()
+        node.start()
+        assert signed_off == [7] * killed
+        assert json.loads(node.record.read_text()).items() >= {"node": 7, "pid": node.child.pid}.items()
+    waited(lambda: b"starting" in node.log_text())
+    node.stop(5.0)
+    assert node.record.exists(), "it never was connected, and signed nothing off"
+    node.start()
+    waited(lambda: node.connected)
+    node.stop(5.0)
+    assert not node.record.exists(), "it signed itself off"
+
+
+def test_another_machines_place_is_left_alone(tmp_path: Path, signed_off: list[int]) -> None:
+    node = node_that_runs(tmp_path, *[HELD_BY_ANOTHER] * 2)
+    record = {"node": 7, "pid": 1, "began": 0.0, "host": "another", "boot": "x"}
+    node.record.parent.mkdir(parents=True)
+    node.record.write_text(json.dumps(record))
+    for _ in range(2):
+        node.start()
+        waited(lambda: not node.child.running)
+    assert signed_off == []
+    assert json.loads(node.record.read_text()) == record
+
+
+def test_a_place_that_is_held_after_it_was_given_back_is_given_back_no_second_time(
+    tmp_path: Path, signed_off: list[int]
+) -> None:
+    node = node_that_runs(tmp_path, *[HELD_BY_ANOTHER] * 2)
+    record = {"node": 7, "pid": 1, "began": 0.0, "host": socket.gethostname(), "boot": "x"}  # ours, and dead
+    node.record.parent.mkdir(parents=True)
+    node.record.write_text(json.dumps(record))
+    for _ in range(2):
+        node.start()
+        waited(lambda: not node.child.running)
+    assert signed_off == [7]
+    assert not node.record.exists()
+
+
+def waited(met: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 20
+    while not met():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["main", "heart"])
+def test_it_ends_when_a_part_of_it_has_ended(part: str, tmp_path: Path) -> None:
+    words = ["--insecure", "--superlink", "127.0.0.1:1", "--port", str(free_port()), part]
+    child = SupervisedProcess(Command("node", (sys.executable, "-c", PART_FAILS, *words), tmp_path / "log"))
+    child.start()
+    try:
+        assert child.process
+        assert child.process.wait(60) == 1
+    finally:
+        child.kill()
+    assert "HTTP 500" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1], ids=["runtime API", "health"])
+def test_without_its_port_it_is_started_again_at_others(which: int, tmp_path: Path) -> None:
+    said: list[str] = []
+    keeper = keeper_of(tmp_path, said)
+    stock, ports = keeper.node._command, []
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+
+        def command():
+            made = stock()
+            ports.append((keeper.node.port, keeper.node.health_port))
+            if len(ports) > 1:
+                return made
+            taken = str(other.getsockname()[1])
+            words = [re.sub(rf"\b{ports[0][which]}$", taken, word) for word in made.arguments]
+            return replace(made, arguments=tuple(words))
+
+        keeper.node._command = command  # type: ignore[method-assign]
+        try:
+            ends = time.monotonic() + 60
+            while not keeper.node.trying and time.monotonic() < ends:
+                keeper.ensure_running()
+                time.sleep(0.05)
+            assert keeper.node.trying, keeper.node.log_text().decode()
+        finally:
+            keeper.stop()
+    assert len(set(ports)) == len(ports) == 2
+    assert "the SuperNode ended: a port of its own was taken; trying again" in said

@@ -1,0 +1,150 @@
+"""Every limit of [allow] is held, at its edge, and its refusal says enough here and little outside."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from colora.client.trainer_service.policy import check_allowed
+from colora.common.config.schema import Plan, parse
+from colora.common.config.site_schema import AllowSettings, SiteSettings
+from colora.common.errors import ConfigError, RefusedError
+from colora.common.methods import METHODS
+
+PLAN: dict[str, Any] = {
+    "name": "north-sea",
+    "rounds": 3,
+    "model": {"source": "asset:minilm-l6", "max_length": 128},
+    "adapter": {"rank": 8},
+    "method": {"name": "colora"},
+    "train": {"steps": 10, "final_steps": 20},
+}
+EVERYTHING = {
+    "federations": ["south", "north-sea"],
+    "models": ["asset:minilm-l6"],
+    "methods": ["fedit", "colora"],
+    "max_rank": 8,
+    "max_steps": 20,
+    "max_seconds": 60.0,
+    "max_tokens": 128,
+    "precision": ["fp32"],
+    "max_seeds": 5,
+    "tuned_writer": True,
+}
+PREPARE = {"prepare": True, "steps": 20, "generator": "asset:minilm-l6"}
+ALTERNATING = {"schedule": "alternating", "personal_steps": 2, "shared_steps": 3, "steps": 99}
+
+
+def ask(allow: dict[str, Any], **changes: Any) -> None:
+    plan = parse(Plan, {**PLAN, **changes})
+    check_allowed(plan, plan.name, parse(SiteSettings, {"name": "ada", "data": {"source": "a.csv"}, "allow": allow}))
+
+
+def test_a_site_without_limits_allows_any_model_rank_and_steps() -> None:
+    ask({}, adapter={"rank": 512}, train={"steps": 10**6})
+
+
+def test_what_lies_on_every_limit_is_allowed() -> None:
+    assert set(EVERYTHING) == {f.name for f in fields(AllowSettings)}
+    ask(EVERYTHING, transfer={**PREPARE, "writer": "tuned", "writer_steps": 20})
+    ask({"max_steps": 20, "max_seeds": 0}, transfer={"steps": 10**6, "writer_steps": 10**6})  # nothing is prepared
+    ask({"max_steps": 20}, transfer={**PREPARE, "steps": 10**6, "writer_steps": 10**6, "filter": "none"})
+    ask({}, transfer=PREPARE)
+
+
+@pytest.mark.parametrize(
+    ("allow", "changes", "message"),
+    [
+        ({"federations": ["a", "b"]}, {}, "federation: expected one of a, b (allow.federations), found 'north-sea'"),
+        ({"models": ["m"]}, {}, "model.source: expected one of m (allow.models), found 'asset:minilm-l6'"),
+        ({"models": []}, {}, "model.source: expected nothing at all (allow.models is empty), found 'asset:minilm-l6'"),
+        ({"methods": ["ffa"]}, {}, "method.name: expected one of ffa (allow.methods), found 'colora'"),
+        ({"max_rank": 7}, {}, "adapter.rank: expected at most 7 (allow.max_rank), found 8"),
+        ({"max_steps": 9}, {}, "train.steps: expected at most 9 (allow.max_steps), found 10"),
+        ({}, {"transfer": {**PREPARE, "seeds": 6}}, "transfer.seeds: expected at most 5 (allow.max_seeds), found 6"),
+        ({"max_seeds": 0}, {"transfer": PREPARE}, "transfer.seeds: expected at most 0 (allow.max_seeds), found 5"),
+        (
+            {},
+            {"transfer": {**PREPARE, "writer": "tuned"}},
+            "transfer.writer: expected target or source (or true in allow.tuned_writer), found tuned",
+        ),
+        (
+            {},
+            {"transfer": {"of": "north-sea", "writer": "tuned"}},
+            "transfer.writer: expected target or source (or true in allow.tuned_writer), found tuned",
+        ),
+        (
+            {"models": ["asset:minilm-l6"]},
+            {"transfer": {**PREPARE, "generator": "smollm2"}},
+            "transfer.generator: expected one of asset:minilm-l6 (allow.models), found 'smollm2'",
+        ),
+        (
+            {"max_rank": 8},
+            {"transfer": {**PREPARE, "rank": 9}},
+            "transfer.rank: expected at most 8 (allow.max_rank), found 9",
+        ),
+        (
+            {"max_steps": 20},
+            {"transfer": {**PREPARE, "steps": 21}},
+            "transfer.steps: expected at most 20 (allow.max_steps), found 21",
+        ),
+        (
+            {"max_steps": 20, "tuned_writer": True},
+            {"transfer": {**PREPARE, "writer": "tuned", "writer_steps": 21}},
+            "transfer.writer_steps: expected at most 20 (allow.max_steps), found 21",
+        ),
+        ({"max_steps": 19}, {}, "train.final_steps: expected at most 19 (allow.max_steps), found 20"),
+        (
+            {"max_steps": 4},
+            {"train": ALTERNATING},
+            "train.personal_steps + train.shared_steps: expected at most 4 (allow.max_steps), found 5",
+        ),
+        ({"max_tokens": 127}, {}, "model.max_length: expected at most 127 (allow.max_tokens), found 128"),
+        ({"precision": []}, {}, "model.precision: expected nothing at all (allow.precision is empty), found 'fp32'"),
+    ],
+)
+def test_what_lies_beyond_is_refused_in_words(allow: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RefusedError) as refusal:
+        ask(allow, **changes)
+    assert str(refusal.value) == f"site ada: {message}"
+    assert refusal.value.public() == f"RefusedError: {message.split(': expected')[0]}"
+
+
+def test_steps_of_the_other_schedule_do_not_count() -> None:
+    ask({"max_steps": 5}, train=ALTERNATING)
+
+
+@pytest.mark.parametrize("allow", [{"methods": ["colora+head"]}, {"methods": ["colora", "colora+A+head"]}])
+def test_a_head_may_be_shared_where_the_site_says_so(allow: dict[str, Any]) -> None:
+    ask(allow, method={"name": "colora", "head": "shared"})
+
+
+@pytest.mark.parametrize("methods", [None, ["colora"], ["colora+A", "fedit+head"]])
+def test_an_allowed_name_is_no_way_to_a_group_that_the_method_leaves_at_the_site(methods: list[str] | None) -> None:
+    """Nor is a site file without limits: what the table calls personal leaves a site by its own word only."""
+    with pytest.raises(RefusedError) as refusal:
+        ask({"methods": methods} if methods else {}, method={"name": "colora", "head": "shared"})
+    expected = 'personal as in colora (or "colora+head" in allow.methods)'
+    assert str(refusal.value) == f"site ada: method.head: expected {expected}, found shared"
+    assert refusal.value.public() == "RefusedError: method.head"
+
+
+def test_a_site_without_limits_takes_every_method_and_none_that_does_not_exist() -> None:
+    for name in METHODS:
+        ask({}, method={"name": name})
+    with pytest.raises(ConfigError, match=r"method\.name"):
+        ask({}, method={"name": "fedall"})
+
+
+def test_two_moved_groups_need_one_entry_that_has_both() -> None:
+    moved = {"name": "local", "A": "shared", "head": "shared"}
+    with pytest.raises(RefusedError, match=r"site ada: method\.A: .* \(or \"local\+A\+head\" in allow\.methods\)"):
+        ask({"methods": ["local+A", "local+head"]}, method=moved)
+    ask({"methods": ["local+head+A"]}, method=moved)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_keeping_more_at_home_needs_no_leave(name: str) -> None:
+    ask({"methods": [name]}, method={"name": name, "A": "personal", "B": "personal", "head": "personal"})

@@ -1,0 +1,200 @@
+"""Recipes: what is written is what is read, sites inherit, overrides win, and the identity is what can matter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from colora.common.config.loader import load_recipe, load_site, recipe_from, with_base_model
+from colora.common.config.schema import MethodSettings, Plan, Recipe, parse, to_dict, to_json
+from colora.common.errors import ConfigError
+from colora.common.methods import ABSENT, METHODS, PERSONAL, SHARED
+from colora.simulation.run import local_only
+
+SHIPPED = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.toml"))
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "rounds": 2,
+    "model": {"source": "synthetic:bilinear-4"},
+    "site": [{"name": "ada", "source": "a.jsonl"}, {"name": "bob", "source": "b.jsonl"}],
+}
+FULL: dict[str, Any] = {
+    "name": "full",
+    "description": 'Nothing at its default: ΔW, "quoted".',
+    "rounds": 7,
+    "seed": -3,
+    "model": {"source": "m", "revision": "v1", "max_length": 9, "device": "cpu"},
+    "adapter": {"rank": 3, "alpha": 1.5, "dropout": 0.1, "target_modules": "q|v", "core": "diagonal", "rslora": True},
+    "method": {"name": "fedit", "A": "frozen", "core": "personal"},
+    "train": {
+        "schedule": "alternating",
+        "personal_steps": 4,
+        "shared_steps": 5,
+        "core_lr": 0.0,
+        "persist_optimizer_state": True,
+    },
+    "evaluation": {"every": 0, "generate_at_end_only": False},
+    "data": {"task": "generation", "prompt": "q", "completion": "a", "where": {"k": "v"}, "train": 8},
+    "site": [{"name": "ada", "source": "a.csv", "from_round": 2}, {"name": "bob", "source": "b.csv", "labels": ["x"]}],
+    "server": {"optimizer": "yogi", "lr": 1e-5, "weights": "uniform", "quorum": 1, "timeout": 1e9},
+    "simulation": {"engine": "ray", "threads": 2, "baseline": True},
+}
+SPLIT: dict[str, Any] = {
+    **{key: SMALL[key] for key in ("name", "rounds", "model")},
+    "data": {"source": "a.jsonl", "labels": ["x", "y"]},
+    "partition": {"by": "dirichlet", "sites": 3, "alpha": 0.1},
+}
+
+
+def recipes() -> list[Any]:
+    made = [pytest.param(recipe_from(raw), id=raw["name"]) for raw in (SMALL, FULL)]
+    return [
+        *made,
+        pytest.param(recipe_from(SPLIT), id="split"),
+        *(pytest.param(load_recipe(p), id=p.stem) for p in SHIPPED),
+    ]
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_a_recipe_survives_a_dictionary_toml_and_json(recipe: Recipe) -> None:
+    assert recipe_from(to_dict(recipe)) == recipe
+    assert recipe_from(json.loads(to_json(recipe))) == recipe
+    read = recipe_from(tomllib.loads(tomli_w.dumps(to_dict(recipe))))
+    assert read == recipe
+    assert read.identity == recipe.identity
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_the_plan_survives_the_wire_and_has_no_word_of_data_sites_or_server(recipe: Recipe) -> None:
+    plan = recipe.plan
+    assert parse(Plan, json.loads(to_json(plan))) == plan
+    assert not {"data", "site", "partition", "server", "simulation", "description"} & set(to_dict(plan))
+
+
+def test_a_site_inherits_what_it_leaves_open() -> None:
+    shared = {"source": "all.jsonl", "text": "body", "train": 5}
+    recipe = recipe_from(
+        {
+            **SMALL,
+            "data": shared,
+            "site": [
+                {"name": "plain"},
+                {"name": "own", "source": "own.jsonl", "train": 7},
+                {"name": "table", "data": {"text": "words", "test": 3}},
+                {"name": "both", "data": {"train": 1, "test": 2}, "train": 9, "from_round": 2},
+            ],
+        }
+    )
+    found = {s.name: (s.data.source, s.data.text, s.data.train, s.data.test, s.from_round) for s in recipe.site}
+    assert found == {
+        "plain": ("all.jsonl", "body", 5, None, 1),
+        "own": ("own.jsonl", "body", 7, None, 1),
+        "table": ("all.jsonl", "words", 5, 3, 1),
+        "both": ("all.jsonl", "body", 9, 2, 2),
+    }
+    assert recipe.data.source == "all.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("rounds=9", ("rounds",), 9),
+        ("train.lr=1e-5", ("train", "lr"), 1e-5),
+        ("train.lr = 1", ("train", "lr"), 1.0),
+        ("simulation.baseline=true", ("simulation", "baseline"), True),
+        ("method.name=fedit", ("method", "name"), "fedit"),
+        ('method.name="ffa"', ("method", "name"), "ffa"),
+        ("description=two words = one text", ("description",), "two words = one text"),
+        ('adapter.target_modules=["proj", "key"]', ("adapter", "target_modules"), ("proj", "key")),
+        ("adapter.target_modules=q.*", ("adapter", "target_modules"), "q.*"),
+        ("data.where.k=v", ("data", "where"), {"k": "v"}),
+        ('model={source = "other"}', ("model", "source"), "other"),
+    ],
+)
+def test_an_override_changes_its_key_and_nothing_else(
+    tmp_path: Path, override: str, key: tuple[str, ...], value: object
+) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomli_w.dumps({**SMALL, "site": [{**site, "where": {"k": "v"}} for site in SMALL["site"]]}))
+    plain, changed = load_recipe(path), load_recipe(path, (override,))
+    found: Any = changed
+    for part in key:
+        found = getattr(found, part)
+    assert found == value
+    others = {f.name for f in dataclasses.fields(Recipe)} - {key[0]}
+    assert all(getattr(plain, name) == getattr(changed, name) for name in others)
+
+
+def test_a_later_override_wins(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomli_w.dumps(SMALL))
+    assert load_recipe(path, ("rounds=3", "train.steps=4", "rounds=5")).rounds == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({}, True),
+        ({"description": "other words"}, True),
+        ({"simulation": {"engine": "ray", "threads": 3, "baseline": True}}, True),
+        ({"train": {"lr": 1e-3}}, True),  # the default, written out
+        ({"train": {"lr": 2e-3}}, False),
+        ({"seed": 1}, False),
+        ({"rounds": 3}, False),
+        ({"server": {"quorum": 2}}, False),
+        ({"method": {"head": "shared"}}, False),
+        ({"site": SMALL["site"][::-1]}, False),
+        ({"site": [{**site, "train": 3} for site in SMALL["site"]]}, False),
+    ],
+)
+def test_the_identity_changes_with_what_can_change_a_result(change: dict[str, Any], same: bool) -> None:
+    assert (recipe_from({**SMALL, **change}).identity == recipe_from(SMALL).identity) == same
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_without_moves_is_its_row_in_the_table(name: str) -> None:
+    assert MethodSettings(name).row() == METHODS[name]
+
+
+def test_a_recipe_moves_groups_of_a_method() -> None:
+    row = MethodSettings("colora", B="personal", core="absent", head="shared").row()
+    assert (row.A, row.B, row.core, row.head) == (SHARED, PERSONAL, ABSENT, SHARED)
+
+
+def test_steps_add_up() -> None:
+    train = {"steps": 5, "personal_steps": 2, "shared_steps": 4, "final_steps": 3}
+    joint = recipe_from({**SMALL, "train": train})
+    alternating = recipe_from({**SMALL, "train": {**train, "schedule": "alternating"}})
+    assert (joint.total_steps, alternating.total_steps) == (2 * 5 + 3, 2 * (2 + 4) + 3)
+
+
+def test_paths_in_a_site_file_start_at_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    data = {"source": "rows.jsonl", "test_source": "absent.jsonl"}
+    (tmp_path / "site.toml").write_text(tomli_w.dumps({"name": "ada", "data": data}))
+    site = load_site(tmp_path / "site.toml")
+    assert (site.data.source, site.data.test_source) == (str((tmp_path / "rows.jsonl").resolve()), "absent.jsonl")
+
+
+def test_a_head_is_fitted_where_asked_and_in_a_move_and_only_where_it_is_the_sites_own() -> None:
+    fitted, anyhow, shared = {"head_init": "probe"}, {"head_init": "random"}, {"head": "shared"}
+    recipe = recipe_from(SMALL)
+    assert not recipe.probes_head
+    assert with_base_model(recipe, "other").probes_head
+    assert recipe_from({**SMALL, "train": fitted}).probes_head
+    assert not with_base_model(recipe_from({**SMALL, "train": anyhow}), "other").probes_head
+    assert not with_base_model(recipe_from({**SMALL, "method": shared}), "other").probes_head
+    with pytest.raises(ConfigError, match=r"train.head_init: expected random .*, found probe"):
+        recipe_from({**SMALL, "train": fitted, "method": shared})
+
+
+def test_nothing_is_prepared_for_a_move_by_a_local_only_baseline() -> None:
+    recipe = recipe_from({**SMALL, "transfer": {"prepare": True}})
+    assert recipe.transfer.prepare
+    assert not local_only(recipe).transfer.prepare

@@ -1,0 +1,132 @@
+"""Real models, real processes: a federation moves to another base model, and nothing kept or written for it leaves."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colora.client.artifacts.predict import Predictor
+from colora.client.data.selection import load_site_rows
+from colora.common.config.loader import recipe_from, with_base_model
+from colora.common.config.schema import DataSettings
+from colora.common.config.site_schema import SiteSettings
+from colora.common.models.saved import read_saved_model
+from colora.server.reporting.events import Event
+from tests.leaks import personal_tensors, windows_of
+
+from .conftest import Town
+from .tap import found_in, replies, tapped
+
+pytestmark = [pytest.mark.slow, pytest.mark.endurance]
+OLD, NEW, WRITER = "asset:minilm-l6", "asset:paraphrase-minilm-l3", "asset:smollm2-135m-instruct"
+LABELS = {
+    "comp": ["comp.graphics", "comp.sys.mac.hardware", "comp.windows.x"],
+    "rec": ["rec.autos", "rec.sport.baseball", "rec.sport.hockey"],
+    "sci": ["sci.electronics", "sci.med", "sci.space"],
+}
+RECIPE: dict[str, Any] = {
+    "name": "news",
+    "rounds": 3,
+    "model": {"source": OLD, "max_length": 32},
+    "adapter": {"rank": 8, "alpha": 16.0, "target_modules": ["query", "value"]},
+    "train": {"steps": 8, "batch_size": 8, "lr": 2e-3, "head_lr": 1e-2, "final_steps": 8},
+    "evaluation": {"every": 0},
+    "server": {"quorum": 3},
+    "transfer": {
+        "prepare": True,
+        "generator": WRITER,
+        "writer": "tuned",
+        "about": "newsgroups",
+        "samples": 48,
+        "steps": 8,
+        "batch": 16,
+        "calls": 3,
+        "max_new_tokens": 200,
+        "temperature": 0.7,
+        "top_p": 0.9,
+    },
+}
+
+
+@pytest.fixture
+def newsroom(place: Path) -> Iterator[Town]:
+    """Three sites with 30 real texts to train on and 64 to test."""
+    sites = []
+    for name, labels in LABELS.items():
+        data = DataSettings(
+            "asset:20newsgroups/train", "asset:20newsgroups/test", labels=tuple(labels), train=30, test=64
+        )
+        rows, site = load_site_rows(SiteSettings(name, data), 0), {"name": name}
+        for key, part in (("source", rows.train), ("test_source", rows.test)):
+            path = place / f"{name}-{key}.jsonl"
+            path.write_text("".join(json.dumps({"text": r["text"], "label": r["label"]}) + "\n" for r in part))
+            site[key] = str(path)
+        sites.append(site)
+    town = Town(place / "town", {**RECIPE, "site": sites}).build()
+    for site in sites:
+        data = {key: site[key] for key in ("source", "test_source")}
+        town.write_site(site["name"], data=data, trainer={"threads": 1}, allow={"tuned_writer": True})
+    yield town
+    town.stop()
+
+
+def test_a_federation_moves_over_real_processes(newsroom: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = {site["name"]: Path(site["test_source"]).read_text().splitlines() for site in newsroom.recipe["site"]}
+    newsroom.start()
+    assert newsroom.wait("server", 900) == 0
+    newsroom.stop()
+    for site in newsroom.recipe["site"]:
+        Path(site["source"]).unlink()
+        Path(site["test_source"]).unlink()
+
+    name = with_base_model(recipe_from(newsroom.recipe), NEW).name
+    options = ("--transfer-to", NEW, "--set", "transfer.filter=none")  # more texts: a small writer's are worth more
+    away = replace(newsroom, recipe={**newsroom.recipe, "name": name}, options=options, out="moved")
+    with tapped(away, monkeypatch) as sent:
+        away.start()
+        assert away.wait("server", 1200) == 0, away.said("server")
+        away.stop()
+    states = [path for town in (newsroom, away) for site in LABELS for path in town.state(site).glob("round-*")]
+    secrets = list(personal_tensors(states))
+    for kind in ("core", "transfer/", "writer/"):
+        assert any(kind in secret for secret, _ in secrets)
+    assert found_in(sent, secrets, windows_of(texts_of(newsroom, away))) == []
+    went_out = list(replies(path for path in states if name in path.parts))
+    assert {leak for leak, _ in went_out} <= set(found_in(sent, went_out, {"a text that was not"}))
+    assert went_out
+
+    before, after = ({site: accuracy(town.state(site), tests[site]) for site in LABELS} for town in (newsroom, away))
+    print(f"accuracy on real texts: {OLD} {before}, mean {statistics.mean(before.values()):.3f}")
+    print(f"after the move: {NEW} {after}, mean {statistics.mean(after.values()):.3f}")
+    print(
+        f"bytes of all sites: before {traffic(newsroom.events('reply'))}, in the move {traffic(away.events('reply'))}"
+    )
+    print(f"{len(sent)} requests of {sum(map(len, sent))} bytes searched for {len(secrets)} tensors")
+
+
+def texts_of(old: Town, new: Town) -> Iterator[str]:
+    """Seeds, everything that was written, and the answers that were learnt."""
+    for site in LABELS:
+        kept = read_saved_model(old.state(site)).kept
+        assert kept
+        yield from kept["seeds"]
+        written = json.loads(next(new.state(site).rglob("written.json")).read_text())["verdicts"]
+        assert written
+        yield from written
+
+
+def accuracy(state: Path, rows: list[str]) -> float:
+    wanted = [json.loads(row) for row in rows]
+    found = Predictor(read_saved_model(state)).predict([{"text": row["text"]} for row in wanted])
+    return statistics.mean(p["label"] == row["label"] for p, row in zip(found, wanted, strict=True))
+
+
+def traffic(events: list[Event]) -> str:
+    down, up = (sum(event[key] for event in events) for key in ("bytes_down", "bytes_up"))
+    return f"{down:,} down, {up:,} up"

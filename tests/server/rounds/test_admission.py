@@ -1,0 +1,154 @@
+"""Every way a reply can fail to count, and that each refusal names site, field, what was expected and what came."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from colora.common.errors import RefusedError
+from colora.common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
+from colora.server.rounds.admission import MAX_TERMS, PINNED, admit_reply, admit_site
+
+LAYOUT = {"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)}
+SENT = {key: np.ones(shape, np.float32) for key, shape in LAYOUT.items()}
+TRAIN = TrainRequest("fed", 7, "train", 6, "{}", SENT, True)
+CLOSE = dataclasses.replace(TRAIN, kind="finalize")
+GOOD = TrainReply("ada", "fed", 7, TRAIN.key, {key: value + 1 for key, value in SENT.items()}, terms=40, examples=8)
+BOUND = 10.0  # the good update's norm is √14 = 3.74
+
+
+def put(key: str, value: Any) -> Callable[[TrainReply], TrainReply]:
+    """The reply with one of its arrays replaced, added, or (None) taken away."""
+    shared = {k: v for k, v in {**GOOD.shared, key: value}.items() if v is not None}
+    return lambda reply: dataclasses.replace(reply, shared=shared)
+
+
+def with_value(value: float) -> Callable[[TrainReply], TrainReply]:
+    """The reply with one number of B replaced."""
+    array = GOOD.shared["q.lora_B.weight"].copy()
+    array[3, 1] = value
+    return put("q.lora_B.weight", array)
+
+
+def say(**fields: Any) -> Callable[[TrainReply], TrainReply]:
+    return lambda reply: dataclasses.replace(reply, **fields)
+
+
+A, B = LAYOUT
+REFUSALS: dict[str, tuple[Callable[[TrainReply], TrainReply], str, str, str]] = {  # change, field, expected, found
+    "a core": (put("q.lora_core", np.eye(2, dtype=np.float32)), "arrays", "the shared groups only", "also q.lora_core"),
+    "a head": (
+        put("head.classifier.weight", np.eye(2, dtype=np.float32)),
+        "arrays",
+        "the shared groups only",
+        "also head.classifier.weight",
+    ),
+    "a missing array": (put(B, None), "arrays", B, "no such array"),
+    "no arrays at all": (say(shared={}), "arrays", A, "no such array"),
+    "a transposed array": (put(A, np.ones((3, 2), np.float32)), A, "shape (2, 3)", "(3, 2)"),
+    "a flat array": (put(A, np.ones(6, np.float32)), A, "shape (2, 3)", "(6,)"),
+    "a scalar that would broadcast": (put(A, np.float32(1).reshape(())), A, "shape (2, 3)", "()"),
+    "double precision": (put(A, np.ones((2, 3))), A, "float32", "float64"),
+    "half precision": (put(A, np.ones((2, 3), np.float16)), A, "float32", "float16"),
+    "integers": (put(A, np.ones((2, 3), np.int32)), A, "float32", "int32"),
+    "the other byte order": (put(A, np.ones((2, 3), ">f4")), A, "float32", ">f4"),
+    "NaN": (with_value(float("nan")), B, "finite values", "NaN or infinity"),
+    "infinity": (with_value(float("inf")), B, "finite values", "NaN or infinity"),
+    "minus infinity": (with_value(float("-inf")), B, "finite values", "NaN or infinity"),
+    "no terms": (say(terms=0), "terms", f"1 to {MAX_TERMS}", "0"),
+    "negative terms": (say(terms=-5), "terms", f"1 to {MAX_TERMS}", "-5"),
+    "absurdly many terms": (say(terms=MAX_TERMS + 1), "terms", f"1 to {MAX_TERMS}", str(MAX_TERMS + 1)),
+    "no examples": (say(examples=0), "examples", f"1 to {MAX_TERMS}", "0"),
+    "absurdly many examples": (say(examples=2 * MAX_TERMS), "examples", f"1 to {MAX_TERMS}", str(2 * MAX_TERMS)),
+    "a step too far": (with_value(12.0), "update norm", "at most 10", "11.5758"),  # √(13·1² + 11²) = √134
+    "one number of 1e30": (with_value(1e30), "update norm", "at most 10", "1e+30"),
+    "another site's name": (say(site="bob"), "site", "ada", "bob"),
+    "another federation": (say(federation="feud"), "federation", "fed", "feud"),
+    "the round before": (say(round=6), "round", "7", "6"),
+    "another order of this round": (say(key="0" * 32), "order", TRAIN.key, "0" * 32),
+}
+
+
+def test_a_good_reply_is_admitted() -> None:
+    admit_reply(GOOD, "ada", TRAIN, LAYOUT, BOUND)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_each_refusal_names_site_field_expected_and_found(name: str) -> None:
+    change, field, expected, found = REFUSALS[name]
+    with pytest.raises(RefusedError) as caught:
+        admit_reply(change(GOOD), "ada", TRAIN, LAYOUT, BOUND)
+    error = caught.value
+    assert (error.site, error.field, error.expected, error.found) == ("ada", field, expected, found)
+    assert str(error) == f"site ada: {field}: expected {expected}, found {found}"
+
+
+def test_the_norm_is_of_the_update_over_all_arrays_and_its_bound_is_met_exactly() -> None:
+    """Every one of the 6 + 8 numbers moved by 1: the norm is √14."""
+    admit_reply(GOOD, "ada", TRAIN, LAYOUT, 14**0.5 + 1e-9)
+    with pytest.raises(RefusedError, match=r"update norm: expected at most 3\.74, found 3\.74166"):
+        admit_reply(GOOD, "ada", TRAIN, LAYOUT, 3.74)
+    large = {key: value + 1e6 for key, value in SENT.items()}  # large values are no large update
+    order = dataclasses.replace(TRAIN, shared=large)
+    reply = dataclasses.replace(GOOD, shared=large, key=order.key)
+    admit_reply(reply, "ada", order, LAYOUT, 1e-3)
+
+
+def test_a_closing_reply_needs_no_terms_and_carries_no_array() -> None:
+    closing = dataclasses.replace(GOOD, key=CLOSE.key, shared={}, terms=0, examples=0)
+    admit_reply(closing, "ada", CLOSE, {}, BOUND)
+    with pytest.raises(RefusedError, match=r"site ada: arrays: expected the shared groups only, found also q\.lora_A"):
+        admit_reply(dataclasses.replace(closing, shared=GOOD.shared), "ada", CLOSE, {}, BOUND)
+
+
+def test_a_method_that_shares_nothing_is_admitted_with_nothing() -> None:
+    order = dataclasses.replace(TRAIN, shared={})
+    admit_reply(dataclasses.replace(GOOD, shared={}, key=order.key), "ada", order, {}, BOUND)
+
+
+@pytest.mark.parametrize("field", ["federation", "round", "phase", "admitted", "plan", "evaluate", "shared"])
+def test_every_part_of_an_order_is_part_of_its_key(field: str) -> None:
+    """A reply to an order that differs anywhere is a reply to another order."""
+    other = {
+        "federation": "g",
+        "round": 8,
+        "kind": "finalize",
+        "admitted_round": 5,
+        "plan": '{"a": 1}',
+        "evaluate": False,
+    }
+    values = {**other, "shared": {**SENT, A: SENT[A] + np.float32(1e-7)}}
+    assert dataclasses.replace(TRAIN, **{field: values[field]}).key != TRAIN.key  # type: ignore[arg-type]
+    assert dataclasses.replace(TRAIN, shared=dict(reversed(SENT.items()))).key == TRAIN.key
+
+
+# --- joining --------------------------------------------------------------------------------------------------------
+
+
+SITE = SiteInfo("ada", PROTOCOL, "m" * 64, "t" * 64, "c" * 64, hash_layout(LAYOUT), "generation", 20, 5, 0, 0)
+PINS = {**{name: getattr(SITE, name) for name in PINNED}, "layout": hash_layout(LAYOUT)}
+
+
+def test_a_site_with_the_federations_base_model_may_join() -> None:
+    admit_site(SITE, PINS)
+
+
+@pytest.mark.parametrize("field", ["model", "tokenizer", "chat_template", "layout"])
+def test_another_fingerprint_may_not_join(field: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        admit_site(dataclasses.replace(SITE, **{field: "x" * 64}), PINS)
+    error = caught.value
+    assert (error.site, error.field, error.found) == ("ada", field, "x" * 16)
+    assert PINS[field].startswith(error.expected)
+
+
+def test_another_protocol_or_an_empty_site_may_not_join() -> None:
+    with pytest.raises(RefusedError, match=f"site ada: protocol: expected {PROTOCOL}, found {PROTOCOL + 1}"):
+        admit_site(dataclasses.replace(SITE, protocol=PROTOCOL + 1), PINS)
+    with pytest.raises(RefusedError, match="site ada: train: expected examples to train or to measure on, found 0"):
+        admit_site(dataclasses.replace(SITE, train=0, test=0), PINS)
+    admit_site(dataclasses.replace(SITE, train=0), PINS)

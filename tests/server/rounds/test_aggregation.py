@@ -1,0 +1,239 @@
+"""Aggregation against hand arithmetic, Flower's own strategies and the dense products."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
+
+from colora.common.config.schema import ServerSettings
+from colora.server.rounds import aggregation
+from colora.server.rounds.aggregation import (
+    RULES,
+    WEIGHTS,
+    Factors,
+    WeightedUpdate,
+    apply_rule,
+    product_residual,
+    weighted_mean,
+)
+from colora.simulation.local_grid import LocalGrid
+
+Arrays = dict[str, np.ndarray]
+SHAPES = {"q.lora_A.weight": (3, 7), "q.lora_B.weight": (5, 3), "v.lora_A.weight": (3, 4), "v.lora_B.weight": (6, 3)}
+
+
+def arrays(seed: int, size: float = 1.0) -> Arrays:
+    rng = np.random.default_rng(seed)
+    return {key: rng.normal(0, size, shape).astype(np.float32) for key, shape in SHAPES.items()}
+
+
+def updates(seed: int, around: Arrays, weights: tuple[int, ...] = (3, 5, 2)) -> list[WeightedUpdate]:
+    """What sites of these weights might have made of ``around``."""
+    noise = [arrays(100 * seed + k, 0.1) for k in range(len(weights))]
+    return [WeightedUpdate(w, {k: around[k] + n[k] for k in SHAPES}) for w, n in zip(weights, noise, strict=True)]
+
+
+# --- the mean -------------------------------------------------------------------------------------------------------
+
+
+def test_the_weighted_mean_is_the_one_by_hand() -> None:
+    mean = weighted_mean(
+        [
+            WeightedUpdate(1.0, {"x": np.array([[0.0, 4.0]], np.float32), "y": np.array([8.0], np.float32)}),
+            WeightedUpdate(3.0, {"x": np.array([[4.0, 0.0]], np.float32), "y": np.array([-8.0], np.float32)}),
+        ]
+    )
+    assert mean["x"].tolist() == [[3.0, 1.0]]  # (1·0 + 3·4) / 4, (1·4 + 3·0) / 4
+    assert mean["y"].tolist() == [-4.0]
+    assert mean["x"].dtype == np.float32
+
+
+def test_only_the_proportions_of_the_weights_count() -> None:
+    start = arrays(0)
+    small, large = (weighted_mean(updates(1, start, w)) for w in ((3, 5, 2), (3000, 5000, 2000)))
+    for key in SHAPES:
+        np.testing.assert_allclose(small[key], large[key], rtol=0, atol=1e-7)
+
+
+def test_the_mean_of_equal_updates_is_that_update_to_the_bit() -> None:
+    one = arrays(0)
+    mean = weighted_mean([WeightedUpdate(w, one) for w in (0.1, 0.7, 123.0)])
+    assert all(np.array_equal(mean[key], one[key]) for key in SHAPES)
+
+
+def test_a_fixed_order_repeats_the_sum_to_the_bit_and_sums_are_double() -> None:
+    """In single precision 1e8 + 1 − 1e8 is 0; the fold keeps the 1."""
+    many = updates(1, arrays(0), tuple(range(1, 30)))
+    first, second = weighted_mean(many), weighted_mean(iter(many))
+    assert all(first[key].tobytes() == second[key].tobytes() for key in SHAPES)
+    big = [WeightedUpdate(1.0, {"x": np.array([v], np.float32)}) for v in (1e8, 1.0, -1e8)]
+    assert weighted_mean(big)["x"].item() == np.float32(1 / 3)
+
+
+def test_the_mean_holds_one_update_at_a_time() -> None:
+    """It takes a generator and never looks back: rounds fit in memory whatever the number of sites."""
+    alive: list[int] = []
+
+    class Fleeting(dict):
+        def __del__(self) -> None:
+            alive.remove(self["k"].item())
+
+    def stream() -> Iterator[WeightedUpdate]:
+        for k in range(20):
+            alive.append(k)
+            yield WeightedUpdate(1.0, Fleeting(k=np.array([k])))
+            assert len(alive) <= 2
+
+    assert weighted_mean(stream())["k"].tolist() == [9]  # 9.5, in the type that came
+
+
+def test_weights_are_what_they_say() -> None:
+    assert {name: weigh(70, 4) for name, weigh in WEIGHTS.items()} == {"tokens": 70.0, "examples": 4.0, "uniform": 1.0}
+
+
+# --- server optimisers against Flower's -----------------------------------------------------------------------------
+
+
+def flower(strategy: Any, start: Arrays, rounds: list[list[WeightedUpdate]]) -> list[Arrays]:
+    """What a strategy of Flower's makes of the same replies, round after round."""
+
+    grid = LocalGrid(ClientApp(), 3)
+    now, found = ArrayRecord({k: Array(v) for k, v in start.items()}), []
+    for t, replies in enumerate(rounds, 1):
+        strategy.configure_train(t, now, ConfigRecord(), grid)
+        messages = []
+        for update in replies:
+            record = ArrayRecord({k: Array(np.asarray(v)) for k, v in update.arrays.items()})
+            content = RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": int(update.weight)})})
+            question = Message(RecordDict(), 1, MessageType.TRAIN)
+            grid.push_messages([question])
+            messages.append(Message(content, reply_to=question))
+        now, _ = strategy.aggregate_train(t, messages)
+        found.append({k: array.numpy() for k, array in now.items()})
+    return found
+
+
+MINE_AND_FLOWERS: dict[str, tuple[dict[str, float], Callable[..., Any], dict[str, float]]] = {
+    "momentum": ({"momentum": 0.9}, FedAvgM, {"server_learning_rate": 1.0, "server_momentum": 0.9}),
+    "momentum-slow": ({"momentum": 0.5, "lr": 0.3}, FedAvgM, {"server_learning_rate": 0.3, "server_momentum": 0.5}),
+    "mean-slow": ({"lr": 0.25}, FedAvgM, {"server_learning_rate": 0.25, "server_momentum": 0.0}),
+    "adam": ({}, FedAdam, {}),
+    "adam-own": (
+        {"lr": 0.03, "beta_1": 0.8, "beta_2": 0.95, "tau": 1e-2},
+        FedAdam,
+        {"eta": 0.03, "beta_1": 0.8, "beta_2": 0.95, "tau": 1e-2},
+    ),
+    "yogi": ({}, FedYogi, {}),
+    "yogi-own": (
+        {"lr": 0.03, "beta_1": 0.8, "beta_2": 0.95, "tau": 1e-2},
+        FedYogi,
+        {"eta": 0.03, "beta_1": 0.8, "beta_2": 0.95, "tau": 1e-2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MINE_AND_FLOWERS)
+def test_every_rule_equals_flowers_strategy_over_three_rounds(name: str) -> None:
+    """Defaults included: our table's rate is Flower's."""
+    own, strategy, theirs = MINE_AND_FLOWERS[name]
+    settings = ServerSettings(optimizer=name.split("-")[0], **own)  # type: ignore[arg-type]
+    start = arrays(0)
+    rounds = [updates(t, start) for t in (1, 2, 3)]
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    expected = flower(strategy(min_train_nodes=3, min_available_nodes=3, **theirs), start, rounds)
+    now, memory = start, {}
+    for t, replies in enumerate(rounds, 1):
+        before = now
+        now, memory = apply_rule(now, weighted_mean(replies), memory, settings, t)
+        for key in SHAPES:
+            np.testing.assert_allclose(now[key], expected[t - 1][key], rtol=0, atol=2e-6)
+            assert now[key].dtype == np.float32
+            assert np.abs(now[key] - before[key]).max() > 1e-4
+
+
+def test_the_plain_mean_is_the_mean_and_keeps_no_memory() -> None:
+    start = arrays(0)
+    mean = weighted_mean(updates(1, start))
+    now, memory = apply_rule(start, mean, {}, ServerSettings(), 1)
+    assert all(now[key].tobytes() == mean[key].tobytes() for key in SHAPES)
+    assert memory == {}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_news_changes_nothing(rule: str) -> None:
+    """Sites that return what they got leave every rule where it is, and nothing is divided by zero."""
+    start = arrays(0)
+    settings = ServerSettings(optimizer=rule)  # type: ignore[arg-type]
+    now, memory = apply_rule(start, start, {}, settings, 1)
+    now, _ = apply_rule(now, start, memory, settings, 2)
+    assert all(np.array_equal(now[key], start[key]) for key in SHAPES)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_leave_their_inputs_alone(rule: str) -> None:
+    start, settings = arrays(0), ServerSettings(optimizer=rule)  # type: ignore[arg-type]
+    mean = weighted_mean(updates(1, start))
+    _, memory = apply_rule(start, mean, {}, settings, 1)
+    kept = {key: value.copy() for key, value in memory.items()}
+    apply_rule(start, mean, memory, settings, 2)
+    assert all(np.array_equal(start[key], value) for key, value in arrays(0).items())
+    assert all(np.array_equal(memory[key], value) for key, value in kept.items())
+
+
+# --- what averaging A and B apart loses -----------------------------------------------------------------------------
+
+
+def dense_residual(given: list[WeightedUpdate], mean: Arrays) -> float:
+    """√(Σ ‖Σ p B A − B̄ Ā‖² / Σ ‖Σ p B A‖²) with every product written out."""
+    total, off, whole = sum(u.weight for u in given), 0.0, 0.0
+    for layer in ("q", "v"):
+        a, b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        products = [u.weight / total * u.arrays[b].astype(np.float64) @ u.arrays[a].astype(np.float64) for u in given]
+        product = np.sum(products, axis=0)
+        whole += np.sum(product**2)
+        off += np.sum((product - mean[b].astype(np.float64) @ mean[a].astype(np.float64)) ** 2)
+    return float(np.sqrt(off / whole))
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 5, 2), (1, 100, 7, 9, 30)])
+def test_the_product_residual_equals_the_dense_computation(weights: tuple[int, ...]) -> None:
+    given = [WeightedUpdate(w, arrays(k)) for k, w in enumerate(weights)]
+    mean = weighted_mean(given)
+    found = product_residual(given, mean)
+    assert found == pytest.approx(dense_residual(given, mean), rel=1e-6)
+    assert found > 0.05  # mean(B)·mean(A) ≠ mean(BA)
+
+
+def test_small_and_large_products_are_computed_in_the_cheaper_way_with_one_result() -> None:
+    rng = np.random.default_rng(0)
+    for n, wide in ((4, False), (40, True)):
+        factors = Factors(rng.normal(size=(30, n)), rng.normal(size=(n, 20)))
+        mean = Factors(rng.normal(size=(30, 2)), rng.normal(size=(2, 20)))
+        assert factors.product_is_cheaper is wide
+        assert aggregation._gram_squares(factors, mean) == pytest.approx(aggregation._dense_squares(factors, mean))
+
+
+def test_the_residual_of_opposite_sites_by_hand() -> None:
+    """B = ±1, A = ±1: every product is 1 and every mean is 0, so all is lost; with A fixed nothing is."""
+
+    def site(a: float, b: float) -> WeightedUpdate:
+        one = {"q.lora_A.weight": np.array([[a]], np.float32), "q.lora_B.weight": np.array([[b]], np.float32)}
+        return WeightedUpdate(1.0, one)
+
+    opposite, fixed = [site(1, 1), site(-1, -1)], [site(1, 1), site(1, -3)]
+    assert product_residual(opposite, weighted_mean(opposite)) == pytest.approx(1.0)
+    assert product_residual(fixed, weighted_mean(fixed)) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_the_residual_is_zero_for_one_site_and_before_anyone_moved() -> None:
+    one = [WeightedUpdate(5.0, arrays(0))]
+    assert product_residual(one, weighted_mean(one)) == pytest.approx(0.0, abs=1e-7)
+    still = [WeightedUpdate(1.0, {k: v * ("_A" in k) for k, v in arrays(s).items()}) for s in (0, 1)]  # B = 0
+    assert product_residual(still, weighted_mean(still)) == 0.0

@@ -1,0 +1,323 @@
+"""A coordinator whose sites are processes of their own: who comes and goes, what gets lost, what is asked again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Error, Message
+from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
+
+from colora.client.client_app import make_app
+from colora.common.adapters.initialization import initial_shared_state
+from colora.common.config.loader import recipe_from
+from colora.common.config.schema import Recipe
+from colora.common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
+from colora.server.reporting.events import Event, EventLog, read_events
+from colora.server.rounds import dispatch as asking
+from colora.server.rounds import membership as members
+from colora.server.rounds.checkpoint import Checkpoints, ServerState
+from colora.server.rounds.run_options import RosterEntry, RunOptions, StopRequested, read_replay
+from colora.server.rounds.strategy import AdapterStrategy
+from colora.server.server_app import train_federation
+from colora.simulation.local_grid import LocalGrid
+
+NAMES = ("ada", "bob", "cyd")
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second of patience is a hundredth here."""
+    wait = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: wait(seconds / 100))
+    monkeypatch.setattr(asking, "PAUSE", 0.01)
+    monkeypatch.setattr(asking, "LOOK", 0.0)
+    monkeypatch.setattr(members, "GRACE", 0.5)
+
+
+@dataclass
+class Pretender:
+    """A site that adds its own constant to what it gets."""
+
+    name: str
+    layout: str
+    model: str = "model"
+    train: int = 20
+    introduced: int = 0
+    rounds: list[int] = field(default_factory=list)
+
+    def site_info(self, federation: str, plan: str) -> SiteInfo:
+        self.introduced += 1
+        return SiteInfo(
+            self.name, PROTOCOL, self.model, "tokenizer", "template", self.layout, "regression", self.train, 5, 0, 0
+        )
+
+    def handle(self, order: TrainRequest) -> TrainReply:
+        self.rounds.append(order.round)
+        moved = {k: v + (1 + NAMES.index(self.name)) * order.round for k, v in order.shared.items()}
+        shared = {} if order.kind == "finalize" else {k: v.astype("float32") for k, v in moved.items()}
+        return TrainReply(self.name, order.federation, order.round, order.key, shared, 10, 5, {"personal.loss": 1})
+
+
+class Street(LocalGrid):
+    """Nodes with names that come and go; ``swallow`` loses orders to a node, ``errors`` answers them with error codes.
+
+    ``later`` are things that happen once a condition holds.
+    """
+
+    def __init__(self, sites: list[Pretender]) -> None:
+        def connect(context: Context) -> Pretender:
+            return sites[int(context.node_config["partition-id"])]
+
+        super().__init__(make_app(connect), len(sites))
+        self.since = {k + 1: "monday" for k in range(len(sites))}
+        self.keys = {k + 1: site.name for k, site in enumerate(sites)}
+        self.swallow: set[int] = set()
+        self.errors: dict[int, list[int]] = {}
+        self.later: list[tuple[Callable[[], bool], Callable[[], object]]] = []
+        self.lost: list[Message] = []
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        for event in [e for e in self.later if e[0]()]:
+            self.later.remove(event)
+            event[1]()
+        return [
+            NodeInfo(node_id=node, last_activated_at=since, name=self.keys[node]) for node, since in self.since.items()
+        ]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = list(super().push_messages(messages))
+        for message_id in ids:
+            message = self._waiting[message_id]
+            if message.metadata.dst_node_id in self.swallow and message.metadata.group_id != "join":
+                self.lost.append(self._waiting.pop(message_id))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._answer(self._waiting.pop(each)) for each in list(message_ids) if each in self._waiting]
+
+    def _answer(self, message: Message) -> Message:
+        codes = self.errors.get(message.metadata.dst_node_id)
+        if codes and message.metadata.group_id != "join":
+            reply = Message(Error(code=codes.pop(), reason="lost"), reply_to=message)
+            reply.metadata.__dict__["_message_id"] = f"error-{time.monotonic_ns()}"
+            return reply
+        return super()._answer(message)
+
+
+def recipe(rounds: int = 3, **server: Any) -> Recipe:
+    sites = [{"name": name, "source": "none.npz"} for name in NAMES]
+    model, adapter = {"source": "synthetic:bilinear-6"}, {"rank": 2, "target_modules": ["proj"]}
+    raw = {"name": "fed", "rounds": rounds, "model": model, "adapter": adapter, "data": {"task": "regression"}}
+    return recipe_from({**raw, "site": sites, "server": {"quorum": 3, "retry_interval": 0.1, **server}})
+
+
+def pretenders(settings: Recipe) -> list[Pretender]:
+    layout = hash_layout({key: value.shape for key, value in initial_shared_state(settings.plan).items()})
+    return [Pretender(name, layout) for name in NAMES]
+
+
+def lead(settings: Recipe, street: Street, folder: Path, conduct: RunOptions | None = None) -> ServerState:
+    events = EventLog(folder / "events.jsonl")
+    conduct = conduct or RunOptions(deployed=True)
+    strategy = AdapterStrategy(settings, tuple(map(RosterEntry, NAMES)), events, folder / "spool", conduct)
+    return train_federation(street, strategy, Checkpoints(folder / "checkpoints", settings))
+
+
+def told(folder: Path, kind: str) -> list[Event]:
+    return [event for event in read_events(folder / "events.jsonl") if event["event"] == kind]
+
+
+def test_a_message_that_is_lost_with_its_site_is_asked_again_when_the_site_is_back(tmp_path: Path) -> None:
+    settings = recipe()
+    sites = pretenders(settings)
+    street = Street(sites)
+    street.swallow.add(2)
+
+    def back() -> None:
+        street.swallow.clear()
+        street.since[2] = "tuesday"
+
+    street.later.append((lambda: bool(street.lost), back))
+    assert lead(settings, street, tmp_path).finalized
+    assert [event["admitted"] for event in told(tmp_path, "round")] == [list(NAMES)] * 3
+    assert sites[1].introduced == 2
+
+
+def test_an_error_for_a_message_that_was_asked_again_since_asks_nobody_a_third_time(tmp_path: Path) -> None:
+    settings = recipe()
+
+    class Slow(Street):
+        pushed, given_up = 0, float("inf")
+
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            asked = list(messages)
+            self.pushed += sum(m.metadata.dst_node_id == 2 and m.metadata.group_id == "1" for m in asked)
+            return super().push_messages(asked)
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            if self.pushed == 2 and self.lost:  # Flower gives the lost one up only now
+                self.given_up = time.monotonic()
+                return [self._answer(self.lost.pop())]
+            if self.pushed == 2 and time.monotonic() < self.given_up + 0.3:  # and the other one is worked on
+                return []
+            return super().pull_messages(message_ids)
+
+    street = Slow(pretenders(settings))
+    street.swallow.add(2)
+    street.errors[2] = [ErrorCode.MESSAGE_UNAVAILABLE]
+
+    def back() -> None:
+        street.swallow.clear()
+        street.since[2] = "tuesday"
+
+    street.later.append((lambda: bool(street.lost), back))
+    assert lead(settings, street, tmp_path).finalized
+    assert street.errors[2] == []
+    assert street.pushed == 2
+
+
+def test_an_answer_that_never_comes_whole_holds_up_nobody_once_its_site_is_back(tmp_path: Path) -> None:
+    """Flower waits minutes for the parts of an answer whose sender died, and with it for all that came together."""
+    settings = recipe()
+    release, stuck = threading.Event(), threading.Event()
+
+    class Half(Street):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            answers = super().pull_messages(message_ids)
+            if not stuck.is_set() and any(a.metadata.group_id == "2" for a in answers):
+                stuck.set()
+                release.wait(20)
+            return answers
+
+    street = Half(pretenders(settings))
+    street.later.append((stuck.is_set, lambda: street.since.update({2: "tuesday"})))
+    assert lead(settings, street, tmp_path).finalized
+    assert stuck.is_set()
+    assert [event["admitted"] for event in told(tmp_path, "round")] == [list(NAMES)] * 3
+    release.set()
+
+
+def test_a_silent_site_is_asked_again_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = recipe()
+    street = Street(pretenders(settings))
+    street.swallow.add(1)
+    street.later.append((lambda: bool(street.lost), street.swallow.clear))
+    monkeypatch.setattr(asking.RetryPolicy.__init__, "__defaults__", (False, 0.1, 0.2))  # the last: silence
+    assert lead(settings, street, tmp_path).finalized
+
+
+def test_the_platforms_errors_are_no_attempts_but_a_sites_own_are(tmp_path: Path) -> None:
+    settings = recipe(max_attempts=2)
+    street = Street(pretenders(settings))
+    street.errors[3] = [ErrorCode.NODE_UNAVAILABLE] * 7
+    assert lead(settings, street, tmp_path).finalized
+    assert told(tmp_path, "failed") == []
+    street = Street(pretenders(settings))
+    street.errors[3] = [ErrorCode.CLIENT_APP_RAISED_EXCEPTION] * 3  # one round fails, and is tried again
+    assert lead(settings, street, tmp_path / "b").finalized
+    assert [event["round"] for event in told(tmp_path / "b", "failed")] == [1]
+    assert len(told(tmp_path / "b", "waiting")) == 1
+
+
+def test_it_waits_for_its_quorum_and_takes_in_who_comes_late(tmp_path: Path) -> None:
+    settings = recipe(rounds=4, quorum=2)
+    sites = pretenders(settings)
+    street = Street(sites)
+    late = street.since.pop(3), street.since.pop(2)
+    street.later.append((lambda: bool(told(tmp_path, "waiting")), lambda: street.since.update({2: late[1]})))
+    street.later.append((lambda: len(told(tmp_path, "round")) >= 2, lambda: street.since.update({3: late[0]})))
+    assert lead(settings, street, tmp_path).finalized
+    assert told(tmp_path, "waiting")[0]["missing"] == ["bob", "cyd"]
+    admitted = [event["admitted"] for event in told(tmp_path, "round")]
+    assert admitted[0] == ["ada", "bob"]
+    assert admitted[-1] == list(NAMES)
+    again = lead(
+        settings,
+        Street(pretenders(settings)),
+        tmp_path / "again",
+        RunOptions(replay=read_replay(tmp_path / "events.jsonl")),
+    )
+    before = Checkpoints(tmp_path / "checkpoints", settings).latest()
+    assert before
+    assert {k: v.tobytes() for k, v in before.shared.items()} == {k: v.tobytes() for k, v in again.shared.items()}
+    assert again.admitted == before.admitted
+
+
+def test_who_is_offline_is_not_waited_for_once_there_is_a_quorum(tmp_path: Path) -> None:
+    settings = recipe(quorum=2)
+    street = Street(pretenders(settings))
+    street.swallow.add(3)
+    street.later.append((lambda: bool(street.lost), lambda: street.since.pop(3)))
+    assert lead(settings, street, tmp_path).finalized
+    assert told(tmp_path, "round")[0]["admitted"] == ["ada", "bob"]
+    assert told(tmp_path, "failed")[0]["reason"] == "not there"
+
+
+def test_a_site_without_examples_to_train_on_is_asked_at_the_close_only(tmp_path: Path) -> None:
+    settings = recipe(quorum=2)
+    sites = pretenders(settings)
+    sites[2].train = 0
+    assert lead(settings, Street(sites), tmp_path).finalized
+    assert [event["admitted"] for event in told(tmp_path, "round")] == [["ada", "bob"]] * 3
+    assert [site.rounds for site in sites] == [[1, 2, 3, 4], [1, 2, 3, 4], [4]]
+
+
+def test_a_coordinator_that_starts_again_does_not_ask_those_who_stayed(tmp_path: Path) -> None:
+    settings = recipe()
+    sites = pretenders(settings)
+    stops = iter([False, False, True, True, True])
+    with pytest.raises(StopRequested):
+        lead(settings, Street(sites), tmp_path, RunOptions(deployed=True, should_stop=lambda: next(stops)))
+    street = Street(sites)
+    street.since[2] = "tuesday"
+    assert lead(settings, street, tmp_path).finalized
+    assert [site.introduced for site in sites] == [1, 2, 1]
+    assert sites[0].rounds == [1, 2, 3, 4]
+
+
+def test_a_key_speaks_for_its_own_site_only(tmp_path: Path) -> None:
+    settings = recipe(quorum=2)
+    sites = pretenders(settings)
+    street = Street(sites)
+    sites[2].name = "ada"
+    assert lead(settings, street, tmp_path).finalized
+    (refused,) = told(tmp_path, "refused")
+    assert (refused["site"], refused["expected"], refused["found"]) == ("cyd", "the name of its key, cyd", "ada")
+
+
+def test_a_site_that_comes_back_as_another_one_is_left_out(tmp_path: Path) -> None:
+    settings = recipe(quorum=2)
+    sites = pretenders(settings)
+    street = Street(sites)
+
+    def changed() -> None:
+        sites[1].model, street.since[2] = "another", "tuesday"
+
+    street.later.append((lambda: len(told(tmp_path, "round")) == 1, changed))
+    assert lead(settings, street, tmp_path).finalized
+    assert [event["admitted"] for event in told(tmp_path, "round")][1:] == [["ada", "cyd"]] * 2
+    assert told(tmp_path, "refused")[0]["field"] == "model"
+
+
+def test_a_late_answer_is_told_and_ignored(tmp_path: Path) -> None:
+    settings = recipe(quorum=2, timeout=0.3)
+    street = Street(pretenders(settings))
+    street.swallow.add(3)
+
+    def found_again() -> None:
+        street.swallow.clear()
+        message = street.lost.pop()
+        street._waiting[message.metadata.message_id] = message
+
+    street.later.append((lambda: len(told(tmp_path, "round")) == 1, found_again))
+    state = lead(settings, street, tmp_path)
+    assert [event["site"] for event in told(tmp_path, "late")] == ["cyd"]
+    assert told(tmp_path, "round")[0]["admitted"] == ["ada", "bob"]
+    assert state.admitted["cyd"] == 4

@@ -1,0 +1,212 @@
+"""The tuned writer: it learns the site's texts in preparation, and a transfer writes with what it learnt."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora.layer import LoraLayer
+
+from colora.client.artifacts.transfer import carried_artifacts, synthetic_rows, transfer, transfer_plan
+from colora.client.training.adapted_model import attach_adapters
+from colora.client.training.state_store import StateStore
+from colora.client.training.trainer import Trainer
+from colora.common.adapters.initialization import initial_shared_state
+from colora.common.adapters.inject import ADAPTER, activate
+from colora.common.config.loader import recipe_from
+from colora.common.config.schema import (
+    AdapterSettings,
+    ModelSettings,
+    Plan,
+    PrivateSettings,
+    TrainSettings,
+    TransferSettings,
+    to_json,
+)
+from colora.common.dataset import SiteDataset
+from colora.common.errors import ModelError, StateError
+from colora.common.models.base_model import BaseModel, load_base_model
+from colora.common.models.saved import SavedModel, read_saved_model
+from colora.common.protocol.types import TrainRequest
+from colora.simulation.run import simulate
+from colora.transfer import preparation, synthesis
+from colora.transfer.preparation import prepare
+from colora.transfer.sampling import list_prompt
+from colora.transfer.tuned_generator import TunedGenerator, lists
+
+SETTINGS = TransferSettings(prepare=True, writer="tuned", writer_steps=20, writer_lr=0.02)
+TEXTS = [f"a b c {word} e f" for word in "abcdefghijkl"]
+NEXT = "a b c"  # how each of them goes on after its number
+
+
+@pytest.fixture
+def base(speaking_llama: Path) -> BaseModel:
+    torch.set_num_threads(1)
+    return load_base_model(ModelSettings(str(speaking_llama)), generates=True)
+
+
+def test_lists_are_what_the_writer_is_asked_to_go_on_with_and_take_every_text_in_turn() -> None:
+    rows = list(islice(lists(TEXTS, 4, 3), 6))
+    listed = [[line.partition(". ")[2] for line in f"1.{row['completion']}".split("\n")] for row in rows]
+    for row, items in zip(rows, listed, strict=True):
+        assert len(set(items)) == 4
+        assert f"{row['prompt']}{row['completion']}".startswith(list_prompt(items[:2]))
+    seen = list(chain(*listed))
+    assert sorted(seen[:12]) == sorted(seen[12:]) == TEXTS
+    assert seen[:12] != seen[12:]
+    assert list(islice(lists(TEXTS, 4, 4), 6)) != rows
+    assert all(len(row["completion"].split("\n")) == 5 for row in islice(lists(TEXTS, 5, 0), 9))
+
+
+def likelihood(base: BaseModel, text: str, before: str) -> float:
+    """log p of a text's tokens after others, by the model as it stands."""
+    assert base.language_model is not None
+    start, ids = (base.tokenizer(words, add_special_tokens=False)["input_ids"] for words in (before, text))
+    with torch.no_grad():
+        logits = base.language_model(input_ids=torch.tensor([start + ids])).logits[0].log_softmax(-1)
+    return sum(float(logits[len(start) + i - 1, token]) for i, token in enumerate(ids))
+
+
+def test_it_writes_more_like_the_texts_it_learnt_and_leaves_the_model_as_it_was(
+    base: BaseModel, speaking_llama: Path
+) -> None:
+    prompt = list_prompt(TEXTS[:2])
+    bare = likelihood(base, NEXT, prompt), likelihood(base, "x y z", prompt)
+    with TunedGenerator(base, ModelSettings(str(speaking_llama)), SETTINGS, 1).attached() as writer:
+        assert likelihood(base, NEXT, prompt) == bare[0], "at first it is the bare model"
+        writer.fit(TEXTS, seeds=2)
+        learnt = likelihood(base, NEXT, prompt), likelihood(base, "x y z", prompt)
+        values = writer.values()
+    mine, foreign = learnt[0] - bare[0], learnt[1] - bare[1]
+    assert mine > foreign + 0.4, "much, for a model whose untrained output layer can hardly prefer a word"
+    assert (likelihood(base, NEXT, prompt), likelihood(base, "x y z", prompt)) == bare
+    with TunedGenerator(base, ModelSettings(str(speaking_llama)), SETTINGS, 2).attached(values):
+        assert likelihood(base, NEXT, prompt) == learnt[0]
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch, writer: list[int]) -> list[dict[str, torch.Tensor]]:
+    """B of every LoRA that acted on the model, for each call of the stand-in for the writer."""
+    calls: list[dict[str, torch.Tensor]] = []
+    stand_in = synthesis.generate_texts
+
+    def write(base: BaseModel, seeds: Sequence[str], settings: Any, seed: int, call: int) -> Iterator[str]:
+        calls.append(dict(acting(base)))
+        yield from stand_in(base, seeds, settings, seed, call)
+
+    monkeypatch.setattr(synthesis, "generate_texts", write)
+    monkeypatch.setattr(preparation, "generate_texts", write)
+    return calls
+
+
+def acting(base: BaseModel) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, layer in base.backbone.named_modules():
+        if isinstance(layer, LoraLayer):
+            for adapter in layer.active_adapters:
+                yield f"{name} {adapter}", layer.lora_B[adapter].weight.detach().clone()
+
+
+def test_what_is_prepared_does_not_hang_on_the_adapters_beside_it(
+    speaking_llama: Path, heard: list[dict[str, torch.Tensor]]
+) -> None:
+    model = ModelSettings(str(speaking_llama), max_length=32)
+    settings = replace(SETTINGS, writer_steps=3, steps=3, rank=4, batch=8)
+    plan = Plan("tiny", 1, model, adapter=AdapterSettings(4, target_modules=("q_proj", "v_proj")), transfer=settings)
+    site = SiteDataset("ada", "generation", [{"prompt": text, "completion": "x"} for text in TEXTS], ())
+    alone = prepare(load_base_model(model, generates=True), plan, site, 7)
+    bench = attach_adapters(load_base_model(model, generates=True), plan)
+    bench.private(PrivateSettings("multilora"))
+    with torch.no_grad():
+        for parameter in bench.adapter.values():
+            parameter.normal_()
+    activate(bench.base.backbone, [ADAPTER])
+    for _ in range(2):  # the sites of a simulation take turns on one model
+        beside = prepare(bench.base, plan, site, 7)
+        for key, value in {**alone.writer, **alone.discriminator}.items():
+            assert torch.equal(value, {**beside.writer, **beside.discriminator}[key])
+    assert heard
+    for found in heard:  # what the discriminator is to reject was written with what had been learnt
+        assert all(name.endswith(" writer") for name in found)
+        assert sum(bool(value.any()) for value in found.values()) == len(alone.writer) // 2 > 4, "all linear layers"
+
+
+@pytest.fixture
+def prepared(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: list[int]) -> SavedModel:
+    """ada after a federation that prepared with a tuned writer, her rows deleted."""
+    transfer = {"prepare": True, "generator": str(speaking_llama), "writer": "tuned", "writer_steps": 3, "samples": 8}
+    tiny_recipe["transfer"] = {**transfer, "filter": "none", "rank": 4}
+    run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
+    shutil.rmtree(run.path / "sites" / "ada" / "data")
+    shutil.rmtree(tmp_path / "rows")
+    return read_saved_model(run.path / "sites" / "ada")
+
+
+@pytest.mark.parametrize("override", ["transfer.samples=8", "transfer.rank=2"])
+def test_a_transfer_writes_with_what_was_learnt_and_the_next_one_as_well(
+    prepared: SavedModel, tiny_bert: Path, tmp_path: Path, heard: list[dict[str, torch.Tensor]], override: str
+) -> None:
+    other = shutil.copytree(tiny_bert, tmp_path / "other")
+    transfer(prepared, transfer_plan(prepared, str(other), (override,)), tmp_path / "out")
+    kept = {key: torch.as_tensor(value) for key, value in prepared.tuned_generator.items() if "lora_B" in key}
+    assert heard
+    for found in heard:
+        assert len(found) == len(kept) > 4
+        assert all(any(torch.equal(value, other) for other in kept.values()) for value in found.values())
+    heard.clear()
+    moved = read_saved_model(tmp_path / "out")
+    if override.startswith("transfer.rank"):
+        assert {value.shape[0] for key, value in moved.writer.items() if "lora_A" in key} == {2}, "trained anew"
+        return
+    assert {k: v.tobytes() for k, v in moved.writer.items()} == {
+        k: v.tobytes() for k, v in prepared.tuned_generator.items()
+    }
+    transfer(moved, transfer_plan(moved, str(tiny_bert)), tmp_path / "back")
+    assert heard
+    assert all(len(found) == len(kept) for found in heard)
+
+
+def test_another_writer_needs_no_lora_and_a_tuned_one_does(
+    prepared: SavedModel, tiny_bert: Path, tmp_path: Path, heard: list[dict[str, torch.Tensor]]
+) -> None:
+    other = shutil.copytree(tiny_bert, tmp_path / "other")
+    plain = transfer_plan(prepared, str(other), ("transfer.writer=source",))
+    assert synthetic_rows(prepared, plain, tmp_path / "plain")
+    assert heard
+    assert not any(heard), "the bare model writes"
+    kept = carried_artifacts(prepared, plain)
+    assert kept
+    assert not kept.tuned_generator, "and what is not asked for is not kept on"
+    untuned = replace(prepared, writer={})
+    with pytest.raises(StateError, match=r"expected a tuned writer \(transfer.writer as it was prepared\), found none"):
+        transfer(untuned, transfer_plan(untuned, str(other)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preparation_that_fails_leaves_the_shared_adapter_on(
+    base: BaseModel, speaking_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next order, of this site or of another one on the same model, trains as if nothing had happened."""
+    model = ModelSettings(str(speaking_llama), max_length=32, device="cpu")
+    adapter = AdapterSettings(4, target_modules=("q_proj", "v_proj"))
+    settings = TransferSettings(prepare=True, about="tiny", steps=3)
+    plan = Plan("town", 1, model, adapter=adapter, train=TrainSettings(steps=1, final_steps=1), transfer=settings)
+    site = SiteDataset("ada", "generation", [{"prompt": text, "completion": "x"} for text in TEXTS], ())
+    bench = attach_adapters(base, plan)
+    trainer = Trainer(bench, site, StateStore(tmp_path, plan.name))
+    shared = initial_shared_state(plan, 0)
+    reply = trainer.handle(TrainRequest(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False))
+    close = TrainRequest(plan.name, 2, "finalize", 1, to_json(plan), reply.shared, evaluate=False)
+    monkeypatch.setattr(preparation, "generate_texts", lambda *args: iter(()))
+    with pytest.raises(ModelError, match=r"model.source: .* found no text that is new"):
+        trainer.handle(close)
+    assert [name for name, _ in acting(base)], "the shared adapter"
+    monkeypatch.setattr(preparation, "generate_texts", lambda *args: iter(["s t u", "v w x", "x y z"]))
+    trainer.handle(close)
+    assert trainer.transfer_artifacts
+    assert trainer.transfer_artifacts.discriminator
