@@ -21,7 +21,6 @@ from colora.common.errors import ModelError, StateError
 from colora.common.first import first_shared
 from colora.common.model import BaseModel, load
 from colora.common.protocol import Order
-from colora.common.recipe import recipe_from
 from colora.common.rows import SiteRows
 from colora.common.saved import Saved, read_saved
 from colora.common.settings import (
@@ -33,11 +32,12 @@ from colora.common.settings import (
     TransferSettings,
     to_json,
 )
-from colora.simulation.run import simulate
 from colora.transfer import preparation, synthesis
 from colora.transfer.preparation import prepare
 from colora.transfer.tuned import TunedWriter, lists
 from colora.transfer.writing import list_prompt
+from tests.conftest import write_tiny_recipe
+from tests.transfer.conftest import prepare_run
 
 SETTINGS = TransferSettings(prepare=True, writer="tuned", writer_steps=20, writer_lr=0.02)
 TEXTS = [f"a b c {word} e f" for word in "abcdefghijkl"]
@@ -135,15 +135,22 @@ def test_what_is_prepared_does_not_hang_on_the_adapters_beside_it(
         assert sum(bool(value.any()) for value in found.values()) == len(alone.writer) // 2 > 4, "all linear layers"
 
 
-@pytest.fixture
-def prepared(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: list[int]) -> Saved:
-    """ada after a federation that prepared with a tuned writer, her rows deleted."""
+@pytest.fixture(scope="module")
+def federation(tiny_bert: Path, speaking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that prepared with a tuned writer, ada's rows deleted."""
+    folder = tmp_path_factory.mktemp("federation")
     transfer = {"prepare": True, "generator": str(speaking_llama), "writer": "tuned", "writer_steps": 3, "samples": 8}
-    tiny_recipe["transfer"] = {**transfer, "filter": "none", "rank": 4}
-    run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
-    shutil.rmtree(run.path / "sites" / "ada" / "data")
-    shutil.rmtree(tmp_path / "rows")
-    return read_saved(run.path / "sites" / "ada")
+    raw = write_tiny_recipe(tiny_bert, folder) | {"transfer": {**transfer, "filter": "none", "rank": 4}}
+    run = prepare_run(raw, folder / "run")
+    shutil.rmtree(run / "sites" / "ada" / "data")
+    shutil.rmtree(folder / "rows")
+    return run
+
+
+@pytest.fixture
+def prepared(federation: Path, tmp_path: Path, writer: list[int]) -> Saved:
+    """ada after that federation."""
+    return read_saved(shutil.copytree(federation, tmp_path / "run") / "sites" / "ada")
 
 
 @pytest.mark.parametrize("override", ["transfer.samples=8", "transfer.rank=2"])
