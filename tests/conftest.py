@@ -21,10 +21,14 @@ os.environ.update(
 
 
 
-def pytest_collection_finish() -> None:
-    """Take all that the imports created out of the garbage collector, which would walk through it in every test."""
+def freeze() -> None:
+    """Take all that imports created out of the garbage collector, which would walk through it in every test."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    freeze()
 
 
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z red blue green cat dog sun moon sea hill".split()  # noqa: SIM905
@@ -68,6 +72,7 @@ def _save(model: type, config: object, folder: Path, *, chat: bool) -> Path:
     torch.manual_seed(0)
     model(config).save_pretrained(folder)
     _tokenizer(folder, chat=chat)
+    freeze()  # transformers imports a model's code at its first use
     return folder
 
 

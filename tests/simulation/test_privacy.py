@@ -57,11 +57,11 @@ def site_texts(folder: Path) -> set[str]:
 
 
 def leaks(seen: list[Message], folder: Path) -> list[str]:
-    """Names of what was found in any message."""
+    """Names of what was found in all messages together."""
     secrets, windows = secrets_of(folder), site_texts(folder)
     assert secrets
     assert windows
-    return [leak for message in seen for leak in leaks_in(numbers_of(message), texts_of(message), secrets, windows)]
+    return leaks_in(np.concatenate(list(map(numbers_of, seen))), "\n".join(map(texts_of, seen)), secrets, windows)
 
 
 @pytest.mark.parametrize("method", METHODS)
