@@ -20,7 +20,6 @@ os.environ.update(
 )
 
 
-
 def freeze() -> None:
     """Take all that imports created out of the garbage collector, which would walk through it in every test."""
     gc.collect()

@@ -163,7 +163,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
 
 
 KINDS = ("classification", "generation")
-SOME = list(zip(cycle(KINDS), METHODS, cycle(PRIVATES), strict=False))  # every method, and every kind with every private
+SOME = list(zip(cycle(KINDS), METHODS, cycle(PRIVATES), strict=False))  # every kind with every private adapter
 
 
 @pytest.mark.parametrize(
@@ -222,9 +222,7 @@ def test_architectures_with_heads_of_their_own(tiny_recipe: dict, tmp_path: Path
         assert np.abs(logits - ours[name]).max() < CLOSE, name
 
 
-def test_weights_that_the_source_lacks_go_with_the_adapter(
-    tiny_recipe: dict, tmp_path: Path, stock: Stock
-) -> None:
+def test_weights_that_the_source_lacks_go_with_the_adapter(tiny_recipe: dict, tmp_path: Path, stock: Stock) -> None:
     """A BERT without a pooler, and a LoRA on the pooler as well: elsewhere it would be drawn anew."""
     source, place = Path(tiny_recipe["model"]["source"]), tmp_path / "model"
     shutil.copytree(source, place)
