@@ -12,15 +12,15 @@ import sys
 import threading
 import traceback
 
-from ..common.pulling import hasten
+from ..common.flower_compat import shorten_pull_backoff
+from .flower_compat import supernode_command
 
 
 def main() -> None:
     """Runs the command with this process's arguments."""
-    from flwr.supernode.cli.flower_supernode import flower_supernode
-
+    flower_supernode = supernode_command()
     threading.excepthook = _failed
-    hasten()
+    shorten_pull_backoff()
     code = 1  # it returns when it has lost its coordinator
     try:
         flower_supernode()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..common.errors import ColoraError, QuorumError
-from ..common.pulling import hasten
+from ..common.flower_compat import shorten_pull_backoff
 from ..common.recipe import load_recipe
 from .app import Run
 from .conduct import Conduct, Member, Stopped
@@ -30,7 +30,7 @@ def deployed() -> Iterator[tuple[Run, Conduct]]:
     Ends quietly after a stop; an error of ours is told in the events, for the supervisor to decide.
     """
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
-    hasten()
+    shorten_pull_backoff()
     files = RunFolder(Path(os.environ[RUN_FOLDER]))
     with (files.path / "leading.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

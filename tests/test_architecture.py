@@ -29,13 +29,10 @@ FLWR_FILES = {
     "server/strategy.py",
     "server/asking.py",
     "server/roll.py",
-    "server/superlink.py",
-    "client/clientapp.py",
-    "client/node.py",
-    "client/supernode.py",
     "common/messages.py",
-    "common/pulling.py",
 }
+FLWR_COMPAT = {f"{room}/flower_compat.py" for room in ("common", "server", "client")}
+FLWR_PUBLIC = ("flwr.app", "flwr.serverapp", "flwr.clientapp", "flwr.simulation")
 FLWR_NAMES = {"app.py", "launch.py"}
 HEAVY = ("torch", "transformers", "peft")
 MAX_LINES = 400
@@ -131,8 +128,23 @@ def test_flower_stays_at_the_edges() -> None:
     """Training, aggregation and the adapters are plain functions that a notebook can call."""
     users = {s.path for s in SOURCES for level, name in s.imports() if not level and name.split(".")[0] == "flwr"}
     allowed = {s.path for s in SOURCES if s.room == "simulation" or Path(s.path).name in FLWR_NAMES} | FLWR_FILES
-    assert users - allowed == set()
+    assert users - allowed - FLWR_COMPAT == set()
     assert {"server/strategy.py", "client/app.py"} <= users
+
+
+def test_private_names_of_flower_stand_in_one_module_a_side() -> None:
+    """What a new Flower may break is found in one place."""
+    named = ((s, name) for s in SOURCES for level, name in s.imports() if not level and name.split(".")[0] == "flwr")
+    private = [(s, name) for s, name in named if ".".join(name.split(".")[:2]) not in FLWR_PUBLIC]
+    assert offenders((s, name) for s, name in private if s.path not in FLWR_COMPAT) == []
+    assert {s.path for s, _ in private} == FLWR_COMPAT
+
+
+@pytest.mark.parametrize("module", ["server.launch", "server.flower_compat", "client.launch", "client.clientapp"])
+def test_commands_load_flower_when_they_need_it(module: str) -> None:
+    code = f"import sys, colora.{module}; print('flwr' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 @pytest.mark.parametrize("module", ["client.app", "server.app", "server.strategy", "common.messages", "cli"])

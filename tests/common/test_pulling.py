@@ -8,7 +8,7 @@ import sys
 PULL_ONE = """
 import time
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, pull_objects
-from colora.common.pulling import hasten
+from colora.common.flower_compat import shorten_pull_backoff
 
 def pull(object_id, tries=[]):
     tries.append(object_id)
@@ -16,7 +16,7 @@ def pull(object_id, tries=[]):
         raise ObjectUnavailableError(object_id)
     return b"here"
 
-hasten()
+shorten_pull_backoff()
 began = time.monotonic()
 assert pull_objects(["one"], pull) == {"one": b"here"}
 assert pull_objects.__kwdefaults__["max_tries_per_object"] is None, "an order may take longer than 500 s"
