@@ -27,17 +27,14 @@ MAY_IMPORT = {  # room → the rooms of ours that it may import beside itself
     "colora": {"common", "client", "server", "simulation", "transfer"},
 }
 FLWR_FILES = {
-    "server/strategy.py",
-    "server/asking.py",
-    "server/roll.py",
-    "server/superlink.py",
-    "client/clientapp.py",
-    "client/node.py",
-    "client/supernode.py",
-    "common/messages.py",
-    "common/pulling.py",
+    "server/rounds/strategy.py",
+    "server/rounds/dispatch.py",
+    "server/rounds/registry.py",
+    "common/protocol/flower_messages.py",
 }
-FLWR_NAMES = {"app.py", "launch.py"}
+FLWR_COMPAT = {f"{room}/flower_compat.py" for room in ("common", "server", "client")}
+FLWR_PUBLIC = ("flwr.app", "flwr.serverapp", "flwr.clientapp", "flwr.simulation")
+FLWR_NAMES = {"server_app.py", "client_app.py"}
 HEAVY = ("torch", "transformers", "peft")
 MAX_LINES = 400
 
@@ -137,13 +134,42 @@ def test_flower_stays_at_the_edges() -> None:
     """Training, aggregation and the adapters are plain functions that a notebook can call."""
     users = {s.path for s in SOURCES for level, name in s.imports() if not level and name.split(".")[0] == "flwr"}
     allowed = {s.path for s in SOURCES if s.room == "simulation" or Path(s.path).name in FLWR_NAMES} | FLWR_FILES
-    assert users - allowed == set()
-    assert {"server/strategy.py", "client/app.py"} <= users
+    assert users - allowed - FLWR_COMPAT == set()
+    assert {"server/rounds/strategy.py", "client/client_app.py"} <= users
+
+
+def test_private_names_of_flower_stand_in_one_module_a_side() -> None:
+    """What a new Flower may break is found in one place."""
+    named = ((s, name) for s in SOURCES for level, name in s.imports() if not level and name.split(".")[0] == "flwr")
+    private = [(s, name) for s, name in named if ".".join(name.split(".")[:2]) not in FLWR_PUBLIC]
+    assert offenders((s, name) for s, name in private if s.path not in FLWR_COMPAT) == []
+    assert {s.path for s, _ in private} == FLWR_COMPAT
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "server.deployment.supervisor",
+        "server.flower_compat",
+        "client.deployment.supervisor",
+        "client.deployment.clientapp_main",
+    ],
+)
+def test_commands_load_flower_when_they_need_it(module: str) -> None:
+    code = f"import sys, colora.{module}; print('flwr' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 def test_what_flower_starts_for_every_message_imports_no_torch() -> None:
     """The thin ClientApp and the coordinator are processes without a model."""
-    modules = ("client.app", "server.app", "server.strategy", "common.messages", "cli")
+    modules = (
+        "client.client_app",
+        "server.server_app",
+        "server.rounds.strategy",
+        "common.protocol.flower_messages",
+        "cli",
+    )
     code = f"""
 import importlib, sys
 for module in {modules}:
@@ -162,7 +188,7 @@ def test_no_file_but_the_table_names_a_method() -> None:
     assert offenders((s, text) for s, text in texts if text in names and s.path != "common/methods.py") == []
     assert names
     defaults = {(s.path, node.value) for s, node in assignments("name", "BASELINE") if node.value in METHODS}
-    assert defaults == {("common/settings.py", "colora"), ("simulation/run.py", "local")}
+    assert defaults == {("common/config/schema.py", "colora"), ("simulation/run.py", "local")}
 
 
 def assignments(*targets: str) -> Iterator[tuple[Source, ast.Constant]]:
@@ -189,14 +215,14 @@ def test_nothing_is_decided_by_a_methods_name() -> None:
     assert offenders((s, text) for s in SOURCES for text in decided(s)) == []
     reads = {s.path for s in SOURCES for node in s.nodes if isinstance(node, ast.Attribute) and _is_name_of(node)}
     told = {
-        "server/app.py",
-        "server/status.py",
-        "client/export.py",
-        "client/card.py",
-        "client/join.py",
-        "common/recipe.py",
+        "server/server_app.py",
+        "server/deployment/status.py",
+        "client/artifacts/export.py",
+        "client/artifacts/model_card.py",
+        "client/personalize.py",
+        "common/config/loader.py",
     }
-    assert reads <= told | {"client/allow.py"}, "told to people, and compared with a site's own list"
+    assert reads <= told | {"client/trainer_service/policy.py"}, "told to people, and compared with a site's own list"
 
 
 def _is_name_of(node: ast.Attribute) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
-from colora.client.artifacts.transfer import synthetic_rows, transfer, transfer_plan
+from colora.client.artifacts.transfer import carried_artifacts, synthetic_rows, transfer, transfer_plan
 from colora.client.training.adapted_model import attach_adapters
 from colora.client.training.state_store import StateStore
 from colora.client.training.trainer import Trainer
@@ -30,7 +30,7 @@ from colora.common.config.schema import (
 )
 from colora.common.dataset import SiteDataset
 from colora.common.errors import ModelError, StateError
-from colora.common.models.base_model import BaseModel
+from colora.common.models.base_model import BaseModel, load_base_model
 from colora.common.models.saved import SavedModel, read_saved_model
 from colora.common.protocol.types import TrainRequest
 from colora.transfer import preparation, synthesis
