@@ -73,7 +73,7 @@ def _process(frame: Frame, name: str, about: tuple[str, ...]) -> Iterator[str]:
         yield text((middle, top + 22 + 15 * row), words, "faint", **{"font-size": 11.5, **MIDDLE})
 
 
-def _arrow(x: float, y: float, to_x: float, to_y: float, colour: str) -> str:
+def _arrow(x: float, y: float, to_x: float, to_y: float, color: str) -> str:
     """A line with a head at its end, along one axis."""
     if y == to_y:
         back = to_x - 7 if to_x > x else to_x + 7
@@ -81,7 +81,7 @@ def _arrow(x: float, y: float, to_x: float, to_y: float, colour: str) -> str:
     else:
         back = to_y - 7 if to_y > y else to_y + 7
         head = f"M{x - 5} {back} L{x} {to_y} L{x + 5} {back}"
-    return line(f"M{x} {y} L{to_x} {to_y} {head}", colour, **{"stroke-width": 2})
+    return line(f"M{x} {y} L{to_x} {to_y} {head}", color, **{"stroke-width": 2})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Elements of an SVG picture as text: colours for light and dark pages, boxes, labels and lines."""
+"""Elements of an SVG picture as text: colors for light and dark pages, boxes, labels and lines."""
 
 from __future__ import annotations
 
@@ -44,28 +44,28 @@ def picture(width: int, height: int, title: str, body: Iterable[str]) -> str:
 
 
 def box(frame: tuple[float, float, float, float], fill: str, edge: str, **more: object) -> str:
-    """A rounded rectangle: (x, y, width, height) in named colours."""
+    """A rounded rectangle: (x, y, width, height) in named colors."""
     x, y, width, height = frame
     return _element("rect", {"x": x, "y": y, "width": width, "height": height, "rx": 8, **more}, f"f-{fill} s-{edge}")
 
 
-def text(at: tuple[float, float], words: str | Iterable[tuple[str, str]], colour: str = "ink", **more: object) -> str:
-    """One line of text with its baseline at (x, y): words, or several (words, colour) after one another."""
-    parts = [(words, colour)] if isinstance(words, str) else list(words)
-    inner = "".join(f'<tspan class="f-{colour}">{escape(part)}</tspan>' for part, colour in parts)
+def text(at: tuple[float, float], words: str | Iterable[tuple[str, str]], color: str = "ink", **more: object) -> str:
+    """One line of text with its baseline at (x, y): words, or several (words, color) after one another."""
+    parts = [(words, color)] if isinstance(words, str) else list(words)
+    inner = "".join(f'<tspan class="f-{color}">{escape(part)}</tspan>' for part, color in parts)
     return _element("text", {"x": at[0], "y": at[1], "font-size": 14, "xml:space": "preserve", **more}, "", inner)
 
 
-def line(data: str, colour: str, **more: object) -> str:
+def line(data: str, color: str, **more: object) -> str:
     """A line without a fill, by SVG path commands."""
-    return _element("path", {"d": data, "fill": "none", "stroke-width": 1.5, **more}, f"s-{colour}")
+    return _element("path", {"d": data, "fill": "none", "stroke-width": 1.5, **more}, f"s-{color}")
 
 
-def arrowhead(tip: tuple[float, float], colour: str, *, up: bool) -> str:
+def arrowhead(tip: tuple[float, float], color: str, *, up: bool) -> str:
     """A triangle with its tip at (x, y), pointing up or down."""
     x, y = tip
     base = y + 9 if up else y - 9
-    return _element("path", {"d": f"M{x:g} {y:g} L{x - 5:g} {base:g} L{x + 5:g} {base:g} Z"}, f"f-{colour}")
+    return _element("path", {"d": f"M{x:g} {y:g} L{x - 5:g} {base:g} L{x + 5:g} {base:g} Z"}, f"f-{color}")
 
 
 def _element(tag: str, attributes: dict[str, object], classes: str, inner: str = "") -> str:
@@ -79,5 +79,5 @@ def _number(value: object) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else escape(str(value))
 
 
-def _rules(colours: dict[str, str]) -> list[str]:
-    return [f".f-{name} {{ fill: {value} }} .s-{name} {{ stroke: {value} }}" for name, value in colours.items()]
+def _rules(colors: dict[str, str]) -> list[str]:
+    return [f".f-{name} {{ fill: {value} }} .s-{name} {{ stroke: {value} }}" for name, value in colors.items()]
