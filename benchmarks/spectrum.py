@@ -5,7 +5,7 @@ python benchmarks/spectrum.py [PICTURE] [--seed 0] [--rates]     (benchmarks/spe
 MiniLM-L6 on 20 Newsgroups, query and value of every layer, 200 steps of 8 texts of at most 64 tokens; adapters of equal
 total rank and equal scale alpha/r. All contenders train on the same texts in the same order, each text once, with the
 same dropout and the same initial head. ``--rates`` tries half, once and twice every learning rate and writes no files;
-the mean training loss, over texts not seen before, shows which is best. The measures of every layer are written to a CSV
+the mean training loss, over texts not seen before, shows which is best. The measures of every layer go to a CSV
 file beside the PNG picture, which needs matplotlib: pip install -e ".[plot]".
 """
 

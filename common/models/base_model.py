@@ -159,7 +159,7 @@ def _model_errors_of(field: str, expected: str, source: str) -> Iterator[None]:
 
 
 def _unreadable(field: str, expected: str, source: str, error: Exception) -> ModelError:
-    message = f"{source!r} cannot be read as {expected}: {error}."
+    message = f"{source!r} cannot be loaded as {expected}: {error}."
     return ModelError(field, expected, f"{source} ({error})", message=message, hint=f"Check {field}.")
 
 
@@ -191,5 +191,5 @@ def stock_class(task: str) -> Any:
 
 _EXPECTED = {  # by whether the model generates text
     True: "a causal language model",
-    False: "a model that Transformers can load",
+    False: "a Transformers model",
 }

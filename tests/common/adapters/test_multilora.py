@@ -135,7 +135,7 @@ def test_a_private_adapter_adds_to_the_shared_one_and_can_be_deactivated(kind: s
 
 
 def test_a_private_adapter_that_fits_no_layer_is_named() -> None:
-    with pytest.raises(ModelError, match=r"private.target_modules matches no layer .*: nothing\. .* are query"):
+    with pytest.raises(ModelError, match=r"private.target_modules = \[.nothing.\] matches no .* are query"):
         inject(Toy(), private_spec(PrivateSettings("lora", target_modules=("nothing",)), SETTINGS), "mine")
     with pytest.raises(ModelError, match=r"private.rank must be at most 7 for the layer query, not 9"):
         inject(Toy(), private_spec(PrivateSettings("multilora", rank=3), SETTINGS), "mine")
