@@ -158,7 +158,7 @@ def _recall(memory: Path) -> dict[int, ConnectedSite]:
     """Who was met before, by node; nobody where the file is missing or from another version."""
     try:
         told = json.loads(memory.read_text())
-        found = [ConnectedSite(each["node"], each["since"], SiteInfo(**each["description"])) for each in told]
+        found = [ConnectedSite(each["node"], each["since"], SiteInfo(**each["info"])) for each in told]
     except (OSError, ValueError, TypeError, KeyError):
         return {}
     return {present.node: present for present in found}

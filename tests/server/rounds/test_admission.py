@@ -110,7 +110,7 @@ def test_a_method_that_shares_nothing_is_admitted_with_nothing() -> None:
     admit_reply(dataclasses.replace(GOOD, shared={}, key=order.key), "ada", order, {}, BOUND)
 
 
-@pytest.mark.parametrize("field", ["federation", "round", "phase", "admitted", "plan", "evaluate", "shared"])
+@pytest.mark.parametrize("field", ["federation", "round", "kind", "admitted_round", "plan", "evaluate", "shared"])
 def test_every_part_of_an_order_is_part_of_its_key(field: str) -> None:
     """A reply to an order that differs anywhere is a reply to another order."""
     other = {
