@@ -271,7 +271,7 @@ def test_another_base_model_is_refused_after_a_restart_too(hall: Hall) -> None:
     changed = hall.sites(settings)
     for site in changed:
         site.about = {"model": "another"}
-    with pytest.raises(QuorumError, match="quorum at join"):
+    with pytest.raises(QuorumError, match="quorum was not reached at join"):
         hall.run(settings, changed)
     assert {e["site"] for e in hall.events("refused")} == set(NAMES)
 
@@ -279,7 +279,8 @@ def test_another_base_model_is_refused_after_a_restart_too(hall: Hall) -> None:
 def test_too_few_sites_at_the_start_stop_before_anything_is_written(hall: Hall) -> None:
     settings = recipe(quorum=4)
     with pytest.raises(
-        QuorumError, match=r"server\.quorum at join: expected at least 4 sites, found 3 \(ada, bob, cyd\)"
+        QuorumError,
+        match=r"quorum was not reached at join: at least 4 sites are required, 3 took part \(ada, bob, cyd\)",
     ):
         hall.run(settings, hall.sites(settings)[:3])
     assert not (hall.folder / "checkpoints").exists()
@@ -487,7 +488,9 @@ def test_a_missing_quorum_stops_and_the_last_checkpoint_stays(hall: Hall) -> Non
     settings = recipe(quorum=3)
     with pytest.raises(QuorumError) as caught:
         hall.run(settings, hall.sites(settings, dict.fromkeys(("ada", "dee"), crash_in(3))))
-    assert str(caught.value).startswith("server.quorum at round 3: expected at least 3 sites, found 2 (bob, cyd)")
+    assert str(caught.value).startswith(
+        "The quorum was not reached at round 3: at least 3 sites are required, 2 took part (bob, cyd)"
+    )
     state = hall.latest(settings)
     assert (state.round, state.finalized) == (2, False)
     assert dict(state.admitted) == dict.fromkeys(NAMES, 2)
