@@ -116,13 +116,8 @@ def newest_run(runs: Path) -> Path:
     """Return the run in ``runs`` that changed last. Raises StateError if there is none."""
     folders = [folder for folder in runs.glob("*") if is_run(folder)]
     if not folders:
-        raise StateError(
-            "RUN",
-            "a run folder",
-            "none",
-            message=f"There is no run in {runs}/.",
-            hint="Name a run folder or a site.toml.",
-        )
+        message, hint = f"There is no run in {runs}/.", "Name a run folder or a site.toml."
+        raise StateError("RUN", "a run folder", "none", message=message, hint=hint)
     return max(folders, key=lambda folder: max(p.stat().st_mtime for p in _changing_files(folder)))
 
 
@@ -166,9 +161,7 @@ def show_run(status: RunStatus, console: Console) -> None:
     lines = (
         f"{status.federation}: {status.method or 'not started'} on {status.model}",
         f"round {status.round} of {status.rounds}, {status.phase}{about}; last event: {format_age(status.idle)}",
-        f"last checkpoint: round {checkpoint.round}, {format_age(checkpoint.age)}"
-        if checkpoint
-        else "no checkpoint yet",
+        f"checkpoint: round {checkpoint.round}, {format_age(checkpoint.age)}" if checkpoint else "checkpoint: none yet",
     )
     for line in lines:
         console.print(sanitize(line), highlight=False, soft_wrap=True)
