@@ -76,7 +76,7 @@ class AdapterStrategy:
         self.dispatcher = Dispatcher(grid, roll, patience, self._tell_late)
         quorum = self.settings.quorum or len(names) // 2 + 1
         if moving:
-            self.recorder.emit("moving", of=self.recipe.transfer.of, sites=names)
+            self.recorder.emit("transfer_started", source_federation=self.recipe.transfer.of, sites=names)
         if not deployed:
             wait_for_nodes(grid, len(names))
         met = self.membership.wait_for_quorum(quorum, self.settings.timeout)
@@ -165,7 +165,7 @@ class AdapterStrategy:
         replay = self.options.replay
         closing = [m.site for m in self.roster if not replay or m.site in replay.admitted.get(state.round + 1, ())]
         here = [site for site in closing if site in self.membership.sites]
-        self.recorder.emit("closing", round=state.round, sites=here, prepares=self.recipe.transfer.prepare)
+        self.recorder.emit("finalizing", round=state.round, sites=here, prepares=self.recipe.transfer.prepare)
         return self._requests(here, state, state.round + 1, "finalize", True)
 
     def aggregate_finalize(self, state: ServerState, asked: Mapping[str, PendingRequest]) -> ServerState:
@@ -175,7 +175,7 @@ class AdapterStrategy:
         for site, reply in self._admitted(asked, state.round + 1, lambda: len(closed) >= quorum):
             closed[site] = reply
         self.recorder.require_quorum(quorum, list(closed), "finalize")
-        self.recorder.emit("closed", round=state.round, sites=list(closed))
+        self.recorder.emit("finalized", round=state.round, sites=list(closed))
         admitted = {**state.admitted, **dict.fromkeys(closed, state.round + 1)}
         return dataclasses.replace(state, admitted=admitted, finalized=True)
 
@@ -218,7 +218,7 @@ class AdapterStrategy:
                 self.recorder.refused(t, error.at_site(site))
                 continue
             told = {
-                "phase": order.kind,
+                "kind": order.kind,
                 "metrics": dict(reply.metrics),
                 "terms": reply.terms,
                 "fresh": reply.fresh,
@@ -231,7 +231,7 @@ class AdapterStrategy:
             self.recorder.failed(t, site, f"no answer within {limit:g} s" if limit else "not there")
 
     def _tell_met(self, site: str) -> None:
-        self.recorder.emit("met", site=site)
+        self.recorder.emit("site_ready", site=site)
 
     def _tell_late(self, site: str) -> None:
         self.recorder.emit("late", round=self.asked_in, site=site, reason="answered after its round had ended: ignored")

@@ -200,7 +200,7 @@ def test_a_site_is_asked_from_its_first_round_on(hall: Hall) -> None:
     hall.run(settings, sites, roster=roster)
     asked = {site.name: [order.round for order in site.asked if order.kind == "train"] for site in sites}
     assert asked == {"ada": [1, 2, 3, 4], "bob": [1, 2, 3, 4], "cyd": [3, 4], "dee": []}
-    assert sites[2].asked[0].admitted == 0
+    assert sites[2].asked[0].admitted_round == 0
     assert [order.kind for order in sites[3].asked] == ["finalize"]  # it still gets the adapter to personalise on
 
 
@@ -271,7 +271,7 @@ def test_another_base_model_is_refused_after_a_restart_too(hall: Hall) -> None:
     changed = hall.sites(settings)
     for site in changed:
         site.about = {"model": "another"}
-    with pytest.raises(QuorumError, match="quorum at join"):
+    with pytest.raises(QuorumError, match="quorum was not reached at join"):
         hall.run(settings, changed)
     assert {e["site"] for e in hall.events("refused")} == set(NAMES)
 
@@ -279,7 +279,8 @@ def test_another_base_model_is_refused_after_a_restart_too(hall: Hall) -> None:
 def test_too_few_sites_at_the_start_stop_before_anything_is_written(hall: Hall) -> None:
     settings = recipe(quorum=4)
     with pytest.raises(
-        QuorumError, match=r"server\.quorum at join: expected at least 4 sites, found 3 \(ada, bob, cyd\)"
+        QuorumError,
+        match=r"quorum was not reached at join: at least 4 sites are required, 3 took part \(ada, bob, cyd\)",
     ):
         hall.run(settings, hall.sites(settings)[:3])
     assert not (hall.folder / "checkpoints").exists()
@@ -487,7 +488,9 @@ def test_a_missing_quorum_stops_and_the_last_checkpoint_stays(hall: Hall) -> Non
     settings = recipe(quorum=3)
     with pytest.raises(QuorumError) as caught:
         hall.run(settings, hall.sites(settings, dict.fromkeys(("ada", "dee"), crash_in(3))))
-    assert str(caught.value).startswith("server.quorum at round 3: expected at least 3 sites, found 2 (bob, cyd)")
+    assert str(caught.value).startswith(
+        "The quorum was not reached at round 3: at least 3 sites are required, 2 took part (bob, cyd)"
+    )
     state = hall.latest(settings)
     assert (state.round, state.finalized) == (2, False)
     assert dict(state.admitted) == dict.fromkeys(NAMES, 2)
@@ -616,7 +619,7 @@ def test_a_metric_that_is_not_on_the_list_is_refused(hall: Hall) -> None:
 
 def test_a_close_without_quorum_is_asked_again_after_a_restart(hall: Hall) -> None:
     settings = recipe(rounds=2, quorum=3, max_attempts=1)
-    with pytest.raises(QuorumError, match="at close"):
+    with pytest.raises(QuorumError, match="at finalize"):
         hall.run(settings, hall.sites(settings, {name: crash_in(3) for name in ("ada", "bob")}))
     assert not hall.latest(settings).finalized
     assert hall.run(settings).finalized
