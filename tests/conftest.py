@@ -30,6 +30,14 @@ def pytest_collection_finish() -> None:
     freeze()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the endurance tests unless ``-m`` names them: ``pytest -m slow`` is for any machine."""
+    if "endurance" not in config.option.markexpr.replace("not endurance", ""):
+        left_out = [item for item in items if item.get_closest_marker("endurance")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z red blue green cat dog sun moon sea hill".split()  # noqa: SIM905
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end>\n{% endfor %}"

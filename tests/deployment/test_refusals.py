@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import tomli_w
-from tests.server.test_gate import SECRET, SPELLINGS
+from tests.server.deployment.gateway.test_proxy import SECRET, SPELLINGS
 
 from colora.common.processes.supervised import free_port
 from colora.server.deployment.provisioning.provision import provision

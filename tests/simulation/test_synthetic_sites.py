@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from colora.cli import find_recipe
+from colora.cli.recipes import find_recipe
 from colora.client.training.state_store import StateStore
 from colora.common.atomic_io import load_arrays
 from colora.common.config.loader import load_recipe
