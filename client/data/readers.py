@@ -144,7 +144,8 @@ def _read_asset(name: str, site: str | None) -> Iterable[Row]:
         rows = []
     if not rows:
         message = f"data.source: the asset {asset!r} has no part {part!r}."
-        raise DataError("data.source", f"asset:{asset}/PART with an existing part", repr(name), site=site, message=message)
+        expected = f"asset:{asset}/PART with an existing part"
+        raise DataError("data.source", expected, repr(name), site=site, message=message)
     return rows
 
 

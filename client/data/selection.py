@@ -59,7 +59,9 @@ def load_site_rows(site: SiteSettings, seed: int, sources: Sources | None = None
     def draw(source: str, count: int | None) -> list[Row]:
         free = sources.free(source, site.name)
         selected = dict(select_numbered(free, data, site.name))
-        order = _order(len(free), seed_from(seed, site.name, _source_name(source))) if data.shuffle else range(len(free))
+        order = (
+            _order(len(free), seed_from(seed, site.name, _source_name(source))) if data.shuffle else range(len(free))
+        )
         candidates = [(n, selected[n]) for n in (free[i][0] for i in order) if n in selected]
         chosen = balanced(candidates, count) if data.shuffle else candidates
         sources.take(source, (n for n, _ in chosen))

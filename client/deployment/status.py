@@ -116,7 +116,9 @@ def site_status(path: Path, now: float | None = None) -> SiteStatus:
 def show_site(status: SiteStatus, console: Console) -> None:
     """Print the status as a page of text."""
     coordinator = f", coordinator {status.coordinator}" if status.coordinator else ""
-    console.print(f"site {status.site}{coordinator}; state in {status.folder}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"site {status.site}{coordinator}; state in {status.folder}", highlight=False, markup=False, soft_wrap=True
+    )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("federation", "round", "written", "last audit entry"):
         table.add_column(name, no_wrap=name != "last audit entry")

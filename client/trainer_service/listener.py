@@ -75,12 +75,13 @@ def remove_socket(settings: TrainerSettings) -> None:
 
 def _listen_on_socket(server: grpc.aio.Server, settings: TrainerSettings) -> str:
     path = Path(settings.listen.removeprefix(UNIX))
-    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+    length = len(os.fsencode(path))
+    if length > MAX_SOCKET_PATH:
         raise ConfigError(
             "trainer.listen",
             f"a socket path of at most {MAX_SOCKET_PATH} bytes",
             str(path),
-            message=f"The socket path {path} has {len(os.fsencode(path))} bytes; at most {MAX_SOCKET_PATH} are allowed.",
+            message=f"The socket path {path} has {length} bytes; at most {MAX_SOCKET_PATH} are allowed.",
             hint="Choose a shorter path in trainer.listen.",
         )
     _prepare_socket_folder(path.parent)

@@ -38,7 +38,11 @@ def _round_limits(plan: Plan, site: SiteSettings) -> Iterator[tuple[str, int, st
     steps = {"joint": "train.steps", "phases": "train.phase.steps"}.get(train.schedule, ALTERNATING)
     modules = plan.adapter.modules if plan.row().scale is not ABSENT else 1
     yield "adapter.rank", plan.adapter.rank * modules, "max_rank"
-    yield "private.rank", 0 if site.private else plan.private.total_rank, "max_rank"  # the site's own choice needs no permission
+    yield (
+        "private.rank",
+        0 if site.private else plan.private.total_rank,
+        "max_rank",
+    )  # not the site's own choice
     yield steps, train.steps_per_round, "max_steps"
     yield "train.final_steps", train.final_steps, "max_steps"
     yield "model.max_length", plan.model.max_length, "max_tokens"

@@ -43,9 +43,7 @@ def check_key(path: Path) -> str:
     try:
         key = load_ssh_private_key(content, None)
     except TypeError:
-        raise CheckFailed(
-            f"{path} has a passphrase, which a service cannot enter; ssh-keygen -p removes it"
-        ) from None
+        raise CheckFailed(f"{path} has a passphrase, which a service cannot enter; ssh-keygen -p removes it") from None
     except (ValueError, UnsupportedAlgorithm):
         raise CheckFailed(f"{path} is not an OpenSSH private key; colora provision creates one") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -117,9 +115,7 @@ def _request(url: str, verify: ssl.SSLContext | bool, address: str) -> str:
     except (httpx.InvalidURL, ValueError, UnicodeError):
         raise CheckFailed(f"coordinator.address is {address!r}, not host:port") from None
     if response.status_code != 200:
-        raise CheckFailed(
-            f"{address} answers /health with status {response.status_code}, so it is not a colora server"
-        )
+        raise CheckFailed(f"{address} answers /health with status {response.status_code}, so it is not a colora server")
     return f"{address} answers in {1000 * (time.monotonic() - began):.0f} ms"
 
 
