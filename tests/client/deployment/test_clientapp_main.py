@@ -1,4 +1,4 @@
-"""What starts for every message: Flower's own command, without the half that it does not use."""
+"""Flower's command flwr-clientapp, without the modules that it does not use."""
 
 from __future__ import annotations
 

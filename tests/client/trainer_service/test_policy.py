@@ -1,4 +1,4 @@
-"""Every limit of [allow] is held, at its edge, and its refusal says enough here and little outside."""
+"""Every limit of [allow] is enforced exactly; a refusal is detailed at the site and short outside."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_what_lies_on_every_limit_is_allowed() -> None:
     [
         ({"federations": ["a", "b"]}, {}, "federation: expected one of a, b (allow.federations), found 'north-sea'"),
         ({"models": ["m"]}, {}, "model.source: expected one of m (allow.models), found 'asset:minilm-l6'"),
-        ({"models": []}, {}, "model.source: expected nothing at all (allow.models is empty), found 'asset:minilm-l6'"),
+        ({"models": []}, {}, "model.source: expected nothing (allow.models is empty), found 'asset:minilm-l6'"),
         ({"methods": ["ffa"]}, {}, "method.name: expected one of ffa (allow.methods), found 'colora'"),
         ({"max_rank": 7}, {}, "adapter.rank: expected at most 7 (allow.max_rank), found 8"),
         ({"max_steps": 9}, {}, "train.steps: expected at most 9 (allow.max_steps), found 10"),
@@ -102,7 +102,7 @@ def test_what_lies_on_every_limit_is_allowed() -> None:
             "train.personal_steps + train.shared_steps: expected at most 4 (allow.max_steps), found 5",
         ),
         ({"max_tokens": 127}, {}, "model.max_length: expected at most 127 (allow.max_tokens), found 128"),
-        ({"precision": []}, {}, "model.precision: expected nothing at all (allow.precision is empty), found 'fp32'"),
+        ({"precision": []}, {}, "model.precision: expected nothing (allow.precision is empty), found 'fp32'"),
     ],
 )
 def test_what_lies_beyond_is_refused_in_words(allow: dict[str, Any], changes: dict[str, Any], message: str) -> None:
@@ -123,7 +123,7 @@ def test_a_head_may_be_shared_where_the_site_says_so(allow: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("methods", [None, ["colora"], ["colora+A", "fedit+head"]])
 def test_an_allowed_name_is_no_way_to_a_group_that_the_method_leaves_at_the_site(methods: list[str] | None) -> None:
-    """Nor is a site file without limits: what the table calls personal leaves a site by its own word only."""
+    """Nor does a site file without limits: only the site's own entry shares a group that the table keeps personal."""
     with pytest.raises(RefusedError) as refusal:
         ask({"methods": methods} if methods else {}, method={"name": "colora", "head": "shared"})
     expected = 'personal as in colora (or "colora+head" in allow.methods)'
