@@ -38,11 +38,14 @@ from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.schema import (
     AdapterSettings,
     DataSettings,
+    DiscriminatorSettings,
+    DistillationSettings,
     EvaluationSettings,
     MethodSettings,
     ModelSettings,
     Plan,
     TrainSettings,
+    TransferGeneratorSettings,
     TransferSettings,
     to_json,
 )
@@ -95,19 +98,19 @@ def plan_of(name: str, source: str, seed: int, calls: int, writer: str) -> Plan:
         evaluation=EvaluationSettings(every=0),
         transfer=TransferSettings(
             prepare=True,
-            generator=WRITER,
-            writer=writer,  # type: ignore[arg-type]
-            about=name,
+            dataset_name=name,
             samples=SAMPLES,
-            steps=40,
-            lr=5e-4,
-            batch=20,
-            calls=calls,
-            temperature=0.7,
-            top_p=0.9,
-            max_new_tokens=200,
-            distil_epochs=15,
-            distil_lr=2e-3,
+            generator=TransferGeneratorSettings(
+                model=WRITER,
+                mode=writer,  # type: ignore[arg-type]
+                batch_size=20,
+                max_calls=calls,
+                temperature=0.7,
+                top_p=0.9,
+                max_new_tokens=200,
+            ),
+            discriminator=DiscriminatorSettings(steps=40, lr=5e-4),
+            distillation=DistillationSettings(epochs=15, lr=2e-3),
         ),
     )
 
@@ -154,12 +157,12 @@ def random_texts(seed: int, count: int) -> list[str]:
 
 def arms(source: SavedModel, plan: Plan, book: Path) -> dict[str, list[str]]:
     """The texts that each arm learns from; ``book`` is the folder of what is written at this seed, for all arms."""
-    assert source.kept is not None
+    assert source.transfer_metadata is not None
     filtered = [input_of(row) for row in synthetic_rows(source, plan, book)]
     written = list(SampleLog(book / "written.json").verdicts)
     count = len(filtered)
     texts = (
-        source.kept["seeds"],
+        source.transfer_metadata["seeds"],
         random_texts(plan.seed, count),
         random.Random(plan.seed).sample(written, count),
         filtered,
@@ -170,9 +173,9 @@ def arms(source: SavedModel, plan: Plan, book: Path) -> dict[str, list[str]]:
 
 def copied(source: SavedModel, texts: Sequence[str], real: Sequence[Row]) -> int:
     """How many texts have so many characters in common with a real one that is not a seed."""
-    assert source.kept is not None
+    assert source.transfer_metadata is not None
     seen = set().union(*(windows(one_line(row["text"])) for row in real))
-    seen -= set().union(*map(windows, source.kept["seeds"]))
+    seen -= set().union(*map(windows, source.transfer_metadata["seeds"]))
     return sum(not seen.isdisjoint(windows(text)) for text in texts)
 
 
@@ -191,7 +194,13 @@ def one(name: str, seed: int, calls: int, writer: str, folder: Path) -> dict[str
     print(f"  seed {seed}: prepared after {time.monotonic() - began:.0f} s", flush=True)
     plan = plan_of(name, L3, seed, calls, writer)
     alone = trained(dataclasses.replace(plan, transfer=TransferSettings()), rows, folder / "l3")
-    kept = dataclasses.replace(alone, plan=plan, kept=old.kept, discriminator=old.discriminator, writer=old.writer)
+    kept = dataclasses.replace(
+        alone,
+        plan=plan,
+        transfer_metadata=old.transfer_metadata,
+        discriminator=old.discriminator,
+        tuned_generator=old.tuned_generator,
+    )
     sources = {L6: old, L3: kept}
     ceilings = {model: accuracy(saved, rows.test) for model, saved in sources.items()}
     return {
@@ -220,7 +229,7 @@ def moved(
         print(f"  {name}: {found[name]:.3f} of {len(texts)} ({kinds}), {time.monotonic() - began:.0f} s", flush=True)
     if source == L6 and old.plan.seed == 0:
         first = read_saved_model(folder / ARMS[3])
-        back = transfer(first, transfer_plan(first, source, (f"transfer.calls={BACK}",)), folder / "back")
+        back = transfer(first, transfer_plan(first, source, (f"transfer.generator.max_calls={BACK}",)), folder / "back")
         found["two hops, back to the source's base"] = accuracy(read_saved_model(folder / "back"), rows.test)
         print(f"  back: {back.examples} texts, {back.seconds:.0f} s", flush=True)
     found["target on the real data"] = ceilings[target]

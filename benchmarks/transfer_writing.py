@@ -28,11 +28,14 @@ from colora.client.training.state_store import StateStore
 from colora.client.training.trainer import Trainer
 from colora.common.config.schema import (
     AdapterSettings,
+    DiscriminatorSettings,
+    DistillationSettings,
     EvaluationSettings,
     MethodSettings,
     ModelSettings,
     Plan,
     TrainSettings,
+    TransferGeneratorSettings,
     TransferSettings,
 )
 from colora.common.dataset import Row, SiteDataset
@@ -59,16 +62,17 @@ def plan_of(name: str, samples: int, writer: str, seed: int) -> Plan:
         evaluation=EvaluationSettings(every=0, max_new_tokens=6),
         transfer=TransferSettings(
             prepare=True,
-            writer=writer,  # type: ignore[arg-type]
             samples=samples,
-            steps=20,
-            lr=5e-4,
-            batch=12,
-            calls=4,
-            temperature=0.9,
-            top_p=0.95,
-            max_new_tokens=160,
-            distil_epochs=6,
+            generator=TransferGeneratorSettings(
+                mode=writer,  # type: ignore[arg-type]
+                batch_size=12,
+                max_calls=4,
+                temperature=0.9,
+                top_p=0.95,
+                max_new_tokens=160,
+            ),
+            discriminator=DiscriminatorSettings(steps=20, lr=5e-4),
+            distillation=DistillationSettings(epochs=6),
         ),
     )
 
@@ -124,7 +128,7 @@ def main() -> None:
         tell("target without adapter", bare(dataclasses.replace(plan, transfer=quiet), rows))
         chosen = arms(old, plan, folder / "written")
         for method, which in CONTENDERS:
-            new = transfer_plan(old, WRITER, (f"method.name={method}", f"transfer.distil_lr={RATES[method]}"))
+            new = transfer_plan(old, WRITER, (f"method.name={method}", f"transfer.distillation.lr={RATES[method]}"))
             texts = pseudo_label(old, chosen[which])
             saved = taught(old, new, texts, folder / f"{method}-{which.replace(' ', '-')}")
             tell(f"{method}, {which} ({len(texts)} texts)", exact(saved, test))

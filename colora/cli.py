@@ -285,7 +285,7 @@ def transfer(
         raise typer.Exit(STOPPED) from None
     typer.echo(f"{done.state}: learnt from {done.examples} written examples in {done.seconds:.0f} s")
     if done.examples < done.wanted:
-        why = f"the writer's {plan.transfer.calls} calls (transfer.calls) were used up, or answers were empty"
+        why = f"the generator's {plan.transfer.generator.max_calls} calls (transfer.generator.max_calls) were used up, or answers were empty"
         typer.echo(f"  of {done.wanted} wanted: {why}")
     if done.agreement is not None:
         typer.echo(f"  the new model answers {done.agreement:.0%} of them as the old one does")

@@ -64,7 +64,7 @@ def simulate(
 
 def initialize_run(run: RunFolder, recipe: Recipe) -> None:
     """Makes the sites, checks all that can be checked, and writes the folder."""
-    if recipe.transfer.of is not None:
+    if recipe.transfer.source_federation is not None:
         return _initialize_transfer(run, recipe)
     sites = make_sites(recipe)
     _check(recipe, sites)
@@ -77,7 +77,7 @@ def _initialize_transfer(run: RunFolder, recipe: Recipe) -> None:
     """The sites of an earlier run, without their data: what they know is in their states."""
     old = RunFolder(Path(recipe.simulation.source_run or ""))
     if not recipe.simulation.source_run or not old.recipe.exists():
-        wanted = f"the run folder of {recipe.transfer.of}"
+        wanted = f"the run folder of {recipe.transfer.source_federation}"
         raise ConfigError("simulation.source_run", wanted, recipe.simulation.source_run or "nothing")
     roster = [(site, 1) for site, _ in json.loads(old.roster.read_text())]
     for site, _ in roster:

@@ -64,7 +64,7 @@ class SitePool:
         if name not in self.trainers:
             site, premises = self.files[name], self.premises
             store, prepared = StateStore(premises.state_of(name), self.plan.name), None
-            if self.plan.transfer.of is None:
+            if self.plan.transfer.source_federation is None:
                 rows = load_site_rows(site, self.plan.seed)
             else:
                 assert premises.moved_from is not None

@@ -41,7 +41,9 @@ class AuxiliaryLora(ABC):
     @classmethod
     def spec_of(cls, settings: TransferSettings) -> AdapterSpec:
         """Its form, on whichever model."""
-        return AdapterSpec("transfer", settings.rank, SCALING, 0.0, cls.targets_of(settings))
+        return AdapterSpec(
+            "transfer.discriminator", settings.discriminator.rank, SCALING, 0.0, cls.targets_of(settings)
+        )
 
     @contextmanager
     def attached(self, values: Mapping[str, torch.Tensor] | None = None) -> Iterator[Self]:

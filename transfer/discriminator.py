@@ -31,7 +31,7 @@ def question(text: str, about: str) -> str:
     return f"{text}\nIs the above question from {about} dataset?"
 
 
-def answer_ids(tokenizer: Any, source: str, field: str = "transfer.generator") -> tuple[int, int]:
+def answer_ids(tokenizer: Any, source: str, field: str = "transfer.generator.model") -> tuple[int, int]:
     """The tokens of ``no`` and ``yes``. Raises ModelError where the vocabulary has no single token for one of them."""
     for form in (" {}", "{}", " {}".title(), "{}".title()):
         ids = [tokenizer(form.format(word), add_special_tokens=False)["input_ids"] for word in ANSWERS]
@@ -99,14 +99,14 @@ class Discriminator(AuxiliaryLora):
 
     @classmethod
     def targets_of(cls, settings: TransferSettings) -> tuple[str, ...] | str:
-        """``transfer.target_modules``."""
-        return settings.target_modules
+        """``transfer.discriminator.target_modules``."""
+        return settings.discriminator.target_modules
 
     def fit(self, real: Sequence[str], written: Sequence[str], watch: StepCallback | None = None) -> float:
         """Trains φ on inputs and on what the model wrote; returns the mean loss."""
         rows = [{"text": text, "real": True} for text in real] + [{"text": text, "real": False} for text in written]
         task = Verdicts(self.base, self.about, rows, self.plan)
-        return self.learn(task, self.settings.steps, BATCH, self.settings.lr, watch)
+        return self.learn(task, self.settings.discriminator.steps, BATCH, self.settings.discriminator.lr, watch)
 
     @torch.no_grad()
     def accepts(self, texts: Sequence[str]) -> list[bool]:

@@ -43,7 +43,7 @@ class TransferArtifacts:
     def satisfies(self, settings: TransferSettings) -> bool:
         """Whether a transfer with these settings has all that it needs."""
         judged = bool(self.discriminator) or settings.filter != "discriminator"
-        return judged and (bool(self.tuned_generator) or settings.writer != "tuned")
+        return judged and (bool(self.tuned_generator) or settings.generator.mode != "tuned")
 
 
 def generator_settings(plan: Plan, task: str) -> ModelSettings:
@@ -53,10 +53,10 @@ def generator_settings(plan: Plan, task: str) -> ModelSettings:
     """
     if task == "generation":
         return plan.model
-    if plan.transfer.generator is None:
+    if plan.transfer.generator.model is None:
         wanted = "a causal model that writes texts, as the base model cannot"
-        raise ModelError("transfer.generator", wanted, "nothing")
-    return ModelSettings(plan.transfer.generator, device=plan.model.device, max_length=plan.model.max_length)
+        raise ModelError("transfer.generator.model", wanted, "nothing")
+    return ModelSettings(plan.transfer.generator.model, device=plan.model.device, max_length=plan.model.max_length)
 
 
 def prepare(
@@ -73,7 +73,9 @@ def prepare(
     """
     settings, answers = plan.transfer, dict(_inputs(base.tokenizer, site.train, plan.model.max_length))
     inputs, model = list(answers), generator_settings(plan, site.task)
-    kept = before or TransferArtifacts(_seeds(answers, settings, seed), settings.about or plan.name, len(site.train))
+    kept = before or TransferArtifacts(
+        _seeds(answers, settings, seed), settings.dataset_name or plan.name, len(site.train)
+    )
     with with_generator(base, model, settings, kept.tuned_generator, seed) as writer:
         if writer and not kept.tuned_generator:
             writer.fit(inputs, len(kept.seeds), watch)
@@ -95,7 +97,7 @@ def with_generator(
 ) -> Iterator[TunedGenerator | None]:
     """``base`` with the tuned writer's LoRA and what it learnt, where the settings say so; else bare."""
     activate(base.backbone, [])
-    if settings.writer != "tuned":
+    if settings.generator.mode != "tuned":
         yield None
         return
     with TunedGenerator(base, model, settings, seed).attached(values) as writer:
@@ -126,13 +128,13 @@ def _check(plan: Plan, site: SiteDataset, before: TransferArtifacts | None) -> N
     if settings.filter == "discriminator":
         answer_ids(tokenizer, model.source, field)
         inject(skeleton(model), Discriminator.spec_of(settings), Discriminator.name)
-    if settings.writer == "tuned":
+    if settings.generator.mode == "tuned":
         inject(skeleton(model), TunedGenerator.spec_of(settings), TunedGenerator.name)
 
 
 def _field(task: str) -> str:
     """The key that names the speaker."""
-    return "model.source" if task == "generation" else "transfer.generator"
+    return "model.source" if task == "generation" else "transfer.generator.model"
 
 
 def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> Iterator[tuple[str, str | None]]:
@@ -164,15 +166,17 @@ def _seeds(answers: Mapping[str, str | None], settings: TransferSettings, seed: 
 def generate_negatives(
     base: BaseModel, seeds: Sequence[str], inputs: Sequence[str], settings: TransferSettings, seed: int
 ) -> list[str]:
-    """As many new texts as there are inputs, of the model as it stands, or what ``settings.calls`` calls give.
+    """As many new texts as there are inputs, of the model as it stands, or what ``transfer.generator.max_calls`` calls give.
 
     A real text that was written again is not a written one.
     """
     texts: list[str] = []
     new = Deduplicator([*seeds, *inputs])
-    for call in range(settings.calls):
+    for call in range(settings.generator.max_calls):
         texts += [
-            text for text in generate_texts(base, seeds, settings, seed_from(seed, "negatives"), call) if new(text)
+            text
+            for text in generate_texts(base, seeds, settings.generator, seed_from(seed, "negatives"), call)
+            if new(text)
         ]
         if len(texts) >= len(inputs):
             break

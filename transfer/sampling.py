@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..common.config.schema import TransferSettings
+from ..common.config.schema import TransferGeneratorSettings
 from ..common.models.base_model import BaseModel
 from ..common.seeds import seed_from
 
@@ -53,13 +53,16 @@ def rotate_seeds(seeds: Sequence[str], seed: int, call: int, last: int) -> list[
 
 
 def generate_texts(
-    base: BaseModel, seeds: Sequence[str], settings: TransferSettings, seed: int, call: int
+    base: BaseModel, seeds: Sequence[str], settings: TransferGeneratorSettings, seed: int, call: int
 ) -> Iterator[str]:
     """The texts of one call of the writer; equal seeds and call numbers give equal texts on one machine.
 
-    A call asks ``settings.batch`` times, with each seed the last in turn, and reads each of these few prompts once.
+    A call asks ``settings.batch_size`` times, with each seed the last in turn, and reads each of these few prompts once.
     """
-    tokenizer, turns = base.tokenizer, [(call * settings.batch + i) % len(seeds) for i in range(settings.batch)]
+    tokenizer, turns = (
+        base.tokenizer,
+        [(call * settings.batch_size + i) % len(seeds) for i in range(settings.batch_size)],
+    )
     prompts = {
         last: tokenizer(list_prompt(rotate_seeds(seeds, seed, call, last)))["input_ids"] for last in sorted(set(turns))
     }
@@ -75,7 +78,9 @@ def generate_texts(
                 yield from parse_list(text, len(seeds) + 1, len(seeds), whole=whole)
 
 
-def _continued(base: BaseModel, prompt: torch.Tensor, which: torch.Tensor, settings: TransferSettings) -> torch.Tensor:
+def _continued(
+    base: BaseModel, prompt: torch.Tensor, which: torch.Tensor, settings: TransferGeneratorSettings
+) -> torch.Tensor:
     """What the model says after the rows ``which`` (n,) of ``prompt`` (m, length): token ids (n, longest)."""
     model: Any = base.language_model
     model.eval()

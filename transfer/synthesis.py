@@ -80,14 +80,14 @@ def synthesise(
     folder: Path,
     watch: ProgressCallback | None = None,
 ) -> list[str]:
-    """As many kept texts as wanted, or all that came of ``settings.calls`` calls. Raises DataError for none at all."""
+    """As many kept texts as wanted, or all that came of ``settings.generator.max_calls`` calls. Raises DataError for none at all."""
     book, wanted = SampleLog(folder / "written.json"), settings.samples or prepared.examples
     tell = watch or (lambda progress: None)
     while True:
         _judge(book, cast.filter)
         kept = book.with_verdict(True)
         tell(SynthesisProgress(book.calls, len(book.verdicts), len(kept), wanted))
-        if len(kept) >= wanted or book.calls >= settings.calls:
+        if len(kept) >= wanted or book.calls >= settings.generator.max_calls:
             break
         acceptance = (len(kept) + 1) / (len(book.verdicts) + 2)
         more = OVER * (wanted - len(kept)) / acceptance if cast.filter else wanted - len(kept)
@@ -98,7 +98,7 @@ def synthesise(
     if not kept:
         found = f"none of {len(book.verdicts)} after {book.calls} calls of the writer"
         wanted_of = "that the discriminator takes for real" if book.verdicts else "that is new and whole"
-        mends = "more transfer.calls, a lower transfer.temperature, or transfer.filter = none, begun anew"
+        mends = "more transfer.generator.max_calls, a lower transfer.generator.temperature, or transfer.filter = none, begun anew"
         raise DataError("transfer", f"at least one written text {wanted_of} ({mends})", found)
     return kept[:wanted]
 
@@ -108,8 +108,8 @@ def _write(
 ) -> Iterator[None]:
     """Calls the writer until there are ``aim`` texts; every call is on disk before the next."""
     new = Deduplicator([*prepared.seeds, *book.verdicts])
-    while len(book.verdicts) < aim and book.calls < settings.calls:
-        for text in generate_texts(base, prepared.seeds, settings, seed, book.calls):
+    while len(book.verdicts) < aim and book.calls < settings.generator.max_calls:
+        for text in generate_texts(base, prepared.seeds, settings.generator, seed, book.calls):
             if new(text):
                 book.verdicts[text] = None
         book.calls += 1

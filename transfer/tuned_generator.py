@@ -26,7 +26,7 @@ NUMBER = 4  # tokens of an item's number and line, at most
 
 
 class TunedGenerator(AuxiliaryLora):
-    """The LoRA on its model; while it is active, the model writes as ``transfer.writer = "tuned"`` means."""
+    """The LoRA on its model; while it is active, the model writes as ``transfer.generator.mode = "tuned"`` means."""
 
     name = "writer"
 
@@ -37,13 +37,13 @@ class TunedGenerator(AuxiliaryLora):
 
     def fit(self, texts: Sequence[str], seeds: int, watch: StepCallback | None = None) -> float:
         """Trains on lists of ``texts``, of the length that so many seeds ask for; returns the mean loss per token."""
-        steps, room = self.settings.writer_steps, self._room()
+        steps, room = self.settings.generator.tuning_steps, self._room()
         longest = max(len(self.base.tokenizer(text)["input_ids"]) for text in texts) + NUMBER
         length = max(1, min(2 * seeds, len(texts), room // longest - 1))
         rows = list(islice(lists(texts, length, self.seed), LISTS * steps))
         plan = replace(self.plan, model=replace(self.plan.model, max_length=room))
         task = Generation(SiteDataset("", "generation", rows, ()), self.base, plan)
-        return self.learn(task, steps, LISTS, self.settings.writer_lr, watch)
+        return self.learn(task, steps, LISTS, self.settings.generator.tuning_lr, watch)
 
     def _room(self) -> int:
         return min(WINDOW, getattr(self.base.backbone.config, "max_position_embeddings", WINDOW))

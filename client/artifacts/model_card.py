@@ -46,7 +46,9 @@ def render_model_card(exported: ExportedAdapter, *, merged: bool) -> str:
         "its precision in training": plan.model.precision,
         "its fingerprint": "; ".join(f"{name} {value}" for name, value in sorted(about.fingerprint.items()) if value),
         "federation": f"{about.federation}, after round {min(about.round, plan.rounds)} of {plan.rounds}",
-        "moved": f"from {plan.transfer.of}'s base model, by texts that a model wrote" if plan.transfer.of else "",
+        "moved": f"from {plan.transfer.source_federation}'s base model, by texts that a model wrote"
+        if plan.transfer.source_federation
+        else "",
         "site": about.site if personal else "",
         "method": plan.method.name + (f", private adapter: {plan.private.kind}" if personal else ""),
         "task": about.task + ("" if exported.complete else "; without a head, which is each site's own"),

@@ -111,15 +111,15 @@ def transfer(
         plan.train,
         schedule="joint",
         phase=(),
-        steps=batches * plan.transfer.distil_epochs,
+        steps=batches * plan.transfer.distillation.epochs,
         final_steps=0,
         head_init=plan.train.head_init or "random",  # it learns for as long as it takes: a fitted head gains nothing
-        lr=plan.transfer.distil_lr,
+        lr=plan.transfer.distillation.lr,
         lr_schedule="linear",
         warmup_steps=0,
         weight_decay=0.0,
     )
-    of = dataclasses.replace(plan.transfer, of=saved.plan.name)
+    of = dataclasses.replace(plan.transfer, source_federation=saved.plan.name)
     plan = dataclasses.replace(plan, rounds=1, train=train, transfer=of)
     card, kept = saved.metadata, artifacts_for_next_transfer(saved, plan, rows)
     base = load_base_model(plan.model, generates=card.task == "generation")
@@ -150,8 +150,8 @@ def check_transfer(saved: SavedModel, plan: Plan) -> None:
         raise ConfigError("transfer.filter", "discriminator or none for classification", kind)
     if kind == "discriminator" and not kept.discriminator:
         raise StateError(str(saved.path), "a discriminator (transfer.filter as it was prepared)", "none")
-    if plan.transfer.writer == "tuned" and not kept.tuned_generator:
-        raise StateError(str(saved.path), "a tuned writer (transfer.writer as it was prepared)", "none")
+    if plan.transfer.generator.mode == "tuned" and not kept.tuned_generator:
+        raise StateError(str(saved.path), "a tuned writer (transfer.generator.mode as it was prepared)", "none")
     if task == "generation":
         check_generates(plan.model)
     if plan.transfer.prepare:
@@ -185,7 +185,7 @@ def carried_artifacts(saved: SavedModel, plan: Plan) -> TransferArtifacts | None
     return dataclasses.replace(
         kept,
         discriminator=kept.discriminator if judge else {},
-        tuned_generator=kept.tuned_generator if writer and plan.transfer.writer == "tuned" else {},
+        tuned_generator=kept.tuned_generator if writer and plan.transfer.generator.mode == "tuned" else {},
     )
 
 
@@ -208,7 +208,7 @@ def synthetic_rows(saved: SavedModel, plan: Plan, folder: Path, watch: ProgressC
 def rows_on_new_base(plan: Plan, states: Path, folder: Path) -> tuple[SiteDataset, TransferArtifacts | None]:
     """What a site trains and measures on in a federation that moved: written inputs with its old model's answers.
 
-    Beside it what it keeps for the next move. ``states`` has its state in the federation ``plan.transfer.of``;
+    Beside it what it keeps for the next move. ``states`` has its state in the federation ``plan.transfer.source_federation``;
     ``folder`` is where the work is kept. Raises StateError where it prepared nothing.
     """
     if not is_prepared(states):
@@ -224,17 +224,18 @@ def rows_on_new_base(plan: Plan, states: Path, folder: Path) -> tuple[SiteDatase
 
 def is_prepared(states: Path) -> bool:
     """Whether there is a state with seeds in this folder."""
-    return bool(list(states.glob("round-*.safetensors"))) and read_saved_model(states).kept is not None
+    return bool(list(states.glob("round-*.safetensors"))) and read_saved_model(states).transfer_metadata is not None
 
 
 def artifacts_of(saved: SavedModel) -> TransferArtifacts:
     """What the site kept. Raises StateError where it prepared nothing."""
-    if not saved.kept:
+    if not saved.transfer_metadata:
         raise StateError(str(saved.path), KEPT, "none")
     discriminator, writer = (
-        {key: torch.as_tensor(value) for key, value in values.items()} for values in (saved.discriminator, saved.writer)
+        {key: torch.as_tensor(value) for key, value in values.items()}
+        for values in (saved.discriminator, saved.tuned_generator)
     )
-    kept = saved.kept
+    kept = saved.transfer_metadata
     return TransferArtifacts(tuple(kept["seeds"]), kept["about"], kept["examples"], discriminator, writer)
 
 
@@ -246,10 +247,13 @@ def _texts(
     source = generator_settings(saved.plan, card.task)
     if settings.filter == "titok":
         settings = dataclasses.replace(settings, samples=TITOK_OVER * (settings.samples or prepared.examples))
-    of_target = card.task == "generation" and settings.writer == "target"
+    of_target = card.task == "generation" and settings.generator.mode == "target"
     model = dataclasses.replace(plan.model, revision=None) if of_target else source
 
-    of_source = dataclasses.replace(saved.plan.transfer, writer=settings.writer)  # its form is the source's
+    of_source = dataclasses.replace(
+        saved.plan.transfer,
+        generator=dataclasses.replace(saved.plan.transfer.generator, mode=settings.generator.mode),
+    )  # its form is the source's
 
     @contextmanager
     def writer() -> Iterator[BaseModel]:

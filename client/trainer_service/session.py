@@ -107,8 +107,8 @@ class TrainerSession:
         Where it kept nothing to write by, it does as its file says: it learns anew from its own rows (``afresh``),
         tells only at the close what the adapter is worth on them (``evaluate``), or stays away by an error (``wait``).
         """
-        if plan.transfer.of is not None:
-            old = Path(self.site.trainer.state) / plan.transfer.of
+        if plan.transfer.source_federation is not None:
+            old = Path(self.site.trainer.state) / plan.transfer.source_federation
             if self.site.on_unprepared == "wait" or is_prepared(old):
                 self._base = None  # two base models need not be in memory
                 gc.collect()

@@ -40,16 +40,18 @@ RECIPE: dict[str, Any] = {
     "server": {"quorum": 3},
     "transfer": {
         "prepare": True,
-        "generator": WRITER,
-        "writer": "tuned",
-        "about": "newsgroups",
+        "dataset_name": "newsgroups",
         "samples": 48,
-        "steps": 8,
-        "batch": 16,
-        "calls": 3,
-        "max_new_tokens": 200,
-        "temperature": 0.7,
-        "top_p": 0.9,
+        "generator": {
+            "model": WRITER,
+            "mode": "tuned",
+            "batch_size": 16,
+            "max_calls": 3,
+            "max_new_tokens": 200,
+            "temperature": 0.7,
+            "top_p": 0.9,
+        },
+        "discriminator": {"steps": 8},
     },
 }
 
@@ -71,7 +73,7 @@ def newsroom(place: Path) -> Iterator[Town]:
     town = Town(place / "town", {**RECIPE, "site": sites}).build()
     for site in sites:
         data = {key: site[key] for key in ("source", "test_source")}
-        town.write_site(site["name"], data=data, trainer={"threads": 1}, allow={"tuned_writer": True})
+        town.write_site(site["name"], data=data, trainer={"threads": 1}, allow={"tuned_generator": True})
     yield town
     town.stop()
 
@@ -113,7 +115,7 @@ def test_a_federation_moves_over_real_processes(newsroom: Town, monkeypatch: pyt
 def texts_of(old: Town, new: Town) -> Iterator[str]:
     """Seeds, everything that was written, and the answers that were learnt."""
     for site in LABELS:
-        kept = read_saved_model(old.state(site)).kept
+        kept = read_saved_model(old.state(site)).transfer_metadata
         assert kept
         yield from kept["seeds"]
         written = json.loads(next(new.state(site).rglob("written.json")).read_text())["verdicts"]

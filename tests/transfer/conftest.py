@@ -46,7 +46,7 @@ def writer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def write(base: Any, seeds: Sequence[str], settings: Any, seed: int, call: int) -> Iterator[str]:
         calls.append(call)
         rng = random.Random(seed_from(seed, call))
-        for _ in range(settings.batch):
+        for _ in range(settings.batch_size):
             yield " ".join(rng.choices("stuvwxyz", k=6))
 
     monkeypatch.setattr(preparation, "generate_texts", write)

@@ -14,7 +14,13 @@ from colora.client.training.adapted_model import attach_adapters
 from colora.client.training.state_store import StateStore
 from colora.client.training.trainer import Trainer
 from colora.common.config.loader import recipe_from
-from colora.common.config.schema import ModelSettings, Plan, TransferSettings
+from colora.common.config.schema import (
+    DiscriminatorSettings,
+    ModelSettings,
+    Plan,
+    TransferGeneratorSettings,
+    TransferSettings,
+)
 from colora.common.dataset import Row, SiteDataset
 from colora.common.errors import ColoraError, DataError, ModelError, StateError
 from colora.common.models.base_model import BaseModel, load_base_model
@@ -22,7 +28,12 @@ from colora.simulation.run import simulate
 from colora.transfer.discriminator import Discriminator, question
 from colora.transfer.preparation import generator_settings, match_lengths, prepare
 
-SETTINGS = TransferSettings(prepare=True, about="tiny", rank=4, lr=0.05, steps=60, batch=8)
+SETTINGS = TransferSettings(
+    prepare=True,
+    dataset_name="tiny",
+    generator=TransferGeneratorSettings(batch_size=8),
+    discriminator=DiscriminatorSettings(rank=4, lr=0.05, steps=60),
+)
 REAL = [f"a b c d {word} f" for word in "abcdefghijkl"]
 FALSE = [f"s t u v {word} z" for word in "stuvwxyzqpon"]
 
@@ -76,7 +87,9 @@ def test_its_values_come_back_and_it_leaves_the_model_as_it_was(base: BaseModel,
 def test_values_of_another_form_are_refused(base: BaseModel, speaking_llama: Path) -> None:
     with made(base, speaking_llama).attached() as found:
         values = found.values()
-    narrow = Discriminator(base, found.plan.model, replace(SETTINGS, rank=1), "tiny", seed=1)
+    narrow = Discriminator(
+        base, found.plan.model, replace(SETTINGS, discriminator=replace(SETTINGS.discriminator, rank=1)), "tiny", seed=1
+    )
     words = r"transfer, the discriminator that was kept: expected .*lora_A.* \(1, 16\), found .* \(4, 16\)"
     with pytest.raises(StateError, match=words), narrow.attached(values):
         pass
@@ -97,7 +110,9 @@ def test_the_discriminator_reads_no_answers(base: BaseModel, speaking_llama: Pat
 
 def test_seeds_are_of_as_many_labels_as_they_can_be(base: BaseModel, speaking_llama: Path, writer: list[int]) -> None:
     plan = Plan("tiny", 1, ModelSettings(str(speaking_llama), max_length=32), transfer=replace(SETTINGS, seeds=3))
-    plan = replace(plan, transfer=replace(plan.transfer, generator=str(speaking_llama)))
+    plan = replace(
+        plan, transfer=replace(plan.transfer, generator=TransferGeneratorSettings(model=str(speaking_llama)))
+    )
     rows = [{"text": text, "label": "rare" if i < 2 else "often"} for i, text in enumerate(REAL)]
     drawn = [prepare(base, plan, site_of(rows, "classification"), seed).seeds for seed in range(4)]
     assert all(len(set(seeds) & set(REAL[:2])) in (1, 2) for seeds in drawn)
@@ -122,7 +137,7 @@ def test_what_cannot_be_prepared_is_said(
     plan = Plan("tiny", 1, ModelSettings(str(speaking_llama), max_length=32), transfer=SETTINGS)
     with pytest.raises(DataError, match=r"transfer.seeds: expected 5 different texts to choose from, found 2"):
         prepare(base, plan, site_of([{"prompt": "a b"}, {"prompt": "a  b"}, {"prompt": "c d"}]), 0)
-    with pytest.raises(ModelError, match=r"transfer.generator: expected a causal model that writes texts"):
+    with pytest.raises(ModelError, match=r"transfer.generator.model: expected a causal model that writes texts"):
         generator_settings(plan, "classification")
 
 
@@ -131,23 +146,27 @@ def test_what_will_not_be_prepared_is_said_before_the_first_round(
 ) -> None:
     for i, (generator, more, words) in enumerate(
         [
-            (None, {}, "transfer.generator: expected a causal model that writes texts, .* found nothing"),
+            (None, {}, "transfer.generator.model: expected a causal model that writes texts, .* found nothing"),
             (
                 str(tiny_llama),
                 {},
-                "transfer.generator: expected a vocabulary with yes and no as single tokens .*filter = none",
+                "transfer.generator.model: expected a vocabulary with yes and no as single tokens .*filter = none",
             ),
             (
                 str(tiny_llama),
                 {"filter": "none", "seeds": 40},
                 "site ada: transfer.seeds: expected 40 different texts .* found 12",
             ),
-            (str(tmp_path / "nothing"), {"filter": "none"}, "transfer.generator: expected .*nothing"),
-            (str(tiny_bert), {"filter": "none"}, "transfer.generator: expected a causal .*, which is a BertModel"),
-            (str(speaking_llama), {"target_modules": ["c_attn"]}, "c_attn"),
+            (str(tmp_path / "nothing"), {"filter": "none"}, "transfer.generator.model: expected .*nothing"),
+            (
+                str(tiny_bert),
+                {"filter": "none"},
+                "transfer.generator.model: expected a causal .*, which is a BertModel",
+            ),
+            (str(speaking_llama), {"discriminator": {"target_modules": ["c_attn"]}}, "c_attn"),
         ]
     ):
-        transfer = {"prepare": True, **({"generator": generator} if generator else {}), **more}
+        transfer = {"prepare": True, **({"generator": {"model": generator}} if generator else {}), **more}
         recipe = recipe_from({**tiny_recipe, "transfer": transfer})
         with pytest.raises(ColoraError, match=words):
             simulate(recipe, tmp_path / str(i), resume=False)
@@ -162,5 +181,5 @@ def test_a_site_says_so_when_it_joins(tiny_bert: Path, tmp_path: Path) -> None:
     trainer = Trainer(
         attach_adapters(load_base_model(plan.model, generates=False), plan), rows, StateStore(tmp_path, "tiny")
     )
-    with pytest.raises(ModelError, match=r"transfer.generator: expected a causal model that writes"):
+    with pytest.raises(ModelError, match=r"transfer.generator.model: expected a causal model that writes"):
         trainer.site_info()

@@ -20,7 +20,7 @@ SITES = ("ada", "bob", "cyd")
 @pytest.fixture
 def first(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: list[int]) -> Path:
     """A finished run whose sites prepared; then their data go."""
-    kept = {"prepare": True, "filter": "none", "generator": str(speaking_llama), "samples": 10}
+    kept = {"prepare": True, "filter": "none", "generator": {"model": str(speaking_llama)}, "samples": 10}
     recipe = recipe_from({**tiny_recipe, "transfer": kept})
     run = simulate(recipe, tmp_path / "first", resume=False)
     for site in SITES:
@@ -43,10 +43,10 @@ def test_all_sites_move_and_nothing_written_is_in_any_message(
         saved, before = read_saved_model(run.path / "sites" / site), read_saved_model(first / "sites" / site)
         assert saved.plan.model.source == str(target)
         assert saved.metadata.labels == before.metadata.labels
-        assert saved.kept == before.kept is not None, "and it is prepared for the next"
+        assert saved.transfer_metadata == before.transfer_metadata is not None, "and it is prepared for the next"
         lines = (run.path / "sites" / site / "transfer" / "synthetic.jsonl").read_text().splitlines()
         assert len(lines) == 10
-        texts |= {json.loads(line)["text"] for line in lines} | set((before.kept or {})["seeds"])
+        texts |= {json.loads(line)["text"] for line in lines} | set((before.transfer_metadata or {})["seeds"])
     sent = b"".join(
         repr(message.content).encode() + str(message.content).encode() for message in wire if message.has_content()
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from colora.common.config.schema import ModelSettings, TransferSettings
+from colora.common.config.schema import ModelSettings, TransferGeneratorSettings
 from colora.common.models.base_model import load_base_model
 from colora.transfer import sampling as writing
 from colora.transfer.sampling import Deduplicator, list_prompt, parse_list, rotate_seeds
@@ -50,7 +50,7 @@ def test_every_seed_is_the_last_in_turn() -> None:
 def test_reading_the_seeds_once_changes_no_text(speaking_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_base_model(ModelSettings(str(speaking_llama), max_length=32), generates=True)
     monkeypatch.setattr(writing, "parse_list", lambda text, first, wanted, *, whole: [text])
-    settings, seeds = TransferSettings(batch=4, max_new_tokens=12), ["a b", "c d", "e f", "g h", "a d"]
+    settings, seeds = TransferGeneratorSettings(batch_size=4, max_new_tokens=12), ["a b", "c d", "e f", "g h", "a d"]
     read, caches = writing._read, []
     monkeypatch.setattr(writing, "_read", lambda *given: caches.append(read(*given)) or caches[-1])
     once = [list(writing.generate_texts(base, seeds, settings, 3, call)) for call in range(2)]

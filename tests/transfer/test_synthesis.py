@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from colora.common.config.schema import TransferSettings
+from colora.common.config.schema import TransferGeneratorSettings, TransferSettings
 from colora.common.errors import DataError
 from colora.transfer.preparation import TransferArtifacts
 from colora.transfer.synthesis import SynthesisModels, SynthesisProgress, synthesise
@@ -44,7 +44,7 @@ def test_it_stops_at_the_number_wanted_with_kept_texts_only(tmp_path: Path, writ
 def test_the_cap_on_calls_ends_it_with_what_there_is_or_says_that_there_is_nothing(
     tmp_path: Path, writer: list[int]
 ) -> None:
-    settings = TransferSettings(calls=4, batch=8)
+    settings = TransferSettings(generator=TransferGeneratorSettings(max_calls=4, batch_size=8))
     texts = synthesise(PREPARED, settings, 3, cast(by_first_word), tmp_path / "a")
     assert 0 < len(texts) < 20
     assert writer == [0, 1, 2, 3]

@@ -29,13 +29,10 @@ def prepared(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: li
     """ada after a federation with ``transfer.prepare``, her rows deleted."""
     tiny_recipe["transfer"] = {
         "prepare": True,
-        "generator": str(speaking_llama),
-        "rank": 4,
-        "steps": 20,
-        "lr": 0.05,
         "samples": 16,
-        "distil_epochs": 5,
-        "distil_lr": 0.02,
+        "generator": {"model": str(speaking_llama)},
+        "discriminator": {"rank": 4, "steps": 20, "lr": 0.05},
+        "distillation": {"epochs": 5, "lr": 0.02},
     }
     tiny_recipe["train"] |= {"final_steps": 10, "head_lr": 0.05}
     run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
@@ -73,7 +70,7 @@ def test_a_classifier_moves_without_its_data_and_two_hops_as_well(
     assert [row["probabilities"] for row in rows] == [pytest.approx(list(p.values())) for p in source]
     again = transfer(prepared, plan, tmp_path / "out")
     assert again.state.read_bytes() == first.state.read_bytes()
-    assert moved.kept == prepared.kept
+    assert moved.transfer_metadata == prepared.transfer_metadata
     assert {k: v.tobytes() for k, v in moved.discriminator.items()} == {
         k: v.tobytes() for k, v in prepared.discriminator.items()
     }, "the writer stays, and so does what judges it"
@@ -97,19 +94,19 @@ def test_only_what_the_discriminator_keeps_is_learnt_from(
     book = json.loads((tmp_path / "out" / "written.json").read_text())
     kept = [text for text, verdict in book["verdicts"].items() if verdict]
     assert [row["text"] for row in rows] == kept[:16]
-    assert not set(book["verdicts"]) & set(prepared.kept["seeds"] if prepared.kept else ())
+    assert not set(book["verdicts"]) & set(prepared.transfer_metadata["seeds"] if prepared.transfer_metadata else ())
 
 
 def test_seeds_and_discriminator_are_in_the_state_and_in_no_message(prepared: SavedModel, tmp_path: Path) -> None:
-    assert prepared.kept is not None
-    assert len(prepared.kept["seeds"]) == 5
-    assert prepared.kept["examples"] == 12
+    assert prepared.transfer_metadata is not None
+    assert len(prepared.transfer_metadata["seeds"]) == 5
+    assert prepared.transfer_metadata["examples"] == 12
     assert any(key.endswith("lora_B.weight") and value.any() for key, value in prepared.discriminator.items())
     events = (tmp_path / "run" / "events.jsonl").read_text()
-    for seed in prepared.kept["seeds"]:
+    for seed in prepared.transfer_metadata["seeds"]:
         assert seed not in events
     for path in (tmp_path / "run" / "checkpoints").iterdir():
-        assert not any(seed.encode() in path.read_bytes() for seed in prepared.kept["seeds"])
+        assert not any(seed.encode() in path.read_bytes() for seed in prepared.transfer_metadata["seeds"])
 
 
 def test_what_cannot_be_transferred_is_said(
@@ -160,7 +157,12 @@ def talker(speaking_llama: Path, tmp_path: Path, writer: list[int]) -> SavedMode
         "adapter": {"rank": 4, "target_modules": ["q_proj", "v_proj"]},
         "train": {"steps": 20, "batch_size": 4, "lr": 0.02},
         "evaluation": {"max_new_tokens": 4},
-        "transfer": {"prepare": True, "steps": 10, "samples": 12, "rank": 4, "distil_epochs": 120, "distil_lr": 0.02},
+        "transfer": {
+            "prepare": True,
+            "samples": 12,
+            "discriminator": {"rank": 4, "steps": 10},
+            "distillation": {"epochs": 120, "lr": 0.02},
+        },
         "simulation": {"threads": 1},
         "data": {"task": "generation", "test": 3},
         "site": [{"name": "eva", "source": str(write_lines(tmp_path / "eva.jsonl", rows))}],
@@ -189,18 +191,18 @@ def test_on_a_model_that_writes_by_itself_the_discriminator_is_trained_anew(
     shutil.copytree(speaking_llama, target)
     plan = transfer_plan(talker, str(target), ("transfer.filter=none",))
     rows = [{"prompt": text, "completion": "sun"} for text in TEXTS]
-    assert talker.kept
+    assert talker.transfer_metadata
     bare = artifacts_for_next_transfer(talker, plan, rows)
     again = artifacts_for_next_transfer(talker, transfer_plan(talker, str(target)), rows)
     assert bare
     assert again
-    assert bare.seeds == again.seeds == tuple(talker.kept["seeds"])
+    assert bare.seeds == again.seeds == tuple(talker.transfer_metadata["seeds"])
     assert not bare.discriminator
     assert again.discriminator.keys() == talker.discriminator.keys()
     assert any(value.numpy().tobytes() != talker.discriminator[k].tobytes() for k, value in again.discriminator.items())
     assert any(value.any() for k, value in again.discriminator.items() if "lora_B" in k), "it was trained, not made"
     wider = artifacts_for_next_transfer(
-        talker, transfer_plan(talker, talker.plan.model.source, ("transfer.rank=2",)), rows
+        talker, transfer_plan(talker, talker.plan.model.source, ("transfer.discriminator.rank=2",)), rows
     )
     assert wider
     assert {value.shape[0] for k, value in wider.discriminator.items() if "lora_A" in k} == {2}
@@ -219,7 +221,11 @@ def test_a_target_that_cannot_write_or_answer_is_told_before_anything_is_written
     T5Config(is_encoder_decoder=True, architectures=["T5ForConditionalGeneration"]).save_pretrained(both)
     for target, words, overrides in (
         (tiny_bert, "model.source: .* which is a BertModel", ()),
-        (tiny_bert, "model.source: .* which is a BertModel", ("transfer.prepare=false", "transfer.writer=source")),
+        (
+            tiny_bert,
+            "model.source: .* which is a BertModel",
+            ("transfer.prepare=false", "transfer.generator.mode=source"),
+        ),
         (both, "model.source: .* which is a T5", ("transfer.prepare=false",)),
         (tiny_llama, "site eva: model.source: .* a vocabulary with yes and no", ()),
     ):

@@ -22,10 +22,12 @@ from colora.common.adapters.inject import ADAPTER, activate
 from colora.common.config.loader import recipe_from
 from colora.common.config.schema import (
     AdapterSettings,
+    DiscriminatorSettings,
     ModelSettings,
     Plan,
     PrivateSettings,
     TrainSettings,
+    TransferGeneratorSettings,
     TransferSettings,
     to_json,
 )
@@ -40,7 +42,9 @@ from colora.transfer.preparation import prepare
 from colora.transfer.sampling import list_prompt
 from colora.transfer.tuned_generator import TunedGenerator, lists
 
-SETTINGS = TransferSettings(prepare=True, writer="tuned", writer_steps=20, writer_lr=0.02)
+SETTINGS = TransferSettings(
+    prepare=True, generator=TransferGeneratorSettings(mode="tuned", tuning_steps=20, tuning_lr=0.02)
+)
 TEXTS = [f"a b c {word} e f" for word in "abcdefghijkl"]
 NEXT = "a b c"  # how each of them goes on after its number
 
@@ -116,38 +120,49 @@ def test_what_is_prepared_does_not_hang_on_the_adapters_beside_it(
     speaking_llama: Path, heard: list[dict[str, torch.Tensor]]
 ) -> None:
     model = ModelSettings(str(speaking_llama), max_length=32)
-    settings = replace(SETTINGS, writer_steps=3, steps=3, rank=4, batch=8)
+    settings = replace(
+        SETTINGS,
+        generator=replace(SETTINGS.generator, tuning_steps=3, batch_size=8),
+        discriminator=DiscriminatorSettings(steps=3, rank=4),
+    )
     plan = Plan("tiny", 1, model, adapter=AdapterSettings(4, target_modules=("q_proj", "v_proj")), transfer=settings)
     site = SiteDataset("ada", "generation", [{"prompt": text, "completion": "x"} for text in TEXTS], ())
     alone = prepare(load_base_model(model, generates=True), plan, site, 7)
     bench = attach_adapters(load_base_model(model, generates=True), plan)
-    bench.private(PrivateSettings("multilora"))
+    bench.private_adapter(PrivateSettings("multilora"))
     with torch.no_grad():
         for parameter in bench.adapter.values():
             parameter.normal_()
     activate(bench.base.backbone, [ADAPTER])
     for _ in range(2):  # the sites of a simulation take turns on one model
         beside = prepare(bench.base, plan, site, 7)
-        for key, value in {**alone.writer, **alone.discriminator}.items():
-            assert torch.equal(value, {**beside.writer, **beside.discriminator}[key])
+        for key, value in {**alone.tuned_generator, **alone.discriminator}.items():
+            assert torch.equal(value, {**beside.tuned_generator, **beside.discriminator}[key])
     assert heard
     for found in heard:  # what the discriminator is to reject was written with what had been learnt
         assert all(name.endswith(" writer") for name in found)
-        assert sum(bool(value.any()) for value in found.values()) == len(alone.writer) // 2 > 4, "all linear layers"
+        assert sum(bool(value.any()) for value in found.values()) == len(alone.tuned_generator) // 2 > 4, (
+            "all linear layers"
+        )
 
 
 @pytest.fixture
 def prepared(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: list[int]) -> SavedModel:
     """ada after a federation that prepared with a tuned writer, her rows deleted."""
-    transfer = {"prepare": True, "generator": str(speaking_llama), "writer": "tuned", "writer_steps": 3, "samples": 8}
-    tiny_recipe["transfer"] = {**transfer, "filter": "none", "rank": 4}
+    tiny_recipe["transfer"] = {
+        "prepare": True,
+        "filter": "none",
+        "samples": 8,
+        "generator": {"model": str(speaking_llama), "mode": "tuned", "tuning_steps": 3},
+        "discriminator": {"rank": 4},
+    }
     run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
     shutil.rmtree(run.path / "sites" / "ada" / "data")
     shutil.rmtree(tmp_path / "rows")
     return read_saved_model(run.path / "sites" / "ada")
 
 
-@pytest.mark.parametrize("override", ["transfer.samples=8", "transfer.rank=2"])
+@pytest.mark.parametrize("override", ["transfer.samples=8", "transfer.discriminator.rank=2"])
 def test_a_transfer_writes_with_what_was_learnt_and_the_next_one_as_well(
     prepared: SavedModel, tiny_bert: Path, tmp_path: Path, heard: list[dict[str, torch.Tensor]], override: str
 ) -> None:
@@ -160,10 +175,12 @@ def test_a_transfer_writes_with_what_was_learnt_and_the_next_one_as_well(
         assert all(any(torch.equal(value, other) for other in kept.values()) for value in found.values())
     heard.clear()
     moved = read_saved_model(tmp_path / "out")
-    if override.startswith("transfer.rank"):
-        assert {value.shape[0] for key, value in moved.writer.items() if "lora_A" in key} == {2}, "trained anew"
+    if override.startswith("transfer.discriminator.rank"):
+        assert {value.shape[0] for key, value in moved.tuned_generator.items() if "lora_A" in key} == {2}, (
+            "trained anew"
+        )
         return
-    assert {k: v.tobytes() for k, v in moved.writer.items()} == {
+    assert {k: v.tobytes() for k, v in moved.tuned_generator.items()} == {
         k: v.tobytes() for k, v in prepared.tuned_generator.items()
     }
     transfer(moved, transfer_plan(moved, str(tiny_bert)), tmp_path / "back")
@@ -175,15 +192,17 @@ def test_another_writer_needs_no_lora_and_a_tuned_one_does(
     prepared: SavedModel, tiny_bert: Path, tmp_path: Path, heard: list[dict[str, torch.Tensor]]
 ) -> None:
     other = shutil.copytree(tiny_bert, tmp_path / "other")
-    plain = transfer_plan(prepared, str(other), ("transfer.writer=source",))
+    plain = transfer_plan(prepared, str(other), ("transfer.generator.mode=source",))
     assert synthetic_rows(prepared, plain, tmp_path / "plain")
     assert heard
     assert not any(heard), "the bare model writes"
     kept = carried_artifacts(prepared, plain)
     assert kept
     assert not kept.tuned_generator, "and what is not asked for is not kept on"
-    untuned = replace(prepared, writer={})
-    with pytest.raises(StateError, match=r"expected a tuned writer \(transfer.writer as it was prepared\), found none"):
+    untuned = replace(prepared, tuned_generator={})
+    with pytest.raises(
+        StateError, match=r"expected a tuned writer \(transfer.generator.mode as it was prepared\), found none"
+    ):
         transfer(untuned, transfer_plan(untuned, str(other)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -194,7 +213,7 @@ def test_a_preparation_that_fails_leaves_the_shared_adapter_on(
     """The next order, of this site or of another one on the same model, trains as if nothing had happened."""
     model = ModelSettings(str(speaking_llama), max_length=32, device="cpu")
     adapter = AdapterSettings(4, target_modules=("q_proj", "v_proj"))
-    settings = TransferSettings(prepare=True, about="tiny", steps=3)
+    settings = TransferSettings(prepare=True, dataset_name="tiny", discriminator=DiscriminatorSettings(steps=3))
     plan = Plan("town", 1, model, adapter=adapter, train=TrainSettings(steps=1, final_steps=1), transfer=settings)
     site = SiteDataset("ada", "generation", [{"prompt": text, "completion": "x"} for text in TEXTS], ())
     bench = attach_adapters(base, plan)

@@ -268,7 +268,7 @@ key = "site.key"
 # max_tokens = 256                 # of one text
 # precision = ["fp32"]
 # max_seeds = 5                    # of its texts that it keeps for a move to a new base model; 0: no such move
-# tuned_writer = false             # true: it may keep a LoRA that writes like its texts as well, and may repeat them
+# tuned_generator = false          # true: it may also keep a LoRA fine-tuned on its texts, which may repeat them
 
 # [private]                        # an adapter of this site's own beside the shared one, instead of the recipe's
 # kind = "multilora"               # or "lora"

@@ -117,7 +117,7 @@ def test_what_is_no_plan_of_a_safe_name_touches_nothing(house: House, federation
 
 def test_a_site_that_kept_nothing_does_in_a_moved_federation_as_its_file_says(house: House) -> None:
     site, plan = load_site(house.furnish().file), house.plan("town-on-another")
-    plan = dataclasses.replace(plan, transfer=dataclasses.replace(plan.transfer, of="town"))
+    plan = dataclasses.replace(plan, transfer=dataclasses.replace(plan.transfer, source_federation="town"))
 
     def trainer(choice: str) -> Trainer:
         resident = TrainerSession(dataclasses.replace(site, on_unprepared=choice))  # type: ignore[arg-type]
