@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from colora.cli import find_recipe
+from colora.cli.recipes import find_recipe
 from colora.common.config.loader import load_recipe
 from colora.common.config.schema import MethodSettings
 from colora.server.reporting.summary import RunSummary, summarize

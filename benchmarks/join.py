@@ -23,7 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from colora.cli import find_recipe
+from colora.cli.recipes import find_recipe
 from colora.client.personalize import personalize
 from colora.client.trainer_service.session import TrainerSession
 from colora.common.config.loader import load_recipe, load_site

@@ -1,14 +1,42 @@
-"""How soon Flower asks again for a part of a message that is still on its way."""
+"""Private parts of Flower that the coordinator and the sites share.
+
+Only ``common/flower_compat.py``, ``server/flower_compat.py`` and ``client/flower_compat.py`` import private names of
+``flwr``. Public are ``flwr.app``, ``flwr.serverapp``, ``flwr.clientapp`` and ``flwr.simulation``.
+Imports are local where the module behind them is heavy: a ClientApp process loads this file for every message.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+# Environment variable of flower-superexec: seconds between two looks for a task. Read in 1.40, 1.41 and 1.42
+# (flwr/supercore/superexec/run_superexec.py); Flower has no command-line option for it.
+TASK_POLL_INTERVAL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
 
 FIRST, LONGEST = 0.1, 1.0  # seconds; Flower's own are 1 and 10, each pause twice as long as the one before
 TRIES = None  # without a limit: Flower's 500 would be over after 8 minutes now, its limit of 2 hours stays
 
 
 def shorten_pull_backoff() -> None:
-    """Shortens the pauses in this process. Flower has no setting for them; they are defaults of one function."""
+    """Shorten the pauses between two requests for a part of a message that is still being uploaded, in this process.
+
+    Flower has no setting for them: they are keyword defaults of one function.
+    Read in 1.40, 1.41 and 1.42 (the file is the same since 1.36).
+    """
     from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
     shorter = {"initial_backoff": FIRST, "backoff_cap": LONGEST, "max_tries_per_object": TRIES}
     pull_objects.__kwdefaults__ = {**(pull_objects.__kwdefaults__ or {}), **shorter}
+
+
+def version_interceptor(component: str) -> RuntimeVersionHttpInterceptor:
+    """Return the interceptor that adds Flower's version headers, without which Flower's HTTP APIs refuse a request.
+
+    Read in 1.40, 1.41 and 1.42 (the file is the same in all three).
+    """
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+    return RuntimeVersionHttpInterceptor(component_name=component)

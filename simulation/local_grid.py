@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+
+from ..server.flower_compat import ErrorCode, Run, identify_process, set_message_id
 
 RUN_ID = 1
 
@@ -20,7 +18,7 @@ class LocalGrid(Grid):
     """Node k is partition k. A message is answered when its answer is pulled, one node at a time."""
 
     def __init__(self, app: ClientApp, nodes: int) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SUPERLINK_NODE_ID, 1
+        identify_process(RUN_ID)
         self._app = app
         self._run = Run.create_empty(RUN_ID)
         self._contexts = {
@@ -82,8 +80,8 @@ class LocalGrid(Grid):
         return reply
 
 
-def _give_id(message: Any) -> str:
-    """Message ids are the transport's to give; Flower's own in-memory grid sets them the same way."""
+def _give_id(message: Message) -> str:
+    """Message ids are the transport's to give."""
     message_id = uuid4().hex
-    message.metadata.__dict__["_message_id"] = message_id
+    set_message_id(message, message_id)
     return message_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,17 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",  # two test processes with one thread each
 )
+
+
+def freeze() -> None:
+    """Take all that imports created out of the garbage collector, which would walk through it in every test."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    freeze()
+
 
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z red blue green cat dog sun moon sea hill".split()  # noqa: SIM905
 CHAT_TEMPLATE = (
@@ -59,6 +71,7 @@ def _save(model: type, config: object, folder: Path, *, chat: bool) -> Path:
     torch.manual_seed(0)
     model(config).save_pretrained(folder)
     _tokenizer(folder, chat=chat)
+    freeze()  # transformers imports a model's code at its first use
     return folder
 
 
@@ -110,26 +123,31 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
     return seen
 
 
-@pytest.fixture
-def tiny_recipe(tiny_bert: Path, tmp_path: Path) -> dict:
+def write_tiny_recipe(model: Path, folder: Path) -> dict:
     """A raw recipe: three classification sites with their own files and labels, two rounds of two steps."""
     sites = []
     for k, name in enumerate(("ada", "bob", "cyd")):
         labels = [f"{name}-yes", f"{name}-no"] + (["cyd-maybe"] if name == "cyd" else [])
-        source = write_lines(tmp_path / "rows" / f"{name}-train.jsonl", labelled_rows(labels, 12, seed=k))
-        test = write_lines(tmp_path / "rows" / f"{name}-test.jsonl", labelled_rows(labels, 6, seed=10 + k))
+        source = write_lines(folder / "rows" / f"{name}-train.jsonl", labelled_rows(labels, 12, seed=k))
+        test = write_lines(folder / "rows" / f"{name}-test.jsonl", labelled_rows(labels, 6, seed=10 + k))
         sites.append({"name": name, "source": str(source), "test_source": str(test)})
     return {
         "name": "tiny",
         "rounds": 2,
         "seed": 3,
-        "model": {"source": str(tiny_bert), "max_length": 16},
+        "model": {"source": str(model), "max_length": 16},
         "adapter": {"rank": 4, "alpha": 8.0, "target_modules": ["query", "value"]},
         "train": {"steps": 2, "batch_size": 4, "lr": 1e-2},
         "server": {"quorum": 3},
         "simulation": {"threads": 1},
         "site": sites,
     }
+
+
+@pytest.fixture
+def tiny_recipe(tiny_bert: Path, tmp_path: Path) -> dict:
+    """A raw recipe of ``write_tiny_recipe`` with files of this test's own."""
+    return write_tiny_recipe(tiny_bert, tmp_path)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -26,17 +27,14 @@ MAY_IMPORT = {  # room → the rooms of ours that it may import beside itself
     "colora": {"common", "client", "server", "simulation", "transfer"},
 }
 FLWR_FILES = {
-    "server/strategy.py",
-    "server/asking.py",
-    "server/roll.py",
-    "server/superlink.py",
-    "client/clientapp.py",
-    "client/node.py",
-    "client/supernode.py",
-    "common/messages.py",
-    "common/pulling.py",
+    "server/rounds/strategy.py",
+    "server/rounds/dispatch.py",
+    "server/rounds/registry.py",
+    "common/protocol/flower_messages.py",
 }
-FLWR_NAMES = {"app.py", "launch.py"}
+FLWR_COMPAT = {f"{room}/flower_compat.py" for room in ("common", "server", "client")}
+FLWR_PUBLIC = ("flwr.app", "flwr.serverapp", "flwr.clientapp", "flwr.simulation")
+FLWR_NAMES = {"server_app.py", "client_app.py"}
 HEAVY = ("torch", "transformers", "peft")
 MAX_LINES = 400
 
@@ -51,16 +49,21 @@ class Source:
     def room(self) -> str:
         return self.path.split("/")[0]
 
-    @property
+    @cached_property
     def text(self) -> str:
         return (ROOT / self.path).read_text(encoding="utf-8")
 
-    def nodes(self) -> Iterator[ast.AST]:
-        return ast.walk(ast.parse(self.text))
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
 
     def imports(self) -> Iterator[tuple[int, str]]:
         """(level, dotted name) of everything imported anywhere in the file; names count as modules."""
-        for node in self.nodes():
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 yield from ((0, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -131,32 +134,66 @@ def test_flower_stays_at_the_edges() -> None:
     """Training, aggregation and the adapters are plain functions that a notebook can call."""
     users = {s.path for s in SOURCES for level, name in s.imports() if not level and name.split(".")[0] == "flwr"}
     allowed = {s.path for s in SOURCES if s.room == "simulation" or Path(s.path).name in FLWR_NAMES} | FLWR_FILES
-    assert users - allowed == set()
-    assert {"server/strategy.py", "client/app.py"} <= users
+    assert users - allowed - FLWR_COMPAT == set()
+    assert {"server/rounds/strategy.py", "client/client_app.py"} <= users
 
 
-@pytest.mark.parametrize("module", ["client.app", "server.app", "server.strategy", "common.messages", "cli"])
-def test_what_flower_starts_for_every_message_imports_no_torch(module: str) -> None:
-    """The thin ClientApp and the coordinator are processes without a model."""
-    code = f"import sys, colora.{module}; print([name for name in {HEAVY} if name in sys.modules])"
+def test_private_names_of_flower_stand_in_one_module_a_side() -> None:
+    """What a new Flower may break is found in one place."""
+    named = ((s, name) for s in SOURCES for level, name in s.imports() if not level and name.split(".")[0] == "flwr")
+    private = [(s, name) for s, name in named if ".".join(name.split(".")[:2]) not in FLWR_PUBLIC]
+    assert offenders((s, name) for s, name in private if s.path not in FLWR_COMPAT) == []
+    assert {s.path for s, _ in private} == FLWR_COMPAT
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "server.deployment.supervisor",
+        "server.flower_compat",
+        "client.deployment.supervisor",
+        "client.deployment.clientapp_main",
+    ],
+)
+def test_commands_load_flower_when_they_need_it(module: str) -> None:
+    code = f"import sys, colora.{module}; print('flwr' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_what_flower_starts_for_every_message_imports_no_torch() -> None:
+    """The thin ClientApp and the coordinator are processes without a model."""
+    modules = (
+        "client.client_app",
+        "server.server_app",
+        "server.rounds.strategy",
+        "common.protocol.flower_messages",
+        "cli",
+    )
+    code = f"""
+import importlib, sys
+for module in {modules}:
+    importlib.import_module(f"colora.{{module}}")
+    print(module, [name for name in {HEAVY} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.stdout.splitlines() == [f"{module} []" for module in modules], done.stderr
 
 
 def test_no_file_but_the_table_names_a_method() -> None:
     """A new method is one more row. The package's and an engine's name are words of their own: see the next law."""
     other_words = {"colora", "local"}
     names = set(METHODS) - other_words
-    texts = ((s, node.value) for s in SOURCES for node in s.nodes() if isinstance(node, ast.Constant))
+    texts = ((s, node.value) for s in SOURCES for node in s.nodes if isinstance(node, ast.Constant))
     assert offenders((s, text) for s, text in texts if text in names and s.path != "common/methods.py") == []
     assert names
     defaults = {(s.path, node.value) for s, node in assignments("name", "BASELINE") if node.value in METHODS}
-    assert defaults == {("common/settings.py", "colora"), ("simulation/run.py", "local")}
+    assert defaults == {("common/config/schema.py", "colora"), ("simulation/run.py", "local")}
 
 
 def assignments(*targets: str) -> Iterator[tuple[Source, ast.Constant]]:
     for source in SOURCES:
-        for node in source.nodes():
+        for node in source.nodes:
             target = node.target if isinstance(node, ast.AnnAssign) else None
             target = node.targets[0] if isinstance(node, ast.Assign) else target
             value = getattr(node, "value", None)
@@ -168,7 +205,7 @@ def test_nothing_is_decided_by_a_methods_name() -> None:
     """No comparison, match or look-up with a method's name in it, and nobody reads ``method.name`` to decide."""
 
     def decided(source: Source) -> Iterator[str]:
-        for node in source.nodes():
+        for node in source.nodes:
             if isinstance(node, ast.Compare | ast.MatchValue | ast.Subscript):
                 places = (node.slice,) if isinstance(node, ast.Subscript) else (node,)
                 words = {n.value for place in places for n in ast.walk(place) if isinstance(n, ast.Constant)}
@@ -176,16 +213,16 @@ def test_nothing_is_decided_by_a_methods_name() -> None:
                     yield ast.unparse(node)
 
     assert offenders((s, text) for s in SOURCES for text in decided(s)) == []
-    reads = {s.path for s in SOURCES for node in s.nodes() if isinstance(node, ast.Attribute) and _is_name_of(node)}
+    reads = {s.path for s in SOURCES for node in s.nodes if isinstance(node, ast.Attribute) and _is_name_of(node)}
     told = {
-        "server/app.py",
-        "server/status.py",
-        "client/export.py",
-        "client/card.py",
-        "client/join.py",
-        "common/recipe.py",
+        "server/server_app.py",
+        "server/deployment/status.py",
+        "client/artifacts/export.py",
+        "client/artifacts/model_card.py",
+        "client/personalize.py",
+        "common/config/loader.py",
     }
-    assert reads <= told | {"client/allow.py"}, "told to people, and compared with a site's own list"
+    assert reads <= told | {"client/trainer_service/policy.py"}, "told to people, and compared with a site's own list"
 
 
 def _is_name_of(node: ast.Attribute) -> bool:
@@ -199,7 +236,7 @@ def test_no_module_is_a_drawer_for_anything() -> None:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.path)
 def test_every_file_has_a_docstring_and_an_end(source: Source) -> None:
-    assert ast.get_docstring(ast.parse(source.text)), f"{source.path} does not say what it is"
+    assert ast.get_docstring(source.tree), f"{source.path} does not say what it is"
     assert len(source.text.splitlines()) < MAX_LINES
 
 

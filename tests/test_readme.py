@@ -23,8 +23,9 @@ def test_the_printed_recipe_runs(tiny_bert: Path, tmp_path: Path, monkeypatch: p
 
     (printed,) = re.findall(r"```toml\n(name = .*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     raw = tomllib.loads(printed)
-    raw["model"] = {"source": str(tiny_bert)}  # the only change, with the length: no hub here
+    raw["model"] = {"source": str(tiny_bert)}  # the only change, with the length and the threads: no hub here
     raw["rounds"], raw["train"]["steps"] = 5, 1
+    raw["simulation"] = {"threads": 1} | raw.get("simulation", {})
     monkeypatch.chdir(tmp_path)
     rows = [{"text": f"red {word} cat", "label": ("yes", "no")[i % 2]} for i, word in enumerate("abcdefghijklmnop")]
     with Path("north.csv").open("w", newline="") as file:

@@ -13,11 +13,12 @@ import psutil
 
 from ...common.atomic_io import write_atomically
 from ...common.config.site_schema import CoordinatorSettings, SiteSettings
+from ...common.flower_compat import TASK_POLL_INTERVAL
 from ...common.processes.supervised import Command, SupervisedProcess, free_port
+from ..flower_compat import CLIENT_APP, deactivate_node
 from ..trainer_service.client import LINK, SITE, TRAINER
-from .clientapp_main import CLIENT_APP
 
-POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}  # seconds between a message and its ClientApp
+POLLING = {TASK_POLL_INTERVAL: "0.25"}  # seconds between a message and its ClientApp
 COMMANDS = Path(__file__).with_name("bin")  # ours of Flower's names, which SuperNode's SuperExec finds first
 NODE_ID = re.compile(rb"SuperNode ID: (\d+)")
 RETRYING, HELD = b"Connection attempt failed", b"[code: 2004]"
@@ -184,17 +185,4 @@ def _dead(record: NodeLease) -> bool:
 
 def _deactivate(coordinator: CoordinatorSettings, node: int) -> None:
     """Flower's own sign-off, signed by the site's key (no public API of Flower's does it)."""
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
-    from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-
-    key = load_ssh_private_key(Path(coordinator.key).read_bytes(), None)
-    interceptors = [
-        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-        NodeAuthHttpInterceptor(key, key.public_key()),  # type: ignore[arg-type]
-    ]
-    address, ca = coordinator.address, coordinator.ca
-    with FleetHttpClient.from_server_address(address, False, ca, interceptors=interceptors) as client:
-        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+    deactivate_node(coordinator.address, coordinator.ca, Path(coordinator.key), node)

@@ -13,12 +13,12 @@ import threading
 import traceback
 
 from ...common.flower_compat import shorten_pull_backoff
+from ..flower_compat import supernode_command
 
 
 def main() -> None:
     """Runs the command with this process's arguments."""
-    from flwr.supernode.cli.flower_supernode import flower_supernode
-
+    flower_supernode = supernode_command()
     threading.excepthook = _failed
     shorten_pull_backoff()
     code = 1  # it returns when it has lost its coordinator

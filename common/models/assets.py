@@ -37,16 +37,18 @@ class Asset:
 def _gguf_to_safetensors(folder: Path) -> None:
     """Rewrites the only GGUF file of a folder as a Hugging Face folder in fp32, beside which nothing is left."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .hf_logging import quiet_transformers
 
     (file,) = folder.glob("*.gguf")
+    # A Transformers that has no GgufConfig (it comes between 5.15 and 5.18) always dequantises.
+    config = getattr(transformers, "GgufConfig", None)
+    how: dict[str, Any] = {"quantization_config": config(dequantize=True)} if config else {}
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32, **how)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     file.unlink()

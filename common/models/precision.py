@@ -44,11 +44,14 @@ def checkpoint_activations(backbone: nn.Module, on: bool) -> None:
     if not on and not any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
         return
     model: Any = backbone
+    # Transformers 5.23 renames gradient_checkpointing_* to activation_checkpointing_* and warns of the old names.
+    kind = "activation" if hasattr(backbone, "activation_checkpointing_enable") else "gradient"
     try:
         if on:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            options = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+            getattr(model, f"{kind}_checkpointing_enable")(**options)
         else:
-            model.activation_checkpointing_disable()
+            getattr(model, f"{kind}_checkpointing_disable")()
     except (AttributeError, ValueError):
         wanted = "false for an architecture without gradient checkpointing"
         raise ModelError("train.gradient_checkpointing", wanted, type(backbone).__name__) from None

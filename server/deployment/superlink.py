@@ -11,10 +11,25 @@ import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...common.atomic_io import write_atomically
 from ...common.errors import StateError
+from ...common.flower_compat import TASK_POLL_INTERVAL
 from ...common.processes.supervised import Command, SupervisedProcess, free_port, program
+from ..flower_compat import (
+    build_app_bundle,
+    list_nodes,
+    open_control_api,
+    public_key_bytes,
+    register_node,
+    start_run,
+    stop_unfinished_runs,
+    unregister_node,
+)
+
+if TYPE_CHECKING:
+    from ..flower_compat import ControlHttpClient
 
 STUB = {
     "pyproject.toml": """\
@@ -42,7 +57,7 @@ clientapp = "colora_stub.client:app"
     "colora_stub/server.py": "from colora.server.server_app import app as _app\n\napp = _app\n",
     "colora_stub/client.py": "from colora.client.client_app import app as _app\n\napp = _app\n",
 }
-POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}  # seconds between a run and its ServerApp
+POLLING = {TASK_POLL_INTERVAL: "0.5"}  # seconds between a run and its ServerApp
 RUN_FOLDER = "COLORA_RUN"  # environment of the ServerApp
 PAGE = 1 << 16  # bytes of a page of the database, which holds messages: with SQLite's 4 KiB 2.5 times slower
 
@@ -96,24 +111,19 @@ class SuperLink:
 
     def register(self, keys: Mapping[str, bytes]) -> None:
         """Makes the sites' public keys (OpenSSH) known under the sites' names; keys that are no longer theirs go."""
-        from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
-
         with self._control() as control:
-            known = {node.name: node for node in control.ListNodes(ListNodesRequest()).nodes_info}
+            known = {node.name: node for node in list_nodes(control)}
             wanted = {name: point_of(key, name) for name, key in keys.items()}
             for name, node in known.items():
                 if wanted.get(name) != node.public_key:
-                    control.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
+                    unregister_node(control, node.node_id)
             for name, key in wanted.items():
                 if name not in known or known[name].public_key != key:
-                    control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+                    register_node(control, name, key)
 
     def prepare(self) -> None:
         """Makes the stub app, and loads what submitting needs, while the SuperLink starts."""
-        from flwr.cli.build import build_fab_from_disk
-        from flwr.supercore.control import ControlHttpClient  # noqa: F401
-
-        self.app = build_fab_from_disk(self.home / "app")
+        self.app = build_app_bundle(self.home / "app")
 
     def submit(self) -> int:
         """Starts a run of the stub app, after ending the ones before it, and returns Flower's number for it.
@@ -121,37 +131,17 @@ class SuperLink:
         A run whose ServerApp died counts as running for a minute more. For as long a SuperNode would wait for the rest
         of an order that the ServerApp was sending just then.
         """
-        import hashlib
-
-        from flwr.common.constant import Status
-        from flwr.common.serde import fab_to_proto
-        from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest, StopRunRequest
-        from flwr.supercore.fab import Fab
-
-        fab = Fab(hashlib.sha256(self.app).hexdigest(), self.app, {})
         with self._control() as control:
-            for number, run in control.ListRuns(ListRunsRequest()).run_dict.items():
-                if run.status.status != Status.FINISHED:
-                    control.StopRun(StopRunRequest(run_id=number))
-            return control.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
+            stop_unfinished_runs(control)
+            return start_run(control, self.app)
 
     def online(self) -> list[str]:
         """Names of the sites whose SuperNodes are online (empty names where sites have no keys)."""
-        from flwr.proto.control_pb2 import ListNodesRequest
-
         with self._control() as control:
-            return [node.name for node in control.ListNodes(ListNodesRequest()).nodes_info if node.status == "online"]
+            return [node.name for node in list_nodes(control) if node.status == "online"]
 
-    def _control(self):
-        from flwr.supercore.control import ControlHttpClient
-        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-
-        return ControlHttpClient.from_server_address(
-            f"127.0.0.1:{self.port}",
-            insecure=self.certificates is None,
-            root_certificates=str(self.certificates.ca) if self.certificates else None,
-            interceptors=[RuntimeVersionHttpInterceptor(component_name="colora server")],
-        )
+    def _control(self) -> ControlHttpClient:
+        return open_control_api(f"127.0.0.1:{self.port}", self.certificates.ca if self.certificates else None)
 
 
 def _create(path: Path) -> None:
@@ -168,7 +158,6 @@ def point_of(key: bytes, site: str) -> bytes:
     """A public key (OpenSSH) as Flower sends and keeps it. Raises StateError."""
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
     try:
         loaded = load_ssh_public_key(key)
@@ -176,4 +165,4 @@ def point_of(key: bytes, site: str) -> bytes:
         raise StateError("public key", "an OpenSSH ECDSA key", error, site=site) from None
     if not isinstance(loaded, ec.EllipticCurvePublicKey):
         raise StateError("public key", "an OpenSSH ECDSA key", type(loaded).__name__, site=site)
-    return public_key_to_bytes(loaded)
+    return public_key_bytes(loaded)

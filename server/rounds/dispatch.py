@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from ...common.protocol.flower_messages import SITE_FAILED
+from ..flower_compat import ErrorCode
 from .registry import NodeRegistry
 
 SITES_FAULT = frozenset({SITE_FAILED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION})  # any other error is the platform's

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,33 +23,25 @@ from colora.client.trainer_service.proto import trainer_pb2_grpc
 from colora.common.config.loader import load_site
 from colora.common.config.schema import AdapterSettings, MethodSettings, ModelSettings, Plan, TrainSettings, to_json
 from colora.common.protocol.types import TrainReply, TrainRequest
+from tests.forked import Forked
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 LETTERS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()  # noqa: SIM905
-START = "import sys; from colora.client.trainer_service.server import main; sys.exit(main(sys.argv[1:]))"
+SERVICE = "colora.client.trainer_service.server"
+OFTEN = "from colora.client.trainer_service import server; server.PROGRESS = 0.05"  # seconds between two messages
 
 
 class TrainerProcess:
-    """``python -m colora.client.trainer_service.server``; what it prints is read as it comes."""
+    """``main`` of colora.client.trainer_service.server in a process of its own; what it prints is read as it comes."""
 
     def __init__(self, site_file: Path, before: str = "") -> None:
         """``before`` is code that runs in the process first."""
-        code = ["-c", f"{before}\n{START}"] if before else ["-m", "colora.client.trainer_service.server"]
-        self.process = subprocess.Popen(
-            [sys.executable, *code, str(site_file)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+        self.process = Forked(SERVICE, [site_file], f"{OFTEN}\n{before}", together=True)
         self.lines: list[str] = []
         self.news = threading.Condition()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
     def _read(self) -> None:
-        assert self.process.stdout
         for line in self.process.stdout:
             with self.news:
                 self.lines.append(line.rstrip("\n"))
@@ -80,8 +69,7 @@ class TrainerProcess:
             self.process.send_signal(number)
         code = self.process.wait(30)
         self.reader.join(10)
-        if self.process.stdout:
-            self.process.stdout.close()
+        self.process.close()
         return code
 
 
@@ -199,9 +187,9 @@ def house(tiny_bert: Path, tmp_path: Path) -> Iterator[House]:
         trainer.end(signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def standing(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    """A house whose trainer runs for all tests of a file; each test has a federation of its own."""
+    """A house whose trainer runs for all tests; each test has a federation of its own."""
     made = House(tmp_path_factory.mktemp("house"), tiny_bert).furnish()
     try:
         made.start()

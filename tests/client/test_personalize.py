@@ -19,6 +19,7 @@ from colora.common.errors import RefusedError, StateError
 from colora.common.models.saved import read_saved_model
 from colora.server.reporting.run_folder import RunFolder
 from colora.simulation.run import simulate
+from tests.conftest import write_tiny_recipe
 
 ROUNDS, STEPS, RANK, LAYERS = 2, 4, 4, 4  # two modules in each of two layers
 
@@ -31,6 +32,13 @@ def finished(raw: dict, folder: Path) -> RunFolder:
     return simulate(recipe_from(raw), folder, resume=False)
 
 
+@pytest.fixture(scope="module")
+def run(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Such a run, for the tests that only read it."""
+    folder = tmp_path_factory.mktemp("finished")
+    return finished(write_tiny_recipe(tiny_bert, folder), folder / "run")
+
+
 def site_file(folder: Path, raw: dict, **tables: object) -> SiteSettings:
     """cyd as a site of its own, with the rows it has in the simulation."""
     data = {key: raw["site"][2][key] for key in ("source", "test_source")}
@@ -40,8 +48,9 @@ def site_file(folder: Path, raw: dict, **tables: object) -> SiteSettings:
     return load_site(folder / "site.toml")
 
 
-def test_only_cores_and_heads_are_trained_and_simulation_does_the_same(tiny_recipe: dict, tmp_path: Path) -> None:
-    run = finished(tiny_recipe, tmp_path / "run")
+def test_only_cores_and_heads_are_trained_and_simulation_does_the_same(
+    run: RunFolder, tiny_recipe: dict, tmp_path: Path
+) -> None:
     adapter = read_saved_model(run.path)
     assert not adapter.is_personal
     joined = personalize(site_file(tmp_path / "cyd", tiny_recipe), adapter)
@@ -57,9 +66,11 @@ def test_only_cores_and_heads_are_trained_and_simulation_does_the_same(tiny_reci
         assert np.array_equal(mine.personal[key], value), key
 
 
-def test_asked_again_it_finds_its_work_done_and_more_steps_are_other_work(tiny_recipe: dict, tmp_path: Path) -> None:
-    run, taken = finished(tiny_recipe, tmp_path / "run"), []
+def test_asked_again_it_finds_its_work_done_and_more_steps_are_other_work(
+    run: RunFolder, tiny_recipe: dict, tmp_path: Path
+) -> None:
     site, adapter = site_file(tmp_path / "cyd", tiny_recipe), read_saved_model(run.path)
+    taken: list[tuple[int, int]] = []
     first = personalize(site, adapter, watch=lambda done, total: taken.append((done, total)))
     assert taken[-1] == (STEPS, STEPS)
     before, taken[:] = load_arrays(first.state), []
@@ -71,9 +82,8 @@ def test_asked_again_it_finds_its_work_done_and_more_steps_are_other_work(tiny_r
 
 
 def test_a_participants_states_are_not_touched_and_other_settings_are_other_work(
-    tiny_recipe: dict, tmp_path: Path
+    run: RunFolder, tiny_recipe: dict, tmp_path: Path
 ) -> None:
-    run = finished(tiny_recipe, tmp_path / "run")
     site, adapter = site_file(tmp_path / "cyd", tiny_recipe), read_saved_model(run.path)
     first = personalize(site, adapter)
     private = personalize(dataclasses.replace(site, private=PrivateSettings("lora", rank=2)), adapter)
@@ -101,8 +111,9 @@ def test_a_late_site_starts_at_the_full_learning_rate(tiny_recipe: dict, tmp_pat
     assert moved["linear"] > 0.4 * moved["constant"]
 
 
-def test_what_the_site_does_not_allow_or_nobody_shared_is_refused(tiny_recipe: dict, tmp_path: Path) -> None:
-    run = finished(tiny_recipe, tmp_path / "run")
+def test_what_the_site_does_not_allow_or_nobody_shared_is_refused(
+    run: RunFolder, tiny_recipe: dict, tmp_path: Path
+) -> None:
     careful = site_file(tmp_path / "cyd", tiny_recipe, allow={"methods": ["fedit"]})
     with pytest.raises(RefusedError, match=r"method.name: expected one of fedit \(allow.methods\), found 'colora'"):
         personalize(careful, read_saved_model(run.path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -57,11 +58,11 @@ def site_texts(folder: Path) -> set[str]:
 
 
 def leaks(seen: list[Message], folder: Path) -> list[str]:
-    """Names of what was found in any message."""
+    """Names of what was found in all messages together."""
     secrets, windows = secrets_of(folder), site_texts(folder)
     assert secrets
     assert windows
-    return [leak for message in seen for leak in leaks_in(numbers_of(message), texts_of(message), secrets, windows)]
+    return leaks_in(np.concatenate(list(map(numbers_of, seen))), "\n".join(map(texts_of, seen)), secrets, windows)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -88,14 +89,15 @@ def _plant_text(message: Message, secret: np.ndarray, text: str) -> None:
     message.content["note"] = ConfigRecord({"log": f"... {text} ..."})
 
 
-@pytest.mark.parametrize("plant", [_plant_array, _plant_metric, _plant_text])
-def test_the_search_finds_what_is_planted(tiny_recipe: dict, tmp_path: Path, wire: list[Message], plant) -> None:
+def test_the_search_finds_what_is_planted(tiny_recipe: dict, tmp_path: Path, wire: list[Message]) -> None:
     run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
     assert leaks(wire, run.path) == []
-    reply = next(m for m in wire if m.has_content() and messages.METRICS in m.content)
-    _, secret = secrets_of(run.path)[0]
-    plant(reply, secret, sorted(site_texts(run.path))[0])
-    assert leaks(wire, run.path) != []
+    reply = next(i for i, m in enumerate(wire) if m.has_content() and messages.METRICS in m.content)
+    (name, secret), text = secrets_of(run.path)[0], sorted(site_texts(run.path))[0]
+    for plant, planted in ((_plant_array, name), (_plant_metric, name), (_plant_text, text)):
+        seen = copy.deepcopy(wire)
+        plant(seen[reply], secret, text)
+        assert planted in leaks(seen, run.path), plant.__name__
 
 
 def _with_a_core(reply, trainer: Trainer):

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from colora.common.recipe import recipe_from
 from colora.common.seeds import seed_from
+from colora.simulation.run import simulate
 from colora.transfer import preparation, synthesis
 from tests.conftest import SIZES, WORDS
 
@@ -38,8 +40,7 @@ def speaking_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def writer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def replace_writer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Takes the place of the writing model; returns the numbers of its calls. Its words are of the alphabet's end."""
     calls: list[int] = []
 
@@ -52,3 +53,16 @@ def writer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(preparation, "generate_texts", write)
     monkeypatch.setattr(synthesis, "generate_texts", write)
     return calls
+
+
+@pytest.fixture
+def writer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The stand-in for the writing model, for one test."""
+    return replace_writer(monkeypatch)
+
+
+def prepare_run(raw: dict, folder: Path) -> Path:
+    """The folder of a run whose sites prepared by the stand-in, for several tests: each takes a copy."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        replace_writer(monkeypatch)
+        return simulate(recipe_from(raw), folder, resume=False).path

@@ -9,24 +9,32 @@ from pathlib import Path
 import pytest
 from flwr.app import Message
 
-from colora.common.config.loader import load_recipe, recipe_from, with_base_model
+from colora.common.config.loader import load_recipe, with_base_model
 from colora.common.errors import ConfigError, StateError
 from colora.common.models.saved import read_saved_model
 from colora.simulation.run import simulate
+from tests.conftest import write_tiny_recipe
+from tests.transfer.conftest import prepare_run
 
 SITES = ("ada", "bob", "cyd")
 
 
-@pytest.fixture
-def first(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: list[int]) -> Path:
+@pytest.fixture(scope="module")
+def federation(tiny_bert: Path, speaking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run whose sites prepared; then their data go."""
+    folder = tmp_path_factory.mktemp("federation")
     kept = {"prepare": True, "filter": "none", "generator": {"model": str(speaking_llama)}, "samples": 10}
-    recipe = recipe_from({**tiny_recipe, "transfer": kept})
-    run = simulate(recipe, tmp_path / "first", resume=False)
+    run = prepare_run({**write_tiny_recipe(tiny_bert, folder), "transfer": kept}, folder / "run")
     for site in SITES:
-        shutil.rmtree(run.path / "sites" / site / "data")
-    shutil.rmtree(tmp_path / "rows")
-    return run.path
+        shutil.rmtree(run / "sites" / site / "data")
+    shutil.rmtree(folder / "rows")
+    return run
+
+
+@pytest.fixture
+def first(federation: Path, tmp_path: Path, writer: list[int]) -> Path:
+    """A copy of that run."""
+    return shutil.copytree(federation, tmp_path / "first")
 
 
 def test_all_sites_move_and_nothing_written_is_in_any_message(
@@ -61,7 +69,7 @@ def test_all_sites_move_and_nothing_written_is_in_any_message(
     assert not [text for text in texts if text.encode() in sent + arrays]
 
 
-def test_what_is_missing_for_a_move_is_said(first: Path, tiny_recipe: dict, tiny_bert: Path, tmp_path: Path) -> None:
+def test_what_is_missing_for_a_move_is_said(first: Path, tiny_bert: Path, tmp_path: Path) -> None:
     old = load_recipe(first / "recipe.toml")
     with pytest.raises(ConfigError, match="--transfer-to: expected another base model"):
         with_base_model(old, old.model.source)

@@ -15,30 +15,37 @@ import torch
 from colora.client.artifacts.predict import Predictor
 from colora.client.artifacts.pseudo_labels import pseudo_label
 from colora.client.artifacts.transfer import artifacts_for_next_transfer, synthetic_rows, transfer, transfer_plan
-from colora.common.config.loader import recipe_from
 from colora.common.errors import ColoraError, DataError, ModelError, StateError
 from colora.common.models.saved import SavedModel, read_saved_model
-from colora.simulation.run import simulate
-from tests.conftest import WORDS, write_lines
+from tests.conftest import WORDS, write_lines, write_tiny_recipe
+from tests.transfer.conftest import prepare_run
 
 TEXTS = [" ".join(pair) for pair in pairwise(WORDS)]
 
 
-@pytest.fixture
-def prepared(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: list[int]) -> SavedModel:
-    """ada after a federation with ``transfer.prepare``, her rows deleted."""
-    tiny_recipe["transfer"] = {
+@pytest.fixture(scope="module")
+def federation(tiny_bert: Path, speaking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with ``transfer.prepare``, ada's rows deleted."""
+    folder = tmp_path_factory.mktemp("federation")
+    raw = write_tiny_recipe(tiny_bert, folder)
+    raw["transfer"] = {
         "prepare": True,
         "samples": 16,
         "generator": {"model": str(speaking_llama)},
         "discriminator": {"rank": 4, "steps": 20, "lr": 0.05},
         "distillation": {"epochs": 5, "lr": 0.02},
     }
-    tiny_recipe["train"] |= {"final_steps": 10, "head_lr": 0.05}
-    run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
-    shutil.rmtree(run.path / "sites" / "ada" / "data")
-    shutil.rmtree(tmp_path / "rows")
-    return read_saved_model(run.path / "sites" / "ada")
+    raw["train"] |= {"final_steps": 10, "head_lr": 0.05}
+    run = prepare_run(raw, folder / "run")
+    shutil.rmtree(run / "sites" / "ada" / "data")
+    shutil.rmtree(folder / "rows")
+    return run
+
+
+@pytest.fixture
+def prepared(federation: Path, tmp_path: Path, writer: list[int]) -> SavedModel:
+    """ada after that federation."""
+    return read_saved_model(shutil.copytree(federation, tmp_path / "run") / "sites" / "ada")
 
 
 @pytest.fixture
@@ -88,7 +95,7 @@ def test_only_what_the_discriminator_keeps_is_learnt_from(
     prepared: SavedModel, other_bert: Path, tmp_path: Path
 ) -> None:
     with suppress(DataError):  # a discriminator that takes none of these for real is a good one
-        synthetic_rows(prepared, transfer_plan(prepared, str(other_bert)), tmp_path / "out")
+        synthetic_rows(prepared, transfer_plan(prepared, str(other_bert), ("transfer.calls=4",)), tmp_path / "out")
     path = tmp_path / "out" / "synthetic.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     book = json.loads((tmp_path / "out" / "written.json").read_text())
@@ -146,9 +153,10 @@ def test_what_cannot_be_transferred_is_said(
         transfer(run, transfer_plan(run, str(other_bert)), tmp_path / "bare")
 
 
-@pytest.fixture
-def talker(speaking_llama: Path, tmp_path: Path, writer: list[int]) -> SavedModel:
-    """A site that generates, prepared."""
+@pytest.fixture(scope="module")
+def talk(speaking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one site that generates, prepared."""
+    folder = tmp_path_factory.mktemp("talk")
     rows = [{"prompt": text, "completion": "sun moon"} for text in TEXTS]
     raw = {
         "name": "talk",
@@ -161,14 +169,19 @@ def talker(speaking_llama: Path, tmp_path: Path, writer: list[int]) -> SavedMode
             "prepare": True,
             "samples": 12,
             "discriminator": {"rank": 4, "steps": 10},
-            "distillation": {"epochs": 120, "lr": 0.02},
+            "distillation": {"epochs": 80, "lr": 0.03},
         },
         "simulation": {"threads": 1},
         "data": {"task": "generation", "test": 3},
-        "site": [{"name": "eva", "source": str(write_lines(tmp_path / "eva.jsonl", rows))}],
+        "site": [{"name": "eva", "source": str(write_lines(folder / "eva.jsonl", rows))}],
     }
-    run = simulate(recipe_from(raw), tmp_path / "run", resume=False)
-    return read_saved_model(run.path / "sites" / "eva")
+    return prepare_run(raw, folder / "run")
+
+
+@pytest.fixture
+def talker(talk: Path, tmp_path: Path, writer: list[int]) -> SavedModel:
+    """That site."""
+    return read_saved_model(shutil.copytree(talk, tmp_path / "run") / "sites" / "eva")
 
 
 @pytest.mark.parametrize("kind", ["none", "titok"])

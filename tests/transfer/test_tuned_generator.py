@@ -19,7 +19,6 @@ from colora.client.training.state_store import StateStore
 from colora.client.training.trainer import Trainer
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.adapters.inject import ADAPTER, activate
-from colora.common.config.loader import recipe_from
 from colora.common.config.schema import (
     AdapterSettings,
     DiscriminatorSettings,
@@ -36,11 +35,12 @@ from colora.common.errors import ModelError, StateError
 from colora.common.models.base_model import BaseModel, load_base_model
 from colora.common.models.saved import SavedModel, read_saved_model
 from colora.common.protocol.types import TrainRequest
-from colora.simulation.run import simulate
 from colora.transfer import preparation, synthesis
 from colora.transfer.preparation import prepare
 from colora.transfer.sampling import list_prompt
 from colora.transfer.tuned_generator import TunedGenerator, lists
+from tests.conftest import write_tiny_recipe
+from tests.transfer.conftest import prepare_run
 
 SETTINGS = TransferSettings(
     prepare=True, generator=TransferGeneratorSettings(mode="tuned", tuning_steps=20, tuning_lr=0.02)
@@ -146,20 +146,28 @@ def test_what_is_prepared_does_not_hang_on_the_adapters_beside_it(
         )
 
 
-@pytest.fixture
-def prepared(tiny_recipe: dict, speaking_llama: Path, tmp_path: Path, writer: list[int]) -> SavedModel:
-    """ada after a federation that prepared with a tuned writer, her rows deleted."""
-    tiny_recipe["transfer"] = {
+@pytest.fixture(scope="module")
+def federation(tiny_bert: Path, speaking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that prepared with a tuned writer, ada's rows deleted."""
+    folder = tmp_path_factory.mktemp("federation")
+    transfer = {
         "prepare": True,
         "filter": "none",
         "samples": 8,
         "generator": {"model": str(speaking_llama), "mode": "tuned", "tuning_steps": 3},
         "discriminator": {"rank": 4},
     }
-    run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
-    shutil.rmtree(run.path / "sites" / "ada" / "data")
-    shutil.rmtree(tmp_path / "rows")
-    return read_saved_model(run.path / "sites" / "ada")
+    raw = write_tiny_recipe(tiny_bert, folder) | {"transfer": transfer}
+    run = prepare_run(raw, folder / "run")
+    shutil.rmtree(run / "sites" / "ada" / "data")
+    shutil.rmtree(folder / "rows")
+    return run
+
+
+@pytest.fixture
+def prepared(federation: Path, tmp_path: Path, writer: list[int]) -> SavedModel:
+    """ada after that federation."""
+    return read_saved_model(shutil.copytree(federation, tmp_path / "run") / "sites" / "ada")
 
 
 @pytest.mark.parametrize("override", ["transfer.samples=8", "transfer.discriminator.rank=2"])

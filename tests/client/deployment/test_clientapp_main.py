@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -40,6 +41,6 @@ def test_it_is_found_first_and_keeps_its_name_when_it_is_a_zombie() -> None:
     done = subprocess.Popen([CLIENT_APP, "--help"], stdout=subprocess.DEVNULL, env=environment)
     process = psutil.Process(done.pid)
     while process.status() != psutil.STATUS_ZOMBIE:
-        pass
+        time.sleep(0.01)
     assert _called(process, CLIENT_APP)
     assert done.wait() == 0

@@ -16,6 +16,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from rich.console import Console
 
+from colora.cli import main
 from colora.common.config.loader import recipe_from
 from colora.common.errors import StateError
 from colora.common.processes.supervised import free_port, write_services
@@ -72,9 +73,19 @@ def cut(run: Path, after: str, *more: dict, checkpoint: int | None = None) -> fl
     return kept[-1]["time"]
 
 
-def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, "-m", "colora", "status", *arguments]
-    return subprocess.run(call, cwd=folder, capture_output=True, text=True)
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``colora status`` in this process, as if started in ``folder``; (exit code, stdout, stderr)."""
+
+    def run(*arguments: str, folder: Path) -> tuple[int, str, str]:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["colora", "status", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return (int(stop.value.code or 0), *capsys.readouterr())
+
+    return run
 
 
 def test_a_closed_run_is_healthy_and_told_in_full(run: Path) -> None:
@@ -238,19 +249,19 @@ def test_the_newest_run_is_the_one_where_something_happened_last(run: Path) -> N
         newest_run(run / "sites")
 
 
-def test_the_commands_exit_codes_and_its_json(run: Path) -> None:
+def test_the_commands_exit_codes_and_its_json(run: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     home = run.parent.parent
-    shown = command(folder=home)
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert "tiny: colora" in shown.stdout
-    told = json.loads(command(str(run), "--json", folder=home).stdout)
+    code, out, err = command(folder=home)
+    assert (code, err) == (0, "")
+    assert "tiny: colora" in out
+    told = json.loads(command(str(run), "--json", folder=home)[1])
     assert (told["kind"], told["version"], told["phase"], told["healthy"]) == ("run", 1, "closed", True)
     cut(run, "round", {"event": "stopped"}, checkpoint=1)
-    stopped = command(str(run), "--json", folder=home)
-    assert (stopped.returncode, json.loads(stopped.stdout)["phase"]) == (1, "not running")
+    code, out, _ = command(str(run), "--json", folder=home)
+    assert (code, json.loads(out)["phase"]) == (1, "not running")
     (run / "events.jsonl").write_text("no json\n")
     for wrong in (str(run), str(home / "nowhere"), str(run / "sites")):
-        refused = command(wrong, folder=home)
-        assert (refused.returncode, refused.stdout) == (2, "")
-        assert refused.stderr.startswith("colora: ")
-        assert refused.stderr.count("\n") == 1
+        code, out, err = command(wrong, folder=home)
+        assert (code, out) == (2, "")
+        assert err.startswith("colora: ")
+        assert err.count("\n") == 1

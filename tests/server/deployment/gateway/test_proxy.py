@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from colora.server.deployment.gateway.server import GatewayServer, ListenAddress
 
 GET_RUN, PULLS = "/v1/fleet/get-run", PULL.decode()
 Answer = tuple[int, bytes] | None  # None: hangs up without a word
+PLAIN = ssl.create_default_context()  # once: a client that is given none reads all certificates of the system
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def line(start: str, *headers: str, body: bytes = b"") -> bytes:
 
 
 def post(gate: GatewayServer, path: str, body: bytes | Iterator[bytes] = b"x", **more: object) -> httpx.Response:
-    with httpx.Client(trust_env=False, timeout=30) as client:
+    with httpx.Client(trust_env=False, timeout=30, verify=PLAIN) as client:
         return client.post(f"http://{gate.address}{path}", content=body, **more)  # type: ignore[arg-type]
 
 
@@ -529,7 +531,7 @@ def test_many_idle_nodes_ask_no_more_than_the_rate(superlink: SuperLink) -> None
     """50 nodes at one question in 0.1 s each would be 500 a second."""
     superlink.answer = lambda _: (200, b"")
     url, began = f"http://127.0.0.1:{superlink.port}", time.monotonic()
-    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(url, linger=6.0, rate=20.0)) as gate:
+    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(url, linger=3.0, rate=20.0)) as gate:
         callers = [threading.Thread(target=post, args=(gate, PULLS, b"%d" % n)) for n in range(50)]
         for caller in callers:
             caller.start()

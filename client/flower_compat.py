@@ -1,0 +1,62 @@
+"""Private parts of Flower that a site uses.
+
+Flower's commands ``flower-supernode`` and ``flwr-clientapp`` are wrapped, and a SuperNode that is gone is signed off
+in its place. Every import names the versions in which its module was read; the range of ``flwr`` in
+``pyproject.toml`` is these versions. All imports are local: a ClientApp process loads this file for every message.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from ..common.flower_compat import version_interceptor
+
+CLIENT_APP = "flwr-clientapp"  # name of Flower's command, which SuperExec starts for every message
+UNUSED = "flwr.supernode.cli.flower_supernode"
+
+
+def supernode_command() -> Callable[[], None]:
+    """Return Flower's command ``flower-supernode``, which reads ``sys.argv``.
+
+    Read in 1.40, 1.41, 1.42: 1.41 changes one help text, 1.42 nothing.
+    """
+    from flwr.supernode.cli.flower_supernode import flower_supernode
+
+    return flower_supernode
+
+
+def clientapp_command() -> Callable[[], None]:
+    """Return Flower's command ``flwr-clientapp``, which reads ``sys.argv``, without loading what it does not use.
+
+    Its package also imports ``flower-supernode``, and with it Flower's database layer: as much again as a ClientApp
+    needs. An empty module stands in for it. Read in 1.40, 1.41, 1.42: one file, and one ``__init__.py``, since 1.36.
+    """
+    unused = ModuleType(UNUSED)
+    unused.flower_supernode = None  # type: ignore[attr-defined]
+    sys.modules[UNUSED] = unused
+    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+
+    return flwr_clientapp
+
+
+def deactivate_node(address: str, ca: str, key: Path, node: int) -> None:
+    """Sign a SuperNode off at the coordinator, signed by the site's private key (OpenSSH).
+
+    A SuperNode does so itself when it ends; no public API of Flower's does it for one that was killed. Client and
+    interceptor: read in 1.40, 1.41, 1.42; the same files in all three, and neither exists before 1.40.
+    """
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    private = load_ssh_private_key(key.read_bytes(), None)
+    interceptors = [
+        version_interceptor("SuperNode"),
+        NodeAuthHttpInterceptor(private, private.public_key()),  # type: ignore[arg-type]
+    ]
+    with FleetHttpClient.from_server_address(address, False, ca, interceptors=interceptors) as client:
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))

@@ -1,0 +1,63 @@
+"""The ``colora`` command. Each file holds a group of commands; heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from . import deploy, model, simulate, transfer
+
+ENVIRONMENT = {  # defaults for this process and its children; a value that the user has set stays
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+BAD_INPUT = 2  # exit code
+
+app = typer.Typer(
+    help="Federated fine-tuning of foundation models in which every site keeps its own model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    simulate.simulate,
+    deploy.server,
+    deploy.client,
+    deploy.provision,
+    deploy.status,
+    model.export,
+    model.predict,
+    model.personalize,
+    transfer.transfer,
+):
+    app.command()(command)
+
+
+@app.callback()
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from colora import __version__
+
+        typer.echo(f"colora {__version__}")
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Run the command line. A user's mistake prints one line and exits with code 2, without a traceback."""
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    try:
+        app(standalone_mode=True)
+    except Exception as error:
+        from colora.common.errors import ColoraError
+
+        if not isinstance(error, ColoraError):
+            raise
+        print(f"colora: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)

@@ -1,0 +1,90 @@
+"""The commands that use a trained model: ``colora export``, ``predict`` and ``personalize``."""
+
+# pyright: reportMissingImports=false
+# (in a checkout the other packages lie beside this one, where a type checker does not look)
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PARTS = ("shared", "personal")
+
+
+def export(
+    state: Annotated[Path, typer.Argument(show_default=False)],
+    out: Annotated[Path, typer.Option(help="New folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Write a full model instead of an adapter.")] = False,
+    only: Annotated[
+        str | None, typer.Option(help="shared (what all sites have) or personal (what this site adds).")
+    ] = None,
+) -> None:
+    """Export a personalised model as a stock PEFT adapter.
+
+    STATE is a site's folder or one of its state files. With --only shared it can also be a run folder or a checkpoint.
+    Transformers and PEFT load the export without colora.
+    """
+    from colora.client.artifacts.export import export as write
+    from colora.common.errors import ConfigError
+    from colora.common.models.saved import read_saved_model
+
+    if only not in (None, *PARTS):
+        raise ConfigError(
+            "--only", "shared or personal", repr(only), message=f"--only must be shared or personal, not {only!r}."
+        )
+    written = write(read_saved_model(state), out, only or "all", merge=merge)  # type: ignore[arg-type]
+    typer.echo(written.about(out, merged=merge))
+
+
+def predict(
+    state: Annotated[Path, typer.Argument(show_default=False)],
+    source: Annotated[Path, typer.Option("--input", help="Rows to read: .jsonl, .csv, .tsv or .parquet.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write: .jsonl, .csv or .tsv. Default: the terminal.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column to read. Default: text or prompt.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's evaluation.batch_size.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0, …")] = "auto",
+) -> None:
+    """Predict with a personalised model: labels with probabilities, or text.
+
+    STATE is a site's folder or one of its state files.
+    """
+    from colora.client.artifacts.predict import predict_file, render, write_rows
+    from colora.common.config.schema import DataSettings
+    from colora.common.models.saved import read_saved_model
+
+    columns = DataSettings(text=column or "text", prompt=column or "prompt")
+    render([], out.suffix if out else ".jsonl")  # refuse an unknown ending before the work
+    rows, truncated = predict_file(read_saved_model(state), source, columns, device=device, batch_size=batch_size)
+    if out:
+        write_rows(rows, out)
+        typer.echo(f"{out}: {len(rows)} predictions")
+    else:
+        typer.echo(render(rows, ".jsonl"), nl=False)
+    if truncated:
+        typer.echo(f"{truncated} of {len(rows)} inputs were truncated to the model's max_length.", err=True)
+
+
+def personalize(
+    site: Annotated[Path, typer.Argument(show_default=False, metavar="SITE.toml")],
+    source: Annotated[Path, typer.Option("--from", help="A finished run's folder or its last checkpoint.")],
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps. Default: the recipe's train.final_steps.")
+    ] = None,
+) -> None:
+    """Personalise a finished shared adapter for a new site.
+
+    Trains the site's core, head and private adapter on its own data with A and B frozen. SITE.toml needs a name and a
+    [data] table. Nothing is sent anywhere.
+    """
+    from rich.console import Console
+
+    from colora.client.personalize import personalize as train
+    from colora.client.personalize import print_result
+    from colora.common.config.loader import load_site
+    from colora.common.models.saved import read_saved_model
+
+    print_result(train(load_site(site), read_saved_model(source), steps=steps), Console())

@@ -1,0 +1,114 @@
+"""``colora simulate``."""
+
+# pyright: reportMissingImports=false
+# (in a checkout the other packages lie beside this one, where a type checker does not look)
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .recipes import find_recipe
+
+if TYPE_CHECKING:
+    from colora.common.config.schema import Recipe
+
+STOPPED = 130  # exit code after Ctrl-C
+
+
+def simulate(
+    recipe: Annotated[str | None, typer.Argument(show_default=False)] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Set a recipe key, for example train.lr=1e-3. Repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run folder.")] = False,
+    engine: Annotated[
+        str | None, typer.Option(help="local (one process, the default) or ray (several processes).")
+    ] = None,
+    baseline: Annotated[
+        bool | None,
+        typer.Option("--baseline/--no-baseline", help="Also train every site alone. Default: as the recipe says."),
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Train only the sites that this events.jsonl lists as admitted in each round.")
+    ] = None,
+    transfer_from: Annotated[
+        Path | None, typer.Option(help="A finished run whose sites prepared a transfer. Needs --transfer-to.")
+    ] = None,
+    transfer_to: Annotated[
+        str | None, typer.Option(help="The new base model for the sites of --transfer-from.")
+    ] = None,
+) -> None:
+    """Simulate all sites of a federation on this machine.
+
+    RECIPE is a .toml file, or demo (the default), newsgroups, dissimilar, regression or chatterbot. The final table
+    shows what each site gains.
+    """
+    from rich.console import Console
+
+    from colora.common.config.loader import load_recipe
+    from colora.server.reporting.console import LiveDisplay, print_report
+    from colora.server.reporting.summary import summarize
+    from colora.server.rounds.run_options import read_replay
+    from colora.simulation.run import simulate as run_simulation
+
+    overrides = [*(set_ or [])]
+    overrides += [f'simulation.engine="{engine}"'] if engine else []
+    overrides += [f"simulation.baseline={str(baseline).lower()}"] if baseline is not None else []
+    if transfer_from or transfer_to:
+        settings = _transfer_recipe(transfer_from, transfer_to, recipe, overrides)
+    else:
+        settings = load_recipe(find_recipe(recipe or "demo"), tuple(overrides))
+    folder = out or Path("runs") / settings.name
+    console = Console()
+    replayed = read_replay(replay) if replay else None
+    if resume and not (folder / "recipe.toml").exists():
+        console.print(f"{folder} holds no run yet. Starting one.", highlight=False)
+    try:
+        with LiveDisplay(console) as display:
+            run = run_simulation(settings, folder, resume=resume, listener=display, replay=replayed)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. Run the same command with --resume to continue from the last completed round.", err=True)
+        raise typer.Exit(STOPPED) from None
+    print_report(summarize(run.events()), run.path, console)
+    if settings.transfer.prepare:
+        console.print(
+            f"The sites can be transferred to another base model: colora transfer {run.path}/sites/NAME --to MODEL "
+            f"--out FOLDER for one site, colora simulate --transfer-from {run.path} --transfer-to MODEL for all.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _transfer_recipe(old: Path | None, model: str | None, recipe: str | None, overrides: list[str]) -> Recipe:
+    """The recipe of the run ``old`` with the base model that its sites are transferred to. Raises ConfigError."""
+    import json
+
+    from colora.common.config.loader import load_recipe, with_base_model
+    from colora.common.errors import ConfigError
+
+    if old is None:
+        raise ConfigError(
+            "--transfer-from", "a run folder", "nothing", message="--transfer-to needs --transfer-from, a run folder."
+        )
+    if model is None:
+        raise ConfigError(
+            "--transfer-to", "a base model", "nothing", message="--transfer-from needs --transfer-to, a base model."
+        )
+    if recipe:
+        raise ConfigError(
+            "RECIPE",
+            f"none, as --transfer-from uses the recipe of {old}",
+            recipe,
+            message=f"RECIPE ({recipe}) cannot be combined with --transfer-from: the recipe is that of {old}.",
+            hint="Change its keys with --set.",
+        )
+    if not (old / "recipe.toml").is_file():
+        raise ConfigError(
+            "--transfer-from", "the run folder of a simulation", old, message=f"--transfer-from {old} is no run folder."
+        )
+    source = f"simulation.source_run={json.dumps(str(old.resolve()))}"
+    return with_base_model(load_recipe(old / "recipe.toml", (*overrides, source)), model)

@@ -1,0 +1,158 @@
+"""Private parts of Flower that the coordinator and the simulation use.
+
+Flower has no public API for what the coordinator does: register the sites' keys, start and stop runs, list nodes.
+Flower's own command line does it through the same client. Every import names the versions in which its module was
+read; the range of ``flwr`` in ``pyproject.toml`` is these versions. Importing this module does not import ``flwr``,
+which takes a second: ``colora server`` starts the SuperLink first, and loads Flower while that starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.flower_compat import version_interceptor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from flwr.app import Message
+    from flwr.common.constant import ErrorCode
+    from flwr.proto.node_pb2 import NodeInfo
+    from flwr.supercore.control import ControlHttpClient
+    from flwr.supercore.run import Run
+
+__all__ = [
+    "ErrorCode",
+    "Run",
+    "build_app_bundle",
+    "identify_process",
+    "list_nodes",
+    "open_control_api",
+    "public_key_bytes",
+    "register_node",
+    "set_message_id",
+    "start_run",
+    "stop_unfinished_runs",
+    "unregister_node",
+]
+
+_LAZY = {
+    # Read in 1.40, 1.41, 1.42: one file in all three. No public module has the error codes of messages.
+    "ErrorCode": "flwr.common.constant",
+    # Read in 1.40, 1.41, 1.42: one file since 1.36. The public ``flwr.serverapp.Grid`` has it in its signatures.
+    "Run": "flwr.supercore.run",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def open_control_api(address: str, ca: Path | None) -> ControlHttpClient:
+    """Return a client of a SuperLink's Control API, a context manager; ``ca`` (PEM) is None for plain HTTP.
+
+    Read in 1.40, 1.41, 1.42: one file in all three. Its calls raise ``httpx.HTTPError``.
+    """
+    from flwr.supercore.control import ControlHttpClient
+
+    return ControlHttpClient.from_server_address(
+        address,
+        insecure=ca is None,
+        root_certificates=str(ca) if ca else None,
+        interceptors=[version_interceptor("colora server")],
+    )
+
+
+def list_nodes(control: ControlHttpClient) -> Iterable[NodeInfo]:
+    """Return the registered SuperNodes: ``node_id``, ``name``, ``public_key``, ``status`` ("online", ...).
+
+    Messages of the Control API: read in 1.40, 1.41, 1.42; the same file in all three (it changes with every release
+    before).
+    """
+    from flwr.proto.control_pb2 import ListNodesRequest
+
+    return control.ListNodes(ListNodesRequest()).nodes_info
+
+
+def register_node(control: ControlHttpClient, name: str, key: bytes) -> None:
+    """Register the public key of a SuperNode under a name. Versions as for :func:`list_nodes`."""
+    from flwr.proto.control_pb2 import RegisterNodeRequest
+
+    control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+
+
+def unregister_node(control: ControlHttpClient, node: int) -> None:
+    """Remove the registration of a SuperNode. Versions as for :func:`list_nodes`."""
+    from flwr.proto.control_pb2 import UnregisterNodeRequest
+
+    control.UnregisterNode(UnregisterNodeRequest(node_id=node))
+
+
+def stop_unfinished_runs(control: ControlHttpClient) -> None:
+    """Stop every run that has not finished. Versions as for :func:`list_nodes`."""
+    from flwr.common.constant import Status
+    from flwr.proto.control_pb2 import ListRunsRequest, StopRunRequest
+
+    for number, run in control.ListRuns(ListRunsRequest()).run_dict.items():
+        if run.status.status != Status.FINISHED:
+            control.StopRun(StopRunRequest(run_id=number))
+
+
+def start_run(control: ControlHttpClient, bundle: bytes) -> int:
+    """Start a run of an app bundle and return its number.
+
+    ``Fab`` and ``fab_to_proto``: read in 1.40, 1.41, 1.42; the same files since 1.36.
+    """
+    from flwr.common.serde import fab_to_proto
+    from flwr.proto.control_pb2 import StartRunRequest
+    from flwr.supercore.fab import Fab
+
+    fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+    return control.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
+
+
+def build_app_bundle(folder: Path) -> bytes:
+    """Build the Flower app in ``folder`` (a FAB), as ``flwr build`` does, without writing it to a file.
+
+    Read in 1.40, 1.41, 1.42: one file since 1.36. Also loads the Control API's client, which takes as long.
+    """
+    from flwr.cli.build import build_fab_from_disk
+    from flwr.supercore.control import ControlHttpClient  # noqa: F401
+
+    return build_fab_from_disk(folder)
+
+
+def public_key_bytes(key: EllipticCurvePublicKey) -> bytes:
+    """Return a public key as SuperNodes send it and the SuperLink stores it.
+
+    Read in 1.40, 1.41, 1.42: one file since 1.36.
+    """
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+    return public_key_to_bytes(key)
+
+
+def identify_process(run: int) -> None:
+    """Make this process the ServerApp of ``run``: ``flwr.app.Message`` takes a message's run and sender from there.
+
+    Read in 1.40, 1.41, 1.42: ``task_identity`` is one file since 1.38 and did not exist before.
+    """
+    from flwr.common.constant import SUPERLINK_NODE_ID
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run, SUPERLINK_NODE_ID, 1
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """Give a message its id, which has no public setter: a transport assigns it.
+
+    Read in 1.40, 1.41, 1.42: one file (``flwr/app/metadata.py``) since 1.36. Flower's own simulation engine
+    (``flwr/server/superlink/fleet/vce/vce_api.py``) sets it in the same way.
+    """
+    message.metadata.__dict__["_message_id"] = message_id
