@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from colora.common.recipe import recipe_from
+from colora.common.config.loader import recipe_from
 from colora.common.seeds import seed_from
 from colora.simulation.run import simulate
 from colora.transfer import preparation, synthesis
