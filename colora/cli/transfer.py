@@ -36,7 +36,7 @@ def transfer(
     plan = transfer_plan(saved, to, tuple(set_ or []))
     try:
         with TransferProgress(Console()) as progress:
-            result = run_transfer(saved, plan, out, watch=progress.on_progress, steps=progress.on_step)
+            result = run_transfer(saved, plan, out, on_progress=progress.on_progress, on_step=progress.on_step)
     except KeyboardInterrupt:
         typer.echo("Stopped. Run the same command to continue with the texts written so far.", err=True)
         raise typer.Exit(STOPPED) from None
