@@ -123,9 +123,8 @@ class Discriminator(AuxiliaryLora):
         """Return for each text whether p(yes | t(x)) > p(no | t(x)) under M + φ."""
         if not texts:
             return []
-        task = DiscriminatorTask(
-            self.base, self.dataset_name, [{"text": text, "real": True} for text in texts], self.plan
-        )
+        rows = [{"text": text, "real": True} for text in texts]  # ``real`` is not read
+        task = DiscriminatorTask(self.base, self.dataset_name, rows, self.plan)
         task.module.eval()
         no, yes = task.answers
         logits = torch.cat([task.last_logits(batch) for batch in task.batches(task.train.examples)])
