@@ -123,7 +123,7 @@ def test_a_site_that_kept_nothing_does_in_a_moved_federation_as_its_file_says(ho
         resident = TrainerSession(dataclasses.replace(site, on_unprepared=choice))  # type: ignore[arg-type]
         return resident.trainer(accepted(resident, plan))
 
-    with pytest.raises(StateError, match="seeds that the site kept"):
+    with pytest.raises(StateError, match="kept no seeds"):
         trainer("wait")
     assert trainer("retrain").site_info().train > 0
     guest = trainer("evaluate")
