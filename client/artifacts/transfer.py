@@ -51,7 +51,7 @@ class TransferResult:
 
     state: Path
     examples: int
-    wanted: int
+    requested: int
     agreement: float | None
     seconds: float
 
@@ -108,7 +108,7 @@ def transfer(
     started = time.monotonic()
     check_changes(saved, plan)
     check_transfer(saved, plan)
-    wanted = plan.transfer.samples or artifacts_of(saved).examples
+    requested = plan.transfer.samples or artifacts_of(saved).examples
     shared = initial_shared_state(plan, len(saved.metadata.labels))
     claim_output(saved, plan, out)
     rows = synthetic_rows(saved, plan, out, on_progress)
@@ -119,7 +119,7 @@ def transfer(
     trainer = Trainer(attach_adapters(base, plan), site, StateStore(out, plan.name), artifacts=artifacts)
     reply = trainer.handle(TrainRequest(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False), on_step)
     agreement = _agreement(trainer, reply) if metadata.task == "classification" else None
-    return TransferResult(trainer.store.path(1), len(rows), wanted, agreement, time.monotonic() - started)
+    return TransferResult(trainer.store.path(1), len(rows), requested, agreement, time.monotonic() - started)
 
 
 def _distillation_plan(saved: SavedModel, plan: Plan, examples: int) -> Plan:

@@ -41,10 +41,10 @@ def transfer(
         typer.echo("Stopped. Run the same command to continue with the texts written so far.", err=True)
         raise typer.Exit(STOPPED) from None
     typer.echo(f"{result.state}: trained on {result.examples} generated examples in {result.seconds:.0f} s")
-    if result.examples < result.wanted:
+    if result.examples < result.requested:
         calls = plan.transfer.generator.max_calls
         typer.echo(
-            f"  {result.wanted} examples were requested. The generator used all {calls} calls "
+            f"  {result.requested} examples were requested. The generator used all {calls} calls "
             "(transfer.generator.max_calls), or answers were empty."
         )
     if result.agreement is not None:
