@@ -73,7 +73,7 @@ def simulate(
 
 def initialize_run(run: RunFolder, recipe: Recipe) -> None:
     """Create the sites, check the recipe against them, and write the run folder."""
-    if recipe.transfer.of is not None:
+    if recipe.transfer.source_federation is not None:
         return _initialize_transfer(run, recipe)
     sites = make_sites(recipe)
     check_simulation(recipe, sites)
@@ -106,7 +106,7 @@ def _initialize_transfer(run: RunFolder, recipe: Recipe) -> None:
 
 def _source_run(recipe: Recipe) -> RunFolder:
     """Return the run folder that a transfer starts from. Raises ConfigError if there is none."""
-    path, federation = recipe.simulation.source_run, recipe.transfer.of
+    path, federation = recipe.simulation.source_run, recipe.transfer.source_federation
     source = RunFolder(Path(path or ""))
     if path and source.recipe.exists():
         return source

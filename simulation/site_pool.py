@@ -77,7 +77,7 @@ class SitePool:
         if name not in self.trainers:
             site, paths = self.settings[name], self.paths
             store, artifacts = StateStore(paths.state_of(name), self.plan.name), None
-            if self.plan.transfer.of is None:
+            if self.plan.transfer.source_federation is None:
                 rows = load_site_rows(site, self.plan.seed)
             else:
                 source, folder = paths.source_state_of(name), paths.synthetic_data_of(name)

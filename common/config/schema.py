@@ -182,36 +182,60 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True, config=STRICT)
-class TransferSettings:
-    """Trans-LoRA (arXiv 2405.17258): what a site prepares once it has trained, and how it moves to another base model.
+class TransferGeneratorSettings:
+    """The causal model that generates synthetic texts, and how it samples them.
 
-    ``generator`` names a causal model that writes texts and tells them from real ones where the base model is an
-    encoder; a model that generates does both itself.
+    Where the base model is an encoder, ``model`` generates. Elsewhere the new base model does (``mode = "target"``) or
+    the old one (``"source"``). With ``"tuned"``, ``model`` or the old base model generates with a LoRA that preparation
+    fine-tuned on the site's texts; it may repeat parts of them.
     """
 
-    prepare: bool = False  # after the last round, keep seeds and train discriminator and tuned writer (all personal)
-    of: Name | None = None  # a federation: its sites' models move to this plan's base model before round 1
-    seeds: Positive = 5  # examples that the site agrees to keep
-    about: str = ""  # what the discriminator's question calls the data; the federation's name when empty
-    generator: str | None = None
-    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")  # of the discriminator
-    rank: Positive = 8  # of discriminator and tuned writer
-    lr: Rate = 1e-3
-    steps: Positive = 60  # of the discriminator, half of each batch real and half written
-    filter: Literal["discriminator", "titok", "none"] = "discriminator"
-    writer: Literal["target", "source", "tuned"] = "target"  # of the texts, where both generate; tuned: the source's,
-    # with a LoRA that learnt the site's texts in preparation (it may repeat some of them)
-    writer_steps: Positive = 12  # of that LoRA, on all linear layers; two lists of ten texts each
-    writer_lr: Rate = 3e-3
-    samples: Positive | None = None  # texts wanted; as many as the site trained on when unset
-    calls: Positive = 200  # of the writer at most, each of ``batch`` prompts
-    batch: Positive = 8
-    max_new_tokens: Positive = 160  # of one prompt, which asks for as many texts as there are seeds
+    model: str | None = None  # required where the base model is an encoder
+    mode: Literal["target", "source", "tuned"] = "target"
+    max_calls: Positive = 200  # each with ``batch_size`` prompts
+    batch_size: Positive = 8
+    max_new_tokens: Positive = 160  # per prompt, which asks for as many texts as there are seeds
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_k: Count = 50  # the likeliest tokens, of which one is drawn; 0: all
+    top_k: Count = 50  # sample from this many most likely tokens; 0: from all
     top_p: Fraction = 1.0
-    distil_epochs: Positive = 20  # over the written texts
-    distil_lr: Rate = 1e-3
+    tuning_steps: Positive = 12  # of the tuned generator's LoRA, each with two lists of ten texts
+    tuning_lr: Rate = 3e-3
+
+
+@dataclass(frozen=True, config=STRICT)
+class DiscriminatorSettings:
+    """The discriminator: a LoRA on the generator that tells a site's texts from generated ones.
+
+    The LoRA of a tuned generator has the same rank; it is on all linear layers.
+    """
+
+    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+    rank: Positive = 8
+    lr: Rate = 1e-3
+    steps: Positive = 60  # half of each batch is real, half is generated
+
+
+@dataclass(frozen=True, config=STRICT)
+class DistillationSettings:
+    """Training of the new adapter on synthetic texts with the old model's answers."""
+
+    epochs: Positive = 20
+    lr: Rate = 1e-3
+
+
+@dataclass(frozen=True, config=STRICT)
+class TransferSettings:
+    """Transfer to a new base model (Trans-LoRA, arXiv 2405.17258): what a site prepares, and how it transfers."""
+
+    prepare: bool = False  # after the last round, keep seeds and train discriminator and tuned generator (all personal)
+    source_federation: Name | None = None  # its sites transfer their models to this plan's base model before round 1
+    dataset_name: str = ""  # the name in the discriminator's question; the federation's name when empty
+    seeds: Positive = 5  # real texts that the site keeps
+    samples: Positive | None = None  # synthetic texts to accept; as many as the site trained on when unset
+    filter: Literal["discriminator", "titok", "none"] = "discriminator"
+    generator: TransferGeneratorSettings = field(default_factory=TransferGeneratorSettings)
+    discriminator: DiscriminatorSettings = field(default_factory=DiscriminatorSettings)
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -237,7 +261,7 @@ class Plan:
     @property
     def probes_head(self) -> bool:
         """Whether a head that is a site's own is fitted before its first step."""
-        asked = self.train.head_init or ("random" if self.transfer.of is None else "probe")
+        asked = self.train.head_init or ("random" if self.transfer.source_federation is None else "probe")
         return asked == "probe" and self.row().head is Role.PERSONAL
 
     @property
@@ -317,7 +341,7 @@ class SimulationSettings:
 
     engine: Literal["local", "ray"] = "local"
     threads: Positive | None = None  # torch threads; unset: all cores (local), 1 (ray)
-    source_run: str | None = None  # the run folder of the federation that ``transfer.of`` names
+    source_run: str | None = None  # the run folder of the federation that ``transfer.source_federation`` names
     baseline: bool = False  # also train every site alone, with the same number of steps
 
 

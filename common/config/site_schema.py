@@ -47,7 +47,7 @@ class AllowSettings:
     """
 
     federations: tuple[str, ...] | None = None
-    models: tuple[str, ...] | None = None  # sources as a recipe names them, transfer.generator too
+    models: tuple[str, ...] | None = None  # sources as a recipe names them, transfer.generator.model too
     methods: tuple[str, ...] | None = None  # "colora"; "colora+head" where a recipe may share the head as well
     max_rank: Positive | None = None
     max_steps: Positive | None = None  # optimiser steps in one round, the final ones and a preparation's too
@@ -55,7 +55,7 @@ class AllowSettings:
     max_tokens: Positive | None = None  # tokens of one text (model.max_length)
     precision: tuple[Precision, ...] | None = None
     max_seeds: Count = 5  # of its texts that it keeps for a move to a new base model (transfer.seeds); 0: no such move
-    tuned_writer: bool = False  # whether it also keeps a LoRA that writes like its texts, and may repeat them
+    tuned_generator: bool = False  # whether it also keeps a LoRA fine-tuned on its texts, which may repeat them
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -69,14 +69,16 @@ class AdapterStrategy:
         names, attempts, deployed = [m.site for m in self.roster], self.settings.max_attempts, self.options.deployed
         inquiry = JoinQuery(lambda node: messages.join_message(self.recipe.name, self.plan, node), attempts)
         memory = self.spool.with_name("roll.json") if deployed else None
-        moving = state is None and self.recipe.transfer.of is not None  # a site has its texts when it is met
+        moving = (
+            state is None and self.recipe.transfer.source_federation is not None
+        )  # a site has its texts when it is met
         roll = NodeRegistry(grid, names, inquiry, memory, self._tell_met if moving else None)
         self.membership = Membership(roll, names, self.recorder, self.options)
         patience = RetryPolicy(self.settings.timeout, attempts, deployed, INTERVAL if deployed else 0.05)
         self.dispatcher = Dispatcher(grid, roll, patience, self._tell_late)
         quorum = self.settings.quorum or len(names) // 2 + 1
         if moving:
-            self.recorder.emit("transfer_started", source_federation=self.recipe.transfer.of, sites=names)
+            self.recorder.emit("transfer_started", source_federation=self.recipe.transfer.source_federation, sites=names)
         if not deployed:
             wait_for_nodes(grid, len(names))
         met = self.membership.wait_for_quorum(quorum, self.settings.timeout)
