@@ -1,4 +1,4 @@
-"""The wire: orders, replies and descriptions as Flower messages. The only place with record keys."""
+"""Requests, replies and site descriptions as Flower messages. Only this module knows the record keys."""
 
 from __future__ import annotations
 
@@ -13,62 +13,62 @@ from .codec import DEFAULT, decode, encode
 from .types import Arrays, SiteInfo, TrainReply, TrainRequest
 
 ARRAYS, METRICS, CONFIG = "shared", "metrics", "colora"
-ALL = "adapter"  # key of the one entry in the array record: all arrays of a message
-ORDER, JOIN = MessageType.TRAIN, MessageType.QUERY
+ALL = "adapter"  # key of the only entry in the array record: all arrays of a message
+TRAIN, JOIN = MessageType.TRAIN, MessageType.QUERY
 T = TypeVar("T", TrainRequest, TrainReply, SiteInfo)
-SITE_FAILED = 1001  # Flower error code of an answer that is an error of ours
+SITE_FAILED = 1001  # Flower error code of a reply that reports an error at the site
 
 
 def pack_arrays(arrays: Arrays) -> ArrayRecord:
-    """Arrays in bytes, to be packed once and put into the orders of all sites."""
+    """Encode arrays once, for the requests to all sites."""
     data = encode(arrays)
     return ArrayRecord({ALL: Array(dtype="uint8", shape=(len(data),), stype=DEFAULT, data=data)})
 
 
-def train_message(order: TrainRequest, packed: ArrayRecord, node_id: int) -> Message:
-    """An order as the message that Flower takes to a node; ``packed`` is ``pack_arrays(order.shared)``."""
-    return Message(_pack(order, packed), node_id, ORDER, group_id=str(order.round))
+def train_message(request: TrainRequest, packed: ArrayRecord, node_id: int) -> Message:
+    """Return a request as a Flower message to a node. ``packed`` is ``pack_arrays(request.shared)``."""
+    return Message(_pack(request, packed), node_id, TRAIN, group_id=str(request.round))
 
 
 def join_message(federation: str, plan: str, node_id: int) -> Message:
-    """The question who a node is; the plan lets the site build its model before the first round."""
+    """Return a message that asks a node to describe its site. With the plan, the site can load its model at once."""
     record = RecordDict({CONFIG: ConfigRecord({"federation": federation, "plan": plan})})
     return Message(record, node_id, JOIN, group_id="join")
 
 
 def join_from(message: Message) -> tuple[str, str]:
-    """(federation, plan) of a join message."""
+    """Return (federation, plan) of a join message."""
     config = message.content.config_records[CONFIG]
     return str(config["federation"]), str(config["plan"])
 
 
 def request_from(message: Message) -> TrainRequest:
-    """The order in a message. Raises RefusedError when a field is missing, unknown or of another type."""
+    """Return the request in a message. Raises RefusedError if a field is missing, unknown or of another type."""
     return _unpack(TrainRequest, message)
 
 
 def reply_message(content: TrainReply | SiteInfo, message: Message) -> Message:
-    """A site's answer to a message."""
+    """Return the message that answers another one with a reply or description."""
     return Message(_pack(content), reply_to=message)
 
 
 def error_message(reason: str, message: Message) -> Message:
-    """An answer that says what kind of thing went wrong; ``reason`` must be fit for the coordinator's eyes."""
+    """Return the message that answers another one with an error. ``reason`` is sent: it must not contain data."""
     return Message(FlowerError(code=SITE_FAILED, reason=reason), reply_to=message)
 
 
 def reply_from(message: Message) -> TrainReply:
-    """The reply in a message. Raises RefusedError when a field is missing, unknown or of another type."""
+    """Return the reply in a message. Raises RefusedError if a field is missing, unknown or of another type."""
     return _unpack(TrainReply, message)
 
 
 def site_info_from(message: Message) -> SiteInfo:
-    """The description in a message."""
+    """Return the site description in a message. Raises RefusedError as :func:`reply_from` does."""
     return _unpack(SiteInfo, message)
 
 
 def payload_bytes(message: Message) -> int:
-    """Payload bytes of a message: arrays, metrics and text, without Flower's envelope."""
+    """Return the payload of a message in bytes: arrays, metrics and text, without Flower's envelope."""
     if not message.has_content():
         return 0
     arrays = sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
@@ -78,7 +78,7 @@ def payload_bytes(message: Message) -> int:
 
 
 def _pack(content: TrainRequest | TrainReply | SiteInfo, packed: ArrayRecord | None = None) -> RecordDict:
-    """Arrays go to the array record, floats by name to the metric record, the rest to the config record."""
+    """Put arrays into the array record, metrics into the metric record, and all else into the config record."""
     fields = {f.name: getattr(content, f.name) for f in dataclasses.fields(content)}
     arrays, metrics = fields.pop("shared", None), fields.pop("metrics", None)
     record = RecordDict({CONFIG: ConfigRecord(fields)})
@@ -90,20 +90,21 @@ def _pack(content: TrainRequest | TrainReply | SiteInfo, packed: ArrayRecord | N
 
 
 def _unpack(kind: type[T], message: Message) -> T:
-    """The content of a message that may come from anyone: whatever is amiss is a RefusedError."""
+    """Return the content of an untrusted message as a ``kind``. Raises RefusedError for any deviation."""
     content, hints = message.content, get_type_hints(kind)
-    wanted = {CONFIG: ConfigRecord}
-    wanted |= {name: record for name, record in ((ARRAYS, ArrayRecord), (METRICS, MetricRecord)) if name in hints}
-    if {name: type(record) for name, record in content.items()} != wanted:
-        raise RefusedError("records", ", ".join(sorted(wanted)), ", ".join(sorted(content)) or "none")
+    records = {CONFIG: ConfigRecord}
+    records |= {name: record for name, record in ((ARRAYS, ArrayRecord), (METRICS, MetricRecord)) if name in hints}
+    if {name: type(record) for name, record in content.items()} != records:
+        raise RefusedError("records", ", ".join(sorted(records)), ", ".join(sorted(content)) or "none")
     values: dict[str, Any] = dict(content.config_records[CONFIG])
-    if ARRAYS in wanted:
+    if ARRAYS in records:
         values[ARRAYS] = _arrays(content.array_records[ARRAYS])
-    if METRICS in wanted:
+    if METRICS in records:
         values[METRICS] = {key: _number(key, value) for key, value in content.metric_records[METRICS].items()}
     if set(values) != set(hints):
-        found = sorted(set(values) ^ set(hints))
-        raise RefusedError("fields", f"those of {kind.__name__}", f"a difference in {found[0]}")
+        name = min(set(values) ^ set(hints))
+        message_text = f"A {kind.__name__} message {'lacks the' if name in hints else 'has an unknown'} field {name}."
+        raise RefusedError("fields", f"the fields of {kind.__name__}", name, message=message_text)
     for name, hint in hints.items():
         if hint in (str, int, float, bool) and type(values[name]) is not hint:
             raise RefusedError(name, hint.__name__, type(values[name]).__name__)

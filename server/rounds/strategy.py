@@ -78,7 +78,9 @@ class AdapterStrategy:
         self.dispatcher = Dispatcher(grid, roll, patience, self._tell_late)
         quorum = self.settings.quorum or len(names) // 2 + 1
         if moving:
-            self.recorder.emit("transfer_started", source_federation=self.recipe.transfer.source_federation, sites=names)
+            self.recorder.emit(
+                "transfer_started", source_federation=self.recipe.transfer.source_federation, sites=names
+            )
         if not deployed:
             wait_for_nodes(grid, len(names))
         met = self.membership.wait_for_quorum(quorum, self.settings.timeout)
