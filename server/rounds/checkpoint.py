@@ -14,7 +14,7 @@ from ...common.config.schema import Recipe, to_json
 from ...common.errors import StateError
 from ...common.models.saved import FINGERPRINTS, SHARED, ModelMetadata
 
-OPTIMIZER_STATE = "memory/"
+OPTIMIZER_STATE, AGGREGATOR_STATE = "memory/", "aggregator/"  # prefixes of array names in the file
 MAX_CHECKPOINTS = 3  # checkpoints that stay on disk
 
 
@@ -25,6 +25,7 @@ class ServerState:
     round: int
     shared: Mapping[str, np.ndarray]
     optimizer_state: Mapping[str, np.ndarray] = field(default_factory=dict)  # of the server optimiser
+    aggregator_state: Mapping[str, np.ndarray] = field(default_factory=dict)  # the aggregator's own arrays
     admitted: Mapping[str, int] = field(default_factory=dict)
     pins: Mapping[str, str] = field(default_factory=dict)  # fingerprints that every site must have
     weights: str = ""  # how updates are weighed, chosen at the first join
@@ -48,18 +49,27 @@ class Checkpoints:
         for name, mine in self.identity.items():
             if meta[name] != mine:
                 raise StateError(f"{paths[-1]}: {name}", mine, meta[name])
-        shared, memory = (
-            {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in (SHARED, OPTIMIZER_STATE)
+        shared, optimizer_state, aggregator_state = (
+            {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)}
+            for p in (SHARED, OPTIMIZER_STATE, AGGREGATOR_STATE)
         )
         return ServerState(
-            meta["round"], shared, memory, meta["admitted"], meta["pins"], meta["weights"], meta["closed"], meta["task"]
+            meta["round"],
+            shared,
+            optimizer_state,
+            aggregator_state,
+            meta["admitted"],
+            meta["pins"],
+            meta["weights"],
+            meta["closed"],
+            meta["task"],
         )
 
     def write(self, state: ServerState) -> None:
         """Puts a state on disk and deletes all but the newest few."""
-        arrays = {SHARED + k: v for k, v in state.shared.items()} | {
-            OPTIMIZER_STATE + k: v for k, v in state.optimizer_state.items()
-        }
+        arrays = {SHARED + k: v for k, v in state.shared.items()}
+        arrays |= {OPTIMIZER_STATE + k: v for k, v in state.optimizer_state.items()}
+        arrays |= {AGGREGATOR_STATE + k: v for k, v in state.aggregator_state.items()}
         meta = {
             **self.identity,
             "round": state.round,

@@ -200,7 +200,7 @@ def test_a_site_is_asked_from_its_first_round_on(hall: Hall) -> None:
     hall.run(settings, sites, roster=roster)
     asked = {site.name: [order.round for order in site.asked if order.kind == "train"] for site in sites}
     assert asked == {"ada": [1, 2, 3, 4], "bob": [1, 2, 3, 4], "cyd": [3, 4], "dee": []}
-    assert sites[2].asked[0].admitted == 0
+    assert sites[2].asked[0].admitted_round == 0
     assert [order.kind for order in sites[3].asked] == ["finalize"]  # it still gets the adapter to personalise on
 
 
@@ -383,7 +383,7 @@ def test_a_silent_site_costs_the_deadline_and_is_named(hall: Hall) -> None:
     settings = recipe(rounds=1, timeout=0.3)
     hall.run(settings, grid=Deaf)
     assert hall.admitted == {1: ["ada", "cyd", "dee"]}
-    assert [(e["site"], e["reason"]) for e in hall.events("failed")] == [("bob", "no answer within 0.3 s")] * 2
+    assert [(e["site"], e["reason"]) for e in hall.events("failed")] == [("bob", "no reply within 0.3 s")] * 2
 
 
 def rewritten(change: Callable[[RecordDict], None], sites: Sequence[Pretender]) -> ClientApp:
@@ -616,7 +616,7 @@ def test_a_metric_that_is_not_on_the_list_is_refused(hall: Hall) -> None:
 
 def test_a_close_without_quorum_is_asked_again_after_a_restart(hall: Hall) -> None:
     settings = recipe(rounds=2, quorum=3, max_attempts=1)
-    with pytest.raises(QuorumError, match="at close"):
+    with pytest.raises(QuorumError, match="at finalize"):
         hall.run(settings, hall.sites(settings, {name: crash_in(3) for name in ("ada", "bob")}))
     assert not hall.latest(settings).finalized
     assert hall.run(settings).finalized
