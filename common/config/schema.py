@@ -294,7 +294,7 @@ class SimulatedSiteSettings:
 class ServerSettings:
     """The coordinator: how replies are admitted, weighed and applied."""
 
-    aggregator: Literal["mean"] = "mean"  # how admitted updates become one
+    aggregator: Literal["mean", "median"] = "mean"  # how admitted updates become one
     optimizer: Literal["mean", "momentum", "adam", "yogi"] = "mean"
     lr: Annotated[float, Field(gt=0)] | None = None  # unset: the rule's own default
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

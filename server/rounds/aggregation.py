@@ -93,8 +93,20 @@ def _mean(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arrays,
     return weighted_mean(updates), {}
 
 
+def _median(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arrays, Arrays]:
+    """The coordinate-wise median without weights (Yin et al. 2018): fewer than half of the sites cannot move it."""
+    return _per_coordinate(list(updates), lambda values: np.median(values, axis=0)), {}
+
+
+def _per_coordinate(updates: list[WeightedUpdate], reduce: Callable[[np.ndarray], np.ndarray]) -> Arrays:
+    """Reduce the double-precision values (sites, …) of each array, one array in memory at a time."""
+    stacked = ((key, [update.arrays[key] for update in updates]) for key in updates[0].arrays)
+    return {key: reduce(np.stack(each).astype(np.float64)).astype(each[0].dtype) for key, each in stacked}
+
+
 AGGREGATORS: dict[str, Aggregator] = {
     "mean": Aggregator(_mean, averages=True),
+    "median": Aggregator(_median, needs_all=True),
 }
 
 

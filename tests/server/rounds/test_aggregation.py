@@ -154,6 +154,45 @@ def test_only_a_rule_that_needs_all_updates_holds_more_than_one(name: str) -> No
     assert (most > 1) is AGGREGATORS[name].needs_all
 
 
+def one_value(*values: float) -> list[WeightedUpdate]:
+    """Updates of one number each, with different weights."""
+    return [WeightedUpdate(1.0 + k, {"x": np.array([v], np.float32)}) for k, v in enumerate(values)]
+
+
+ROBUST = [name for name, row in AGGREGATORS.items() if not row.averages]
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_a_robust_rule_does_not_depend_on_the_order_or_the_weights(name: str) -> None:
+    given = updates(1, arrays(0), (1, 2, 3, 4, 5))
+    equal = [WeightedUpdate(1.0, update.arrays) for update in reversed(given)]
+    one, other = combine(name, given), combine(name, equal)
+    assert all(one[key].tobytes() == other[key].tobytes() for key in SHAPES)
+
+
+@pytest.mark.parametrize("name", ROBUST)
+@pytest.mark.parametrize("sites", [3, 4, 7])
+@pytest.mark.parametrize("wild", [-1e30, -9.0, 1e30])
+def test_one_wild_site_cannot_leave_the_range_of_the_others(name: str, sites: int, wild: float) -> None:
+    """The mean of the same updates leaves it everywhere."""
+    honest = updates(1, arrays(0), (1,) * (sites - 1))
+    wild_update = WeightedUpdate(1e6, {key: np.full(shape, wild, np.float32) for key, shape in SHAPES.items()})
+    given = [honest[0], wild_update, *honest[1:]]
+    for key, value in combine(name, given).items():
+        stacked = np.stack([update.arrays[key] for update in honest])
+        assert (stacked.min(0) <= value).all()
+        assert (value <= stacked.max(0)).all()
+        mean = weighted_mean(given)[key]
+        assert ((mean < stacked.min(0)) | (mean > stacked.max(0))).all()
+
+
+def test_the_median_by_hand() -> None:
+    assert combine("median", one_value(5, -100, 2))["x"].tolist() == [2.0]
+    assert combine("median", one_value(5, -100, 2, 4))["x"].tolist() == [3.0]  # (2 + 4) / 2
+    given = [WeightedUpdate(1.0, {"x": np.array(v, np.float32)}) for v in ([1, 9], [2, 8], [3, 70])]
+    assert combine("median", given)["x"].tolist() == [2.0, 9.0]  # each coordinate by itself
+
+
 # --- server optimisers against Flower's -----------------------------------------------------------------------------
 
 

@@ -333,6 +333,22 @@ def test_one_nan_update_does_not_poison_the_mean(hall: Hall) -> None:
     assert len([order for order in sites[2].asked if order.kind == "train"]) == 1  # a refusal is no failure
 
 
+def test_the_median_ignores_one_wild_site_and_reports_no_residual(hall: Hall) -> None:
+    """The expected state is the median of what the four sites returned."""
+
+    def wild(site: Pretender, order: TrainRequest, reply: TrainReply) -> TrainReply:
+        return dataclasses.replace(reply, shared={k: v + 100 for k, v in reply.shared.items()})
+
+    settings = recipe(rounds=1, aggregator="median")
+    state = hall.run(settings, hall.sites(settings, {"cyd": wild}))
+    before = initial_shared_state(settings.plan)
+    order = TrainRequest("fed", 1, "train", 0, "{}", before, True)
+    for key in before:
+        returned = [trained(name, order)[key] + (100 if name == "cyd" else 0) for name in NAMES]
+        np.testing.assert_array_equal(state.shared[key], np.median(returned, axis=0).astype(np.float32))
+    assert [event["residual"] for event in hall.events("round")] == [None]
+
+
 def test_a_failing_site_is_asked_again_and_then_counts(hall: Hall, tmp_path: Path) -> None:
     """Two errors and a third answer: as if nothing had been."""
 
