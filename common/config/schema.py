@@ -294,7 +294,8 @@ class SimulatedSiteSettings:
 class ServerSettings:
     """The coordinator: how replies are admitted, weighed and applied."""
 
-    aggregator: Literal["mean", "median"] = "mean"  # how admitted updates become one
+    aggregator: Literal["mean", "median", "trimmed_mean"] = "mean"  # how admitted updates become one
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # fraction of the sites that trimmed_mean leaves out on each side
     optimizer: Literal["mean", "momentum", "adam", "yogi"] = "mean"
     lr: Annotated[float, Field(gt=0)] | None = None  # unset: the rule's own default
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

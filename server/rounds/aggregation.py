@@ -6,6 +6,7 @@ optimiser (``SERVER_OPTIMIZERS``) makes S_t from S_{t-1} and these arrays. A new
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -98,6 +99,21 @@ def _median(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Array
     return _per_coordinate(list(updates), lambda values: np.median(values, axis=0)), {}
 
 
+def _trimmed_mean(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arrays, Arrays]:
+    """The coordinate-wise mean without weights, without the smallest and the largest values (Yin et al. 2018).
+
+    A fraction ``server.trim`` of the K values is left out on each side, at least one where K ≥ 3.
+    """
+    given = list(updates)
+    cut = trimmed_per_side(len(given), state.settings.trim)
+    return _per_coordinate(given, lambda values: np.sort(values, axis=0)[cut : len(given) - cut].mean(axis=0)), {}
+
+
+def trimmed_per_side(count: int, fraction: float) -> int:
+    """How many of ``count`` values a trimmed mean leaves out on each side; at least one value remains."""
+    return 0 if count < 3 else min(max(1, math.floor(fraction * count + 1e-9)), (count - 1) // 2)
+
+
 def _per_coordinate(updates: list[WeightedUpdate], reduce: Callable[[np.ndarray], np.ndarray]) -> Arrays:
     """Reduce the double-precision values (sites, …) of each array, one array in memory at a time."""
     stacked = ((key, [update.arrays[key] for update in updates]) for key in updates[0].arrays)
@@ -107,6 +123,7 @@ def _per_coordinate(updates: list[WeightedUpdate], reduce: Callable[[np.ndarray]
 AGGREGATORS: dict[str, Aggregator] = {
     "mean": Aggregator(_mean, averages=True),
     "median": Aggregator(_median, needs_all=True),
+    "trimmed_mean": Aggregator(_trimmed_mean, needs_all=True),
 }
 
 

@@ -24,6 +24,7 @@ from colora.server.rounds.aggregation import (
     aggregate,
     apply_optimizer,
     product_residual,
+    trimmed_per_side,
     weighted_mean,
 )
 from colora.simulation.local_grid import LocalGrid
@@ -191,6 +192,21 @@ def test_the_median_by_hand() -> None:
     assert combine("median", one_value(5, -100, 2, 4))["x"].tolist() == [3.0]  # (2 + 4) / 2
     given = [WeightedUpdate(1.0, {"x": np.array(v, np.float32)}) for v in ([1, 9], [2, 8], [3, 70])]
     assert combine("median", given)["x"].tolist() == [2.0, 9.0]  # each coordinate by itself
+
+
+def test_the_trimmed_mean_by_hand() -> None:
+    assert combine("trimmed_mean", one_value(6, -100, 2))["x"].tolist() == [2.0]  # one on each side
+    assert combine("trimmed_mean", one_value(9, 2, 4, 3, -5))["x"].tolist() == [3.0]  # (2 + 3 + 4) / 3
+    assert combine("trimmed_mean", one_value(9, 2, 4, 3, -5), trim=0.4)["x"].tolist() == [3.0]  # the median
+    assert combine("trimmed_mean", one_value(1, 4))["x"].tolist() == [2.5]  # too few to trim
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "expected"),
+    [(1, 0.1, 0), (2, 0.4, 0), (3, 0.0, 1), (10, 0.1, 1), (30, 0.1, 3), (10, 0.3, 3), (4, 0.49, 1), (100, 0.49999, 49)],
+)
+def test_a_trimmed_mean_trims_the_fraction_but_never_everything(count: int, fraction: float, expected: int) -> None:
+    assert trimmed_per_side(count, fraction) == expected
 
 
 # --- server optimisers against Flower's -----------------------------------------------------------------------------
