@@ -343,7 +343,7 @@ def test_a_state_of_another_federation_or_plan_is_never_loaded(town: Town) -> No
     site, start = town.site(plan), initial_shared_state(plan)
     site.handle(order(plan, 1, start))
     stranger = Trainer(site.model, site.task.rows, StateStore(site.store.folder, "elsewhere"))
-    with pytest.raises(StateError, match="a state of federation elsewhere, found town"):
+    with pytest.raises(StateError, match="belongs to federation town, not to elsewhere"):
         stranger.handle(order(plan, 2, start))
     with pytest.raises(RefusedError, match="personal state"):
         site.load(start, {"no.such.lora_core": torch.eye(4)})
