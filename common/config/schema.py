@@ -157,6 +157,7 @@ class TrainSettings:
     # what it sees (linear probing before fine-tuning, arXiv:2202.10054); when unset, where a federation moves
     weight_decay: Rate = 0.0
     max_grad_norm: Rate = 1.0  # 0 turns clipping off
+    max_update_norm: Annotated[float, Field(gt=0)] | None = None  # the site scales longer updates down; unset: never
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     warmup_steps: Count = 0
     persist_optimizer_state: bool = False

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from colora.client.training import update_pipeline
-from colora.client.training.update_pipeline import UPDATE_STEPS, UpdateContext, process_update
+from colora.client.training.update_pipeline import UPDATE_STEPS, Clip, UpdateContext, process_update, update_norm
 from colora.common.config.schema import TrainSettings
 from colora.common.protocol.types import METRIC_NAMES, Arrays
 
@@ -59,5 +59,53 @@ def test_steps_run_in_the_order_of_the_table_with_a_seed_of_their_own(monkeypatc
     assert len(set(seeds)) == 2
 
 
-def test_steps_are_known_by_name() -> None:
+# --- clip -----------------------------------------------------------------------------------------------------------
+
+
+def test_clipping_by_hand() -> None:
+    """The update (3, 4) over two arrays has norm 5."""
+    start = {"a": np.array([1.0], np.float32), "b": np.array([[-2.0]], np.float32)}
+    trained = {"a": np.array([4.0], np.float32), "b": np.array([[2.0]], np.float32)}
+    sent, metrics = process_update(trained, start, TrainSettings(max_update_norm=2.5), CONTEXT)
+    assert (sent["a"].item(), sent["b"].item()) == (2.5, 0.0)  # 1 + 3 / 2, -2 + 4 / 2
+    assert metrics == {"update.scale": 0.5}
+    assert set(metrics) <= METRIC_NAMES
+
+
+@pytest.mark.parametrize("bound", [1e-6, 0.01, 1.0, 9.0])
+def test_a_clipped_update_has_the_norm_of_the_bound_and_the_old_direction(bound: float) -> None:
+    start, trained = arrays(0), arrays(1, 10.0)
+    sent, factor = Clip(bound)(trained, start, CONTEXT)
+    assert update_norm(sent, start) <= bound
+    if bound > 1e-3:  # a shorter update has few bits beside values of size 1
+        assert update_norm(sent, start) == pytest.approx(bound, rel=1e-4)
+        for key in SHAPES:
+            np.testing.assert_allclose(sent[key] - start[key], factor * (trained[key] - start[key]), atol=1e-6)
+    assert all(value.dtype == np.float32 for value in sent.values())
+
+
+def test_clipping_twice_is_clipping_once_to_the_bit() -> None:
+    start = arrays(0)
+    for seed in range(1, 30):
+        once, factor = Clip(2.0)(arrays(seed), start, CONTEXT)
+        assert factor < 1
+        assert same(Clip(2.0)(once, start, CONTEXT)[0], once)
+
+
+def test_an_update_within_the_bound_is_not_touched() -> None:
+    start, trained = arrays(0), arrays(1)
+    for bound in (update_norm(trained, start), 1e6):
+        sent, metrics = process_update(trained, start, TrainSettings(max_update_norm=bound), CONTEXT)
+        assert same(sent, arrays(1))
+        assert metrics == {}
+    assert same(process_update({}, {}, TrainSettings(max_update_norm=1.0), CONTEXT)[0], {})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_no_numbers_pass_unchanged_for_the_coordinator_to_refuse(bad: float) -> None:
+    one = {"x": np.array([1.0, bad], np.float32)}
+    assert same(Clip(1.0)(one, {"x": np.zeros(2, np.float32)}, CONTEXT)[0], one)
+
+
+def test_no_step_runs_by_default() -> None:
     assert all(make(TrainSettings()) is None for make in UPDATE_STEPS.values())
