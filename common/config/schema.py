@@ -183,6 +183,13 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True, config=STRICT)
+class CommunicationSettings:
+    """How coordinator and sites exchange shared arrays."""
+
+    codec: Literal["safetensors"] = "safetensors"  # safetensors: fp32
+
+
+@dataclass(frozen=True, config=STRICT)
 class TransferSettings:
     """Trans-LoRA (arXiv 2405.17258): what a site prepares once it has trained, and how it moves to another base model.
 
@@ -229,6 +236,7 @@ class Plan:
     train: TrainSettings = field(default_factory=TrainSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     transfer: TransferSettings = field(default_factory=TransferSettings)
+    communication: CommunicationSettings = field(default_factory=CommunicationSettings)
 
     def row(self) -> Method:
         """The method's row, with the private adapter where there is one."""

@@ -21,6 +21,7 @@ from ...common.atomic_io import ArrayFile, save_arrays
 from ...common.config.schema import Recipe, to_json
 from ...common.errors import QuorumError, RefusedError
 from ...common.protocol import flower_messages as messages
+from ...common.protocol.codec import as_received
 from ...common.protocol.types import RequestKind, SiteInfo, TrainReply, TrainRequest, hash_layout
 from ...common.seeds import seed_from
 from ..reporting.events import EventLog, EventRecorder
@@ -61,7 +62,7 @@ class AdapterStrategy:
         self.recipe, self.roster, self.events, self.spool = recipe, roster, events, spool
         self.options, self.recorder = conduct or RunOptions(), EventRecorder(events)
         self.method, self.settings = recipe.row(), recipe.server
-        self.plan = to_json(recipe.plan)
+        self.plan, self.codec = to_json(recipe.plan), recipe.communication.codec
         self.layout: dict[str, tuple[int, ...]] = {}
 
     def join(self, grid: Grid, state: ServerState | None, first: Callable[[int], dict[str, np.ndarray]]) -> ServerState:
@@ -83,7 +84,9 @@ class AdapterStrategy:
         if not deployed:
             wait_for_nodes(grid, len(names))
         joined = self.membership.wait_for_quorum(quorum, self.settings.timeout)
-        state = state or ServerState(0, first(max((info.classes for info in joined), default=0)))
+        if state is None:
+            initial = first(max((info.classes for info in joined), default=0))
+            state = ServerState(0, as_received(self.codec, initial))
         self.layout = {key: tuple(array.shape) for key, array in state.shared.items()}
         pins = dict(state.pins) or most_common(joined)
         self.membership.pin(pins, hash_layout(self.layout), quorum, state.round)
@@ -156,7 +159,7 @@ class AdapterStrategy:
         return dataclasses.replace(
             state,
             round=t,
-            shared=shared,
+            shared=as_received(self.codec, shared),
             aggregator_state=aggregator_state,
             optimizer_state=optimizer_state,
             admitted={**state.admitted, **dict.fromkeys(order, t)},
@@ -193,7 +196,7 @@ class AdapterStrategy:
     def _requests(
         self, sites: list[str], state: ServerState, t: int, kind: RequestKind, evaluate: bool
     ) -> dict[str, PendingRequest]:
-        packed, asked = messages.pack_arrays(state.shared), {}
+        packed, asked = messages.pack_arrays(state.shared, self.codec), {}
         for site in sites:
             admitted = state.admitted.get(site, 0)
             request = TrainRequest(self.recipe.name, t, kind, admitted, self.plan, state.shared, evaluate)
@@ -220,7 +223,7 @@ class AdapterStrategy:
                 continue
             request = asked[site].request
             try:
-                reply = messages.reply_from(message)
+                reply = messages.reply_from(message, request)
                 layout = self.layout if request.kind == "train" else {}
                 admit_reply(reply, site, request, layout, self.settings.max_update_norm)
             except RefusedError as error:

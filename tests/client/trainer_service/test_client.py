@@ -216,6 +216,6 @@ def test_the_app_of_a_flower_bundle_answers_through_the_connection(
     assert messages.site_info_from(joined).site == "ada"
     order = standing.order(plan)
     asked = messages.train_message(order, messages.pack_arrays(order.shared), 2)
-    assert standing.alike(messages.reply_from(app(asked, context)), standing.oracle(plan, order)[0])
+    assert standing.alike(messages.reply_from(app(asked, context), order), standing.oracle(plan, order)[0])
     refused = app(messages.join_message("elsewhere", to_json(plan), 2), context)
     assert refused.error.reason == "RefusedError: federation"
