@@ -186,7 +186,7 @@ class EvaluationSettings:
 class CommunicationSettings:
     """How coordinator and sites exchange shared arrays."""
 
-    codec: Literal["safetensors"] = "safetensors"  # safetensors: fp32
+    codec: Literal["safetensors", "fp16", "bf16"] = "safetensors"  # safetensors: fp32; the others send half the bytes
 
 
 @dataclass(frozen=True, config=STRICT)

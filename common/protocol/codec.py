@@ -17,6 +17,8 @@ import safetensors.numpy
 from ..errors import RefusedError
 from .types import Arrays
 
+Narrow = Callable[[np.ndarray], np.ndarray]
+
 
 @dataclass(frozen=True)
 class Codec:
@@ -37,9 +39,46 @@ def _save(arrays: Arrays) -> bytes:
     return safetensors.numpy.save({key: np.ascontiguousarray(arrays[key]) for key in sorted(arrays)})
 
 
+def _half(stored: type[np.generic], narrow: Narrow, widen: Callable[[np.ndarray], np.ndarray], limit: float) -> Codec:
+    """A codec of 16 bits a number. ``limit`` is the largest finite value, ``stored`` the type in the bytes."""
+
+    def encode(arrays: Arrays, reference: Arrays) -> bytes:
+        for key, array in arrays.items():
+            if (np.isfinite(array) & (np.abs(array) > limit)).any():
+                raise RefusedError(
+                    "communication.codec",
+                    f"values of at most {limit:g}",
+                    f"a larger one in {key}",
+                    message=f"{key} has a value beyond {limit:g}, the largest that the codec represents.",
+                    hint="Use the codec safetensors.",
+                )
+        return _save({key: narrow(array) for key, array in arrays.items()})
+
+    def decode(data: bytes, reference: Arrays) -> Arrays:
+        arrays = safetensors.numpy.load(data)
+        if any(array.dtype != stored for array in arrays.values()):
+            raise ValueError(f"arrays of another type than {stored.__name__}")
+        return {key: widen(array) for key, array in arrays.items()}
+
+    return Codec(encode, decode)
+
+
+def _to_bf16(array: np.ndarray) -> np.ndarray:
+    """fp32 → the upper half of its bits, rounded to nearest even, as uint16. NaN stays NaN."""
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _from_bf16(upper: np.ndarray) -> np.ndarray:
+    return (upper.astype(np.uint32) << 16).view(np.float32)
+
+
 DEFAULT = "safetensors"
 CODECS: dict[str, Codec] = {
     DEFAULT: Codec(lambda arrays, _: _save(arrays), lambda data, _: safetensors.numpy.load(data), lossless=True),
+    "fp16": _half(np.float16, lambda x: x.astype(np.float16), lambda x: x.astype(np.float32), limit=65504.0),
+    "bf16": _half(np.uint16, _to_bf16, _from_bf16, limit=float.fromhex("0x1.fep+127")),
 }
 
 

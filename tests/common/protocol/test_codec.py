@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Message
 
 from colora.common.config.schema import CommunicationSettings, ModelSettings, Plan, to_json
@@ -16,7 +17,7 @@ from colora.common.protocol.codec import CODECS, DEFAULT, as_received, codec_of,
 from colora.common.protocol.types import Arrays, TrainReply, TrainRequest
 from colora.server.flower_compat import identify_process, set_message_id
 
-BITS = {"safetensors": 32}  # of one number
+BITS = {"safetensors": 32, "fp16": 16, "bf16": 16}  # of one number
 
 
 def arrays(seed: int = 0, size: float = 1.0) -> dict[str, np.ndarray]:
@@ -124,6 +125,51 @@ def test_the_reference_of_a_reply_is_what_the_request_brought(monkeypatch: pytes
     assert on_the_wire["x"].tolist() == [1.0, 2.0]
     assert messages.reply_from(answer, asked).shared["x"].tolist() == [2.0, 4.0]
     assert messages.request_from(question).shared["x"].tolist() == [1.0, 2.0]
+
+
+# --- fp16 and bf16 --------------------------------------------------------------------------------------------------
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("codec", HALF)
+def test_half_precision_is_torchs_to_the_bit(codec: str) -> None:
+    """Rounding to nearest even, subnormals, ties, signed zeros and infinities."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate(
+        [
+            (rng.normal(size=20_000) * 10.0 ** rng.uniform(-30, 4, 20_000)).astype(np.float32),
+            np.float32([0.0, -0.0, np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 65504, 6e-8]),
+        ]
+    )
+    expected = torch.from_numpy(values).to(HALF[codec]).float().numpy()
+    assert as_received(codec, {"x": values})["x"].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(("codec", "bound"), [("fp16", 2.0**-11), ("bf16", 2.0**-8)])
+def test_a_round_trip_changes_a_normal_value_by_at_most_half_a_unit(codec: str, bound: float) -> None:
+    sent_values = np.random.default_rng(1).uniform(0.01, 100, 50_000).astype(np.float32)
+    error = np.abs(as_received(codec, {"x": sent_values})["x"] / sent_values.astype(np.float64) - 1)
+    assert bound / 2 < error.max() <= bound
+
+
+@pytest.mark.parametrize("codec", HALF)
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0xFFFFFFFF])
+def test_nan_arrives_as_nan_for_the_receiver_to_refuse(codec: str, bits: int) -> None:
+    received = as_received(codec, {"x": np.array([bits, 0], np.uint32).view(np.float32)})["x"]
+    assert np.isnan(received).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("codec", "value"), [("fp16", 65505.0), ("bf16", 3.4e38)])
+def test_a_value_beyond_the_codecs_range_is_not_sent_as_infinity(codec: str, value: float) -> None:
+    with pytest.raises(RefusedError, match=r"q\.lora_A has a value beyond .*Use the codec safetensors"):
+        encode(codec, {"q.lora_A": np.array([1.0, -value], np.float32)})
+
+
+@pytest.mark.parametrize("codec", HALF)
+def test_bytes_of_another_type_are_refused(codec: str) -> None:
+    with pytest.raises(RefusedError, match="complete bytes of arrays"):
+        decode(codec, encode(DEFAULT, arrays()))
 
 
 @pytest.mark.parametrize("plan", ["", "nothing", "[]", '"x"', "[" * 100_000, '{"communication": 1}'])

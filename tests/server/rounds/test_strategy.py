@@ -17,10 +17,10 @@ from flwr.clientapp import ClientApp
 from colora.client.client_app import make_app
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
-from colora.common.config.schema import Recipe
+from colora.common.config.schema import CommunicationSettings, Recipe
 from colora.common.errors import DataError, QuorumError, StateError
 from colora.common.protocol import flower_messages as messages
-from colora.common.protocol.codec import DEFAULT
+from colora.common.protocol.codec import DEFAULT, as_received
 from colora.common.protocol.types import PROTOCOL, Arrays, SiteInfo, TrainReply, TrainRequest, hash_layout
 from colora.common.seeds import seed_from
 from colora.server.reporting.events import Event, EventLog, read_events
@@ -537,6 +537,22 @@ def test_a_restarted_coordinator_ends_with_the_same_bits(hall: Hall, tmp_path: P
         assert found.admitted == expected.admitted
     assert bool(expected.optimizer_state) == (optimizer != "mean")
     assert hall.admitted == calm.admitted
+
+
+@pytest.mark.parametrize("codec", ["fp16", "bf16"])
+def test_a_restarted_coordinator_ends_with_the_same_bits_in_a_lossy_codec(
+    hall: Hall, tmp_path: Path, codec: Any
+) -> None:
+    """S_t is what the sites receive: the checkpoint holds it, and its encoding changes nothing any more."""
+    settings = dataclasses.replace(recipe(optimizer="adam"), communication=CommunicationSettings(codec))
+    expected = Hall(tmp_path / "calm").run(settings)
+    with pytest.raises(QuorumError):
+        hall.run(settings, hall.sites(settings, dict.fromkeys(NAMES, crash_in(3))))
+    sites = hall.sites(settings)
+    assert same(hall.run(settings, sites).shared, expected.shared)
+    assert same(as_received(codec, expected.shared), expected.shared)
+    assert same(sites[0].asked[-1].shared, expected.shared)
+    assert not same(Hall(tmp_path / "fp32").run(recipe(optimizer="adam")).shared, expected.shared)
 
 
 def test_without_its_memory_a_server_optimiser_ends_elsewhere(hall: Hall, tmp_path: Path) -> None:
