@@ -13,10 +13,10 @@ import hashlib
 import json
 from dataclasses import field
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from ..methods import Method, Role
@@ -61,6 +61,14 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, config=STRICT)
+class CommunicationSettings:
+    """How coordinator and sites exchange shared arrays."""
+
+    codec: Literal["safetensors", "fp16", "bf16"] = "safetensors"
+    """Encoding of the arrays. ``safetensors`` sends fp32, ``fp16`` and ``bf16`` send half the bytes."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Plan:
     """What all sites agree on. It travels to them with every request and is part of the identity of a round."""
 
@@ -94,6 +102,9 @@ class Plan:
     transfer: TransferSettings = field(default_factory=TransferSettings)
     """Transfer to a new base model."""
 
+    communication: CommunicationSettings = field(default_factory=CommunicationSettings)
+    """How shared arrays travel."""
+
     def row(self) -> Method:
         """Return the row of the method table with this recipe's changes, and with the private adapter if any."""
         row = self.method.row()
@@ -115,8 +126,15 @@ class Plan:
 class ServerSettings:
     """How the coordinator samples sites, admits and weights their replies, and updates the shared adapter."""
 
+    aggregator: Literal["mean", "median", "trimmed_mean"] = "mean"
+    """How the admitted updates are combined. ``mean`` is weighted and folds replies one by one; ``median`` and
+    ``trimmed_mean`` are coordinate-wise, unweighted, and hold all replies of a round."""
+
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """Fraction of the sites that ``trimmed_mean`` leaves out on each side, at least one site if three or more replied."""
+
     optimizer: Literal["mean", "momentum", "adam", "yogi"] = "mean"
-    """Server optimizer, applied to the weighted mean of the replies."""
+    """Server optimizer, applied to what the aggregator returns."""
 
     lr: PositiveFloat | None = None
     """Learning rate of the server optimizer. Unset: 1.0 for ``mean`` and ``momentum``, 0.1 for ``adam``, 0.01 for

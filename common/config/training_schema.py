@@ -85,6 +85,10 @@ class TrainSettings:
     max_grad_norm: Rate = 1.0
     """Maximum gradient norm, by clipping. 0 turns clipping off."""
 
+    max_update_norm: PositiveFloat | None = None
+    """Maximum Frobenius norm of a site's update over all shared arrays. The site scales longer updates down. Unset: no
+    limit."""
+
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     """Learning rate schedule over the optimizer steps of all rounds and the final steps."""
 

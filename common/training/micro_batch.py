@@ -85,7 +85,7 @@ class MicroBatcher:
                     "memory for one example",
                     "too little memory",
                     message="The device has too little memory to train on one example.",
-                    hint="Lower model.max_length, model.precision or adapter.rank, or set train.gradient_checkpointing.",
+                    hint="Lower model.max_length, model.precision or adapter.rank, or set gradient_checkpointing.",
                 )
             self.size = (min(size, len(batch)) + 1) // 2
             clear_device_cache(garbage_collection=True)

@@ -14,7 +14,7 @@ from ...common.config.schema import Recipe, to_json
 from ...common.errors import StateError
 from ...common.models.saved import FINGERPRINTS, SHARED, ModelMetadata
 
-OPTIMIZER_STATE = "memory/"  # prefix of the server optimizer's arrays in the file
+OPTIMIZER_STATE, AGGREGATOR_STATE = "memory/", "aggregator/"  # prefixes of array names in the file
 MAX_CHECKPOINTS = 3  # newest checkpoints kept on disk
 
 
@@ -25,6 +25,7 @@ class ServerState:
     round: int
     shared: Mapping[str, np.ndarray]
     optimizer_state: Mapping[str, np.ndarray] = field(default_factory=dict)  # of the server optimizer
+    aggregator_state: Mapping[str, np.ndarray] = field(default_factory=dict)  # of the aggregator
     admitted: Mapping[str, int] = field(default_factory=dict)
     pins: Mapping[str, str] = field(default_factory=dict)  # fingerprints that every site must have
     weights: str = ""  # how updates are weighted, decided at the first join
@@ -54,13 +55,15 @@ class Checkpoints:
                     message=f"{paths[-1]} belongs to another {name}: {meta[name]}, not {expected}.",
                     hint="Use the recipe that the run began with, or another run folder.",
                 )
-        shared, optimizer_state = (
-            {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in (SHARED, OPTIMIZER_STATE)
+        shared, optimizer_state, aggregator_state = (
+            {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)}
+            for p in (SHARED, OPTIMIZER_STATE, AGGREGATOR_STATE)
         )
         return ServerState(
             meta["round"],
             shared,
             optimizer_state,
+            aggregator_state,
             meta["admitted"],
             meta["pins"],
             meta["weights"],
@@ -70,9 +73,9 @@ class Checkpoints:
 
     def write(self, state: ServerState) -> None:
         """Write a state and delete all but the newest checkpoints."""
-        arrays = {SHARED + k: v for k, v in state.shared.items()} | {
-            OPTIMIZER_STATE + k: v for k, v in state.optimizer_state.items()
-        }
+        arrays = {SHARED + k: v for k, v in state.shared.items()}
+        arrays |= {OPTIMIZER_STATE + k: v for k, v in state.optimizer_state.items()}
+        arrays |= {AGGREGATOR_STATE + k: v for k, v in state.aggregator_state.items()}
         meta = {
             **self.identity,
             "round": state.round,

@@ -17,10 +17,10 @@ from flwr.clientapp import ClientApp
 from colora.client.client_app import make_app
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
-from colora.common.config.schema import Recipe
+from colora.common.config.schema import CommunicationSettings, Recipe
 from colora.common.errors import DataError, QuorumError, StateError
 from colora.common.protocol import flower_messages as messages
-from colora.common.protocol.codec import DEFAULT
+from colora.common.protocol.codec import DEFAULT, as_received
 from colora.common.protocol.types import PROTOCOL, Arrays, SiteInfo, TrainReply, TrainRequest, hash_layout
 from colora.common.seeds import seed_from
 from colora.server.reporting.events import Event, EventLog, read_events
@@ -334,6 +334,22 @@ def test_one_nan_update_does_not_poison_the_mean(hall: Hall) -> None:
     assert len([order for order in sites[2].asked if order.kind == "train"]) == 1  # a refusal is no failure
 
 
+def test_the_median_ignores_one_wild_site_and_reports_no_residual(hall: Hall) -> None:
+    """The expected state is the median of what the four sites returned."""
+
+    def wild(site: Pretender, order: TrainRequest, reply: TrainReply) -> TrainReply:
+        return dataclasses.replace(reply, shared={k: v + 100 for k, v in reply.shared.items()})
+
+    settings = recipe(rounds=1, aggregator="median")
+    state = hall.run(settings, hall.sites(settings, {"cyd": wild}))
+    before = initial_shared_state(settings.plan)
+    order = TrainRequest("fed", 1, "train", 0, "{}", before, True)
+    for key in before:
+        returned = [trained(name, order)[key] + (100 if name == "cyd" else 0) for name in NAMES]
+        np.testing.assert_array_equal(state.shared[key], np.median(returned, axis=0).astype(np.float32))
+    assert [event["residual"] for event in hall.events("round")] == [None]
+
+
 def test_a_failing_site_is_asked_again_and_then_counts(hall: Hall, tmp_path: Path) -> None:
     """Two errors and a third answer: as if nothing had been."""
 
@@ -384,7 +400,7 @@ def test_a_silent_site_costs_the_deadline_and_is_named(hall: Hall) -> None:
     settings = recipe(rounds=1, timeout=0.3)
     hall.run(settings, grid=Deaf)
     assert hall.admitted == {1: ["ada", "cyd", "dee"]}
-    assert [(e["site"], e["reason"]) for e in hall.events("failed")] == [("bob", "no answer within 0.3 s")] * 2
+    assert [(e["site"], e["reason"]) for e in hall.events("failed")] == [("bob", "no reply within 0.3 s")] * 2
 
 
 def rewritten(change: Callable[[RecordDict], None], sites: Sequence[Pretender]) -> ClientApp:
@@ -524,6 +540,22 @@ def test_a_restarted_coordinator_ends_with_the_same_bits(hall: Hall, tmp_path: P
         assert found.admitted == expected.admitted
     assert bool(expected.optimizer_state) == (optimizer != "mean")
     assert hall.admitted == calm.admitted
+
+
+@pytest.mark.parametrize("codec", ["fp16", "bf16"])
+def test_a_restarted_coordinator_ends_with_the_same_bits_in_a_lossy_codec(
+    hall: Hall, tmp_path: Path, codec: Any
+) -> None:
+    """S_t is what the sites receive: the checkpoint holds it, and its encoding changes nothing any more."""
+    settings = dataclasses.replace(recipe(optimizer="adam"), communication=CommunicationSettings(codec))
+    expected = Hall(tmp_path / "calm").run(settings)
+    with pytest.raises(QuorumError):
+        hall.run(settings, hall.sites(settings, dict.fromkeys(NAMES, crash_in(3))))
+    sites = hall.sites(settings)
+    assert same(hall.run(settings, sites).shared, expected.shared)
+    assert same(as_received(codec, expected.shared), expected.shared)
+    assert same(sites[0].asked[-1].shared, expected.shared)
+    assert not same(Hall(tmp_path / "fp32").run(recipe(optimizer="adam")).shared, expected.shared)
 
 
 def test_without_its_memory_a_server_optimiser_ends_elsewhere(hall: Hall, tmp_path: Path) -> None:
