@@ -131,7 +131,8 @@ class ServerSettings:
     ``trimmed_mean`` are coordinate-wise, unweighted, and hold all replies of a round."""
 
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """Fraction of the sites that ``trimmed_mean`` leaves out on each side, at least one site if three or more replied."""
+    """Fraction of the sites that ``trimmed_mean`` leaves out on each side: at least one site if three or more
+    replied."""
 
     optimizer: Literal["mean", "momentum", "adam", "yogi"] = "mean"
     """Server optimizer, applied to what the aggregator returns."""

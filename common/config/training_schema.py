@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from .field_types import STRICT, Count, Group, Positive, Rate
+from .field_types import STRICT, Count, Group, Positive, PositiveFloat, Rate
 
 
 @dataclass(frozen=True, config=STRICT)
