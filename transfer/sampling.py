@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..common.config.transfer_schema import TransferGeneratorSettings
+from ..common.config.schema import TransferGeneratorSettings
 from ..common.models.base_model import BaseModel
 from ..common.seeds import seed_from
 

@@ -25,13 +25,21 @@ from .diagnostics import config_error
 from .field_types import STRICT, Count, Fraction, Name, Positive, PositiveFloat, Precision, Probability, Rate
 from .model_schema import AdapterSettings, MethodSettings, ModelSettings, Private, PrivateSettings
 from .training_schema import EvaluationSettings, PhaseSettings, TrainSettings
-from .transfer_schema import TransferSettings
+from .transfer_schema import (
+    DiscriminatorSettings,
+    DistillationSettings,
+    TransferGeneratorSettings,
+    TransferSettings,
+)
 
 __all__ = [
     "STRICT",
     "AdapterSettings",
     "Count",
+    "CommunicationSettings",
     "DataSettings",
+    "DiscriminatorSettings",
+    "DistillationSettings",
     "EvaluationSettings",
     "Fraction",
     "MethodSettings",
@@ -46,10 +54,11 @@ __all__ = [
     "PrivateSettings",
     "Rate",
     "Recipe",
-    "ServerSettings",
     "SimulatedSiteSettings",
     "SimulationSettings",
     "TrainSettings",
+    "ServerSettings",
+    "TransferGeneratorSettings",
     "TransferSettings",
     "digest",
     "parse",

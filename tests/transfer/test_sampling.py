@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from colora.common.config.schema import ModelSettings
-from colora.common.config.transfer_schema import TransferGeneratorSettings
+from colora.common.config.schema import ModelSettings, TransferGeneratorSettings
 from colora.common.models.base_model import load_base_model
 from colora.transfer import sampling
 from colora.transfer.sampling import Deduplicator, list_prompt, parse_list, rotate_seeds

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from colora.common.config.transfer_schema import TransferGeneratorSettings, TransferSettings
+from colora.common.config.schema import TransferGeneratorSettings, TransferSettings
 from colora.common.errors import DataError
 from colora.transfer.preparation import TransferArtifacts
 from colora.transfer.synthesis import SynthesisModels, SynthesisProgress, synthesise
