@@ -1,4 +1,4 @@
-"""The thin ClientApp: it hands messages to the site's trainer and imports neither torch nor transformers."""
+"""The ClientApp: passes messages to the site's trainer. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ logger = logging.getLogger("colora.site")
 
 
 class Site(Protocol):
-    """What stands behind the ClientApp: a trainer in this process or a connection to one."""
+    """What answers the ClientApp's messages: a trainer in this process, or a client of a trainer process."""
 
     name: str
 
     def site_info(self, federation: str, plan: str) -> SiteInfo:
-        """Introduces the site, ready to train by ``plan`` (settings as JSON)."""
+        """Return the site's description for ``plan`` (settings as JSON)."""
         ...
 
     def handle(self, request: TrainRequest) -> TrainReply:
-        """Answers an order."""
+        """Run a training request."""
         ...
 
 
@@ -34,38 +34,41 @@ Connect = Callable[[Context], Site]
 
 
 def make_app(connect: Connect) -> ClientApp:
-    """A ClientApp whose messages are answered by the site that ``connect`` finds for a context."""
+    """Create a ClientApp whose messages are answered by the site that ``connect`` returns for a context."""
     app = ClientApp()
 
     @app.query()
     def join(message: Message, context: Context) -> Message:
-        return _answer(connect, message, context, lambda site: site.site_info(*messages.join_from(message)))
+        return _reply(connect, message, context, lambda site: site.site_info(*messages.join_from(message)))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(connect, message, context, lambda site: site.handle(messages.request_from(message)))
+        return _reply(connect, message, context, lambda site: site.handle(messages.request_from(message)))
 
     return app
 
 
-def _answer(
-    connect: Connect, message: Message, context: Context, ask: Callable[[Site], SiteInfo | TrainReply]
+def _reply(
+    connect: Connect, message: Message, context: Context, call: Callable[[Site], SiteInfo | TrainReply]
 ) -> Message:
-    """The site's answer, or what kind of error it was: an error's text may quote data and stays in the site's log."""
+    """Return the site's reply, or an error message with the error's public text.
+
+    The full text of an error may quote data, so it is written to the site's log only.
+    """
     try:
-        return messages.reply_message(ask(connect(context)), message)
+        return messages.reply_message(call(connect(context)), message)
     except ColoraError as error:
         logger.error("%s", error)
         return messages.error_message(error.public(), message)
     except Exception as error:
-        logger.exception("an unexpected error at a site")
+        logger.exception("unexpected error")
         return messages.error_message(type(error).__name__, message)
 
 
-def _resident(context: Context) -> Site:
+def _connect_trainer(context: Context) -> Site:
     from .trainer_service.client import connect
 
     return connect(context)
 
 
-app = make_app(_resident)  # of a site with a resident trainer, found by the environment
+app = make_app(_connect_trainer)  # for a site with a trainer process, which the environment names

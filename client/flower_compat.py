@@ -1,7 +1,7 @@
 """Private parts of Flower that a site uses.
 
-Flower's commands ``flower-supernode`` and ``flwr-clientapp`` are wrapped, and a SuperNode that is gone is signed off
-in its place. Every import names the versions in which its module was read; the range of ``flwr`` in
+The module wraps Flower's commands ``flower-supernode`` and ``flwr-clientapp``, and deactivates the node of a SuperNode
+that was killed. Every import names the versions in which its module was read; the range of ``flwr`` in
 ``pyproject.toml`` is these versions. All imports are local: a ClientApp process loads this file for every message.
 """
 
@@ -43,9 +43,9 @@ def clientapp_command() -> Callable[[], None]:
 
 
 def deactivate_node(address: str, ca: str, key: Path, node: int) -> None:
-    """Sign a SuperNode off at the coordinator, signed by the site's private key (OpenSSH).
+    """Deactivate a SuperNode's node at the coordinator, with a request signed by the site's private key (OpenSSH).
 
-    A SuperNode does so itself when it ends; no public API of Flower's does it for one that was killed. Client and
+    A SuperNode does so itself when it stops; Flower has no public API to do it for one that was killed. Client and
     interceptor: read in 1.40, 1.41, 1.42; the same files in all three, and neither exists before 1.40.
     """
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key

@@ -1,4 +1,4 @@
-"""What docker-compose.yml promises, read from it; commands and health checks meet the real ones, without an engine."""
+"""The properties of docker-compose.yml, and its commands and health checks run without a Docker engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ every_service = pytest.mark.parametrize("name", SERVICES)
 
 
 def mounts(name: str) -> dict[str, str]:
-    """Where → ``what:mode`` of a service's volumes."""
+    """Return the volumes of a service: mount point → ``source:mode``."""
     parts = [volume.replace(":-", "=").split(":") for volume in SERVICES[name]["volumes"]]
     return {where: ":".join((what, *mode)) for what, where, *mode in parts}
 
@@ -44,7 +44,7 @@ def secrets(name: str) -> set[str]:
     return {secret["source"] for secret in SERVICES[name].get("secrets", [])}
 
 
-# --- what is promised --------------------------------------------------------------------------------------------
+# --- isolation --------------------------------------------------------------------------------------------
 
 
 @every_service
@@ -67,7 +67,7 @@ def test_every_service_has_a_health_check_and_comes_back(name: str) -> None:
 
 @every_service
 def test_what_comes_from_the_machine_is_read_only(name: str) -> None:
-    """Only Docker's own volumes are written."""
+    """Only named volumes are writable."""
     for where, what in mounts(name).items():
         assert what.split(":")[0] in COMPOSE["volumes"] or what.endswith(":ro"), where
 
@@ -82,24 +82,27 @@ def test_the_trainer_reaches_nobody_and_reads_its_data_only() -> None:
     assert SERVICES["trainer"]["networks"] == ["link"]
     assert COMPOSE["networks"]["link"] == {"internal": True}
     assert mounts("trainer")["/site/data"].endswith(":ro")
-    assert [name for name, service in SERVICES.items() if "link" in service.get("networks", [])] == ["node", "trainer"]
+    assert [name for name, service in SERVICES.items() if "link" in service.get("networks", [])] == [
+        "supernode",
+        "trainer",
+    ]
 
 
 def test_the_node_sees_neither_data_nor_state() -> None:
-    assert set(mounts("node")) == {"/site/site.toml", "/site/state"}
-    assert mounts("node")["/site/state"] == "node"  # a volume of its own
+    assert set(mounts("supernode")) == {"/site/site.toml", "/site/state"}
+    assert mounts("supernode")["/site/state"] == "supernode"  # its own volume
     assert mounts("trainer")["/site/state"] == "state"
 
 
 def test_each_side_of_a_site_has_its_own_keys_only() -> None:
-    assert secrets("node") == {"ca", "site_key", "link_ca", "node_crt", "node_key"}
+    assert secrets("supernode") == {"ca", "site_key", "link_ca", "node_crt", "node_key"}
     assert secrets("trainer") == {"link_ca", "trainer_crt", "trainer_key"}
-    assert secrets("node") | secrets("trainer") == set(COMPOSE["secrets"])
+    assert secrets("supernode") | secrets("trainer") == set(COMPOSE["secrets"])
 
 
 @every_service
 def test_the_image_itself_has_an_ordinary_user(name: str) -> None:
-    """Also where somebody runs it without Compose."""
+    """Also when it runs without Compose."""
     stages = re.split(r"(?m)^FROM ", DOCKERFILE)[1:]
     by_name = {stage.splitlines()[0].split(" AS ")[1]: stage for stage in stages}
     stage = by_name[SERVICES[name]["build"]["target"]]
@@ -107,7 +110,7 @@ def test_the_image_itself_has_an_ordinary_user(name: str) -> None:
     assert re.findall(r"(?m)^USER (.*)", lines) == ["colora"]
 
 
-# --- what is pinned ----------------------------------------------------------------------------------------------
+# --- versions ----------------------------------------------------------------------------------------------
 
 
 def ranges(lines: list[str]) -> dict[str, str]:
@@ -116,7 +119,9 @@ def ranges(lines: list[str]) -> dict[str, str]:
 
 def test_images_take_the_projects_ranges() -> None:
     project = ranges(PROJECT["dependencies"])
-    light = [line for line in (ROOT / "containers" / "node.txt").read_text().splitlines() if not line.startswith("#")]
+    light = [
+        line for line in (ROOT / "containers" / "supernode.txt").read_text().splitlines() if not line.startswith("#")
+    ]
     assert {name: project.get(name) for name in ranges(light)} == ranges(light)
     assert f'"torch{project["torch"]}"' in DOCKERFILE
     assert re.search(r"(?m)^ARG PYTHON=3\.\d+\.\d+-slim-\w+$", DOCKERFILE)
@@ -133,7 +138,7 @@ import colora.cli, colora.client.client_app, colora.client.deployment.supervisor
     assert done.returncode == 0, done.stderr
 
 
-# --- what meets the real thing -----------------------------------------------------------------------------------
+# --- commands and health checks -----------------------------------------------------------------------------------
 
 
 @every_service
@@ -153,7 +158,7 @@ def test_compose_accepts_all_profiles(override: list[str]) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("COLORA_")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert set(yaml.safe_load(done.stdout)["services"]) == {"coordinator", "node", "trainer"}
+    assert set(yaml.safe_load(done.stdout)["services"]) == {"coordinator", "supernode", "trainer"}
     assert "not set" not in done.stderr
 
 
@@ -189,9 +194,9 @@ def test_the_coordinators_check_finds_the_gate(keys: Path, free: int) -> None:
     own = keys / "coordinator"
     door = ListenAddress("127.0.0.1", 0, own / "server.crt", own / "server.key")
     with GatewayServer(door, Upstream(f"https://127.0.0.1:{free}", own / "ca.crt")) as gate:
-        assert check("gate", gate.address, own / "ca.crt").returncode == 0
-        assert check("gate", gate.address, keys / "sites/north/link/ca.crt").returncode != 0
-    assert check("gate", f"127.0.0.1:{free}", own / "ca.crt").returncode != 0
+        assert check("gateway", gate.address, own / "ca.crt").returncode == 0
+        assert check("gateway", gate.address, keys / "sites/north/link/ca.crt").returncode != 0
+    assert check("gateway", f"127.0.0.1:{free}", own / "ca.crt").returncode != 0
 
 
 def test_the_nodes_check_asks_grpc_health(tmp_path: Path, grpc_server: grpc.Server) -> None:
@@ -199,12 +204,12 @@ def test_the_nodes_check_asks_grpc_health(tmp_path: Path, grpc_server: grpc.Serv
     health_pb2_grpc.add_HealthServicer_to_server(states, grpc_server)
     port = grpc_server.add_insecure_port("127.0.0.1:0")
     grpc_server.start()
-    assert check("node", tmp_path).returncode != 0  # nothing has started yet
-    write_services(tmp_path / "services.json", {"node_health": f"127.0.0.1:{port}"})
+    assert check("supernode", tmp_path).returncode != 0  # nothing has started yet
+    write_services(tmp_path / "services.json", {"supernode_health": f"127.0.0.1:{port}"})
     states.set("", health_pb2.HealthCheckResponse.SERVING)
-    assert check("node", tmp_path).returncode == 0
+    assert check("supernode", tmp_path).returncode == 0
     states.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-    assert check("node", tmp_path).returncode != 0
+    assert check("supernode", tmp_path).returncode != 0
 
 
 def test_the_trainers_check_knows_its_certificate(keys: Path, free: int, grpc_server: grpc.Server) -> None:

@@ -1,1 +1,1 @@
-"""A site's rows."""
+"""A site's rows: reading, parsing and selecting."""

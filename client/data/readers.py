@@ -1,4 +1,4 @@
-"""Reading rows from files, assets and hub data sets."""
+"""Read rows from files, assets and hub data sets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from ...common.models.assets import asset_folder
 
 
 def read_rows(source: str, site: str | None = None) -> Iterable[Row]:
-    """Rows of a file (by its ending), of ``asset:NAME/SPLIT`` or of a hub data set (``id`` or ``id:split``)."""
+    """Read the rows of a file, of ``asset:NAME/PART`` or of a hub data set (``id`` or ``id:split``).
+
+    The suffix of a file selects the reader. Raises DataError, or ConfigError for an unknown asset.
+    """
     if source.startswith("asset:"):
         return _read_asset(source.removeprefix("asset:"), site)
     path = Path(source)
@@ -26,25 +29,35 @@ def read_rows(source: str, site: str | None = None) -> Iterable[Row]:
     if reader is None:
         return _read_hub(source, site)
     if not path.is_file():
-        raise DataError("data.source", "a file that is there", source, site=site)
+        message = f"data.source: the file {source} does not exist."
+        raise DataError("data.source", "an existing file", source, site=site, message=message)
     try:
         rows = list(reader(path, site))
     except DataError:
         raise
     except (ValueError, OSError, EOFError, csv.Error, BadZipFile) as error:
-        raise DataError("data.source", f"a readable {path.suffix} file", f"{source} ({error})", site=site) from None
+        raise DataError(
+            "data.source",
+            f"a readable {path.suffix} file",
+            f"{source} ({error})",
+            site=site,
+            message=f"data.source: cannot read {source} as a {path.suffix} file ({error}).",
+        ) from None
     if not rows:
-        raise DataError("data.source", "rows", f"an empty file, {source}", site=site)
+        message = f"data.source: {source} contains no rows."
+        raise DataError("data.source", "rows", f"an empty file, {source}", site=site, message=message)
     return rows
 
 
 @contextmanager
 def as_test_source() -> Iterator[None]:
-    """Errors about ``data.source`` are about ``data.test_source`` where that is what is read."""
+    """Replace ``data.source`` by ``data.test_source`` in the errors that are raised inside."""
     try:
         yield
     except (DataError, ConfigError) as error:
-        error.field = "data.test_source" if error.field == "data.source" else error.field
+        if error.field == "data.source":
+            error.field = "data.test_source"
+            error.message = error.message and error.message.replace("data.source", "data.test_source")
         raise
 
 
@@ -98,17 +111,31 @@ def _read_hub(source: str, site: str | None) -> Iterable[Row]:
     name, _, split = source.partition(":")
     try:
         return datasets.load_dataset(name, split=split or "train")  # type: ignore[return-value]
-    except Exception as error:  # whatever the hub, the network or a builder raises
-        endings = ", ".join(_READERS)
-        wanted = f"a file ({endings}), asset:NAME or a hub data set that can be reached"
-        raise DataError("data.source", wanted, f"{source!r} ({type(error).__name__})", site=site) from None
+    except Exception as error:  # any error of the hub, the network or a dataset builder
+        suffixes, kind = ", ".join(_READERS), type(error).__name__
+        raise DataError(
+            "data.source",
+            f"a file ({suffixes}), asset:NAME or a reachable hub data set",
+            f"{source!r} ({kind})",
+            site=site,
+            message=f"data.source: {source!r} cannot be loaded as a hub data set ({kind}).",
+            hint=f"Use a file ({suffixes}), asset:NAME/PART, or a hub data set as ID or ID:SPLIT.",
+        ) from None
 
 
 def _read_asset(name: str, site: str | None) -> Iterable[Row]:
     asset, _, part = name.partition("/")
     reader = _ASSET_READERS.get(asset)
     if reader is None:
-        raise ConfigError("data.source", f"asset:NAME with NAME of {', '.join(_ASSET_READERS)}", repr(name), site=site)
+        names = ", ".join(_ASSET_READERS)
+        raise ConfigError(
+            "data.source",
+            f"asset:NAME with NAME one of {names}",
+            repr(name),
+            site=site,
+            message=f"data.source: there is no data asset {asset!r}.",
+            hint=f"The data assets are {names}.",
+        )
     try:
         rows = list(reader(asset_folder(asset), part))
     except AssetError as error:
@@ -116,25 +143,27 @@ def _read_asset(name: str, site: str | None) -> Iterable[Row]:
     except FileNotFoundError:
         rows = []
     if not rows:
-        raise DataError("data.source", f"asset:{asset}/PART with a part that is there", repr(name), site=site)
+        message = f"data.source: the asset {asset!r} has no part {part!r}."
+        expected = f"asset:{asset}/PART with an existing part"
+        raise DataError("data.source", expected, repr(name), site=site, message=message)
     return rows
 
 
 def _read_newsgroups(folder: Path, part: str) -> Iterator[Row]:
     with (folder / f"20newsgroups-{part or 'train'}.tab").open(encoding="utf-8") as file:
-        for line in list(file)[3:]:  # three header lines
+        for line in list(file)[3:]:  # after three header lines
             label, _, text = line.rstrip("\n").partition("\t")
             yield {"label": label, "family": label.split(".")[0], "text": text}
 
 
 def _read_orange(folder: Path, part: str) -> Iterator[Row]:
-    """Any of the package's tables, by its file's name: below the columns' names stand their types and their roles."""
+    """Read one of the package's tables. The two lines below the header give the columns' types and roles."""
     with (folder / f"{part}.tab").open(encoding="utf-8", newline="") as file:
         yield from islice(csv.DictReader(file, delimiter="\t"), 2, None)
 
 
 def _read_chatterbot(folder: Path, part: str) -> Iterator[Row]:
-    """The first two turns of every conversation; the corpus repeats itself, so each pair comes once."""
+    """Read the first two turns of every conversation, without the corpus's duplicates."""
     import yaml
 
     seen: set[tuple[str, str]] = set()

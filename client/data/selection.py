@@ -1,4 +1,4 @@
-"""Which rows a site trains and tests on: filtering, shuffling, caps and held-out rows."""
+"""Select the training and test rows of a site: filtering, shuffling, limits and held-out rows."""
 
 from __future__ import annotations
 
@@ -20,42 +20,50 @@ from .row_schema import ROW_PARSERS, check_rows
 
 @dataclass
 class Sources:
-    """Sources as they were read, and which of their rows are taken: sites of one machine never get the same row."""
+    """The sources read so far, and the rows taken from them: two sites of one machine never get the same row."""
 
     rows: dict[str, list[Row]] = field(default_factory=dict)
     taken: dict[str, set[int]] = field(default_factory=dict)
 
     def free(self, source: str, site: str) -> list[tuple[int, Row]]:
-        """The rows that nobody has, with their numbers in the source."""
-        place = _place(source)
-        if place not in self.rows:
-            self.rows[place] = list(read_rows(source, site))
-        used = self.taken.setdefault(place, set())
-        free = [(n, row) for n, row in enumerate(self.rows[place], 1) if n not in used]
+        """Return the rows that no site has taken, with their numbers in the source (from 1)."""
+        key = _source_key(source)
+        if key not in self.rows:
+            self.rows[key] = list(read_rows(source, site))
+        taken = self.taken.setdefault(key, set())
+        free = [(n, row) for n, row in enumerate(self.rows[key], 1) if n not in taken]
         if not free:
-            wanted = "rows that are not taken yet (data.train and data.test limit how many a site takes)"
-            raise DataError("data.source", wanted, f"none of {len(used)} left in {source}", site=site)
+            raise DataError(
+                "data.source",
+                "rows that are not taken yet",
+                f"none of {len(taken)} left in {source}",
+                site=site,
+                message=f"data.source: the other sites take all {len(taken)} rows of {source}.",
+                hint="Limit the rows of each site with data.train and data.test.",
+            )
         return free
 
     def take(self, source: str, numbers: Iterable[int]) -> None:
-        """Gives rows to a site."""
-        self.taken[_place(source)].update(numbers)
+        """Mark rows as taken."""
+        self.taken[_source_key(source)].update(numbers)
 
 
 def load_site_rows(site: SiteSettings, seed: int, sources: Sources | None = None) -> SiteDataset:
-    """Reads, shuffles, selects and checks one site's rows. Raises DataError naming the site, field and row.
+    """Read, shuffle, select and check one site's rows. Raises DataError naming the site, field and row.
 
-    The order hangs on seed, site and source, so a simulation and a site of its own that read the same file have the
-    same rows.
+    The order derives from the seed, the site and the file's name, so that a simulation and a deployed site with the
+    same file select the same rows.
     """
     data, sources = site.data, sources or Sources()
 
     def draw(source: str, count: int | None) -> list[Row]:
         free = sources.free(source, site.name)
-        shaped = dict(select_numbered(free, data, site.name))
-        order = _order(len(free), seed_from(seed, site.name, _spelling(source))) if data.shuffle else range(len(free))
-        kept = [(n, shaped[n]) for n in (free[i][0] for i in order) if n in shaped]
-        chosen = balanced(kept, count) if data.shuffle else kept
+        selected = dict(select_numbered(free, data, site.name))
+        order = (
+            _order(len(free), seed_from(seed, site.name, _source_name(source))) if data.shuffle else range(len(free))
+        )
+        candidates = [(n, selected[n]) for n in (free[i][0] for i in order) if n in selected]
+        chosen = balanced(candidates, count) if data.shuffle else candidates
         sources.take(source, (n for n, _ in chosen))
         return [row for _, row in chosen]
 
@@ -64,8 +72,8 @@ def load_site_rows(site: SiteSettings, seed: int, sources: Sources | None = None
         with as_test_source():
             test = draw(data.test_source, data.test)
     else:
-        wanted = None if data.train is None or data.test is None else data.train + data.test
-        train, test = hold_out(draw(data.source, wanted), data, seed_from(seed, site.name, "held out"))
+        total = None if data.train is None or data.test is None else data.train + data.test
+        train, test = hold_out(draw(data.source, total), data, seed_from(seed, site.name, "held out"))
     return check_rows(site.name, data, capped(train, data.train), capped(test, data.test))
 
 
@@ -73,54 +81,56 @@ def _order(count: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).permutation(count).tolist()
 
 
-def _place(source: str) -> str:
+def _source_key(source: str) -> str:
+    """Return a key that two spellings of one file's path share."""
     return str(Path(source).resolve()) if Path(source).is_file() else source
 
 
-def _spelling(source: str) -> str:
-    """What a source is called wherever it lies: a file by its name."""
+def _source_name(source: str) -> str:
+    """Return a file's name without its folder, and any other source as it is."""
     return Path(source).name if Path(source).is_file() else source
 
 
 def capped(rows: Sequence[Row], count: int | None) -> list[Row]:
-    """The first ``count`` rows, taken in turn from every label where rows have labels, so that no class is lost."""
+    """Return the first ``count`` rows, taken from each label in turn where rows have labels, so that none is lost."""
     if count is None or len(rows) <= count:
         return list(rows)
     return [row for _, row in balanced(list(enumerate(rows)), count)]
 
 
 def balanced(rows: Sequence[tuple[int, Row]], count: int | None) -> list[tuple[int, Row]]:
-    """The same for rows with their numbers."""
+    """Do the same for rows with their numbers."""
     if count is None:
         return list(rows)
     by_label: dict[str, list[tuple[int, Row]]] = {}
     for row in rows:
         by_label.setdefault(row[1].get("label", ""), []).append(row)
-    turns = zip_longest(*(by_label[label] for label in sorted(by_label)))
-    return [row for turn in turns for row in turn if row is not None][:count]
+    cycles = zip_longest(*(by_label[label] for label in sorted(by_label)))
+    return [row for cycle in cycles for row in cycle if row is not None][:count]
 
 
 def hold_out(rows: Sequence[Row], data: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
-    """A seeded split into training and test rows, ``train`` : ``test`` where both are set, else by ``test_fraction``.
+    """Split the rows into training and test rows with a seed.
 
-    A label that only the test rows would have gives its first row to training: chance refuses no site.
+    The ratio is ``train`` : ``test`` where both are set, otherwise ``test_fraction``. The first test row of a label
+    that training lacks is moved to training, so that no site is refused by chance.
     """
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     share = data.test / (data.train + data.test) if data.train and data.test else data.test_fraction
     cut = len(rows) - round(len(rows) * share)
-    seen, given = {rows[i].get("label") for i in order[:cut]}, []
+    seen, moved = {rows[i].get("label") for i in order[:cut]}, []
     for i in order[cut:]:
         if rows[i].get("label") not in seen:
             seen.add(rows[i].get("label"))
-            given.append(i)
-    return [rows[i] for i in given + order[:cut]], [rows[i] for i in order[cut:] if i not in given]
+            moved.append(i)
+    return [rows[i] for i in moved + order[:cut]], [rows[i] for i in order[cut:] if i not in moved]
 
 
 def select_numbered(rows: Iterable[tuple[int, Row]], data: DataSettings, site: str) -> list[tuple[int, Row]]:
-    """Rows in the form of their task, filtered by ``where`` and ``labels``, with their numbers in the source."""
-    wanted = dict(data.where or {})
-    kept = [(n, row) for n, row in rows if all(str(row.get(k)) == v for k, v in wanted.items())]
-    shaped = [(n, ROW_PARSERS[data.task](row, n, data, site)) for n, row in kept]
+    """Parse the rows for their task and filter them by ``where`` and ``labels``; keep their numbers in the source."""
+    where = dict(data.where or {})
+    matching = [(n, row) for n, row in rows if all(str(row.get(k)) == v for k, v in where.items())]
+    parsed = [(n, ROW_PARSERS[data.task](row, n, data, site)) for n, row in matching]
     if data.labels is not None and data.task == "classification":
-        shaped = [(n, row) for n, row in shaped if row["label"] in data.labels]
-    return shaped
+        parsed = [(n, row) for n, row in parsed if row["label"] in data.labels]
+    return parsed

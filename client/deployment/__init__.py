@@ -1,1 +1,1 @@
-"""Running a site: the trainer and the SuperNode."""
+"""The processes of a deployed site: trainer and SuperNode, their supervision, checks and status."""

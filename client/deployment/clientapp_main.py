@@ -1,7 +1,7 @@
-"""Flower's command ``flwr-clientapp``, which starts for every message, without what it imports and does not use.
+"""Flower's command ``flwr-clientapp``, which starts for every message, with a shorter start-up.
 
-See :func:`~.flower_compat.clientapp_command`. While everything is being imported, a garbage collector only walks
-through it again and again.
+It skips modules that a ClientApp does not use, see :func:`~.flower_compat.clientapp_command`. The garbage collector is
+disabled during the imports.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ PR_SET_NAME = 15
 
 
 def main() -> None:
-    """Runs the command with this process's arguments."""
-    if sys.platform == "linux":  # a zombie has nothing else by which to tell that it was a ClientApp
+    """Run the command with this process's arguments."""
+    if sys.platform == "linux":  # the name is all that identifies a zombie as a ClientApp
         ctypes.CDLL(None).prctl(PR_SET_NAME, CLIENT_APP.encode())
     gc.disable()
     flwr_clientapp = clientapp_command()
-    from .. import client_app  # noqa: F401  # what the bundle that Flower ships will import
+    from .. import client_app  # noqa: F401  # imported early; the app that Flower ships imports it
 
     gc.freeze()
     gc.enable()
     shorten_pull_backoff()
     flwr_clientapp()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,11 @@
-"""How a site stands, from its state folder and its services.
+"""The status of a site, from its state folder and its services.
 
-As JSON (``colora status site.toml --json``; keys are only ever added, times are seconds, unknown is null)::
+As JSON (``colora status site.toml --json``; keys are only added, never removed; times are seconds; unknown is null)::
 
     {"kind": "site", "version": 1, "folder": the state folder, "site", "coordinator",
-     "healthy": bool, "problems": [words],
+     "healthy": bool, "problems": [sentence],
      "federations": [{"federation", "round": of the newest state, "age": since it was written,
-                      "audit": null | the last line of the audit log as it stands there}],
+                      "audit": null | the last line of the audit log}],
      "services": [{"name", "address", "state": "serving" | "not serving" | "down"}],
      "processes": [{"name", "pid", "alive"}]}
 """
@@ -40,23 +40,23 @@ from ...common.processes.health import (
 from ..trainer_service.audit_log import FILE as AUDIT
 from ..trainer_service.client import TrainerClient
 
-TAIL = 1 << 20  # bytes of an audit log that hold its last line
+TAIL = 1 << 20  # bytes at the end of an audit log, enough for its last line
 STATES = "round-*.safetensors"
 
 
 @dataclass(frozen=True)
 class FederationStatus:
-    """A federation that the site takes part in: the round of its newest state, and the last thing that left."""
+    """A federation of the site: the round of its newest state, and the last audit entry."""
 
     federation: str
     round: int | None
-    age: float | None
+    age: float | None  # seconds
     audit: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
 class SiteStatus:
-    """How a site stands."""
+    """The status of a site."""
 
     folder: str
     site: str
@@ -70,102 +70,107 @@ class SiteStatus:
 
     @property
     def healthy(self) -> bool:
-        """Everything that was started is there and serves."""
+        """Whether all processes run and all services answer."""
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``--json`` prints."""
+        """Return the status as a JSON-compatible dictionary."""
         return {**dataclasses.asdict(self), "healthy": self.healthy}
 
 
 def site_file(path: Path) -> Path | None:
-    """The site file that a path means: itself, the one in a folder, or the one beside a state folder."""
+    """Return the site file for a path: the path itself, ``site.toml`` in it, or beside it if it is a state folder."""
     if path.is_file():
         return path
     beside = path.parent / "site.toml"
     if (path / "site.toml").is_file():
         return path / "site.toml"
-    mine = beside.is_file() and Path(load_site(beside).trainer.state) == path.resolve()
-    return beside if mine else None
+    is_state = beside.is_file() and Path(load_site(beside).trainer.state) == path.resolve()
+    return beside if is_state else None
 
 
 def site_status(path: Path, now: float | None = None) -> SiteStatus:
-    """Reads a site's state folder and asks its services. Raises ConfigError or StateError for bad input."""
+    """Read a site's state folder and query its services. ``now`` is in seconds since 1970.
+
+    Raises ConfigError for a bad site file, StateError for an unreadable ``services.json``.
+    """
     site, now = load_site(path), time.time() if now is None else now
     state = Path(site.trainer.state)
-    told = read_services(state)
-    services = tuple(_services(told, site)) if told else ()
-    processes = told.processes() if told else ()
-    problems = [] if told else ["not running: no command has been started for this site"]
+    record = read_services(state)
+    services = tuple(_services(record, site)) if record else ()
+    processes = record.processes() if record else ()
+    problems = [] if record else ["not running: colora client has not been started for this site"]
     problems += [f"{each.name} at {each.address} is {each.state}" for each in services if each.state != "serving"]
-    problems += [f"{each.name} (process {each.pid}) is gone" for each in processes if not each.alive]
+    problems += [f"{each.name} (process {each.pid}) has ended" for each in processes if not each.alive]
     return SiteStatus(
         folder=str(state),
         site=site.name,
         coordinator=site.coordinator.address if site.coordinator else None,
         problems=tuple(problems),
-        federations=tuple(_taking(folder, now) for folder in _federations(state)),
+        federations=tuple(_federation(folder, now) for folder in _federations(state)),
         services=services,
         processes=processes,
     )
 
 
 def show_site(status: SiteStatus, console: Console) -> None:
-    """A page for people."""
-    where = f", coordinator {status.coordinator}" if status.coordinator else ""
-    console.print(f"site {status.site}{where}; state in {status.folder}", highlight=False, markup=False, soft_wrap=True)
+    """Print the status as a page of text."""
+    coordinator = f", coordinator {status.coordinator}" if status.coordinator else ""
+    console.print(
+        f"site {status.site}{coordinator}; state in {status.folder}", highlight=False, markup=False, soft_wrap=True
+    )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("federation", "round", "written", "last left the site"):
-        table.add_column(name, no_wrap=name != "last left the site")
+    for name in ("federation", "round", "written", "last audit entry"):
+        table.add_column(name, no_wrap=name != "last audit entry")
     for each in status.federations:
-        table.add_row(each.federation, str(each.round or ""), format_age(each.age), sanitize(_in_words(each.audit)))
+        table.add_row(each.federation, str(each.round or ""), format_age(each.age), sanitize(_describe(each.audit)))
     if status.federations:
         console.print(table)
     show_services(status.services, status.processes, status.problems, console)
 
 
-def _services(told: ServiceRecord, site: SiteSettings) -> list[ServiceStatus]:
-    found = []
-    for name, address in told.addresses.items():
+def _services(record: ServiceRecord, site: SiteSettings) -> list[ServiceStatus]:
+    services = []
+    for name, address in record.addresses.items():
         if name == "trainer":
-            way = TrainerClient(site.name, connectable_address(address), site.trainer.link)
+            client = TrainerClient(site.name, connectable_address(address), site.trainer.link)
             try:
-                state = grpc_health(address, way.channel)
-            except ColoraError:  # no certificates for the way to it, as in the SuperNode's container without a trainer
+                state = grpc_health(address, client.channel)
+            except ColoraError:  # the certificates are missing, as in the trainer's own container
                 state = "down"
-            found.append(ServiceStatus(name, address, state))
+            services.append(ServiceStatus(name, address, state))
         elif name.endswith("_health"):
-            found.append(ServiceStatus(name.removesuffix("_health"), address, grpc_health(address)))
-    return found
+            services.append(ServiceStatus(name.removesuffix("_health"), address, grpc_health(address)))
+    return services
 
 
 def _federations(state: Path) -> list[Path]:
     return sorted(path for path in state.glob("*") if (path / AUDIT).is_file() or any(path.glob(STATES)))
 
 
-def _taking(folder: Path, now: float) -> FederationStatus:
+def _federation(folder: Path, now: float) -> FederationStatus:
     newest = max(folder.glob(STATES), default=None)
     number = int(newest.stem.removeprefix("round-")) if newest else None
     try:
         age = now - newest.stat().st_mtime if newest else None
-    except OSError:  # a newer one has taken its place just now
+    except OSError:  # deleted in this moment, after a newer state was written
         age = None
     return FederationStatus(folder.name, number, age, _last_line(folder / AUDIT))
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:
-    """The newest whole line; None where there is none."""
+    """Return the last complete line, or None if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL))
-            whole = file.read().rpartition(b"\n")[0]
-        return json.loads(whole.splitlines()[-1])
+            complete = file.read().rpartition(b"\n")[0]
+        return json.loads(complete.splitlines()[-1])
     except (OSError, ValueError, IndexError):
         return None
 
 
-def _in_words(line: dict[str, Any] | None) -> str:
+def _describe(line: dict[str, Any] | None) -> str:
     if line is None:
         return "nothing"
-    about = f" of round {line['round']}" if "round" in line else ""
-    return f"{line.get('kind')}{about}, {line.get('bytes')} bytes, {line.get('time')}"
+    round_text = f" of round {line['round']}" if "round" in line else ""
+    return f"{line.get('kind')}{round_text}, {line.get('bytes')} bytes, {line.get('time')}"

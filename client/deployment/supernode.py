@@ -1,4 +1,4 @@
-"""Flower's SuperNode as a site uses it: its command, what its log says, and how a dead one is signed off."""
+"""Flower's SuperNode at a site: its command line, the messages in its log, and its registration at the coordinator."""
 
 from __future__ import annotations
 
@@ -18,44 +18,48 @@ from ...common.processes.supervised import Command, SupervisedProcess, free_port
 from ..flower_compat import CLIENT_APP, deactivate_node
 from ..trainer_service.client import LINK, SITE, TRAINER
 
-POLLING = {TASK_POLL_INTERVAL: "0.25"}  # seconds between a message and its ClientApp
-COMMANDS = Path(__file__).with_name("bin")  # ours of Flower's names, which SuperNode's SuperExec finds first
+POLLING = {TASK_POLL_INTERVAL: "0.25"}  # seconds; how often SuperExec looks for a message to start a ClientApp for
+COMMANDS = Path(__file__).with_name("bin")  # replacements for Flower's commands; first on the SuperNode's PATH
+MAX_LOG_READ = 1 << 20  # bytes
 NODE_ID = re.compile(rb"SuperNode ID: (\d+)")
-RETRYING, HELD = b"Connection attempt failed", b"[code: 2004]"
-REASONS = (  # what SuperNode's log says, and what it means
+RETRYING, KEY_IN_USE = b"Connection attempt failed", b"[code: 2004]"
+REASONS = (  # a pattern in the SuperNode's log, and what it means
     (rb"key is not registered", "the coordinator does not know this site's key"),
-    (re.escape(HELD), "another client with this key is at work, or one that died is not forgotten yet (a minute)"),
+    (
+        re.escape(KEY_IN_USE),
+        "another client uses this key, or the coordinator has not yet dropped a client that died (up to a minute)",
+    ),
     (rb"CERTIFICATE_VERIFY_FAILED", "the coordinator's certificate is not signed by this site's CA"),
-    (rb"WRONG_VERSION_NUMBER|record layer failure", "the coordinator does not speak TLS at this address"),
+    (rb"WRONG_VERSION_NUMBER|record layer failure", "the coordinator does not use TLS at this address"),
     (rb"Unauthorized", "the coordinator does not accept this site's key"),
-    (rb"already in use", "a port of its own was taken"),
-    (rb"does not recognize this SuperNode", "the coordinator has forgotten it"),
+    (rb"already in use", "one of its ports was in use"),
+    (rb"does not recognize this SuperNode", "the coordinator no longer knows this SuperNode"),
 )
 
 
 @dataclass(frozen=True)
 class NodeLease:
-    """Which process holds the site's place at the coordinator."""
+    """The process that is registered at the coordinator as this site."""
 
-    node: int
+    node: int  # Flower's node id
     pid: int
-    began: float
+    began: float  # creation time of the process, seconds since 1970
     host: str
-    boot: str
+    boot: str  # the machine's boot id
 
 
 class SuperNode:
-    """A ``flower-supernode`` whose ClientApps find the trainer by their environment."""
+    """A ``flower-supernode`` process. Its ClientApps find the trainer through environment variables."""
 
     def __init__(self, site: SiteSettings, coordinator: CoordinatorSettings) -> None:
         state = Path(site.trainer.state)
         self.site, self.coordinator, self.home = site, coordinator, state / "flower"
-        self.log, self.record = state / "logs" / "supernode.log", state / "node.json"
+        self.log, self.lease_file = state / "logs" / "supernode.log", state / "node.json"
         self.child = SupervisedProcess(self._command())
-        self._read_from = 0
+        self._log_start = 0  # where the log of the current process begins, in bytes
 
     def _command(self) -> Command:
-        """With ports that are free now: of the last start's, one may be somebody else's."""
+        """Build the command with two free ports, new for every start because another process may have taken them."""
         self.port, self.health_port = free_port(), free_port()
         site, coordinator = self.site, self.coordinator
         arguments = ["--superlink", coordinator.address, "--port", str(self.port)]
@@ -64,125 +68,127 @@ class SuperNode:
             arguments += ["--insecure"]
         else:
             arguments += ["--root-certificates", coordinator.ca, "--auth-supernode-private-key", coordinator.key]
-        where = {TRAINER: site.trainer.listen, LINK: site.trainer.link, SITE: site.name}
-        environment = {**POLLING, **where, "FLWR_HOME": str(self.home)}
+        trainer = {TRAINER: site.trainer.listen, LINK: site.trainer.link, SITE: site.name}
+        environment = {**POLLING, **trainer, "FLWR_HOME": str(self.home)}
         command = (sys.executable, str(COMMANDS / "flower-supernode"), *arguments)
         return Command("supernode", command, self.log, environment, COMMANDS)
 
     def start(self) -> None:
-        """Starts it, after signing off the one before where that is surely dead."""
-        if (last := self._last()) and last.pid == self.child.pid and _dead(last) and HELD in self.log_text():
-            self.record.unlink()  # held, perhaps by another: better a minute's wait than to sign that one off
+        """Start the process. A dead process that is still registered is deactivated first."""
+        lease = self._read_lease()
+        if lease and lease.pid == self.child.pid and _is_dead(lease) and KEY_IN_USE in self.log_text():
+            # the key is in use, possibly by another client: wait for the coordinator's timeout, deactivate nothing
+            self.lease_file.unlink()
         node = self.deactivate_stale_node()
-        self._read_from = self.log.stat().st_size if self.log.exists() else 0
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
         self.child.command = self._command()
         self.child.start()
-        if node is not None:  # a key's number stays: known before this one is connected, as it may be killed by then
-            self._note(node)
+        if node is not None:  # a key keeps its node id; written now, as this process may die before it connects
+            self._write_lease(node)
 
     def stop(self, grace: float) -> None:
-        """Ends it; one that was connected and ended by itself has signed itself off."""
+        """Stop the process within ``grace`` seconds. One that exits by itself deactivates its node."""
         self.child.stop(grace)
         if self.child.ended_with(0) and NODE_ID.search(self.log_text()):
-            self.record.unlink(missing_ok=True)
+            self.lease_file.unlink(missing_ok=True)
 
     def stuck_reason(self) -> str:
-        """Keeps the record of who is there; says why it must be started again although it runs, or nothing."""
+        """Update the lease; return why the running process must be restarted, or an empty string."""
         if not self.child.running:
             return ""
-        last, found = self._last(), NODE_ID.search(self.log_text())
-        if found and (last is None or (last.node, last.pid) != (int(found[1]), self.child.pid)):
-            self._note(int(found[1]))
-        if self.child.crashed(CLIENT_APP):  # SuperNode would wait for it
+        lease, connection = self._read_lease(), NODE_ID.search(self.log_text())
+        if connection and (lease is None or (lease.node, lease.pid) != (int(connection[1]), self.child.pid)):
+            self._write_lease(int(connection[1]))
+        if self.child.crashed(CLIENT_APP):  # the SuperNode would wait for it
             return "a ClientApp was killed"
         return ""
 
     def log_text(self) -> bytes:
-        """What it wrote to its log since it was started."""
+        """Return what the current process has written to its log."""
         if not self.log.exists():
             return b""
         with self.log.open("rb") as file:
-            file.seek(self._read_from)
-            return file.read(1 << 20)
+            file.seek(self._log_start)
+            return file.read(MAX_LOG_READ)
 
     @property
     def connected(self) -> bool:
-        """Whether the coordinator has taken it in."""
+        """Whether the coordinator has accepted the connection."""
         return self.child.running and NODE_ID.search(self.log_text()) is not None
 
     @property
-    def trying(self) -> bool:
-        """Whether it has not come through to the coordinator and tries again, which it does without an end."""
+    def is_retrying(self) -> bool:
+        """Whether it cannot reach the coordinator and keeps trying."""
         return self.child.running and not self.connected and RETRYING in self.log_text()
 
     def connection_problem(self) -> str:
-        """What is in the way, as far as can be seen from here; empty where the coordinator answers as it should."""
+        """Return why the coordinator cannot be reached, as far as this side can see, or an empty string."""
         from .checks.credentials import check_coordinator
         from .checks.result import CheckFailed
 
         try:
             check_coordinator(self.coordinator)
-        except CheckFailed as wrong:
-            return str(wrong)
+        except CheckFailed as failure:
+            return str(failure)
         return ""
 
-    def reason(self) -> str:
-        """Why it ended, in words."""
-        said = self.log_text()
-        known = (words for pattern, words in REASONS if re.search(pattern, said))
+    def exit_reason(self) -> str:
+        """Return why the process ended, according to its log."""
+        log = self.log_text()
+        known = (meaning for pattern, meaning in REASONS if re.search(pattern, log))
         return next(known, f"see {self.log}")
 
     def deactivate_stale_node(self) -> int | None:
-        """Tells the coordinator that the recorded SuperNode is gone, so that the next one may come at once.
+        """Deactivate the recorded node at the coordinator, so that a new SuperNode can connect at once.
 
-        Without it the coordinator keeps the place for 60 s. Only for a process of this machine that is surely dead: of
-        any other one nobody here can know that. Returns the place's number where it is free now.
+        Without this the coordinator keeps the node for 60 s. Only a process of this machine that is known to be dead
+        is deactivated. Returns the node id when that succeeded.
         """
-        record = self._last()
-        if record is None or self.coordinator.insecure or not _dead(record):
+        lease = self._read_lease()
+        if lease is None or self.coordinator.insecure or not _is_dead(lease):
             return None
         try:
-            _deactivate(self.coordinator, record.node)
-        except Exception:  # whatever it is, the coordinator forgets the old one by itself after a while
+            _deactivate(self.coordinator, lease.node)
+        except Exception:  # of any kind: the coordinator drops the node by itself later
             return None
-        return record.node
+        return lease.node
 
-    def _note(self, node: int) -> None:
-        """Writes down that the process just started holds, or is about to hold, this place."""
+    def _write_lease(self, node: int) -> None:
+        """Record that the current process holds, or will soon hold, this node id."""
         try:
             began = psutil.Process(self.child.pid).create_time()
         except psutil.NoSuchProcess:
             return
-        record = NodeLease(node, self.child.pid or 0, began, socket.gethostname(), _boot())
-        write_atomically(self.record, json.dumps(asdict(record)).encode(), lasting=False)
+        lease = NodeLease(node, self.child.pid or 0, began, socket.gethostname(), _boot_id())
+        write_atomically(self.lease_file, json.dumps(asdict(lease)).encode(), lasting=False)
 
-    def _last(self) -> NodeLease | None:
+    def _read_lease(self) -> NodeLease | None:
         try:
-            return NodeLease(**json.loads(self.record.read_text()))
+            return NodeLease(**json.loads(self.lease_file.read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
 
-def _boot() -> str:
-    """This start of this machine; empty where it cannot be told."""
+def _boot_id() -> str:
+    """Return the id of the machine's current boot, or an empty string where it is unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
 
 
-def _dead(record: NodeLease) -> bool:
-    if record.host != socket.gethostname():
+def _is_dead(lease: NodeLease) -> bool:
+    """Whether the process is known to be dead. A process of another machine is not."""
+    if lease.host != socket.gethostname():
         return False
-    if record.boot != _boot():
+    if lease.boot != _boot_id():
         return True
     try:
-        process = psutil.Process(record.pid)
-        return process.create_time() != record.began or process.status() == psutil.STATUS_ZOMBIE
+        process = psutil.Process(lease.pid)
+        return process.create_time() != lease.began or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 
 
 def _deactivate(coordinator: CoordinatorSettings, node: int) -> None:
-    """Flower's own sign-off, signed by the site's key (no public API of Flower's does it)."""
     deactivate_node(coordinator.address, coordinator.ca, Path(coordinator.key), node)

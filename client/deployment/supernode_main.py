@@ -1,8 +1,8 @@
-"""Flower's command ``flower-supernode``, which ends when a part of it has ended.
+"""Flower's command ``flower-supernode``, changed so that it exits when one of its threads fails.
 
-Flower's own goes on for ever as a process that does nothing: its HTTP server keeps it alive when the main thread has
-failed, and without the thread of its heartbeats it is offline to the coordinator. Whoever keeps it alive sees nothing.
-It also asks sooner for what is on its way.
+Without this change the process stays alive and does no work: its HTTP server keeps running after the main thread has
+failed, and without the heartbeat thread the coordinator considers it offline. A supervisor could not see either. The
+command also polls sooner for the parts of an incoming message.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ..flower_compat import supernode_command
 
 
 def main() -> None:
-    """Runs the command with this process's arguments."""
+    """Run the command with this process's arguments."""
     flower_supernode = supernode_command()
-    threading.excepthook = _failed
+    threading.excepthook = _exit_on_failure
     shorten_pull_backoff()
-    code = 1  # it returns when it has lost its coordinator
+    code = 1  # the command returns when it has lost its coordinator
     try:
         flower_supernode()
     except SystemExit as end:
@@ -30,16 +30,20 @@ def main() -> None:
             print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
-    _end(code)
+    _exit(code)
 
 
-def _failed(failure: threading.ExceptHookArgs) -> None:
-    """Whichever thread it was: Flower would go on without it."""
+def _exit_on_failure(failure: threading.ExceptHookArgs) -> None:
+    """Exit when any thread fails. Flower would continue without it."""
     traceback.print_exception(failure.exc_type, failure.exc_value, failure.exc_traceback)
-    _end(1)
+    _exit(1)
 
 
-def _end(code: int) -> None:
+def _exit(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""``colora client``: a site's trainer and its SuperNode, kept alive until somebody stops them."""
+"""``colora client``: runs a site's trainer and SuperNode, and restarts them when they fail."""
 
 from __future__ import annotations
 
@@ -17,161 +17,180 @@ from ...common.processes.health import sanitize
 from ...common.processes.supervised import Command, Signals, SupervisedProcess, exclusive_lock, write_services
 from .supernode import SuperNode
 
-PULSE = 0.4  # seconds
-MOST = 1 << 20  # bytes of a log at a time
+POLL_INTERVAL = 0.4  # seconds
+MAX_LOG_READ = 1 << 20  # bytes of a log per poll
 UNIX = "unix:"
-BAD_INPUT, REFUSALS = 2, 3  # the trainer's exit code for bad input, and how often it may say so
-Component = Literal["trainer", "node"]
+BAD_INPUT = 2  # the trainer's exit code for bad input
+MAX_BAD_STARTS = 3  # consecutive exits with that code before the command gives up
+Component = Literal["trainer", "supernode"]
 Print = Callable[[str], None]
 
 
 def run_site(path: Path, log: Print, component: Component | None = None) -> None:
-    """Runs a site's two processes, or one of them, until SIGTERM or SIGINT. Raises ConfigError, StateError."""
+    """Run a site's two processes, or one of them, until SIGTERM or SIGINT.
+
+    Raises ConfigError or StateError for an unusable site file or state folder, TrainerRefused when the trainer cannot
+    start.
+    """
     site = load_site(path)
     state = Path(site.trainer.state)
-    with exclusive_lock(
-        state / ("client.lock" if component is None else f"client-{component}.lock"), f"client of site {site.name}"
-    ):
-        keepers: list[TrainerSupervisor | NodeSupervisor] = []
-        if component != "node":
-            keepers.append(TrainerSupervisor(path, site, log))
+    lock = state / ("client.lock" if component is None else f"client-{component}.lock")
+    with exclusive_lock(lock, f"client of site {site.name}"):
+        supervisors: list[TrainerSupervisor | NodeSupervisor] = []
+        if component != "supernode":
+            supervisors.append(TrainerSupervisor(path, site, log))
         if component != "trainer":
-            keepers.append(NodeSupervisor(site, log))
-        if component is None or site.trainer.listen.startswith(UNIX):  # a socket's two ends are one user's
-            log("trainer and SuperNode run as one user: code that the coordinator ships could read this site's files")
+            supervisors.append(NodeSupervisor(site, log))
+        if component is None or site.trainer.listen.startswith(UNIX):  # both ends of a socket belong to one user
+            log("trainer and SuperNode run as one user: code from the coordinator could read this site's files")
         signals = Signals()
         try:
             while not signals.count:
-                changed = [keeper.ensure_running() for keeper in keepers]
+                changed = [supervisor.ensure_running() for supervisor in supervisors]
                 if any(changed):
-                    _tell(state / "services.json", keepers)
-                time.sleep(PULSE)
+                    _write_services(state / "services.json", supervisors)
+                time.sleep(POLL_INTERVAL)
         finally:
-            for keeper in reversed(keepers):
-                keeper.stop()
+            for supervisor in reversed(supervisors):
+                supervisor.stop()
 
 
 class TrainerRefused(ColoraError, RuntimeError):
-    """The trainer ended with what is wrong as its last word."""
+    """The trainer rejected its site file or cannot use this machine. The text is the last line of its log."""
 
     def __init__(self, log: Path) -> None:
-        words = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-        super().__init__("trainer", "a site file that it can work with", words.removeprefix("colora: "))
+        line = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2].removeprefix("colora: ")
+        message = f"The trainer cannot start: {line}"
+        super().__init__("trainer", "a usable site file", line, message=message)
 
 
 class TrainerSupervisor:
-    """The resident trainer: started again whenever it is gone."""
+    """Keeps the trainer running."""
 
-    def __init__(self, path: Path, site: SiteSettings, say: Print) -> None:
-        log = Path(site.trainer.state) / "logs" / "trainer.log"
+    def __init__(self, path: Path, site: SiteSettings, log: Print) -> None:
+        log_file = Path(site.trainer.state) / "logs" / "trainer.log"
         command = (sys.executable, "-m", "colora.client.trainer_service.server", str(path.resolve()))
-        self.child, self.site, self.say = SupervisedProcess(Command("trainer", command, log)), site, say
-        self.refused = 0
-        self.refusals = LogTail(log, re.compile(rf"site {re.escape(site.name)}: .*\ballow\.[a-z_]+.*"))
+        self.child, self.site, self.log = SupervisedProcess(Command("trainer", command, log_file)), site, log
+        self.bad_starts = 0
+        self.refusals = LogTail(log_file, re.compile(rf"site {re.escape(site.name)}: .*\ballow\.[a-z_]+.*"))
 
     def ensure_running(self) -> bool:
-        """Starts it where it is due; True when it did. Says what the site's [allow] has refused."""
+        """Start the trainer when it is due; return whether it was started. Prints new refusals of ``[allow]``.
+
+        Raises TrainerRefused after ``MAX_BAD_STARTS`` exits because of bad input.
+        """
         for refusal in self.refusals.new():
-            self.say(sanitize(f"refused: {refusal}"))
+            self.log(sanitize(f"refused: {refusal}"))
         if not self.child.due:
             return False
-        self.refused = self.refused + 1 if self.child.ended_with(BAD_INPUT) else 0
-        if self.refused == REFUSALS:
+        self.bad_starts = self.bad_starts + 1 if self.child.ended_with(BAD_INPUT) else 0
+        if self.bad_starts == MAX_BAD_STARTS:
             raise TrainerRefused(self.child.command.log)
         if self.child.starts:
-            self.say(f"the trainer ended: starting it again (see {self.child.command.log})")
+            self.log(f"the trainer ended: restarting it (see {self.child.command.log})")
         self.child.start()
         return True
 
     def stop(self) -> None:
-        """Ends it; its state is safe at any moment."""
+        """Stop the trainer. Its state on disk is consistent at any moment."""
         self.child.stop(grace=5.0)
 
     def services(self) -> dict[str, object]:
-        """Where it listens."""
+        """Return the trainer's address, for ``services.json``."""
         return {"trainer": self.site.trainer.listen}
 
 
 class LogTail:
-    """What is said anew in a growing file, from now on: the parts of its lines that match, and none twice in a row."""
+    """Returns new matches in a growing log file, without consecutive duplicates. Starts at the current end."""
 
     def __init__(self, path: Path, pattern: re.Pattern[str]) -> None:
         self.path, self.pattern = path, pattern
-        self.place = path.stat().st_size if path.exists() else 0
+        self.position = path.stat().st_size if path.exists() else 0
         self.last = ""
 
     def new(self) -> list[str]:
-        """Since the last time; whole lines only."""
-        if not self.path.exists() or self.path.stat().st_size <= self.place:
+        """Return the matches in the complete lines written since the last call."""
+        if not self.path.exists() or self.path.stat().st_size <= self.position:
             return []
         with self.path.open("rb") as file:
-            file.seek(self.place)
-            text, end, _ = file.read(MOST).rpartition(b"\n")
-        self.place += len(text) + len(end)
-        found = []
+            file.seek(self.position)
+            text, end, _ = file.read(MAX_LOG_READ).rpartition(b"\n")
+        self.position += len(text) + len(end)
+        matches = []
         for line in text.decode(errors="replace").splitlines():
             match = self.pattern.search(line)
             if match and match[0] != self.last:
                 self.last = match[0]
-                found.append(match[0])
-        return found
+                matches.append(match[0])
+        return matches
 
 
 class NodeSupervisor:
-    """The SuperNode: started again whenever it is gone, or waits for what does not come."""
+    """Keeps the SuperNode running, and restarts it when it is stuck."""
 
-    def __init__(self, site: SiteSettings, say: Print) -> None:
+    def __init__(self, site: SiteSettings, log: Print) -> None:
         if site.coordinator is None:
-            raise ConfigError("coordinator", "a table [coordinator] with address, ca and key", "none", site=site.name)
-        self.node, self.site, self.say = SuperNode(site, site.coordinator), site, say
-        self.told = ""
-        self.connected = self.looked = False
+            raise ConfigError(
+                "coordinator",
+                "a table [coordinator] with address, ca and key",
+                "none",
+                site=site.name,
+                message="The site file has no table [coordinator].",
+                hint="Add one with address, ca and key.",
+            )
+        self.node, self.site, self.log = SuperNode(site, site.coordinator), site, log
+        self.last_message = ""
+        self.reported_connected = self.checked_connection = False
 
     @property
     def child(self) -> SupervisedProcess:
-        """Its process."""
+        """The SuperNode's process."""
         return self.node.child
 
     def ensure_running(self) -> bool:
-        """Starts it where it is due; True when it did."""
+        """Start the SuperNode when it is due; return whether it was started."""
         if self.child.running:
-            if why := self.node.stuck_reason():
-                self._tell(f"{why}: starting the SuperNode again")
-                self.child.kill()
-            elif self.node.connected and not self.connected:
-                self.connected = True
-                self._tell(f"site {self.site.name} is connected to {self.node.coordinator.address}")
-            elif self.node.trying and not self.looked:
-                self.looked = True
-                if obstacle := self.node.connection_problem():
-                    self._tell(f"no way to the coordinator: {obstacle}; trying again")
+            self._check_running()
             return False
-        if self.child.due:
-            if self.child.starts and not self.child.killed:
-                self._tell(f"the SuperNode ended: {self.node.reason()}; trying again")
-            self.connected = self.looked = False
-            self.node.start()
-            return True
-        return False
+        if not self.child.due:
+            return False
+        if self.child.starts and not self.child.killed:
+            self._report(f"the SuperNode ended: {self.node.exit_reason()}; restarting it")
+        self.reported_connected = self.checked_connection = False
+        self.node.start()
+        return True
+
+    def _check_running(self) -> None:
+        """Kill a stuck SuperNode; report a new connection or the reason why there is none."""
+        if reason := self.node.stuck_reason():
+            self._report(f"{reason}: restarting the SuperNode")
+            self.child.kill()
+        elif self.node.connected and not self.reported_connected:
+            self.reported_connected = True
+            self._report(f"site {self.site.name} is connected to {self.node.coordinator.address}")
+        elif self.node.is_retrying and not self.checked_connection:
+            self.checked_connection = True
+            if problem := self.node.connection_problem():
+                self._report(f"cannot reach the coordinator: {problem}; retrying")
 
     def stop(self) -> None:
-        """Ends it, which signs it off at the coordinator."""
+        """Stop the SuperNode, which deactivates it at the coordinator."""
         self.node.stop(grace=10.0)
 
     def services(self) -> dict[str, object]:
-        """Where its health service listens."""
-        return {"node_health": f"127.0.0.1:{self.node.health_port}"}
+        """Return the address of its health service, for ``services.json``."""
+        return {"supernode_health": f"127.0.0.1:{self.node.health_port}"}
 
-    def _tell(self, text: str) -> None:
-        """Says what is new, and a standing trouble once."""
-        if text != self.told:
-            self.told = text
-            self.say(text)
+    def _report(self, text: str) -> None:
+        """Print a message unless it repeats the last one."""
+        if text != self.last_message:
+            self.last_message = text
+            self.log(text)
 
 
-def _tell(path: Path, keepers: list[TrainerSupervisor | NodeSupervisor]) -> None:
+def _write_services(path: Path, supervisors: list[TrainerSupervisor | NodeSupervisor]) -> None:
     services: dict[str, object] = {}
-    for keeper in keepers:
-        services |= keeper.services()
-    pids = {"client": os.getpid(), **{keeper.child.command.name: keeper.child.pid for keeper in keepers}}
+    for supervisor in supervisors:
+        services |= supervisor.services()
+    pids = {"client": os.getpid(), **{each.child.command.name: each.child.pid for each in supervisors}}
     write_services(path, {**services, "pids": pids})

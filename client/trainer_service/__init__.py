@@ -1,1 +1,1 @@
-"""The trainer process, which serves gRPC to the ClientApp."""
+"""The trainer process, its gRPC service, and the ClientApp's client of it."""

@@ -1,4 +1,4 @@
-"""The audit log of a site: one JSON line for everything that leaves the trainer, on disk before it leaves."""
+"""The audit log of a site: one JSON line for everything that leaves the trainer, written to disk before it is sent."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ FILE = "audit.jsonl"
 
 
 class AuditLog:
-    """``audit.jsonl`` of one federation, written by one thread at a time.
+    """The ``audit.jsonl`` of one federation. One thread at a time may write to it.
 
-    Raises StateError when a line cannot be written: then nothing may leave.
+    Every method raises StateError when the line cannot be written. Nothing may be sent in that case.
     """
 
     def __init__(self, folder: Path, federation: str) -> None:
         self.path, self.federation = folder / FILE, federation
 
-    def description(self, description: SiteInfo) -> int:
-        """Notes a description; returns its bytes."""
-        size = len(json.dumps(dataclasses.asdict(description)))
-        return self._note("description", {"bytes": size})
+    def site_info(self, info: SiteInfo) -> int:
+        """Record a site description; return its size in bytes."""
+        size = len(json.dumps(dataclasses.asdict(info)))
+        return self._record("description", {"bytes": size})
 
-    def reply(self, reply: TrainReply, order: TrainRequest, *, replayed: bool) -> int:
-        """Notes a reply, array by array; returns its bytes (arrays, and metrics by name)."""
-        arrays = arrays_of(reply.shared)
+    def reply(self, reply: TrainReply, request: TrainRequest, *, replayed: bool) -> int:
+        """Record a reply with each of its arrays; return its size in bytes (arrays and named metrics)."""
+        arrays = describe_arrays(reply.shared)
         size = sum(each["bytes"] for each in arrays) + sum(len(name) + 8 for name in reply.metrics)
-        about = {"round": reply.round, "phase": order.kind, "key": reply.key, "replayed": replayed}
-        return self._note("reply", {**about, "arrays": arrays, "metrics": sorted(reply.metrics), "bytes": size})
+        context = {"round": reply.round, "phase": request.kind, "key": reply.key, "replayed": replayed}
+        return self._record("reply", {**context, "arrays": arrays, "metrics": sorted(reply.metrics), "bytes": size})
 
     def error(self, public: str) -> int:
-        """Notes what the other side is told of an error."""
-        return self._note("error", {"text": public, "bytes": len(public.encode())})
+        """Record the public text of an error; return its size in bytes."""
+        return self._record("error", {"text": public, "bytes": len(public.encode())})
 
-    def _note(self, kind: str, what: Mapping[str, Any]) -> int:
+    def _record(self, kind: str, fields: Mapping[str, Any]) -> int:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = {"time": time, "federation": self.federation, "kind": kind, **what}
+        line = {"time": time, "federation": self.federation, "kind": kind, **fields}
         _append(self.path, json.dumps(line))
-        return what["bytes"]
+        return fields["bytes"]
 
 
-def arrays_of(arrays: Arrays) -> list[dict[str, Any]]:
-    """Name, shape, type, bytes, L2 norm and SHA-256 of the bytes of each array."""
-    found = []
+def describe_arrays(arrays: Arrays) -> list[dict[str, Any]]:
+    """Return the name, shape, dtype, size in bytes, L2 norm and SHA-256 of each array."""
+    entries = []
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         flat = array.ravel()
         norm = math.sqrt(float(np.einsum("i,i->", flat, flat, dtype=np.float64)))  # without a copy in float64
-        found.append(
+        entries.append(
             {
                 "name": name,
                 "shape": list(array.shape),
@@ -69,21 +69,21 @@ def arrays_of(arrays: Arrays) -> list[dict[str, Any]]:
                 "sha256": hashlib.sha256(array.data).hexdigest(),
             }
         )
-    return found
+    return entries
 
 
 def _append(path: Path, line: str) -> None:
-    """A whole line at the end of the file, on disk, or none."""
+    """Append one complete line and sync it to disk, or leave the file unchanged."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             size = os.fstat(handle).st_size
-            torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"  # the process died while it wrote
-            data = f"{chr(10) if torn else ''}{line}\n".encode()
+            is_torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"  # the process died during a write
+            data = f"{chr(10) if is_torn else ''}{line}\n".encode()
             try:
                 if os.write(handle, data) != len(data):
-                    raise OSError("no room")
+                    raise OSError("no space left")
                 os.fsync(handle)
             except OSError:
                 os.ftruncate(handle, size)
@@ -91,4 +91,10 @@ def _append(path: Path, line: str) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        raise StateError(FILE, f"room and permission to write {path}", error.strerror or error) from error
+        raise StateError(
+            FILE,
+            f"space and permission to write {path}",
+            error.strerror or error,
+            message=f"Cannot write the audit log {path}: {error.strerror or error}.",
+            hint="Nothing is sent without an audit entry: free disk space or correct the permissions.",
+        ) from error

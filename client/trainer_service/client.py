@@ -1,6 +1,6 @@
-"""The thin ClientApp's connection to the site's resident trainer: no torch, no transformers, no Flower.
+"""The ClientApp's gRPC client of the site's trainer. Imports neither torch nor transformers nor Flower.
 
-An order is idempotent, so when the trainer dies the connection waits for the next one and asks again.
+Training requests are idempotent, so the client repeats a call when the trainer restarts.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ import grpc
 
 from ...common.errors import ColoraError, ConfigError, StateError
 from ...common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest
-from . import serde as parts
-from .proto import trainer_pb2 as wire
+from . import serde
+from .proto import trainer_pb2 as pb
 from .proto import trainer_pb2_grpc
 
 logger = logging.getLogger("colora.site")
-TRAINER, LINK, SITE = "COLORA_TRAINER", "COLORA_LINK", "COLORA_SITE"
-PATIENCE = 300.0  # seconds without a sign of the trainer
-DEATHS = 10  # of the trainer under one order: more is a fault that no restart mends
-SILENCE = 60.0  # seconds after which a call that fails was one with a trainer: connecting fails sooner
-SHORTEST, LONGEST = 0.2, 2.0  # seconds between two tries
-OURS = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ABORTED)  # gRPC itself ends no call with them
-NAME_ON_CERTIFICATE = "trainer"  # whatever the container is called: the link's authority is the site's own
+TRAINER, LINK, SITE = "COLORA_TRAINER", "COLORA_LINK", "COLORA_SITE"  # environment variables, see connect
+PATIENCE = 300.0  # seconds without a sign of life from the trainer before a call fails
+MAX_CRASHES = 10  # of the trainer during one call; more indicate a fault that no restart repairs
+CONNECT_TIMEOUT = 60.0  # seconds; a call that fails later than this had reached a trainer
+MIN_PAUSE, MAX_PAUSE = 0.2, 2.0  # seconds between two attempts
+TRAINER_CODES = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ABORTED)  # gRPC itself never uses these two
+CERTIFICATE_NAME = "trainer"  # in the trainer's certificate, whatever its host is called
+LINK_FILES = ("ca.crt", "node.crt", "node.key")  # in the link folder: the client side of the mutual TLS
 OPTIONS = [
-    *parts.OPTIONS,
+    *serde.OPTIONS,
     ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # a new channel tries at once, whatever the last one met
+    ("grpc.use_local_subchannel_pool", 1),  # a new channel connects at once, without the backoff of earlier channels
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -41,114 +42,153 @@ T = TypeVar("T")
 
 
 class TrainerError(ColoraError):
-    """The trainer answered with an error; ``found`` is its public text, the rest is in the trainer's own log."""
+    """The trainer returned an error. ``found`` is its public text; the details are in the trainer's log."""
 
     def public(self) -> str:
-        """What the trainer said, which is fit for the coordinator."""
+        """Return the trainer's public text, which may be sent to the coordinator."""
         return self.found
 
 
 @dataclass
 class TrainerClient:
-    """A site behind gRPC: ``unix:PATH``, or ``HOST:PORT`` with the certificates in ``link``."""
+    """A site whose trainer listens at ``unix:PATH``, or at ``HOST:PORT`` with the certificates in ``link``."""
 
     name: str
     address: str
     link: str = ""
-    patience: float = PATIENCE
+    patience: float = PATIENCE  # seconds
 
     def site_info(self, federation: str, plan: str) -> SiteInfo:
-        """Introduces the site. Raises TrainerError, or StateError when no trainer is there."""
-        request = wire.DescribeRequest(federation=federation, plan=plan, protocol=PROTOCOL)
-        return self._ask(lambda stub, alive: parts.site_info_from(stub.Describe(request)))
+        """Return the site's description. Raises TrainerError, or StateError when no trainer answers."""
+        request = pb.SiteInfoRequest(federation=federation, plan=plan, protocol=PROTOCOL)
+        return self._call(lambda stub, alive: serde.site_info_from(stub.GetSiteInfo(request)))
 
-    def handle(self, order: TrainRequest) -> TrainReply:
-        """Answers an order, however long the training takes. Raises as :meth:`describe`."""
-        return self._ask(lambda stub, alive: self._train(stub, alive, order))
+    def handle(self, request: TrainRequest) -> TrainReply:
+        """Run a training request, however long it takes. Raises the errors of :meth:`site_info`."""
+        return self._call(lambda stub, alive: self._train(stub, alive, request))
 
-    def _train(self, stub: trainer_pb2_grpc.TrainerStub, alive: Callable[[], None], order: TrainRequest) -> TrainReply:
-        """The arrays of a reply are those of its order, at most."""
-        gathering = parts.ArrayAssembler({key: array.shape for key, array in order.shared.items()}, self.name)
+    def _train(
+        self, stub: trainer_pb2_grpc.TrainerStub, alive: Callable[[], None], request: TrainRequest
+    ) -> TrainReply:
+        """Send a request and assemble the reply, which may hold only the arrays that the request has."""
+        assembler = serde.ArrayAssembler({key: array.shape for key, array in request.shared.items()}, self.name)
         head = None
-        for part in stub.Train(parts.request_parts(order)):
+        for part in stub.Train(serde.request_parts(request)):
             alive()
             match part.WhichOneof("part"):
                 case "head":
                     head = part.head
                 case "chunk":
-                    gathering.add(part.chunk)
+                    assembler.add(part.chunk)
         if head is None:
-            raise StateError("trainer", "a reply", "the end of an answer without one", site=self.name)
-        return parts.reply_from(head, gathering.arrays())
+            raise StateError(
+                "trainer",
+                "a reply",
+                "an answer without one",
+                site=self.name,
+                message="The trainer ended the call without a reply.",
+            )
+        return serde.reply_from(head, assembler.arrays())
 
-    def _ask(self, call: Callable[[trainer_pb2_grpc.TrainerStub, Callable[[], None]], T]) -> T:
-        """One call, again and again while the trainer is away. ``alive`` notes a sign of life."""
-        absence = RetryState(self.patience)
+    def _call(self, call: Callable[[trainer_pb2_grpc.TrainerStub, Callable[[], None]], T]) -> T:
+        """Make a call, and repeat it while the trainer is unavailable. The call reports signs of life to ``alive``."""
+        retry = RetryState(self.patience)
         while True:
-            absence.begin()
+            retry.begin()
             try:
                 with self.channel() as channel:
-                    return call(trainer_pb2_grpc.TrainerStub(channel), absence.alive)
+                    return call(trainer_pb2_grpc.TrainerStub(channel), retry.alive)
             except grpc.RpcError as error:
-                code, said = error.code(), error.details() or ""  # type: ignore[attr-defined]
-            if code in OURS:
-                raise TrainerError("trainer", "an answer", said, site=self.name)
+                code, details = error.code(), error.details() or ""  # type: ignore[attr-defined]
+            if code in TRAINER_CODES:
+                message = f"The trainer returned an error: {details}."
+                hint = "See the trainer's log."
+                raise TrainerError("trainer", "a reply", details, site=self.name, message=message, hint=hint)
             if code is not grpc.StatusCode.UNAVAILABLE:
-                logger.error("the trainer's call ended with %s: %s", code.name, said)
-                raise TrainerError("trainer", "an answer", code.name, site=self.name)
-            pause = absence.pause()
+                logger.error("the call to the trainer failed with %s: %s", code.name, details)
+                message = f"The call to the trainer failed with {code.name}."
+                raise TrainerError("trainer", "a reply", code.name, site=self.name, message=message)
+            pause = retry.pause()
             if pause is None:
-                logger.error("no trainer at %s: %s", self.address, said)
-                wanted = f"a sign of it within {self.patience:g} s, and no more than {DEATHS} deaths in one order"
-                raise StateError("trainer", wanted, f"{absence.deaths} deaths", site=self.name)
+                logger.error("no trainer at %s: %s", self.address, details)
+                raise self._unavailable(retry.crashes)
             time.sleep(pause)
 
+    def _unavailable(self, crashes: int) -> StateError:
+        if crashes > MAX_CRASHES:
+            message = f"The trainer stopped {crashes} times during one call."
+        else:
+            message = f"The trainer did not answer within {self.patience:g} s."
+        return StateError(
+            "trainer",
+            f"an answer within {self.patience:g} s, and at most {MAX_CRASHES} crashes during one call",
+            f"{crashes} crashes",
+            site=self.name,
+            message=message,
+            hint="See the trainer's log.",
+        )
+
     def channel(self) -> grpc.Channel:
-        """The way to the trainer. Raises ConfigError when the certificates for it are not there."""
-        target = parts.target_of(self.address)
-        if self.address.startswith(parts.UNIX):
+        """Open a channel to the trainer. Raises ConfigError when its certificates are missing."""
+        target = serde.target_of(self.address)
+        if self.address.startswith(serde.UNIX):
             return grpc.insecure_channel(target, OPTIONS)
         link = Path(self.link)
         try:
-            ca, certificate, key = ((link / name).read_bytes() for name in ("ca.crt", "node.crt", "node.key"))
+            ca, certificate, key = ((link / name).read_bytes() for name in LINK_FILES)
         except OSError as error:
-            wanted = f"a folder with ca.crt, node.crt and node.key in {LINK}"
-            raise ConfigError("trainer.link", wanted, f"{error.filename} ({error.strerror})", site=self.name) from None
-        named = ("grpc.ssl_target_name_override", NAME_ON_CERTIFICATE)
-        return grpc.secure_channel(target, grpc.ssl_channel_credentials(ca, key, certificate), [*OPTIONS, named])
+            raise ConfigError(
+                "trainer.link",
+                f"a folder with {', '.join(LINK_FILES)}",
+                f"{error.filename} ({error.strerror})",
+                site=self.name,
+                message=f"Cannot read the certificate file {error.filename}: {error.strerror}.",
+                hint=f"{LINK} must name a folder with {', '.join(LINK_FILES)}.",
+            ) from None
+        name_override = ("grpc.ssl_target_name_override", CERTIFICATE_NAME)
+        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+        return grpc.secure_channel(target, credentials, [*OPTIONS, name_override])
 
 
 class RetryState:
-    """How long the trainer has been away, and how often it died under one order."""
+    """Counts how long the trainer has been unavailable, and how often it crashed during one call."""
 
     def __init__(self, patience: float) -> None:
-        self.patience, self.deaths, self.tries = patience, 0, 0
-        self.lived, self.began, self.since = False, 0.0, time.monotonic()
+        self.patience, self.crashes, self.attempts = patience, 0, 0
+        self.reached, self.began, self.unavailable_since = False, 0.0, time.monotonic()
 
     def begin(self) -> None:
-        self.lived, self.began = False, time.monotonic()
+        """Start an attempt."""
+        self.reached, self.began = False, time.monotonic()
 
     def alive(self) -> None:
-        self.lived = True
+        """Record that this attempt reached a trainer."""
+        self.reached = True
 
     def pause(self) -> float | None:
-        """Seconds until the next try; None when it is time to give up."""
+        """Return the seconds until the next attempt, or None when there should be no further one."""
         now = time.monotonic()
-        if self.lived or now - self.began > SILENCE:
-            self.deaths, self.tries, self.since = self.deaths + 1, 0, now
-        if now - self.since > self.patience or self.deaths > DEATHS:
+        if self.reached or now - self.began > CONNECT_TIMEOUT:
+            self.crashes, self.attempts, self.unavailable_since = self.crashes + 1, 0, now
+        if now - self.unavailable_since > self.patience or self.crashes > MAX_CRASHES:
             return None
-        self.tries += 1
-        return min(SHORTEST * 2 ** (self.tries - 1), LONGEST)
+        self.attempts += 1
+        return min(MIN_PAUSE * 2 ** (self.attempts - 1), MAX_PAUSE)
 
 
 def connect(context: object = None) -> TrainerClient:
-    """The connection that the environment names. Raises ConfigError when it names none.
+    """Return a client of the trainer that the environment names. Raises ConfigError when a variable is missing.
 
     ``COLORA_TRAINER`` is ``unix:PATH`` or ``HOST:PORT``, ``COLORA_LINK`` the folder with this side's certificates, and
     ``COLORA_SITE`` the site's name.
     """
     for variable in (TRAINER, SITE):
         if not os.environ.get(variable):
-            raise ConfigError(variable, "set in the environment of the SuperNode", "nothing")
+            raise ConfigError(
+                variable,
+                "a value in the environment of the SuperNode",
+                "nothing",
+                message=f"The environment variable {variable} is not set.",
+                hint="colora client sets it for the SuperNode that it starts.",
+            )
     return TrainerClient(os.environ[SITE], os.environ[TRAINER], os.environ.get(LINK, ""))

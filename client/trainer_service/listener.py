@@ -1,4 +1,4 @@
-"""Where the trainer listens, and who may come in: a private Unix socket, or TCP with TLS on both sides."""
+"""The trainer's listening address: a private Unix socket, or TCP with mutual TLS."""
 
 from __future__ import annotations
 
@@ -17,96 +17,154 @@ from ...common.errors import ColoraError, ConfigError, StateError
 from ...common.processes.supervised import exclusive_lock
 from .serde import UNIX, target_of
 
-LONGEST = 100  # bytes of a socket's path; the system's limit is 107
+MAX_SOCKET_PATH = 100  # bytes; the system's limit is 107
 LOCK = "trainer.lock"
+LINK_FILES = ("ca.crt", "trainer.crt", "trainer.key")  # in the link folder: the server side of the mutual TLS
 
 
 @contextmanager
 def exclusive_state_dir(state: Path) -> Iterator[None]:
-    """Holds the state folder, which is this user's only, for this process. Raises StateError when another has it."""
+    """Create the state folder with mode 0700 and lock it for this process.
+
+    Raises StateError when another process holds the lock, or when the folder cannot be created.
+    """
     try:
         state.mkdir(parents=True, exist_ok=True)
         state.chmod(0o700)
     except OSError as error:
-        raise StateError("trainer.state", "a folder of this user", f"{state} ({error.strerror})") from None
+        raise StateError(
+            "trainer.state",
+            "a folder owned by this user",
+            f"{state} ({error.strerror})",
+            message=f"Cannot create {state} or change its mode: {error.strerror}.",
+            hint="trainer.state must name a folder that this user owns or can create.",
+        ) from None
     with exclusive_lock(state / LOCK, "trainer"):
         yield
 
 
 def listen(server: grpc.aio.Server, settings: TrainerSettings) -> str:
-    """Opens the door that the site file names and returns its address. Raises ConfigError or StateError."""
+    """Bind the server to the site file's ``trainer.listen`` and return the address.
+
+    Raises ConfigError for an invalid address, StateError when it cannot be bound.
+    """
     try:
         if settings.listen.startswith(UNIX):
-            return _listen_here(server, settings)
+            return _listen_on_socket(server, settings)
         host, _, port = settings.listen.rpartition(":")
         if not host or not port.isdecimal():
             raise ConfigError("trainer.listen", "unix:PATH or HOST:PORT", repr(settings.listen))
-        return f"{host}:{server.add_secure_port(settings.listen, _both_sides(Path(settings.link)))}"
+        return f"{host}:{server.add_secure_port(settings.listen, _mutual_tls(Path(settings.link)))}"
     except RuntimeError as error:
         if isinstance(error, ColoraError):
             raise
-        raise StateError("trainer.listen", "an address that can be listened at", settings.listen) from None
+        raise StateError(
+            "trainer.listen",
+            "an address that this machine has and that is free",
+            settings.listen,
+            message=f"The trainer cannot listen on {settings.listen}.",
+            hint="Choose an address of this machine and a free port.",
+        ) from None
 
 
 def remove_socket(settings: TrainerSettings) -> None:
-    """Takes the socket away, if there is one."""
+    """Delete the Unix socket, if there is one."""
     if settings.listen.startswith(UNIX):
         Path(settings.listen.removeprefix(UNIX)).unlink(missing_ok=True)
 
 
-def _listen_here(server: grpc.aio.Server, settings: TrainerSettings) -> str:
+def _listen_on_socket(server: grpc.aio.Server, settings: TrainerSettings) -> str:
     path = Path(settings.listen.removeprefix(UNIX))
-    if len(os.fsencode(path)) > LONGEST:
-        raise ConfigError("trainer.listen", f"a socket path of at most {LONGEST} bytes", str(path))
-    _private(path.parent)
-    _clear(path)
-    old = os.umask(0o177)
+    length = len(os.fsencode(path))
+    if length > MAX_SOCKET_PATH:
+        raise ConfigError(
+            "trainer.listen",
+            f"a socket path of at most {MAX_SOCKET_PATH} bytes",
+            str(path),
+            message=f"The socket path {path} has {length} bytes; at most {MAX_SOCKET_PATH} are allowed.",
+            hint="Choose a shorter path in trainer.listen.",
+        )
+    _prepare_socket_folder(path.parent)
+    _remove_stale_socket(path)
+    umask = os.umask(0o177)
     try:
         server.add_insecure_port(target_of(settings.listen))
     finally:
-        os.umask(old)
+        os.umask(umask)
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode != 0o600:
-        raise StateError("trainer.listen", "a socket of mode 0600", f"{mode:04o} of {path}")
+        raise StateError(
+            "trainer.listen",
+            "a socket with mode 0600",
+            f"{mode:04o} of {path}",
+            message=f"The socket {path} has mode {mode:04o}, not 0600.",
+            hint="Choose a path on a file system that keeps modes.",
+        )
     return settings.listen
 
 
-def _private(folder: Path) -> None:
-    """The folder of a socket, made here or already this user's own and nobody else's."""
+def _prepare_socket_folder(folder: Path) -> None:
+    """Create the socket's folder, or check that this user owns it and no other user has access."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise StateError("trainer.listen", "a folder for the socket", f"{folder} ({error.strerror})") from None
-    found = folder.stat()
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        mode = f"{stat.S_IMODE(found.st_mode):04o}, user {found.st_uid}"
-        raise StateError("trainer.listen", "a socket folder of this user, mode 0700", f"{folder} ({mode})")
+        raise StateError(
+            "trainer.listen",
+            "a folder for the socket",
+            f"{folder} ({error.strerror})",
+            message=f"Cannot create the socket's folder {folder}: {error.strerror}.",
+        ) from None
+    status = folder.stat()
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid != os.geteuid() or mode & 0o077:
+        raise StateError(
+            "trainer.listen",
+            "a socket folder of this user with mode 0700",
+            f"{folder} (mode {mode:04o}, user {status.st_uid})",
+            message=f"Other users can access the socket's folder {folder} (mode {mode:04o}, user {status.st_uid}).",
+            hint="Choose a folder that this user owns, with mode 0700.",
+        )
 
 
-def _clear(path: Path) -> None:
-    """Removes the socket that a dead process left. Raises StateError when somebody listens, or it is no socket."""
+def _remove_stale_socket(path: Path) -> None:
+    """Delete the socket of a dead process.
+
+    Raises StateError when a process listens on it, or when the path is another kind of file.
+    """
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise StateError("trainer.listen", "a path for a socket", f"another kind of file, {path}")
+            raise StateError(
+                "trainer.listen",
+                "a path for a socket",
+                f"another kind of file, {path}",
+                message=f"{path} is not a socket.",
+                hint="Remove the file, or choose another path in trainer.listen.",
+            )
     except FileNotFoundError:
         return
-    with socket.socket(socket.AF_UNIX) as trial:
+    message, problem = f"Another process listens on {path}.", "a live process"
+    with socket.socket(socket.AF_UNIX) as probe:
         try:
-            trial.connect(str(path))
+            probe.connect(str(path))
         except ConnectionRefusedError:
             with suppress(FileNotFoundError):
                 path.unlink()
             return
         except OSError as error:
-            raise StateError("trainer.listen", "a free socket path", f"{path} ({error.strerror})") from None
-    raise StateError("trainer.listen", "a free socket path", f"a live process at {path}")
+            message, problem = f"Cannot connect to the socket {path}: {error.strerror}.", str(error.strerror)
+    raise StateError("trainer.listen", "a free socket path", f"{path} ({problem})", message=message)
 
 
-def _both_sides(link: Path) -> grpc.ServerCredentials:
-    """TLS with the site's own authority: the trainer shows its certificate, and asks for one."""
+def _mutual_tls(link: Path) -> grpc.ServerCredentials:
+    """Return TLS credentials of the site's own authority that require a client certificate of it."""
     try:
-        ca, certificate, key = ((link / name).read_bytes() for name in ("ca.crt", "trainer.crt", "trainer.key"))
+        ca, certificate, key = ((link / name).read_bytes() for name in LINK_FILES)
     except OSError as error:
-        wanted = "ca.crt, trainer.crt and trainer.key, as a trainer at HOST:PORT needs TLS on both sides"
-        raise StateError("trainer.link", wanted, f"{error.filename} ({error.strerror})") from None
+        raise StateError(
+            "trainer.link",
+            ", ".join(LINK_FILES),
+            f"{error.filename} ({error.strerror})",
+            message=f"Cannot read the certificate file {error.filename}: {error.strerror}.",
+            hint=f"A trainer on HOST:PORT needs a trainer.link folder with {', '.join(LINK_FILES)}.",
+        ) from None
     return grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=True)

@@ -1,8 +1,8 @@
-"""The resident trainer as a process: ``python -m colora.client.trainer_service.server SITE.toml``.
+"""The trainer process: ``python -m colora.client.trainer_service.server SITE.toml``.
 
-It holds the base model for its whole life and answers Describe and Train over gRPC. One thread does all work on the
-model, one piece after the other; a piece that has begun goes on when nobody waits for it any more, and who asks again
-finds the stored reply. Nothing leaves but descriptions, replies and the kinds of errors, each noted in the audit log.
+The process keeps the base model in memory and serves GetSiteInfo and Train over gRPC. One thread runs all jobs on the
+model, one at a time. A running job continues when its caller disconnects; a repeated request returns the stored reply.
+Only site descriptions, replies and error types leave the process, and each is recorded in the audit log.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from ...common.config.schema import Plan
 from ...common.config.site_schema import SiteSettings
 from ...common.errors import ColoraError, ConfigError, RefusedError
 from ...common.protocol.types import Arrays, TrainReply, TrainRequest
-from . import listener as door
-from . import serde as parts
+from . import listener, serde
 from .audit_log import AuditLog
-from .proto import trainer_pb2 as wire
+from .proto import trainer_pb2 as pb
 from .proto import trainer_pb2_grpc
 
 if TYPE_CHECKING:
@@ -42,18 +41,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("colora.trainer")
 SERVICE = "colora.trainer.v1.Trainer"
-BAD_INPUT = 2
-ORDERS = 4  # at once: one at work, the others wait for it
-CALLS = 64  # at once, health checks among them
-RECEIVING = 600.0  # seconds for an order to come in
-PROGRESS = 1.0  # seconds between two messages of progress
-ERROR_BYTES = 200  # of an error's public text, which travels in a header
-# gRPC itself never ends a call with one of these two, so the other side knows whose words it reads
+BAD_INPUT = 2  # exit code
+MAX_REQUESTS = 4  # training requests at a time: one runs, the others wait
+MAX_CALLS = 64  # calls at a time, including health checks
+RECEIVE_TIMEOUT = 600.0  # seconds to receive a request's head, and then its arrays
+PROGRESS = 1.0  # seconds between two progress messages
+MAX_ERROR_BYTES = 200  # of an error's public text, which gRPC sends in a header
+# gRPC itself never ends a call with one of these two, so the client can tell our errors from those of gRPC
 REFUSED, FAILED = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ABORTED
 OPTIONS = [
-    *parts.OPTIONS,
+    *serde.OPTIONS,
     ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # of a caller that waits for a long training
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # from a client that waits for a long training
 ]
 Context = grpc.aio.ServicerContext
 T = TypeVar("T")
@@ -62,116 +61,116 @@ END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A reply, and the steps that were taken for it; None for a stored one."""
+    """A reply, and the number of training steps; None for a stored reply."""
 
     reply: TrainReply
     steps: int | None
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
-    """The two calls. ``work`` is the one thread of the model, ``notes`` that of the audit log."""
+    """The gRPC service. ``model_thread`` runs every job on the model, ``audit_thread`` writes the audit log."""
 
-    def __init__(self, resident: TrainerSession, work: ThreadPoolExecutor) -> None:
-        self.resident, self.site, self.work = resident, resident.site, work
-        self.notes = ThreadPoolExecutor(1, "audit")
-        self.progress = wire.Progress()
-        self.orders = asyncio.Semaphore(ORDERS)
+    def __init__(self, session: TrainerSession, model_thread: ThreadPoolExecutor) -> None:
+        self.session, self.site, self.model_thread = session, session.site, model_thread
+        self.audit_thread = ThreadPoolExecutor(1, "audit")
+        self.progress = pb.Progress()
+        self.slots = asyncio.Semaphore(MAX_REQUESTS)
 
-    async def Describe(self, request: wire.DescribeRequest, context: Context) -> wire.Description:
-        """Introduces the site, ready to train by the plan."""
+    async def GetSiteInfo(self, request: pb.SiteInfoRequest, context: Context) -> pb.SiteInfo:
+        """Return the description of the site for a plan."""
         audit = None
         try:
-            parts.check_protocol(request.protocol)
+            serde.check_protocol(request.protocol)
             plan, audit = self._accept(request.federation, request.plan)
-            description = await _done(self.work.submit(lambda: self.resident.trainer(plan).site_info()))
-            await _done(self.notes.submit(audit.description, description))
-            return parts.site_info_message(description)
+            info = await _result(self.model_thread.submit(lambda: self.session.trainer(plan).site_info()))
+            await _result(self.audit_thread.submit(audit.site_info, info))
+            return serde.site_info_message(info)
         except Exception as error:
-            return await self._refuse(error, context, audit)
+            return await self._abort(error, context, audit)
 
     async def Train(self, request_iterator: object, context: Context) -> None:
-        """Answers an order: progress while it is worked on, then the reply."""
+        """Run a training request: send progress while it runs, then the reply."""
         try:
             await self._train(context)
         finally:
-            self.notes.submit(release_memory)  # beside the answer's end, not before it
+            self.audit_thread.submit(release_memory)  # in another thread, so that the call ends without delay
 
     async def _train(self, context: Context) -> None:
         audit = None
         try:
-            async with self.orders:
-                head = await self._head(context)
-                order = parts.request_from(head, {})
-                plan, audit = self._accept(order.federation, order.plan)
-                layout = await _done(self.work.submit(lambda: self.resident.trainer(plan).layout))
-                order = parts.request_from(head, await self._arrays(context, layout))
-                job = self.work.submit(self._answer, plan, order)
-                answer = await _done(job, lambda: context.write(wire.ReplyPart(progress=self.progress)))
-            reply = answer.reply
-            size = await _done(self.notes.submit(audit.reply, reply, order, replayed=answer.steps is None))
-            _log_reply(answer, size)
-            await context.write(wire.ReplyPart(head=parts.reply_head(reply)))
-            for chunk in parts.chunks(reply.shared):
-                await context.write(wire.ReplyPart(chunk=chunk))
+            async with self.slots:
+                head = await self._receive_head(context)
+                request = serde.request_from(head, {})
+                plan, audit = self._accept(request.federation, request.plan)
+                layout = await _result(self.model_thread.submit(lambda: self.session.trainer(plan).layout))
+                request = serde.request_from(head, await self._receive_arrays(context, layout))
+                job = self.model_thread.submit(self._run, plan, request)
+                result = await _result(job, lambda: context.write(pb.TrainReplyPart(progress=self.progress)))
+            reply, replayed = result.reply, result.steps is None
+            size = await _result(self.audit_thread.submit(audit.reply, reply, request, replayed=replayed))
+            _log_reply(result, size)
+            await context.write(pb.TrainReplyPart(head=serde.reply_head(reply)))
+            for chunk in serde.chunks(reply.shared):
+                await context.write(pb.TrainReplyPart(chunk=chunk))
         except Exception as error:
-            await self._refuse(error, context, audit)
+            await self._abort(error, context, audit)
 
     def _accept(self, federation: str, text: str) -> tuple[Plan, AuditLog]:
-        plan = self.resident.accept(federation, text)
-        return plan, AuditLog(self.resident.folder(plan), plan.name)
+        plan = self.session.accept(federation, text)
+        return plan, AuditLog(self.session.folder(plan), plan.name)
 
-    async def _head(self, context: Context) -> wire.OrderHead:
-        async with asyncio.timeout(RECEIVING):
+    async def _receive_head(self, context: Context) -> pb.TrainRequestHead:
+        async with asyncio.timeout(RECEIVE_TIMEOUT):
             part: Any = await context.read()
         if part is END or part.WhichOneof("part") != "head":
-            raise RefusedError("order", "its head first", "something else", site=self.site.name)
+            raise RefusedError("request", "the head first", "something else", site=self.site.name)
         return part.head
 
-    async def _arrays(self, context: Context, layout: Mapping[str, tuple[int, ...]]) -> Arrays:
-        gathering = parts.ArrayAssembler(layout, self.site.name)
-        async with asyncio.timeout(RECEIVING):
+    async def _receive_arrays(self, context: Context, layout: Mapping[str, tuple[int, ...]]) -> Arrays:
+        assembler = serde.ArrayAssembler(layout, self.site.name)
+        async with asyncio.timeout(RECEIVE_TIMEOUT):
             while (part := await context.read()) is not END:
                 if part.WhichOneof("part") != "chunk":
-                    raise RefusedError("order", "its arrays after its head", "something else", site=self.site.name)
-                gathering.add(part.chunk)
-        return gathering.arrays()
+                    raise RefusedError("request", "arrays after the head", "something else", site=self.site.name)
+                assembler.add(part.chunk)
+        return assembler.arrays()
 
-    def _answer(self, plan: Plan, order: TrainRequest) -> TrainResult:
-        """In the thread of the model."""
+    def _run(self, plan: Plan, request: TrainRequest) -> TrainResult:
+        """Run a request in the thread of the model."""
 
-        def watch(done: int, total: int) -> None:
-            self.progress = wire.Progress(step=done, total=total, phase=order.kind)
+        def on_step(done: int, total: int) -> None:
+            self.progress = pb.Progress(step=done, total=total, kind=request.kind)
 
-        watch(0, 0)
-        reply, replayed = self.resident.answer(plan, order, watch)
+        on_step(0, 0)
+        reply, replayed = self.session.answer(plan, request, on_step)
         return TrainResult(reply, None if replayed else self.progress.step)
 
-    async def _refuse(self, error: Exception, context: Context, audit: AuditLog | None) -> Any:
-        """What went wrong: in full in the log, by its kind only for the other side."""
+    async def _abort(self, error: Exception, context: Context, audit: AuditLog | None) -> Any:
+        """Log an error in full, and end the call with its public text."""
         _log_error(error)
         code = REFUSED if isinstance(error, ColoraError) else FAILED
         public = error.public() if isinstance(error, ColoraError) else type(error).__name__
-        public = public.encode(errors="replace")[:ERROR_BYTES].decode(errors="ignore")
+        public = public.encode(errors="replace")[:MAX_ERROR_BYTES].decode(errors="ignore")
         if audit is not None:
             try:
-                await _done(self.notes.submit(audit.error, public))
-            except ColoraError as unwritten:
-                _log_error(unwritten)
-                public = unwritten.public()
+                await _result(self.audit_thread.submit(audit.error, public))
+            except ColoraError as audit_error:
+                _log_error(audit_error)
+                public = audit_error.public()
         await context.abort(code, public)
 
 
-async def _done(job: Future[T], tell: Callable[[], Awaitable[None]] | None = None) -> T:
-    """The result of a job; ``tell`` is called while it lasts.
+async def _result(job: Future[T], send_progress: Callable[[], Awaitable[None]] | None = None) -> T:
+    """Wait for the result of a job; ``send_progress`` is called every ``PROGRESS`` seconds.
 
-    When the caller goes away a job that has not begun is dropped; one that has begun goes on.
+    When the caller disconnects, a job that has not begun is cancelled and a running job continues.
     """
     waiting = asyncio.wrap_future(job)
     try:
         while not waiting.done():
             await asyncio.wait({waiting}, timeout=PROGRESS)
-            if tell and not waiting.done():
-                await tell()
+            if send_progress and not waiting.done():
+                await send_progress()
     except BaseException:
         waiting.cancel()
         job.add_done_callback(_log_abandoned)
@@ -180,16 +179,16 @@ async def _done(job: Future[T], tell: Callable[[], Awaitable[None]] | None = Non
 
 
 def release_memory() -> None:
-    """Freed memory goes back to the system: glibc would keep up to 64 MiB of it for every thread."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    """Return freed memory to the system. glibc would keep up to 64 MiB of it per thread."""
+    with contextlib.suppress(OSError, AttributeError):  # with another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _log_reply(answer: TrainResult, size: int) -> None:
-    reply, loss = answer.reply, answer.reply.metrics.get("train.loss")
-    trained = "stored reply again" if answer.steps is None else f"{answer.steps} steps, {reply.seconds:.1f} s"
-    found = "" if loss is None else f"loss {loss:.4f}, "
-    logger.info("%s round %d: %s%s, %d bytes out", reply.federation, reply.round, found, trained, size)
+def _log_reply(result: TrainResult, size: int) -> None:
+    reply, loss = result.reply, result.reply.metrics.get("train.loss")
+    work = "stored reply" if result.steps is None else f"{result.steps} steps, {reply.seconds:.1f} s"
+    metrics = "" if loss is None else f"loss {loss:.4f}, "
+    logger.info("%s round %d: %s%s, %d bytes sent", reply.federation, reply.round, metrics, work, size)
 
 
 def _log_abandoned(job: Future[Any]) -> None:
@@ -197,68 +196,76 @@ def _log_abandoned(job: Future[Any]) -> None:
     if isinstance(error, Exception):
         _log_error(error)
     elif not job.cancelled():
-        logger.info("finished, and nobody waits for it any more")
+        logger.info("a job finished after its caller had disconnected")
 
 
 def _log_error(error: Exception) -> None:
     if isinstance(error, ColoraError):
         logger.error("%s", error)
     else:
-        logger.error("an unexpected error", exc_info=error)
+        logger.error("unexpected error", exc_info=error)
 
 
 def serve(site: SiteSettings) -> None:
-    """Serves a site until SIGTERM or SIGINT, which end the process at once, in the middle of a round too.
+    """Serve a site until SIGTERM or SIGINT, which end the process at once, even during a round.
 
-    Nothing is lost: the round is asked again. Raises ConfigError or StateError when it cannot begin.
+    The coordinator repeats an interrupted round. Raises ConfigError or StateError when the service cannot start.
     """
     os.umask(0o077)
-    with door.exclusive_state_dir(Path(site.trainer.state)):
+    with listener.exclusive_state_dir(Path(site.trainer.state)):
         asyncio.run(_serve(site))
 
 
 async def _serve(site: SiteSettings) -> None:
-    server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=CALLS)
-    address = door.listen(server, site.trainer)
+    server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+    address = listener.listen(server, site.trainer)
     try:
-        trainer_pb2_grpc.add_TrainerServicer_to_server(_service(site), server)
-        states = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        health_pb2_grpc.add_HealthServicer_to_server(states, server)
+        trainer_pb2_grpc.add_TrainerServicer_to_server(_create_servicer(site), server)
+        health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         for name in ("", SERVICE):
-            await states.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         await server.start()
-        logger.info("the trainer of site %s listens at %s", site.name, address)
+        logger.info("the trainer of site %s listens on %s", site.name, address)
         await stop.wait()
         logger.info("stopped")
     finally:
-        door.remove_socket(site.trainer)
+        listener.remove_socket(site.trainer)
     logging.shutdown()
-    os._exit(0)  # without waiting for the thread of the model
+    os._exit(0)  # does not wait for the model thread
 
 
-def _service(site: SiteSettings) -> TrainerServicer:
-    """The service with its one thread; what it imports takes seconds, a sixth more with the collector at work."""
+def _create_servicer(site: SiteSettings) -> TrainerServicer:
+    """Create the servicer and its model thread.
+
+    The imports take seconds, and a sixth longer with the garbage collector enabled.
+    """
     gc.disable()
     from .session import TrainerSession
 
     gc.freeze()
     gc.enable()
-    resident, work = TrainerSession(site), ThreadPoolExecutor(1, "model")
-    work.submit(resident.start).result()
-    return TrainerServicer(resident, work)
+    session, model_thread = TrainerSession(site), ThreadPoolExecutor(1, "model")
+    model_thread.submit(session.start).result()
+    return TrainerServicer(session, model_thread)
 
 
 def main(arguments: list[str]) -> int:
-    """The process: one line and code 2 where the site file or the machine is not as it must be."""
+    """Run the process. A bad site file or an unusable machine gives one line on stderr and exit code 2."""
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s")
-    for noisy in ("httpx", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for name in ("httpx", "transformers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         if len(arguments) != 1:
-            raise ConfigError("arguments", "one site file", " ".join(arguments) or "none")
+            raise ConfigError(
+                "arguments",
+                "one site file",
+                " ".join(arguments) or "none",
+                message=f"Expected one argument, a site file, and got {len(arguments)}.",
+            )
         serve(load_site(Path(arguments[0])))
     except ColoraError as error:
         print(f"colora: {error}", file=sys.stderr)

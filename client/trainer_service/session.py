@@ -1,4 +1,4 @@
-"""The base model for the life of the trainer process, and the site's trainer on it, by the plan at hand."""
+"""The trainer process's base model, and the site's trainer for the current plan."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from .policy import check_allowed
 
 
 class TrainerSession:
-    """One plan at a time: another plan takes the adapter off and puts its own on.
+    """Holds the trainer of one plan at a time. A new plan removes the adapter and attaches its own.
 
-    The base model is read again only when ``plan.model`` is another. All calls but :meth:`accept` come from one thread.
+    The base model is loaded again only when ``plan.model`` changes. All methods except :meth:`accept` must be called
+    from one thread.
     """
 
     def __init__(self, site: SiteSettings) -> None:
@@ -40,33 +41,41 @@ class TrainerSession:
         self._current: tuple[Plan, Trainer] | None = None
 
     def start(self) -> None:
-        """Threads and device as the site file says. Raises ConfigError when there is no such device."""
+        """Set the number of threads and check the device. Raises ConfigError when the device does not exist."""
         if self.site.trainer.threads:
             torch.set_num_threads(self.site.trainer.threads)
         try:
             resolve_device(self.site.trainer.device)
         except ModelError as error:
-            raise ConfigError("trainer.device", error.expected, error.found, site=self.site.name) from None
+            raise ConfigError(
+                "trainer.device",
+                error.expected,
+                error.found,
+                site=self.site.name,
+                message=f"trainer.device: this machine has no device {error.found}.",
+                hint="Use auto, cpu, cuda or cuda:N.",
+            ) from None
 
     def accept(self, federation: str, text: str) -> Plan:
-        """The plan of a message, if the site allows it, on the site's own device. Touches neither disk nor model.
+        """Parse and check the plan of a message, and apply the site's own settings. Uses neither disk nor model.
 
-        The federation's name becomes a folder's: it must be the plan's, whose form the settings check.
+        ``text`` is the plan as JSON. The federation becomes a folder name, so it must be the plan's name, whose form
+        the settings check. Raises ConfigError or RefusedError.
         """
         try:
             raw = json.loads(text)
         except (ValueError, RecursionError):
             raw = None
         if not isinstance(raw, dict):
-            raise RefusedError("plan", "settings as one JSON object", "something else", site=self.site.name)
+            raise RefusedError("plan", "one JSON object", "something else", site=self.site.name)
         plan = parse(Plan, raw)
         if federation != plan.name:
             raise RefusedError("federation", plan.name, federation[:80], site=self.site.name)
         check_allowed(plan, federation, self.site)
-        return self._of_this_site(plan)
+        return self._with_site_settings(plan)
 
-    def _of_this_site(self, plan: Plan) -> Plan:
-        """The plan on this site's device, in the precision and with the private adapter that the site chose."""
+    def _with_site_settings(self, plan: Plan) -> Plan:
+        """Return the plan with the device, precision, memory settings and private adapter that the site chose."""
         own = self.site.trainer
         checkpointing = own.gradient_checkpointing
         return dataclasses.replace(
@@ -81,39 +90,39 @@ class TrainerSession:
         )
 
     def folder(self, plan: Plan) -> Path:
-        """Where the site keeps what belongs to one federation."""
+        """Return the site's state folder for the plan's federation."""
         return Path(self.site.trainer.state) / plan.name
 
     def trainer(self, plan: Plan) -> Trainer:
-        """The site's trainer by ``plan``, which takes seconds to minutes where the plan is a new one."""
+        """Return the trainer for ``plan``. Building it for a new plan takes seconds to minutes."""
         if self._current is None or self._current[0] != plan:
-            self._current = None  # and the old bench goes before the new one comes
+            self._current = None  # frees the old model before the new one is built
             gc.collect()
-            rows, learns, prepared = self._rows(plan)
-            bench, store = attach_adapters(self._base_of(plan.model), plan), StateStore(self.folder(plan), plan.name)
-            self._current = plan, Trainer(bench, rows, store, trains=learns, artifacts=prepared)
+            rows, trains, artifacts = self._rows(plan)
+            model, store = attach_adapters(self._base_of(plan.model), plan), StateStore(self.folder(plan), plan.name)
+            self._current = plan, Trainer(model, rows, store, trains=trains, artifacts=artifacts)
         return self._current[1]
 
-    def answer(self, plan: Plan, order: TrainRequest, watch: StepCallback) -> tuple[TrainReply, bool]:
-        """The reply to an order, and whether it was stored before."""
+    def answer(self, plan: Plan, request: TrainRequest, on_step: StepCallback) -> tuple[TrainReply, bool]:
+        """Return the reply to a request, and whether it had been stored before."""
         trainer = self.trainer(plan)
-        stored = trainer.store.reply(order.round, order.key)
-        return (stored, True) if stored else (trainer.handle(order, self._limited(watch)), False)
+        stored = trainer.store.reply(request.round, request.key)
+        return (stored, True) if stored else (trainer.handle(request, self._time_limited(on_step)), False)
 
     def _rows(self, plan: Plan) -> tuple[SiteDataset, bool, TransferArtifacts | None]:
-        """The site's own, or written ones in a federation that moved to another base model; whether it learns;
-        and what it kept for the next move.
+        """Return the rows, whether the site trains on them, and its artifacts for the next transfer.
 
-        Where it kept nothing to write by, it does as its file says: it learns anew from its own rows (``afresh``),
-        tells only at the close what the adapter is worth on them (``evaluate``), or stays away by an error (``wait``).
+        The rows are the site's own, or generated ones in a federation that was transferred to another base model. A
+        site without artifacts for the transfer follows its ``on_unprepared``: ``retrain`` trains on its own rows,
+        ``evaluate`` only measures the final adapter on them, and ``wait`` raises an error.
         """
-        if plan.transfer.of is not None:
-            old = Path(self.site.trainer.state) / plan.transfer.of
+        if plan.transfer.source_federation is not None:
+            old = Path(self.site.trainer.state) / plan.transfer.source_federation
             if self.site.on_unprepared == "wait" or is_prepared(old):
-                self._base = None  # two base models need not be in memory
+                self._base = None  # frees the memory for the base models that the transfer loads
                 gc.collect()
-                rows, prepared = rows_on_new_base(plan, old, self.folder(plan) / "transfer")
-                return rows, True, prepared
+                rows, artifacts = rows_on_new_base(plan, old, self.folder(plan) / "transfer")
+                return rows, True, artifacts
             return load_site_rows(self.site, plan.seed), self.site.on_unprepared == "retrain", None
         return load_site_rows(self.site, plan.seed), True, None
 
@@ -126,16 +135,16 @@ class TrainerSession:
         detach(base.backbone)
         return base
 
-    def _limited(self, watch: StepCallback) -> StepCallback:
-        """``watch`` that ends a training which takes longer than the site allows."""
+    def _time_limited(self, on_step: StepCallback) -> StepCallback:
+        """Wrap ``on_step`` so that it raises RefusedError once the training exceeds ``allow.max_seconds``."""
         limit, began = self.site.allow.max_seconds, time.monotonic()
 
-        def limited(done: int, total: int) -> None:
+        def check_time(done: int, total: int) -> None:
             nonlocal began
             began = began if done else time.monotonic()
-            watch(done, total)
+            on_step(done, total)
             if limit is not None and time.monotonic() - began > limit:
-                found = f"more after {done} of {total} steps"
-                raise RefusedError("allow.max_seconds", f"at most {limit:g} s", found, site=self.site.name)
+                progress = f"more after {done} of {total} steps"
+                raise RefusedError("allow.max_seconds", f"at most {limit:g} s", progress, site=self.site.name)
 
-        return limited
+        return check_time

@@ -41,7 +41,7 @@ def with_base_model(recipe: Recipe, model: str) -> Recipe:
         recipe,
         name=f"{recipe.name[:30]}-on-{slug}",
         model=dataclasses.replace(recipe.model, source=model, revision=None),
-        transfer=dataclasses.replace(recipe.transfer, of=recipe.name),
+        transfer=dataclasses.replace(recipe.transfer, source_federation=recipe.name),
         simulation=dataclasses.replace(recipe.simulation, baseline=False),
     )
 

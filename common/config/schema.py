@@ -25,12 +25,21 @@ from .diagnostics import config_error
 from .field_types import STRICT, Count, Fraction, Name, Positive, PositiveFloat, Precision, Probability, Rate
 from .model_schema import AdapterSettings, MethodSettings, ModelSettings, Private, PrivateSettings
 from .training_schema import EvaluationSettings, PhaseSettings, TrainSettings
+from .transfer_schema import (
+    DiscriminatorSettings,
+    DistillationSettings,
+    TransferGeneratorSettings,
+    TransferSettings,
+)
 
 __all__ = [
     "STRICT",
     "AdapterSettings",
     "Count",
+    "CommunicationSettings",
     "DataSettings",
+    "DiscriminatorSettings",
+    "DistillationSettings",
     "EvaluationSettings",
     "Fraction",
     "MethodSettings",
@@ -45,10 +54,11 @@ __all__ = [
     "PrivateSettings",
     "Rate",
     "Recipe",
-    "ServerSettings",
     "SimulatedSiteSettings",
     "SimulationSettings",
     "TrainSettings",
+    "ServerSettings",
+    "TransferGeneratorSettings",
     "TransferSettings",
     "digest",
     "parse",
@@ -60,36 +70,11 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, config=STRICT)
-class TransferSettings:
-    """Trans-LoRA (arXiv 2405.17258): what a site prepares once it has trained, and how it moves to another base model.
+class CommunicationSettings:
+    """How coordinator and sites exchange shared arrays."""
 
-    ``generator`` names a causal model that writes texts and tells them from real ones where the base model is an
-    encoder; a model that generates does both itself.
-    """
-
-    prepare: bool = False  # after the last round, keep seeds and train discriminator and tuned writer (all personal)
-    of: Name | None = None  # a federation: its sites' models move to this plan's base model before round 1
-    seeds: Positive = 5  # examples that the site agrees to keep
-    about: str = ""  # what the discriminator's question calls the data; the federation's name when empty
-    generator: str | None = None
-    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")  # of the discriminator
-    rank: Positive = 8  # of discriminator and tuned writer
-    lr: Rate = 1e-3
-    steps: Positive = 60  # of the discriminator, half of each batch real and half written
-    filter: Literal["discriminator", "titok", "none"] = "discriminator"
-    writer: Literal["target", "source", "tuned"] = "target"  # of the texts, where both generate; tuned: the source's,
-    # with a LoRA that learnt the site's texts in preparation (it may repeat some of them)
-    writer_steps: Positive = 12  # of that LoRA, on all linear layers; two lists of ten texts each
-    writer_lr: Rate = 3e-3
-    samples: Positive | None = None  # texts wanted; as many as the site trained on when unset
-    calls: Positive = 200  # of the writer at most, each of ``batch`` prompts
-    batch: Positive = 8
-    max_new_tokens: Positive = 160  # of one prompt, which asks for as many texts as there are seeds
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_k: Count = 50  # the likeliest tokens, of which one is drawn; 0: all
-    top_p: Fraction = 1.0
-    distil_epochs: Positive = 20  # over the written texts
-    distil_lr: Rate = 1e-3
+    codec: Literal["safetensors", "fp16", "bf16"] = "safetensors"
+    """Encoding of the arrays. ``safetensors`` sends fp32, ``fp16`` and ``bf16`` send half the bytes."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -126,6 +111,9 @@ class Plan:
     transfer: TransferSettings = field(default_factory=TransferSettings)
     """Transfer to a new base model."""
 
+    communication: CommunicationSettings = field(default_factory=CommunicationSettings)
+    """How shared arrays travel."""
+
     def row(self) -> Method:
         """Return the row of the method table with this recipe's changes, and with the private adapter if any."""
         row = self.method.row()
@@ -134,7 +122,7 @@ class Plan:
     @property
     def probes_head(self) -> bool:
         """Whether a personal head is fitted to frozen features before its first optimizer step."""
-        asked = self.train.head_init or ("random" if self.transfer.of is None else "probe")
+        asked = self.train.head_init or ("random" if self.transfer.source_federation is None else "probe")
         return asked == "probe" and self.row().head is Role.PERSONAL
 
     @property
@@ -147,8 +135,16 @@ class Plan:
 class ServerSettings:
     """How the coordinator samples sites, admits and weights their replies, and updates the shared adapter."""
 
+    aggregator: Literal["mean", "median", "trimmed_mean"] = "mean"
+    """How the admitted updates are combined. ``mean`` is weighted and folds replies one by one; ``median`` and
+    ``trimmed_mean`` are coordinate-wise, unweighted, and hold all replies of a round."""
+
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """Fraction of the sites that ``trimmed_mean`` leaves out on each side: at least one site if three or more
+    replied."""
+
     optimizer: Literal["mean", "momentum", "adam", "yogi"] = "mean"
-    """Server optimizer, applied to the weighted mean of the replies."""
+    """Server optimizer, applied to what the aggregator returns."""
 
     lr: PositiveFloat | None = None
     """Learning rate of the server optimizer. Unset: 1.0 for ``mean`` and ``momentum``, 0.1 for ``adam``, 0.01 for

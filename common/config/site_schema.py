@@ -92,7 +92,7 @@ class AllowSettings:
     max_seeds: Count = 5
     """Maximum number of texts that the site keeps for a transfer to a new base model. 0 refuses the preparation."""
 
-    tuned_writer: bool = False
+    tuned_generator: bool = False
     """Whether the site may also keep a generator fine-tuned on its texts, which can repeat parts of them."""
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from .field_types import STRICT, Count, Group, Positive, Rate
+from .field_types import STRICT, Count, Group, Positive, PositiveFloat, Rate
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -84,6 +84,10 @@ class TrainSettings:
 
     max_grad_norm: Rate = 1.0
     """Maximum gradient norm, by clipping. 0 turns clipping off."""
+
+    max_update_norm: PositiveFloat | None = None
+    """Maximum Frobenius norm of a site's update over all shared arrays. The site scales longer updates down. Unset: no
+    limit."""
 
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     """Learning rate schedule over the optimizer steps of all rounds and the final steps."""

@@ -19,7 +19,8 @@ from ..dataset import EVAL_MODES, METRICS
 from ..errors import RefusedError
 
 PROTOCOL = 1  # version of these types; a site with another one is refused
-METRIC_NAMES = frozenset({"train.loss"} | {f"{kind}.{name}" for kind in EVAL_MODES for name in METRICS})
+UPDATE_SCALE = "update.scale"  # metric: the factor by which a site scaled its update before it sent it
+METRIC_NAMES = frozenset({"train.loss", UPDATE_SCALE} | {f"{mode}.{name}" for mode in EVAL_MODES for name in METRICS})
 Arrays = Mapping[str, np.ndarray]
 RequestKind = Literal["train", "finalize"]
 

@@ -1,4 +1,4 @@
-"""A site with a resident trainer, as real processes."""
+"""A site whose trainer runs as a real process."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import grpc
 import numpy as np
 import pytest
 
-from colora.client.trainer_service import serde as parts
+from colora.client.trainer_service import serde
 from colora.client.trainer_service.client import TrainerClient
-from colora.client.trainer_service.proto import trainer_pb2 as wire
+from colora.client.trainer_service.proto import trainer_pb2 as pb
 from colora.client.trainer_service.proto import trainer_pb2_grpc
 from colora.common.config.loader import load_site
 from colora.common.config.schema import AdapterSettings, MethodSettings, ModelSettings, Plan, TrainSettings, to_json
@@ -27,38 +27,38 @@ from tests.forked import Forked
 
 LETTERS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()  # noqa: SIM905
 SERVICE = "colora.client.trainer_service.server"
-OFTEN = "from colora.client.trainer_service import server; server.PROGRESS = 0.05"  # seconds between two messages
+FAST_PROGRESS = "from colora.client.trainer_service import server; server.PROGRESS = 0.05"  # seconds
 
 
 class TrainerProcess:
-    """``main`` of colora.client.trainer_service.server in a process of its own; what it prints is read as it comes."""
+    """``main`` of colora.client.trainer_service.server in its own process; its output is read continuously."""
 
     def __init__(self, site_file: Path, before: str = "") -> None:
-        """``before`` is code that runs in the process first."""
-        self.process = Forked(SERVICE, [site_file], f"{OFTEN}\n{before}", together=True)
+        """``before`` is code that the process runs first."""
+        self.process = Forked(SERVICE, [site_file], f"{FAST_PROGRESS}\n{before}", together=True)
         self.lines: list[str] = []
-        self.news = threading.Condition()
+        self.changed = threading.Condition()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
     def _read(self) -> None:
         for line in self.process.stdout:
-            with self.news:
+            with self.changed:
                 self.lines.append(line.rstrip("\n"))
-                self.news.notify_all()
-        with self.news:
+                self.changed.notify_all()
+        with self.changed:
             self.lines.append("END")
-            self.news.notify_all()
+            self.changed.notify_all()
 
     @property
     def log(self) -> str:
         return "\n".join(self.lines)
 
     def wait_for(self, text: str, seconds: float = 300.0) -> TrainerProcess:
-        """Until a line says so, or the process has ended."""
-        with self.news:
-            self.news.wait_for(lambda: any(text in line or line == "END" for line in self.lines), seconds)
-        assert text in self.log, f"nothing about {text!r} in:\n{self.log}"
+        """Wait until a line contains ``text``. Fails when the process ends first."""
+        with self.changed:
+            self.changed.wait_for(lambda: any(text in line or line == "END" for line in self.lines), seconds)
+        assert text in self.log, f"{text!r} is not in:\n{self.log}"
         return self
 
     def count(self, text: str) -> int:
@@ -74,8 +74,8 @@ class TrainerProcess:
 
 
 @dataclass
-class House:
-    """A site's folder and its plan; its trainers end with the test."""
+class SiteSetup:
+    """A site's folder, and the plans, requests and trainer processes of a test."""
 
     folder: Path
     model: Path
@@ -90,8 +90,10 @@ class House:
     def state(self) -> Path:
         return self.folder / "state"
 
-    def furnish(self, *extra: str, listen: str = "unix:state/trainer.sock", data: str = "", trainer: str = "") -> House:
-        """Writes the site file; ``extra`` lines come last."""
+    def configure(
+        self, *extra: str, listen: str = "unix:state/trainer.sock", data: str = "", trainer: str = ""
+    ) -> SiteSetup:
+        """Write the site file and the rows; ``extra`` lines are appended to the site file."""
         trainer = f'[trainer]\nlisten = "{listen}"\nthreads = 1\ndevice = "cpu"\n{trainer}\n'
         source = data or 'source = "rows.csv"\n'
         self.file.write_text(f'name = "{self.name}"\n[data]\n{source}{trainer}' + "\n".join(extra) + "\n")
@@ -100,15 +102,15 @@ class House:
         return self
 
     def start(self, before: str = "") -> TrainerProcess:
-        """A trainer that listens."""
+        """Start a trainer and wait until it listens."""
         self.running.append(TrainerProcess(self.file, before))
-        return self.running[-1].wait_for("listens at")
+        return self.running[-1].wait_for("listens on")
 
     @property
     def address(self) -> str:
         return load_site(self.file).trainer.listen
 
-    def connection(self, **changes: Any) -> TrainerClient:
+    def client(self, **changes: Any) -> TrainerClient:
         return TrainerClient(**{"name": self.name, "address": self.address, "link": "", **changes})
 
     def plan(self, name: str = "town", *, method: str = "colora", rounds: int = 4, **train: Any) -> Plan:
@@ -117,8 +119,8 @@ class House:
         model, row = ModelSettings(str(self.model), max_length=16), MethodSettings(method)
         return Plan(name, rounds, model, seed=3, adapter=adapter, method=row, train=settings)
 
-    def order(self, plan: Plan, t: int = 1, /, *, seed: int = 0, **changes: Any) -> TrainRequest:
-        """Round t of a plan with a shared adapter that does something."""
+    def request(self, plan: Plan, t: int = 1, /, *, seed: int = 0, **changes: Any) -> TrainRequest:
+        """Return the request for round t of a plan, with a shared adapter that changes the model's output."""
         from colora.common.adapters.initialization import initial_shared_state
 
         rng = np.random.default_rng(seed)
@@ -127,8 +129,8 @@ class House:
         values = {"round": t, "admitted_round": t - 1, "kind": "train", "evaluate": True, "shared": shared}
         return TrainRequest(**{**values, "federation": plan.name, "plan": to_json(plan), **changes})
 
-    def oracle(self, plan: Plan, *orders: TrainRequest) -> list[TrainReply]:
-        """What a Trainer in this process answers."""
+    def expected(self, plan: Plan, *requests: TrainRequest) -> list[TrainReply]:
+        """Return the replies of a Trainer in this process, which those of a trainer process must equal."""
         import torch
 
         from colora.client.data.selection import load_site_rows
@@ -140,28 +142,28 @@ class House:
         torch.set_num_threads(1)
         site = load_site(self.file)
         base = load_base_model(plan.model, generates=site.data.task == "generation")
-        store = StateStore(self.folder / "oracle" / plan.name, plan.name)
+        store = StateStore(self.folder / "expected" / plan.name, plan.name)
         trainer = Trainer(attach_adapters(base, plan), load_site_rows(site, plan.seed), store)
-        return [trainer.handle(order) for order in orders]
+        return [trainer.handle(request) for request in requests]
 
     def audit(self, federation: str = "town") -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.state / federation / "audit.jsonl").read_text().splitlines()]
 
     @contextmanager
-    def call(self, *sent: wire.OrderPart) -> Iterator[Any]:
-        """A bare call of Train, to say and see what the connection never would."""
+    def call(self, *sent: pb.TrainRequestPart) -> Iterator[Any]:
+        """Call Train with arbitrary messages, which TrainerClient would never send."""
         options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-        with grpc.insecure_channel(parts.target_of(self.address), options) as channel:
+        with grpc.insecure_channel(serde.target_of(self.address), options) as channel:
             yield trainer_pb2_grpc.TrainerStub(channel).Train(iter(sent))
 
     @staticmethod
-    def alike(one: TrainReply, other: TrainReply) -> bool:
-        """Bit for bit, but for the seconds that it took."""
+    def equal(one: TrainReply, other: TrainReply) -> bool:
+        """Whether two replies are equal bit for bit, except for the duration."""
         bits = [
             {key: (str(v.dtype), v.shape, v.tobytes()) for key, v in reply.shared.items()} for reply in (one, other)
         ]
-        told = [{**vars(reply), "shared": None, "seconds": None} for reply in (one, other)]
-        return bits[0] == bits[1] and told[0] == told[1]
+        fields = [{**vars(reply), "shared": None, "seconds": None} for reply in (one, other)]
+        return bits[0] == bits[1] and fields[0] == fields[1]
 
 
 @pytest.fixture(scope="session")
@@ -180,17 +182,17 @@ def wide_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture
-def house(tiny_bert: Path, tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path, tiny_bert)
+def site_setup(tiny_bert: Path, tmp_path: Path) -> Iterator[SiteSetup]:
+    made = SiteSetup(tmp_path, tiny_bert)
     yield made
     for trainer in made.running:
         trainer.end(signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
-def standing(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    """A house whose trainer runs for all tests; each test has a federation of its own."""
-    made = House(tmp_path_factory.mktemp("house"), tiny_bert).furnish()
+def running_site(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SiteSetup]:
+    """A site whose trainer runs for all tests; each test uses its own federation."""
+    made = SiteSetup(tmp_path_factory.mktemp("site_setup"), tiny_bert).configure()
     try:
         made.start()
         yield made

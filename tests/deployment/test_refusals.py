@@ -18,11 +18,11 @@ from typing import Any
 import httpx
 import pytest
 import tomli_w
-from tests.server.deployment.gateway.test_proxy import SECRET, SPELLINGS
 
 from colora.common.processes.supervised import free_port
 from colora.server.deployment.provisioning.provision import provision
 from tests.conftest import labelled_rows, write_lines
+from tests.server.deployment.gateway.test_proxy import SECRET, SPELLINGS
 
 from .conftest import COLORA, QUIET, Town
 

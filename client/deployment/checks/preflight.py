@@ -1,7 +1,7 @@
-"""``colora client SITE --check``: everything a site needs, looked at one by one; a page of plain findings.
+"""``colora client SITE.toml --check``: checks everything a site needs before it takes part.
 
-No finding depends on another's success further than it must, and none shows what a row says: counts, lengths, names of
-columns and of labels only.
+A failed check prevents no other check unless that one needs its result. No result shows the content of a row: only
+counts, lengths, column names and short label names are printed.
 """
 
 from __future__ import annotations
@@ -31,40 +31,42 @@ if TYPE_CHECKING:
 __all__ = ["preflight", "print_checks"]
 
 UNIX = "unix:"
-MOST_LABELS, LONGEST_LABEL, MOST_COLUMNS, LONGEST_COLUMN = 20, 40, 20, 30
-ENDLESS = 1 << 30  # tokens
-Check = tuple[str, Callable[[], str]]
-Component = Literal["trainer", "node"]
-PARTS: tuple[Component, ...] = ("trainer", "node")
-NO_MODEL = "not checked: no model named (--model SOURCE, or one entry in allow.models)"
-BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}  # of a weight
-INSECURE = "none needed: coordinator.insecure = true"
+MAX_LABELS, MAX_LABEL_LENGTH = 20, 40  # more or longer labels are counted, not shown
+MAX_COLUMNS, MAX_COLUMN_LENGTH = 20, 30  # more columns are left out, longer names are cut
+UNLIMITED = 1 << 30  # tokens
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}  # per weight
+NO_MODEL = "not checked: no model given (use --model SOURCE, or one entry in allow.models)"
+INSECURE = "not needed: coordinator.insecure is true"
+Check = tuple[str, Callable[[], str]]  # name, and a function that returns the detail or raises
+Component = Literal["trainer", "supernode"]
+COMPONENTS: tuple[Component, ...] = ("trainer", "supernode")
 
 
-def preflight(path: Path, model: str | None = None, only: Component | None = None) -> list[CheckResult]:
-    """All findings about a site file; ``only`` those that one of the site's two processes needs.
+def preflight(path: Path, model: str | None = None, component: Component | None = None) -> list[CheckResult]:
+    """Check a site file and everything it names.
 
-    ``model`` is the base model to look at; without it the only entry of ``allow.models``, if there is one.
+    ``component`` limits the checks to what one of the site's two processes needs. ``model`` is the base model to load;
+    the default is the entry of ``allow.models`` if there is exactly one.
     """
     try:
         site = load_site(path)
     except ColoraError as error:
         return [CheckResult("site file", False, str(error))]
     checks: list[Check] = [("site file", lambda: f"site {site.name}, {path}")]
-    if only != "node":
-        checks += TrainerSide(site, model).checks()
+    if component != "supernode":
+        checks += TrainerChecks(site, model).checks()
     if site.trainer.listen.startswith(UNIX):
         checks += [("socket", lambda: check_socket(Path(site.trainer.listen.removeprefix(UNIX))))]
     else:
-        parts = PARTS if only is None else (only,)
-        checks += [("link", lambda: check_link(Path(site.trainer.link), parts))]
-    if only != "trainer":
-        checks += _way_out(site)
-    return [_finding(name, check) for name, check in checks]
+        components = COMPONENTS if component is None else (component,)
+        checks += [("link", lambda: check_link(Path(site.trainer.link), components))]
+    if component != "trainer":
+        checks += _supernode_checks(site)
+    return [_run(name, check) for name, check in checks]
 
 
-class TrainerSide:
-    """What the process with the data and the model needs. The checks run in their order and keep what they found."""
+class TrainerChecks:
+    """Checks of what the trainer needs. They run in order, and later ones use the results of earlier ones."""
 
     def __init__(self, site: SiteSettings, model: str | None) -> None:
         models = site.allow.models or ()
@@ -73,10 +75,10 @@ class TrainerSide:
         self.rows: SiteDataset | None = None
         self.base: BaseModel | None = None
         self.device = "cpu"
-        self.missing = 0  # bytes of memory that the model would lack
+        self.missing = 0  # bytes of memory that the model needs beyond what is free
 
     def checks(self) -> list[Check]:
-        """Names and checks."""
+        """Return the checks in the order in which they must run."""
         trainer = self.site.trainer
         return [
             ("data", self.data),
@@ -90,53 +92,53 @@ class TrainerSide:
         ]
 
     def data(self) -> str:
-        """Rows and columns."""
+        """Read the rows."""
         source = self.site.data.source
         if not source:
-            raise CheckFailed("data.source is empty: the site file must say where the rows are")
+            raise CheckFailed("data.source is empty; it must name a file, an asset or a data set")
         try:
             self.rows = load_site_rows(self.site, seed=0)
         except DataError as error:
             raise CheckFailed(self._without_values(error)) from None
-        columns = _few(self._columns(source))
-        return f"{len(self.rows.train)} rows to train on, {len(self.rows.test)} to test on; columns {columns}"
+        columns = _abbreviate(self._columns(source))
+        return f"{len(self.rows.train)} training rows, {len(self.rows.test)} test rows; columns {columns}"
 
     def labels(self) -> str:
-        """How many rows every label has."""
+        """Count the rows of every label."""
         if self.site.data.task != "classification":
             return f"none: the task is {self.site.data.task}"
         if self.rows is None:
-            return "not checked: there are no rows to look at"
+            return "not checked: no rows"
         train, test = (Counter(row["label"] for row in rows) for rows in (self.rows.train, self.rows.test))
         names = self.rows.labels
-        if len(names) > MOST_LABELS or any(len(name) > LONGEST_LABEL for name in names):
+        if len(names) > MAX_LABELS or any(len(name) > MAX_LABEL_LENGTH for name in names):
             counts = [train[name] for name in names]
-            return f"{len(names)}, with {min(counts)} to {max(counts)} rows to train on (too many or long to show)"
+            return f"{len(names)}, with {min(counts)} to {max(counts)} training rows (too many or too long to show)"
         return ", ".join(f"{name} {train[name]}+{test[name]}" for name in names) + " (train+test)"
 
     def find_device(self) -> str:
-        """Whether torch has it; where it does not, the model is loaded on the CPU."""
-        self.device, told = check_device(self.site.trainer.device)
-        return told
+        """Check the device. The model is loaded on the CPU when the device is not available."""
+        self.device, description = check_device(self.site.trainer.device)
+        return description
 
     def memory(self) -> str:
-        """Whether the model would fit, found without loading it."""
+        """Compare the size of the model's weights with the free memory, without loading them."""
         free, total = memory_left()
-        there = f"{size(free)} of {size(total)} free"
-        needed = self._size_of_model()
+        available = f"{size(free)} of {size(total)} free"
+        needed = self._model_size()
         if needed is None:
-            return there
+            return available
         self.missing = max(0, needed - free)
         if self.missing:
-            raise CheckFailed(f"{there}, and the model's weights alone take {size(needed)}")
-        return f"{there}; the model's weights take {size(needed)}"
+            raise CheckFailed(f"{available}, but the model's weights alone need {size(needed)}")
+        return f"{available}; the model's weights need {size(needed)}"
 
     def model(self) -> str:
-        """Whether it loads, how long that takes and what it takes up."""
+        """Load the model; measure time and memory."""
         if self.source is None:
             return NO_MODEL
         if self.missing:
-            raise CheckFailed(f"{self.source} was not loaded: it does not fit into memory")
+            raise CheckFailed(f"{self.source} was not loaded: not enough memory")
         from ....common.models.base_model import load_base_model
 
         began = time.monotonic()
@@ -145,103 +147,103 @@ class TrainerSide:
         self.base = load_base_model(settings, generates=self.site.data.task == "generation")
         seconds, model = time.monotonic() - began, self.base.language_model or self.base.backbone
         tensors = [*model.parameters(), *model.buffers()]
-        parameters, taken = sum(p.numel() for p in model.parameters()), sum(t.nbytes for t in tensors)
-        told = f"{parameters:,} parameters, loaded in {seconds:.1f} s, {size(taken)} of memory taken"
-        return f"{self.source}: {told} ({self.device})"
+        parameters, used = sum(p.numel() for p in model.parameters()), sum(t.nbytes for t in tensors)
+        detail = f"{parameters:,} parameters, loaded in {seconds:.1f} s, uses {size(used)} of memory"
+        return f"{self.source}: {detail} ({self.device})"
 
     def tokens(self) -> str:
-        """How long the texts are in this model's tokens, and how many would be cut."""
+        """Measure the lengths of the texts in tokens, and how many would be truncated."""
         if self.site.data.task == "regression":
             return "none: the task is regression"
         if self.source is None:
             return NO_MODEL
         if self.base is None or self.rows is None:
-            return f"not checked: there {'are no rows' if self.rows is None else 'is no model'} to look at"
+            return f"not checked: no {'rows' if self.rows is None else 'model'}"
         from ....common.tasks import build_task
 
-        model = ModelSettings(self.source, max_length=ENDLESS)
+        model = ModelSettings(self.source, max_length=UNLIMITED)
         plan = Plan("check", 1, model, evaluation=EvaluationSettings(batch_size=1))
         task = build_task(self.rows, self.base, plan)
         examples = [*task.train.examples, *task.test.examples]
         lengths = sorted(int(batch["attention_mask"].sum()) for batch in task.batches(examples))
         dropped = task.train.dropped + task.test.dropped
         if not lengths:
-            raise CheckFailed(f"none of {dropped} rows has anything to learn from: they are all empty")
-        limit, whose = self.site.allow.max_tokens, "allow.max_tokens"
+            raise CheckFailed(f"all {dropped} rows are empty")
+        limit, key = self.site.allow.max_tokens, "allow.max_tokens"
         if limit is None:
-            limit, whose = ModelSettings("").max_length, "model.max_length of a recipe that does not set it"
-        cut = sum(length > limit for length in lengths)
+            limit, key = ModelSettings("").max_length, "the default of model.max_length"
+        truncated = sum(length > limit for length in lengths)
         spread = f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
-        told = f"{spread}; {cut} of {len(lengths)} texts would be cut at {limit} ({whose})"
-        return told + (f"; {dropped} rows are empty and would be left out" if dropped else "")
+        detail = f"{spread}; {truncated} of {len(lengths)} texts would be truncated to {limit} ({key})"
+        return detail + (f"; {dropped} empty rows would be left out" if dropped else "")
 
     def _columns(self, source: str) -> list[str]:
         return [str(name) for name in next(iter(read_rows(source, self.site.name)))]
 
     def _without_values(self, error: DataError) -> str:
-        """What is wrong with the rows, in the error's words where they quote none."""
+        """Describe a data error without the values of rows, which its own text may quote."""
         row = re.search(r"row \d+$", error.found)
         where = f" in {row[0]}" if row else ""
         if error.expected.startswith("a column "):
             for source in filter(None, (self.site.data.source, self.site.data.test_source)):
                 columns = self._columns(source)
                 if error.expected not in {f"a column {name!r}" for name in columns}:
-                    return f"{error.field}: expected {error.expected}, found {_few(columns)} in {source}"
+                    return f"{error.field}: expected {error.expected}, found {_abbreviate(columns)} in {source}"
             return f"{error.field}: expected {error.expected}, found none{where}"
         if error.field == "data.label":
             expected = error.expected.partition(" (")[0]
-            return f"{error.field}: expected {expected}, found something else{where} (values are not shown)"
+            return f"{error.field}: expected {expected}, found another value{where} (values are not shown)"
         return _without_site(error)
 
-    def _size_of_model(self) -> int | None:
-        """Bytes of its weights in the precision that the site wants; None where they cannot be told."""
+    def _model_size(self) -> int | None:
+        """Return the bytes of the model's weights in the site's precision, or None where that is unknown."""
         from ....common.models.base_model import skeleton
 
         if self.source is None:
             return None
         try:
-            each = BYTES[self.site.trainer.precision or "fp32"]
-            return round(sum(each * p.numel() for p in skeleton(ModelSettings(self.source)).parameters()))
-        except Exception:  # what is wrong with the model is the next finding
+            bytes_per_weight = BYTES[self.site.trainer.precision or "fp32"]
+            return round(sum(bytes_per_weight * p.numel() for p in skeleton(ModelSettings(self.source)).parameters()))
+        except Exception:  # the next check reports what is wrong with the model
             return None
 
 
-def _way_out(site: SiteSettings) -> list[Check]:
-    """The checks of what the SuperNode needs."""
+def _supernode_checks(site: SiteSettings) -> list[Check]:
+    """Return the checks of what the SuperNode needs."""
     coordinator = site.coordinator
 
-    def missing() -> str:
+    def no_coordinator() -> str:
         raise CheckFailed("the site file has no table [coordinator] with address, ca and key")
 
     if coordinator is None:
-        return [("coordinator", missing)]
-    way: Check = ("coordinator", lambda: check_coordinator(coordinator))
+        return [("coordinator", no_coordinator)]
+    connection: Check = ("coordinator", lambda: check_coordinator(coordinator))
     if coordinator.insecure:
-        return [("key", lambda: INSECURE), ("CA", lambda: INSECURE), way]
+        return [("key", lambda: INSECURE), ("CA", lambda: INSECURE), connection]
     return [
         ("key", lambda: check_key(Path(coordinator.key))),
         ("CA", lambda: check_ca(Path(coordinator.ca))),
-        way,
+        connection,
     ]
 
 
-def _finding(name: str, check: Callable[[], str]) -> CheckResult:
-    """Whatever a check meets is its own finding, and no other's."""
+def _run(name: str, check: Callable[[], str]) -> CheckResult:
+    """Run one check. An error of any kind is the result of this check only."""
     try:
         return CheckResult(name, True, check())
-    except CheckFailed as error:
-        return CheckResult(name, False, str(error))
+    except CheckFailed as failure:
+        return CheckResult(name, False, str(failure))
     except ColoraError as error:
         return CheckResult(name, False, _without_site(error))
-    except Exception as error:  # whose text may quote a row
-        return CheckResult(name, False, f"an unexpected {type(error).__name__}")
+    except Exception as error:  # its text may quote a row
+        return CheckResult(name, False, f"unexpected {type(error).__name__}")
 
 
 def _without_site(error: ColoraError) -> str:
     return str(error).removeprefix(f"site {error.site}: ")
 
 
-def _few(names: list[str]) -> str:
-    """Names of columns, cut: a file without a header line has a row there."""
-    cut = [name if len(name) <= LONGEST_COLUMN else name[:LONGEST_COLUMN] + "…" for name in names]
-    return ", ".join(cut[:MOST_COLUMNS]) + (", …" if len(names) > MOST_COLUMNS else "")
+def _abbreviate(columns: list[str]) -> str:
+    """Join column names, cut to a length: the first row of a file without a header is data."""
+    names = [name if len(name) <= MAX_COLUMN_LENGTH else name[:MAX_COLUMN_LENGTH] + "…" for name in columns]
+    return ", ".join(names[:MAX_COLUMNS]) + (", …" if len(names) > MAX_COLUMNS else "")

@@ -1,4 +1,4 @@
-"""What a look at a site found: one line each, and an exit code."""
+"""Results of the checks of a site, how they are printed, and the exit code."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ FAILED = 2  # exit code
 
 
 class CheckFailed(Exception):
-    """What a person has to mend, in one line."""
+    """A check failed. The text says in one line what is wrong."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line: what was looked at, whether it may stay so, and what is there."""
+    """The result of one check: its name, whether it passed, and one line of detail."""
 
     name: str
     ok: bool
     detail: str
 
 
-def print_checks(findings: Iterable[CheckResult], console: Console) -> int:
-    """Prints one line a finding and what they add up to; the exit code is 2 where any failed."""
+def print_checks(results: Iterable[CheckResult], console: Console) -> int:
+    """Print one line per result and a summary. Returns the exit code, which is 2 when a check failed."""
     from rich.text import Text
 
-    findings = list(findings)
-    width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        mark = Text("ok    ", "green") if finding.ok else Text("WRONG ", "bold red")
-        line = Text.assemble(mark, f"{finding.name:<{width}}  {finding.detail}")
+    results = list(results)
+    width = max(len(result.name) for result in results)
+    for result in results:
+        mark = Text("ok    ", "green") if result.ok else Text("FAIL  ", "bold red")
+        line = Text.assemble(mark, f"{result.name:<{width}}  {result.detail}")
         console.print(line, soft_wrap=True)
-    wrong = sum(not finding.ok for finding in findings)
-    console.print(Text(f"{wrong} of {len(findings)} want mending" if wrong else "All is well"), soft_wrap=True)
-    return FAILED if wrong else 0
+    failed = sum(not result.ok for result in results)
+    summary = f"{failed} of {len(results)} checks failed" if failed else "All checks passed"
+    console.print(Text(summary), soft_wrap=True)
+    return FAILED if failed else 0
 
 
 def size(count: int) -> str:
-    """Bytes as people say them: 90 MB, 1.2 GB."""
+    """Format a number of bytes with a decimal unit: 90 MB, 1.2 GB."""
     units = ["B", "kB", "MB", "GB", "TB"]
     value = float(count)
     while value >= 999.5 and len(units) > 1:

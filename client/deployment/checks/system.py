@@ -1,6 +1,6 @@
-"""The machine of a site, looked at before a training: memory, cores, disk, device and the trainer's socket.
+"""Checks of a site's machine: memory, cores, disk, device and the trainer's socket.
 
-Every check returns what is there in one line, or raises :class:`Wrong` with what is not, in plain words.
+Every check returns one line of detail, or raises :class:`CheckFailed`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import psutil
 from ....common.errors import ModelError
 from .result import CheckFailed, size
 
-ROOM = 100 << 20  # bytes of disk that personal states and logs need at least
+MIN_DISK = 100 << 20  # bytes of free disk space for personal states and logs
 CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_device(name: str) -> tuple[str, str]:
-    """(torch's name of the device, what it is)."""
+    """Return (torch's name of the device, its description)."""
     import torch
 
     from ....common.models.precision import resolve_device
@@ -28,10 +28,10 @@ def check_device(name: str) -> tuple[str, str]:
     try:
         device = resolve_device(name)
     except ModelError:
-        cards = torch.cuda.device_count()
-        there = f"cpu and {cards} CUDA device{'s' * (cards > 1)}" if cards else "cpu only"
+        gpus = torch.cuda.device_count()
+        available = f"cpu and {gpus} CUDA device{'s' * (gpus > 1)}" if gpus else "cpu only"
         raise CheckFailed(
-            f"trainer.device is {name!r}, which this machine or its torch does not have: {there}"
+            f"trainer.device is {name!r}, which is not available here; torch supports {available}"
         ) from None
     if device.type != "cuda":
         return str(device), str(device) + (" (auto: torch finds no CUDA device)" if name == "auto" else "")
@@ -39,42 +39,44 @@ def check_device(name: str) -> tuple[str, str]:
     return str(device), f"{device}, {torch.cuda.get_device_name(device)}, {size(free)} of {size(total)} free"
 
 
-def check_threads(wanted: int | None) -> str:
-    """Those that torch may use."""
+def check_threads(threads: int | None) -> str:
+    """Compare ``trainer.threads`` with the number of cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if wanted is None:
-        return f"{cores}, one for each core (trainer.threads is not set)"
-    return f"{wanted} for {cores} cores" + (", which is slower than one for each" if wanted > cores else "")
+    if threads is None:
+        return f"{cores}, one per core (trainer.threads is not set)"
+    return f"{threads} on {cores} cores" + (", slower than one per core" if threads > cores else "")
 
 
 def check_state(folder: Path) -> str:
-    """Whether the folder can be written to, and how much room there is. Leaves nothing behind."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())
+    """Check that the state folder is writable and has enough space. Leaves no files behind."""
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
     try:
-        with tempfile.TemporaryFile(dir=there) as file:
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"colora")
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(existing).free
     except OSError as error:
-        raise CheckFailed(f"{folder} cannot be written to: {error.strerror} ({there})") from None
-    if free < ROOM:
+        raise CheckFailed(f"{folder} is not writable: {error.strerror} ({existing})") from None
+    if free < MIN_DISK:
         raise CheckFailed(
-            f"{folder} has room for {size(free)} only: personal states and logs need {size(ROOM)} or more"
+            f"{folder} has only {size(free)} of free space; personal states and logs need at least {size(MIN_DISK)}"
         )
-    return f"{folder}{' (not made yet)' if there != folder else ''}, {size(free)} free"
+    return f"{folder}{' (not created yet)' if existing != folder else ''}, {size(free)} free"
 
 
 def check_socket(path: Path) -> str:
-    """Whether the trainer's Unix socket can have this path."""
-    from ...trainer_service.listener import LONGEST
+    """Check that the path is short enough for a Unix socket."""
+    from ...trainer_service.listener import MAX_SOCKET_PATH
 
     length = len(os.fsencode(path))
-    if length > LONGEST:
-        raise CheckFailed(f"trainer.listen: a socket's path has at most {LONGEST} bytes, {path} has {length}")
-    return f"{path}, a socket of this user"
+    if length > MAX_SOCKET_PATH:
+        raise CheckFailed(
+            f"trainer.listen: the socket path {path} has {length} bytes, at most {MAX_SOCKET_PATH} are allowed"
+        )
+    return f"{path}, accessible to this user only"
 
 
 def memory_left() -> tuple[int, int]:
-    """(free, total) bytes of this machine, or of this container where it has a limit of its own."""
+    """Return (free, total) bytes of this machine, or of this container when it has a limit."""
     machine = psutil.virtual_memory()
     try:
         limit = int((CGROUP / "memory.max").read_text())

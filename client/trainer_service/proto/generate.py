@@ -1,4 +1,4 @@
-"""``python -m colora.client.trainer_service.proto.generate`` writes the generated modules anew; a test compares them with it."""
+"""Generate the ``trainer_pb2`` modules: ``python -m colora.client.trainer_service.proto.generate``."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import tempfile
 from pathlib import Path
 
 PACKAGE = "colora/client/trainer_service/proto"
-HERE = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent
 
 
 def generate() -> dict[str, str]:
-    """File name → text of every generated module. Needs grpcio-tools, which comes with the ``test`` extra.
+    """Return the text of every generated module by its file name. Needs grpcio-tools, from the ``test`` extra.
 
-    protoc knows absolute imports only, and rooms import relatively.
+    protoc writes absolute imports; they are replaced by relative ones, which this project uses.
     """
     from grpc_tools import protoc
 
     with tempfile.TemporaryDirectory() as out:
-        kinds = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
-        code = protoc.main(["protoc", f"-I{PACKAGE}={HERE}", *kinds, f"{PACKAGE}/trainer.proto"])
+        outputs = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
+        code = protoc.main(["protoc", f"-I{PACKAGE}={FOLDER}", *outputs, f"{PACKAGE}/trainer.proto"])
         if code:
             sys.exit(code)
         absolute = f"from {PACKAGE.replace('/', '.')} import "
-        made = sorted((Path(out) / PACKAGE).iterdir())
-        return {file.name: file.read_text().replace(absolute, "from . import ") for file in made}
+        generated = sorted((Path(out) / PACKAGE).iterdir())
+        return {file.name: file.read_text().replace(absolute, "from . import ") for file in generated}
 
 
 if __name__ == "__main__":
     for name, text in generate().items():
-        (HERE / name).write_text(text)
+        (FOLDER / name).write_text(text)

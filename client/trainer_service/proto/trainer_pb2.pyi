@@ -6,7 +6,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class DescribeRequest(_message.Message):
+class SiteInfoRequest(_message.Message):
     __slots__ = ("federation", "plan", "protocol")
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -16,7 +16,7 @@ class DescribeRequest(_message.Message):
     protocol: int
     def __init__(self, federation: _Optional[str] = ..., plan: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
 
-class Description(_message.Message):
+class SiteInfo(_message.Message):
     __slots__ = ("site", "protocol", "model", "tokenizer", "chat_template", "layout", "task", "train", "test", "truncated", "dropped", "classes")
     SITE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
@@ -44,53 +44,53 @@ class Description(_message.Message):
     classes: int
     def __init__(self, site: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., tokenizer: _Optional[str] = ..., chat_template: _Optional[str] = ..., layout: _Optional[str] = ..., task: _Optional[str] = ..., train: _Optional[int] = ..., test: _Optional[int] = ..., truncated: _Optional[int] = ..., dropped: _Optional[int] = ..., classes: _Optional[int] = ...) -> None: ...
 
-class OrderPart(_message.Message):
+class TrainRequestPart(_message.Message):
     __slots__ = ("head", "chunk")
     HEAD_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
-    head: OrderHead
+    head: TrainRequestHead
     chunk: Chunk
-    def __init__(self, head: _Optional[_Union[OrderHead, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
+    def __init__(self, head: _Optional[_Union[TrainRequestHead, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
-class OrderHead(_message.Message):
-    __slots__ = ("federation", "round", "phase", "admitted", "plan", "evaluate", "protocol")
+class TrainRequestHead(_message.Message):
+    __slots__ = ("federation", "round", "kind", "admitted_round", "plan", "evaluate", "protocol")
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
-    PHASE_FIELD_NUMBER: _ClassVar[int]
-    ADMITTED_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_ROUND_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     federation: str
     round: int
-    phase: str
-    admitted: int
+    kind: str
+    admitted_round: int
     plan: str
     evaluate: bool
     protocol: int
-    def __init__(self, federation: _Optional[str] = ..., round: _Optional[int] = ..., phase: _Optional[str] = ..., admitted: _Optional[int] = ..., plan: _Optional[str] = ..., evaluate: _Optional[bool] = ..., protocol: _Optional[int] = ...) -> None: ...
+    def __init__(self, federation: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[str] = ..., admitted_round: _Optional[int] = ..., plan: _Optional[str] = ..., evaluate: _Optional[bool] = ..., protocol: _Optional[int] = ...) -> None: ...
 
-class ReplyPart(_message.Message):
+class TrainReplyPart(_message.Message):
     __slots__ = ("progress", "head", "chunk")
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     progress: Progress
-    head: ReplyHead
+    head: TrainReplyHead
     chunk: Chunk
-    def __init__(self, progress: _Optional[_Union[Progress, _Mapping]] = ..., head: _Optional[_Union[ReplyHead, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
+    def __init__(self, progress: _Optional[_Union[Progress, _Mapping]] = ..., head: _Optional[_Union[TrainReplyHead, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("step", "total", "phase")
+    __slots__ = ("step", "total", "kind")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
-    PHASE_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     step: int
     total: int
-    phase: str
-    def __init__(self, step: _Optional[int] = ..., total: _Optional[int] = ..., phase: _Optional[str] = ...) -> None: ...
+    kind: str
+    def __init__(self, step: _Optional[int] = ..., total: _Optional[int] = ..., kind: _Optional[str] = ...) -> None: ...
 
-class ReplyHead(_message.Message):
+class TrainReplyHead(_message.Message):
     __slots__ = ("site", "federation", "round", "key", "terms", "examples", "metrics", "seconds", "fresh")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from . import trainer_pb2 as colora_dot_client_dot_wire_dot_trainer__pb2
+from . import trainer_pb2 as colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in colora/client/wire/trainer_pb2_grpc.py depends on'
+        + ' but the generated code in colora/client/trainer_service/proto/trainer_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -34,30 +34,30 @@ class TrainerStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Describe = channel.unary_unary(
-                '/colora.trainer.v1.Trainer/Describe',
-                request_serializer=colora_dot_client_dot_wire_dot_trainer__pb2.DescribeRequest.SerializeToString,
-                response_deserializer=colora_dot_client_dot_wire_dot_trainer__pb2.Description.FromString,
+        self.GetSiteInfo = channel.unary_unary(
+                '/colora.trainer.v1.Trainer/GetSiteInfo',
+                request_serializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.SiteInfoRequest.SerializeToString,
+                response_deserializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.SiteInfo.FromString,
                 _registered_method=True)
         self.Train = channel.stream_stream(
                 '/colora.trainer.v1.Trainer/Train',
-                request_serializer=colora_dot_client_dot_wire_dot_trainer__pb2.OrderPart.SerializeToString,
-                response_deserializer=colora_dot_client_dot_wire_dot_trainer__pb2.ReplyPart.FromString,
+                request_serializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.TrainRequestPart.SerializeToString,
+                response_deserializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.TrainReplyPart.FromString,
                 _registered_method=True)
 
 
 class TrainerServicer:
     """Missing associated documentation comment in .proto file."""
 
-    def Describe(self, request, context):
-        """Introduces the site, ready to train by a plan.
+    def GetSiteInfo(self, request, context):
+        """Returns the description of the site for a plan.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Train(self, request_iterator, context):
-        """Answers one order. Asked again for the same order it returns the stored reply.
+        """Runs one training request. The same request again returns the stored reply.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -66,15 +66,15 @@ class TrainerServicer:
 
 def add_TrainerServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Describe': grpc.unary_unary_rpc_method_handler(
-                    servicer.Describe,
-                    request_deserializer=colora_dot_client_dot_wire_dot_trainer__pb2.DescribeRequest.FromString,
-                    response_serializer=colora_dot_client_dot_wire_dot_trainer__pb2.Description.SerializeToString,
+            'GetSiteInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSiteInfo,
+                    request_deserializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.SiteInfoRequest.FromString,
+                    response_serializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.SiteInfo.SerializeToString,
             ),
             'Train': grpc.stream_stream_rpc_method_handler(
                     servicer.Train,
-                    request_deserializer=colora_dot_client_dot_wire_dot_trainer__pb2.OrderPart.FromString,
-                    response_serializer=colora_dot_client_dot_wire_dot_trainer__pb2.ReplyPart.SerializeToString,
+                    request_deserializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.TrainRequestPart.FromString,
+                    response_serializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.TrainReplyPart.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -88,7 +88,7 @@ class Trainer:
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
-    def Describe(request,
+    def GetSiteInfo(request,
             target,
             options=(),
             channel_credentials=None,
@@ -101,9 +101,9 @@ class Trainer:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/colora.trainer.v1.Trainer/Describe',
-            colora_dot_client_dot_wire_dot_trainer__pb2.DescribeRequest.SerializeToString,
-            colora_dot_client_dot_wire_dot_trainer__pb2.Description.FromString,
+            '/colora.trainer.v1.Trainer/GetSiteInfo',
+            colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.SiteInfoRequest.SerializeToString,
+            colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.SiteInfo.FromString,
             options,
             channel_credentials,
             insecure,
@@ -129,8 +129,8 @@ class Trainer:
             request_iterator,
             target,
             '/colora.trainer.v1.Trainer/Train',
-            colora_dot_client_dot_wire_dot_trainer__pb2.OrderPart.SerializeToString,
-            colora_dot_client_dot_wire_dot_trainer__pb2.ReplyPart.FromString,
+            colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.TrainRequestPart.SerializeToString,
+            colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.TrainReplyPart.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,4 +1,4 @@
-"""What starts for every message: Flower's own command, without the half that it does not use."""
+"""Flower's command flwr-clientapp, without the modules that it does not use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from colora.client.deployment.clientapp_main import CLIENT_APP
 from colora.client.deployment.supernode import COMMANDS
+from colora.client.flower_compat import CLIENT_APP
 from colora.common.processes.supervised import _called, _path
 
 LOOK = """

@@ -1,4 +1,4 @@
-"""How a site stands: its state folder as trainer and client leave it, and fake health services."""
+"""The status of a site, from a state folder and fake health services."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAN = '[coordinator]\naddress = "127.0.0.1:9443"\n[[site]]\nname = "north"\n'
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A site file with a state folder in which the site has taken part in one federation."""
+    """A site file with the state folder of one federation."""
     file = tmp_path / "north" / "site.toml"
     file.parent.mkdir()
     file.write_text('name = "north"\n[data]\nsource = "rows.csv"\n[coordinator]\naddress = "far:9443"\n')
@@ -40,7 +40,7 @@ def site(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def trainer() -> Iterator[grpc.Server]:
-    """A server that says it is well, without a port."""
+    """A server whose health service says SERVING, without a port."""
     server, states = grpc.server(ThreadPoolExecutor(1)), health.HealthServicer()
     states.set("", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(states, server)
@@ -48,7 +48,7 @@ def trainer() -> Iterator[grpc.Server]:
     server.stop(None).wait()
 
 
-def tell(site: Path, **services: object) -> None:
+def write_record(site: Path, **services: object) -> None:
     pids = {"client": os.getpid(), "trainer": os.getpid()}
     write_services(site.parent / "state" / "services.json", {"pids": pids, **services})
 
@@ -58,10 +58,10 @@ def test_a_site_whose_processes_serve_is_healthy(site: Path, trainer: grpc.Serve
     trainer.add_insecure_port(f"unix:{tmp_path}/a%20socket")
     node = trainer.add_insecure_port("127.0.0.1:0")
     trainer.start()
-    tell(site, trainer=address, node_health=f"127.0.0.1:{node}")
+    write_record(site, trainer=address, supernode_health=f"127.0.0.1:{node}")
     status = site_status(site)
     assert status.problems == ()
-    assert {each.name: each.state for each in status.services} == {"trainer": "serving", "node": "serving"}
+    assert {each.name: each.state for each in status.services} == {"trainer": "serving", "supernode": "serving"}
     assert (status.site, status.coordinator) == ("north", "far:9443")
     (town,) = status.federations
     assert (town.federation, town.round) == ("town", 10)
@@ -83,7 +83,7 @@ def test_a_trainer_behind_tls_is_asked_with_the_sites_certificates(tmp_path: Pat
     (folder / "site.toml").write_text(
         f'name = "north"\n[data]\nsource = "rows.csv"\n[trainer]\nlisten = "{address}"\nlink = "link"\n'
     )
-    tell(folder / "site.toml", trainer=address)
+    write_record(folder / "site.toml", trainer=address)
     assert [each.state for each in site_status(folder / "site.toml").services] == ["serving"]
     (link / "node.key").unlink()
     assert [each.state for each in site_status(folder / "site.toml").services] == ["down"]
@@ -91,16 +91,18 @@ def test_a_trainer_behind_tls_is_asked_with_the_sites_certificates(tmp_path: Pat
 
 def test_what_is_down_is_named(site: Path) -> None:
     node = f"127.0.0.1:{free_port()}"
-    tell(site, trainer="unix:/nowhere/trainer.sock", node_health=node, pids={"trainer": None, "client": os.getpid()})
+    write_record(
+        site, trainer="unix:/nowhere/trainer.sock", supernode_health=node, pids={"trainer": None, "client": os.getpid()}
+    )
     assert site_status(site).problems == (
         "trainer at unix:/nowhere/trainer.sock is down",
-        f"node at {node} is down",
-        "trainer (process None) is gone",
+        f"supernode at {node} is down",
+        "trainer (process None) has ended",
     )
 
 
 def test_a_site_that_was_never_started_says_so(site: Path) -> None:
-    assert site_status(site).problems == ("not running: no command has been started for this site",)
+    assert site_status(site).problems == ("not running: colora client has not been started for this site",)
 
 
 def test_a_site_is_known_by_its_file_its_folder_and_its_state_folder(site: Path, tmp_path: Path) -> None:
@@ -118,6 +120,6 @@ def test_the_page_and_the_command_tell_the_same(site: Path, tmp_path: Path) -> N
         assert words in page
     call = [sys.executable, "-m", "colora", "status", str(site.parent / "state"), "--json"]
     done = subprocess.run(call, capture_output=True, text=True)
-    told = json.loads(done.stdout)
-    assert (done.returncode, told["kind"], told["version"], told["healthy"]) == (1, "site", 1, False)
-    assert told["federations"][0]["audit"]["kind"] == "error"
+    page_json = json.loads(done.stdout)
+    assert (done.returncode, page_json["kind"], page_json["version"], page_json["healthy"]) == (1, "site", 1, False)
+    assert page_json["federations"][0]["audit"]["kind"] == "error"

@@ -1,4 +1,4 @@
-"""A SuperNode of which a part has ended ends as a whole, and is started again."""
+"""A SuperNode exits when one of its threads fails, and is restarted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fail(*_):
 
 @contextmanager
 def connection(**_):
-    '''As Flower's own: what fails after the connection is logged, and the main thread goes home.'''
+    '''As in Flower: an error after the connection is logged, and the main thread returns.'''
     try:
         if part == "heart":
             threading.Thread(target=fail, daemon=True).start()
@@ -51,7 +51,7 @@ main()
 """
 
 
-def keeper_of(place: Path, said: list[str], *, insecure: bool = True) -> NodeSupervisor:
+def supervisor_of(place: Path, said: list[str], *, insecure: bool = True) -> NodeSupervisor:
     coordinator = CoordinatorSettings("127.0.0.1:1", ca="ca", key="key", insecure=insecure)
     trainer = TrainerSettings(state=str(place / "state"))
     return NodeSupervisor(
@@ -60,63 +60,63 @@ def keeper_of(place: Path, said: list[str], *, insecure: bool = True) -> NodeSup
 
 
 @pytest.fixture
-def signed_off(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The places that were given back."""
+def deactivated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The node ids that were deactivated."""
     nodes: list[int] = []
     monkeypatch.setattr(supernode, "_deactivate", lambda coordinator, node: nodes.append(node))
     return nodes
 
 
-def node_that_runs(place: Path, *programs: str) -> SuperNode:
-    node, words = keeper_of(place, [], insecure=False).node, iter(programs)
+def node_running(place: Path, *programs: str) -> SuperNode:
+    node, words = supervisor_of(place, [], insecure=False).node, iter(programs)
     stock = node.child.command
     node._command = lambda: replace(stock, arguments=(sys.executable, "-u", "-c", next(words)))  # type: ignore[method-assign]
     return node
 
 
-def test_whose_place_it_is_stands_there_from_its_start_on(tmp_path: Path, signed_off: list[int]) -> None:
-    """A client that is killed before its SuperNode is connected leaves what the next one signs off."""
-    node = node_that_runs(tmp_path, CONNECTED, UNCONNECTED, UNCONNECTED, CONNECTED)
+def test_whose_place_it_is_stands_there_from_its_start_on(tmp_path: Path, deactivated: list[int]) -> None:
+    """The next SuperNode can deactivate the node even if the last one was killed before it was connected."""
+    node = node_running(tmp_path, CONNECTED, UNCONNECTED, UNCONNECTED, CONNECTED)
     node.start()
-    waited(lambda: node.stuck_reason() == "" and node.record.exists())
+    waited(lambda: node.stuck_reason() == "" and node.lease_file.exists())
     for killed in (1, 2):
         node.child.kill()
         node.start()
-        assert signed_off == [7] * killed
-        assert json.loads(node.record.read_text()).items() >= {"node": 7, "pid": node.child.pid}.items()
+        assert deactivated == [7] * killed
+        assert json.loads(node.lease_file.read_text()).items() >= {"node": 7, "pid": node.child.pid}.items()
     waited(lambda: b"starting" in node.log_text())
     node.stop(5.0)
-    assert node.record.exists(), "it never was connected, and signed nothing off"
+    assert node.lease_file.exists(), "it was never connected, so it deactivated nothing"
     node.start()
     waited(lambda: node.connected)
     node.stop(5.0)
-    assert not node.record.exists(), "it signed itself off"
+    assert not node.lease_file.exists(), "it deactivated itself"
 
 
-def test_another_machines_place_is_left_alone(tmp_path: Path, signed_off: list[int]) -> None:
-    node = node_that_runs(tmp_path, *[HELD_BY_ANOTHER] * 2)
+def test_another_machines_place_is_left_alone(tmp_path: Path, deactivated: list[int]) -> None:
+    node = node_running(tmp_path, *[HELD_BY_ANOTHER] * 2)
     record = {"node": 7, "pid": 1, "began": 0.0, "host": "another", "boot": "x"}
-    node.record.parent.mkdir(parents=True)
-    node.record.write_text(json.dumps(record))
+    node.lease_file.parent.mkdir(parents=True)
+    node.lease_file.write_text(json.dumps(record))
     for _ in range(2):
         node.start()
         waited(lambda: not node.child.running)
-    assert signed_off == []
-    assert json.loads(node.record.read_text()) == record
+    assert deactivated == []
+    assert json.loads(node.lease_file.read_text()) == record
 
 
 def test_a_place_that_is_held_after_it_was_given_back_is_given_back_no_second_time(
-    tmp_path: Path, signed_off: list[int]
+    tmp_path: Path, deactivated: list[int]
 ) -> None:
-    node = node_that_runs(tmp_path, *[HELD_BY_ANOTHER] * 2)
-    record = {"node": 7, "pid": 1, "began": 0.0, "host": socket.gethostname(), "boot": "x"}  # ours, and dead
-    node.record.parent.mkdir(parents=True)
-    node.record.write_text(json.dumps(record))
+    node = node_running(tmp_path, *[HELD_BY_ANOTHER] * 2)
+    record = {"node": 7, "pid": 1, "began": 0.0, "host": socket.gethostname(), "boot": "x"}  # this host, dead
+    node.lease_file.parent.mkdir(parents=True)
+    node.lease_file.write_text(json.dumps(record))
     for _ in range(2):
         node.start()
         waited(lambda: not node.child.running)
-    assert signed_off == [7]
-    assert not node.record.exists()
+    assert deactivated == [7]
+    assert not node.lease_file.exists()
 
 
 def waited(met: Callable[[], bool]) -> None:
@@ -144,29 +144,29 @@ def test_it_ends_when_a_part_of_it_has_ended(part: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", [0, 1], ids=["runtime API", "health"])
 def test_without_its_port_it_is_started_again_at_others(which: int, tmp_path: Path) -> None:
     said: list[str] = []
-    keeper = keeper_of(tmp_path, said)
-    stock, ports = keeper.node._command, []
+    supervisor = supervisor_of(tmp_path, said)
+    stock, ports = supervisor.node._command, []
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
 
         def command():
             made = stock()
-            ports.append((keeper.node.port, keeper.node.health_port))
+            ports.append((supervisor.node.port, supervisor.node.health_port))
             if len(ports) > 1:
                 return made
             taken = str(other.getsockname()[1])
             words = [re.sub(rf"\b{ports[0][which]}$", taken, word) for word in made.arguments]
             return replace(made, arguments=tuple(words))
 
-        keeper.node._command = command  # type: ignore[method-assign]
+        supervisor.node._command = command  # type: ignore[method-assign]
         try:
             ends = time.monotonic() + 60
-            while not keeper.node.trying and time.monotonic() < ends:
-                keeper.ensure_running()
+            while not supervisor.node.is_retrying and time.monotonic() < ends:
+                supervisor.ensure_running()
                 time.sleep(0.05)
-            assert keeper.node.trying, keeper.node.log_text().decode()
+            assert supervisor.node.is_retrying, supervisor.node.log_text().decode()
         finally:
-            keeper.stop()
+            supervisor.stop()
     assert len(set(ports)) == len(ports) == 2
-    assert "the SuperNode ended: a port of its own was taken; trying again" in said
+    assert "the SuperNode ended: one of its ports was in use; restarting it" in said

@@ -1,4 +1,4 @@
-"""The audit log: a line for everything that leaves, whole or not at all, and before it leaves."""
+"""The audit log: one complete line for everything that is sent, written before it is sent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from colora.common.errors import StateError
 from colora.common.protocol.types import SiteInfo, TrainReply, TrainRequest
 
 SHARED = {"b": np.array([[3.0, 4.0]], np.float32), "a": np.zeros(5, np.float32)}
-ORDER = TrainRequest("town", 3, "train", 2, "{}", SHARED, True)
+REQUEST = TrainRequest("town", 3, "train", 2, "{}", SHARED, True)
 REPLY = TrainReply("ada", "town", 3, "key", SHARED, 8, 8, {"train.loss": 1.0, "base.loss": 2.0})
 
 
@@ -24,8 +24,8 @@ def lines(folder: Path) -> list[dict]:
 
 
 def test_a_reply_is_noted_array_by_array(tmp_path: Path) -> None:
-    """Norm by hand (3, 4, 5), hash by hashlib; metrics by name and never by value."""
-    size = AuditLog(tmp_path, "town").reply(REPLY, ORDER, replayed=False)
+    """Norm by hand (3, 4, 5), hash by hashlib; metrics by name, never by value."""
+    size = AuditLog(tmp_path, "town").reply(REPLY, REQUEST, replayed=False)
     (line,) = lines(tmp_path)
     assert size == line["bytes"] == 8 + 20 + len("train.loss") + len("base.loss") + 16
     assert {key: line[key] for key in ("federation", "kind", "round", "phase", "key", "replayed", "metrics")} == {
@@ -45,9 +45,9 @@ def test_a_reply_is_noted_array_by_array(tmp_path: Path) -> None:
 
 def test_everything_that_leaves_has_its_line_in_order(tmp_path: Path) -> None:
     audit = AuditLog(tmp_path / "new", "town")
-    audit.description(SiteInfo("ada", 1, "m", "t", "c", "l", "generation", 10, 4, 1, 2))
-    audit.reply(REPLY, ORDER, replayed=False)
-    audit.reply(REPLY, ORDER, replayed=True)
+    audit.site_info(SiteInfo("ada", 1, "m", "t", "c", "l", "generation", 10, 4, 1, 2))
+    audit.reply(REPLY, REQUEST, replayed=False)
+    audit.reply(REPLY, REQUEST, replayed=True)
     audit.error("DataError: data.label")
     found = lines(tmp_path / "new")
     assert [line["kind"] for line in found] == ["description", "reply", "reply", "error"]
@@ -56,7 +56,7 @@ def test_everything_that_leaves_has_its_line_in_order(tmp_path: Path) -> None:
 
 
 def test_a_line_after_a_torn_one_is_whole(tmp_path: Path) -> None:
-    """A kill in the middle of a line costs that line, whose message never left."""
+    """A kill during a write costs that line, whose message was never sent."""
     (tmp_path / "audit.jsonl").write_text('{"time": "2026')
     AuditLog(tmp_path, "town").error("x")
     torn, whole = (tmp_path / "audit.jsonl").read_text().splitlines()
@@ -71,13 +71,13 @@ def test_a_line_that_finds_no_room_is_an_error_and_leaves_nothing(
     audit.error("first")
     before = (tmp_path / "audit.jsonl").read_bytes()
     write = os.write
-    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:10]))  # as a full disk does
-    with pytest.raises(StateError, match=r"audit.jsonl: expected room and permission to write"):
-        audit.reply(REPLY, ORDER, replayed=False)
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:10]))  # as on a full disk
+    with pytest.raises(StateError, match=r"Cannot write the audit log .*audit.jsonl: no space left"):
+        audit.reply(REPLY, REQUEST, replayed=False)
     assert (tmp_path / "audit.jsonl").read_bytes() == before
 
 
 def test_a_number_that_is_none_has_a_norm_that_json_can_say(tmp_path: Path) -> None:
     broken = TrainReply("ada", "town", 3, "key", {"a": np.array([np.nan], np.float32)}, 8, 8)
-    AuditLog(tmp_path, "town").reply(broken, ORDER, replayed=False)
+    AuditLog(tmp_path, "town").reply(broken, REQUEST, replayed=False)
     assert lines(tmp_path)[0]["arrays"][0]["norm"] == "nan"

@@ -1,4 +1,4 @@
-"""The wire: what is generated, what the fields are, and arrays in chunks that cannot fill a machine."""
+"""The gRPC messages: generated modules, their fields, and arrays in chunks of bounded size."""
 
 from __future__ import annotations
 
@@ -9,71 +9,71 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from colora.client.trainer_service import serde as parts
+from colora.client.trainer_service import serde
 from colora.client.trainer_service.proto import generate
-from colora.client.trainer_service.proto import trainer_pb2 as wire
+from colora.client.trainer_service.proto import trainer_pb2 as pb
 from colora.common.errors import RefusedError
 from colora.common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest
 
 ARRAYS = {
     "big.lora_B.weight": np.random.default_rng(0).normal(size=(300_000, 2)).astype(np.float32),  # three chunks
-    "exactly one chunk": np.arange(parts.CHUNK // 4, dtype=np.float32),
+    "exactly one chunk": np.arange(serde.CHUNK // 4, dtype=np.float32),
     "turned": np.arange(12, dtype=np.float32).reshape(3, 4).T,
     "number": np.float32(1.5).reshape(()),
     "nothing": np.zeros((0, 3), np.float32),
     "odd": np.array([np.nan, -0.0, np.inf, 1e-45], np.float32),
 }
 LAYOUT = {key: value.shape for key, value in ARRAYS.items()}
-HEAD = {"federation": "town", "round": 2, "phase": "train", "admitted": 1, "plan": "{}", "protocol": PROTOCOL}
+HEAD = {"federation": "town", "round": 2, "kind": "train", "admitted_round": 1, "plan": "{}", "protocol": PROTOCOL}
 
 
-def gathered(*chunks: wire.Chunk) -> dict[str, np.ndarray]:
-    gathering = parts.ArrayAssembler(LAYOUT, "ada")
+def gathered(*chunks: pb.Chunk) -> dict[str, np.ndarray]:
+    assembler = serde.ArrayAssembler(LAYOUT, "ada")
     for chunk in chunks:
-        gathering.add(chunk)
-    return gathering.arrays()
+        assembler.add(chunk)
+    return assembler.arrays()
 
 
-def chunk(name: str = "odd", size: int = 16, **changes: object) -> wire.Chunk:
+def chunk(name: str = "odd", size: int = 16, **changes: object) -> pb.Chunk:
     values = {"dtype": "float32", "shape": LAYOUT.get(name, ()), "data": bytes(size), **changes}
-    return wire.Chunk(name=name, **values)  # type: ignore[arg-type]
+    return pb.Chunk(name=name, **values)  # type: ignore[arg-type]
 
 
 def test_the_generated_modules_are_those_of_the_proto_file() -> None:
     """``python -m colora.client.trainer_service.proto.generate`` writes them."""
-    folder = Path(generate.HERE)
-    made = generate.generate()
-    assert {name: (folder / name).read_text() for name in made} == made
-    assert {path.name for path in folder.glob("trainer_pb2*")} == set(made)
+    folder = Path(generate.FOLDER)
+    generated = generate.generate()
+    assert {name: (folder / name).read_text() for name in generated} == generated
+    assert {path.name for path in folder.glob("trainer_pb2*")} == set(generated)
 
 
 @pytest.mark.parametrize(
     ("message", "content", "more"),
     [
-        (wire.Description, SiteInfo, set()),
-        (wire.OrderHead, TrainRequest, {"protocol"}),
-        (wire.ReplyHead, TrainReply, set()),
+        (pb.SiteInfo, SiteInfo, set()),
+        (pb.TrainRequestHead, TrainRequest, {"protocol"}),
+        (pb.TrainReplyHead, TrainReply, set()),
     ],
 )
 def test_the_fields_are_those_of_the_protocol(message: type, content: type, more: set[str]) -> None:
-    """A field that is added to one side alone would be lost in silence."""
+    """A field that only one of the two has would be lost silently."""
     fields = {f.name for f in dataclasses.fields(content)} - {"shared"}
     assert {f.name for f in message.DESCRIPTOR.fields} == fields | more  # type: ignore[attr-defined]
 
 
 def test_descriptions_orders_and_replies_come_out_as_they_went_in() -> None:
-    said = SiteInfo("ada", 1, "m", "t", "c", "l", "generation", 10, 4, 1, 2, 3)
-    assert parts.site_info_from(parts.site_info_message(said)) == said
-    order = TrainRequest("town", 2, "finalize", 1, '{"ü": 1}', {}, True)
-    (part,) = parts.request_parts(order)
-    assert parts.request_from(part.head, {}) == order
+    info = SiteInfo("ada", 1, "m", "t", "c", "l", "generation", 10, 4, 1, 2, 3)
+    assert serde.site_info_from(serde.site_info_message(info)) == info
+    request = TrainRequest("town", 2, "finalize", 1, '{"ü": 1}', {}, True)
+    (part,) = serde.request_parts(request)
+    assert serde.request_from(part.head, {}) == request
     reply = TrainReply("ada", "town", 2, "key", {}, 2**40, 8, {"train.loss": 0.1 + 0.2, "base.loss": 1.0}, 1.25, True)
-    assert parts.reply_from(parts.reply_head(reply), {}) == reply
+    assert serde.reply_from(serde.reply_head(reply), {}) == reply
 
 
 def test_arrays_come_out_as_they_went_in_bit_for_bit() -> None:
-    sent = list(parts.chunks(ARRAYS))
-    assert max(len(each.data) for each in sent) == parts.CHUNK
+    sent = list(serde.chunks(ARRAYS))
+    assert max(len(each.data) for each in sent) == serde.CHUNK
     assert sum(each.name.startswith("big") for each in sent) == 3
     assert sum(each.name == "exactly one chunk" for each in sent) == 1
     back = gathered(*sent)
@@ -83,18 +83,18 @@ def test_arrays_come_out_as_they_went_in_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         (chunk("encoder.lora_core"), "arrays: expected the shared groups only, found also encoder.lora_core"),
         (chunk(dtype="float64"), "odd: expected float32, found float64"),
         (chunk(shape=(5,)), r"odd: expected shape \(4,\), found \(5,\)"),
         (chunk(size=17), "odd: expected 16 bytes, found more"),
-        (chunk("big.lora_B.weight", size=parts.CHUNK + 1), "chunks of 1 to 1048576 bytes, found 1048577"),
+        (chunk("big.lora_B.weight", size=serde.CHUNK + 1), "chunks of 1 to 1048576 bytes, found 1048577"),
     ],
 )
-def test_a_chunk_that_is_not_of_the_layout_is_refused_when_it_comes(wrong: wire.Chunk, told: str) -> None:
-    with pytest.raises(RefusedError, match=told):
-        parts.ArrayAssembler(LAYOUT, "ada").add(wrong)
+def test_a_chunk_that_is_not_of_the_layout_is_refused_when_it_comes(wrong: pb.Chunk, message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        serde.ArrayAssembler(LAYOUT, "ada").add(wrong)
 
 
 def test_an_array_must_come_whole_and_ends_where_its_layout_ends() -> None:
@@ -108,29 +108,29 @@ def test_an_array_must_come_whole_and_ends_where_its_layout_ends() -> None:
 
 
 def test_what_is_kept_in_memory_is_what_came_and_not_what_a_header_claims() -> None:
-    gathering = parts.ArrayAssembler({"huge": (1 << 40, 8)}, "ada")
-    gathering.add(wire.Chunk(name="huge", dtype="float32", shape=(1 << 40, 8), data=bytes(4)))
-    assert sys.getsizeof(gathering.buffers["huge"]) < 200
+    assembler = serde.ArrayAssembler({"huge": (1 << 40, 8)}, "ada")
+    assembler.add(pb.Chunk(name="huge", dtype="float32", shape=(1 << 40, 8), data=bytes(4)))
+    assert sys.getsizeof(assembler.buffers["huge"]) < 200
     with pytest.raises(RefusedError, match="expected 35184372088832 bytes, found 4"):
-        gathering.arrays()
+        assembler.arrays()
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ({"phase": "steal"}, "phase: expected train or close, found 'steal'"),
-        ({"protocol": 99}, f"protocol: expected {PROTOCOL}, found 99"),
-        ({"admitted": 2}, "admitted: expected a round before round 2, found 2"),
-        ({"admitted": -1}, "admitted"),
-        ({"round": 0, "admitted": 0}, "admitted"),
+        ({"kind": "steal"}, "kind: expected train or finalize, found 'steal'"),
+        ({"protocol": 99}, f"The trainer uses protocol version {PROTOCOL}, its client version 99"),
+        ({"admitted_round": 2}, "admitted_round: expected a round before round 2, found 2"),
+        ({"admitted_round": -1}, "admitted_round"),
+        ({"round": 0, "admitted_round": 0}, "admitted_round"),
     ],
 )
-def test_a_head_of_no_possible_order_is_refused(change: dict, told: str) -> None:
-    assert parts.request_from(wire.OrderHead(**HEAD), {}).round == 2
-    with pytest.raises(RefusedError, match=told):
-        parts.request_from(wire.OrderHead(**{**HEAD, **change}), {})
+def test_a_head_of_no_possible_order_is_refused(change: dict, message: str) -> None:
+    assert serde.request_from(pb.TrainRequestHead(**HEAD), {}).round == 2
+    with pytest.raises(RefusedError, match=message):
+        serde.request_from(pb.TrainRequestHead(**{**HEAD, **change}), {})
 
 
 def test_a_socket_path_is_quoted_as_part_of_a_uri() -> None:
-    assert parts.target_of("unix:/tmp/a b/50%.sock") == "unix:/tmp/a%20b/50%25.sock"
-    assert parts.target_of("trainer:50051") == "trainer:50051"
+    assert serde.target_of("unix:/tmp/a b/50%.sock") == "unix:/tmp/a%20b/50%25.sock"
+    assert serde.target_of("trainer:50051") == "trainer:50051"

@@ -1,4 +1,4 @@
-"""The resident trainer as a real process: the bits of a trainer in this process, whatever dies, and nothing besides."""
+"""The trainer process: its replies equal those of a Trainer in this process bit for bit, also after crashes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from colora.client.trainer_service import serde as parts
+from colora.client.trainer_service import serde
 from colora.client.trainer_service.client import TrainerError
-from colora.client.trainer_service.proto import trainer_pb2 as wire
+from colora.client.trainer_service.proto import trainer_pb2 as pb
 from colora.common.config.schema import to_json
 from tests.forked import run
 
 if TYPE_CHECKING:
-    from conftest import House
+    from conftest import SiteSetup
 
 SLOW = {"steps": 150}  # a second: long enough to be interrupted
 
@@ -41,27 +41,27 @@ def steps_of(call: Any) -> Iterator[int]:
     return (part.progress.step for part in call)
 
 
-# --- the same answers -----------------------------------------------------------------------------------------------
+# --- equal replies ----------------------------------------------------------------------------------------------------
 
 
-def test_a_reply_through_the_service_is_the_reply_of_a_trainer_in_this_process(standing: House) -> None:
-    """Every method of two rounds and a close, bit for bit; then the stored ones again."""
+def test_a_reply_through_the_service_is_the_reply_of_a_trainer_in_this_process(running_site: SiteSetup) -> None:
+    """Three methods, two rounds and the final request, bit for bit; then a stored reply again."""
     for method in ("colora", "local", "ffa"):
-        plan = standing.plan(f"same-{method}", method=method, final_steps=2, persist_optimizer_state=True)
+        plan = running_site.plan(f"same-{method}", method=method, final_steps=2, persist_optimizer_state=True)
         only = None if method != "local" else {}
         shared = {} if only is None else {"shared": only}
-        asked = [standing.order(plan, t, seed=t, **shared) for t in (1, 2)]
-        asked.append(standing.order(plan, 3, kind="finalize", **shared))
+        asked = [running_site.request(plan, t, seed=t, **shared) for t in (1, 2)]
+        asked.append(running_site.request(plan, 3, kind="finalize", **shared))
         if method == "ffa":
             asked = [dataclasses.replace(o, shared={k: v for k, v in o.shared.items() if "lora_B" in k}) for o in asked]
-        site = standing.connection()
-        through = [site.handle(order) for order in asked]
-        expected = standing.oracle(plan, *asked)
-        assert all(standing.alike(*pair) for pair in zip(through, expected, strict=True))
-        assert standing.alike(site.handle(asked[2]), expected[2])
+        site = running_site.client()
+        replies = [site.handle(request) for request in asked]
+        expected = running_site.expected(plan, *asked)
+        assert all(running_site.equal(*pair) for pair in zip(replies, expected, strict=True))
+        assert running_site.equal(site.handle(asked[2]), expected[2])
 
 
-def test_a_description_is_that_of_a_trainer_in_this_process(standing: House) -> None:
+def test_a_description_is_that_of_a_trainer_in_this_process(running_site: SiteSetup) -> None:
     from colora.client.data.selection import load_site_rows
     from colora.client.training.adapted_model import attach_adapters
     from colora.client.training.state_store import StateStore
@@ -69,113 +69,113 @@ def test_a_description_is_that_of_a_trainer_in_this_process(standing: House) -> 
     from colora.common.config.loader import load_site
     from colora.common.models.base_model import load_base_model
 
-    plan = standing.plan("described")
-    rows = load_site_rows(load_site(standing.file), plan.seed)
+    plan = running_site.plan("described")
+    rows = load_site_rows(load_site(running_site.file), plan.seed)
     trainer = Trainer(
         attach_adapters(load_base_model(plan.model, generates=False), plan),
         rows,
-        StateStore(standing.folder / "no", plan.name),
+        StateStore(running_site.folder / "no", plan.name),
     )
-    assert standing.connection().site_info(plan.name, to_json(plan)) == trainer.site_info()
+    assert running_site.client().site_info(plan.name, to_json(plan)) == trainer.site_info()
 
 
-def test_arrays_of_several_chunks_come_back_bit_for_bit(standing: House, wide_bert: Path) -> None:
-    plan = standing.plan("wide")
+def test_arrays_of_several_chunks_come_back_bit_for_bit(running_site: SiteSetup, wide_bert: Path) -> None:
+    plan = running_site.plan("wide")
     model, adapter = plan.model, dataclasses.replace(plan.adapter, target_modules=("dense",))
     plan = dataclasses.replace(plan, model=dataclasses.replace(model, source=str(wide_bert)), adapter=adapter)
-    order = standing.order(plan)
-    assert max(array.nbytes for array in order.shared.values()) > 2 * parts.CHUNK
-    assert standing.alike(standing.connection().handle(order), standing.oracle(plan, order)[0])
+    request = running_site.request(plan)
+    assert max(array.nbytes for array in request.shared.values()) > 2 * serde.CHUNK
+    assert running_site.equal(running_site.client().handle(request), running_site.expected(plan, request)[0])
 
 
-def test_plans_in_turn_share_one_base_model_and_leave_no_trace_on_it(standing: House) -> None:
-    """Rank, targets and method change from order to order; the oracle has a fresh model for each."""
-    plans = [standing.plan(f"turn-{k}", method=method) for k, method in enumerate(("colora", "fedit", "colora"))]
+def test_plans_in_turn_share_one_base_model_and_leave_no_trace_on_it(running_site: SiteSetup) -> None:
+    """Rank, targets and method change between requests; the expected replies come from a fresh model each."""
+    plans = [running_site.plan(f"turn-{k}", method=method) for k, method in enumerate(("colora", "fedit", "colora"))]
     adapter = dataclasses.replace(plans[2].adapter, rank=2, target_modules=("dense",))
     plans[2] = dataclasses.replace(plans[2], adapter=adapter)
-    asked = [(plan, standing.order(plan)) for plan in (*plans, plans[0])]
-    site = standing.connection()
-    for plan, order in asked:
-        assert standing.alike(site.handle(order), standing.oracle(plan, order)[0])
+    asked = [(plan, running_site.request(plan)) for plan in (*plans, plans[0])]
+    site = running_site.client()
+    for plan, request in asked:
+        assert running_site.equal(site.handle(request), running_site.expected(plan, request)[0])
 
 
-# --- once, whatever happens -----------------------------------------------------------------------------------------
+# --- each request is trained once -------------------------------------------------------------------------------------
 
 
 def test_who_asks_while_the_order_is_at_work_gets_the_same_reply_and_it_is_trained_once(
-    standing: House, helpers: ThreadPoolExecutor
+    running_site: SiteSetup, helpers: ThreadPoolExecutor
 ) -> None:
-    plan, site = standing.plan("twice", **SLOW), standing.connection()
-    order = standing.order(plan)
-    first = helpers.submit(site.handle, order)
-    with standing.call(*parts.request_parts(order)) as watching:
+    plan, site = running_site.plan("twice", **SLOW), running_site.client()
+    request = running_site.request(plan)
+    first = helpers.submit(site.handle, request)
+    with running_site.call(*serde.request_parts(request)) as watching:
         assert next(step for step in steps_of(watching) if step)  # at work now
-        second = helpers.submit(site.handle, order)
-        assert standing.alike(first.result(120), second.result(120))
-    log = standing.running[0]
+        second = helpers.submit(site.handle, request)
+        assert running_site.equal(first.result(120), second.result(120))
+    log = running_site.running[0]
     log.wait_for("twice round 1: loss")
     assert sum("twice round 1" in line and "150 steps" in line for line in log.lines) == 1
-    assert standing.alike(first.result(), standing.oracle(plan, order)[0])
+    assert running_site.equal(first.result(), running_site.expected(plan, request)[0])
 
 
-def test_training_goes_on_when_the_asking_process_goes_away(standing: House) -> None:
-    plan = standing.plan("left", **SLOW)
-    order = standing.order(plan)
-    with standing.call(*parts.request_parts(order)) as call:
+def test_training_goes_on_when_the_asking_process_goes_away(running_site: SiteSetup) -> None:
+    plan = running_site.plan("left", **SLOW)
+    request = running_site.request(plan)
+    with running_site.call(*serde.request_parts(request)) as call:
         assert next(step for step in steps_of(call) if step)
         call.cancel()
-    log = standing.running[0].wait_for("nobody waits")
-    reply = standing.connection().handle(order)
+    log = running_site.running[0].wait_for("a job finished after its caller had disconnected")
+    reply = running_site.client().handle(request)
     assert not [line for line in log.lines if "left round 1" in line and "steps" in line]
     log.wait_for("left round 1: loss")
-    assert standing.alike(reply, standing.oracle(plan, order)[0])
-    assert [line["replayed"] for line in standing.audit("left")] == [True]  # what never left is not in the audit
+    assert running_site.equal(reply, running_site.expected(plan, request)[0])
+    assert [line["replayed"] for line in running_site.audit("left")] == [True]  # only the sent reply
 
 
 def test_a_trainer_killed_in_the_middle_costs_its_caller_nothing_but_time(
-    house: House, helpers: ThreadPoolExecutor
+    site_setup: SiteSetup, helpers: ThreadPoolExecutor
 ) -> None:
-    trainer = house.furnish().start()
-    plan = house.plan(**SLOW)
-    order, site = house.order(plan), house.connection()
-    waiting = helpers.submit(site.handle, order)
-    with house.call(*parts.request_parts(order)) as watching:
+    trainer = site_setup.configure().start()
+    plan = site_setup.plan(**SLOW)
+    request, site = site_setup.request(plan), site_setup.client()
+    waiting = helpers.submit(site.handle, request)
+    with site_setup.call(*serde.request_parts(request)) as watching:
         assert next(step for step in steps_of(watching) if step)
         assert trainer.end(signal.SIGKILL) == -signal.SIGKILL
     assert not waiting.done()
-    assert (house.state / "trainer.sock").exists()  # stale now
-    house.start()
-    assert house.alike(waiting.result(120), house.oracle(plan, order)[0])
+    assert (site_setup.state / "trainer.sock").exists()  # stale now
+    site_setup.start()
+    assert site_setup.equal(waiting.result(120), site_setup.expected(plan, request)[0])
 
 
-def test_a_reply_stored_before_a_kill_is_replayed_after_it_and_noted_again(house: House) -> None:
-    trainer = house.furnish().start()
-    order = house.order(house.plan())
-    before = house.connection().handle(order)
+def test_a_reply_stored_before_a_kill_is_replayed_after_it_and_noted_again(site_setup: SiteSetup) -> None:
+    trainer = site_setup.configure().start()
+    request = site_setup.request(site_setup.plan())
+    before = site_setup.client().handle(request)
     trainer.end(signal.SIGKILL)
-    house.start()
-    after = house.connection().handle(order)
-    assert house.alike(before, after)
+    site_setup.start()
+    after = site_setup.client().handle(request)
+    assert site_setup.equal(before, after)
     assert before.seconds == after.seconds  # stored, not trained again
-    assert [line["replayed"] for line in house.audit()] == [False, True]
+    assert [line["replayed"] for line in site_setup.audit()] == [False, True]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_process_at_once_in_the_middle_of_a_round(house: House, number: int) -> None:
-    trainer = house.furnish().start()
-    order = house.order(house.plan(steps=100_000))
-    with house.call(*parts.request_parts(order)) as watching:
+def test_a_signal_ends_the_process_at_once_in_the_middle_of_a_round(site_setup: SiteSetup, number: int) -> None:
+    trainer = site_setup.configure().start()
+    request = site_setup.request(site_setup.plan(steps=100_000))
+    with site_setup.call(*serde.request_parts(request)) as watching:
         assert next(step for step in steps_of(watching) if step)
         assert trainer.end(number) == 0
-    assert not (house.state / "trainer.sock").exists()
+    assert not (site_setup.state / "trainer.sock").exists()
     assert trainer.lines[-2].endswith("stopped")
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"federation": "../escape", "plan": None}, "ConfigError: name"),
         ({"federation": "elsewhere"}, "RefusedError: federation"),
@@ -183,32 +183,32 @@ def test_a_signal_ends_the_process_at_once_in_the_middle_of_a_round(house: House
         ({"plan": "[" * 100_000}, "RefusedError: plan"),
         ({"plan": "[1, 2]"}, "RefusedError: plan"),
         ({"plan": '{"name": "town"}'}, "ConfigError: rounds"),
-        ({"phase": "steal"}, "RefusedError: phase"),
-        ({"round": 3, "admitted": 9}, "RefusedError: admitted"),
+        ({"kind": "steal"}, "RefusedError: kind"),
+        ({"round": 3, "admitted_round": 9}, "RefusedError: admitted_round"),
         ({"shared": {"head.classifier.weight": np.zeros((2, 16), np.float32)}}, "RefusedError: arrays"),
         ({"shared": {}}, "RefusedError: arrays"),
     ],
 )
-def test_an_order_that_may_not_be_is_refused_by_its_field(standing: House, change: dict, told: str) -> None:
-    plan = standing.plan("refused")
+def test_an_order_that_may_not_be_is_refused_by_its_field(running_site: SiteSetup, change: dict, message: str) -> None:
+    plan = running_site.plan("refused")
     if change.get("plan", "") is None:
         raw = to_json(plan).replace('"name": "refused"', '"name": "../escape"')
         change = {**change, "plan": raw}
     with pytest.raises(TrainerError) as caught:
-        standing.connection().handle(standing.order(plan, **change))
-    assert caught.value.public() == told
-    assert not (standing.folder / "escape").exists()
-    assert not list((standing.state / "refused").glob("round-*"))
+        running_site.client().handle(running_site.request(plan, **change))
+    assert caught.value.public() == message
+    assert not (running_site.folder / "escape").exists()
+    assert not list((running_site.state / "refused").glob("round-*"))
 
 
 @pytest.mark.parametrize(
-    ("sent", "told"),
+    ("sent", "message"),
     [
-        ([], "RefusedError: order"),
-        ([wire.OrderPart()], "RefusedError: order"),
-        ([wire.OrderPart(chunk=wire.Chunk(name="x"))], "RefusedError: order"),
-        (["head", "head"], "RefusedError: order"),
-        (["head", wire.OrderPart(chunk=wire.Chunk(name="core" * 500))], "RefusedError: arrays"),
+        ([], "RefusedError: request"),
+        ([pb.TrainRequestPart()], "RefusedError: request"),
+        ([pb.TrainRequestPart(chunk=pb.Chunk(name="x"))], "RefusedError: request"),
+        (["head", "head"], "RefusedError: request"),
+        (["head", pb.TrainRequestPart(chunk=pb.Chunk(name="core" * 500))], "RefusedError: arrays"),
         (["other protocol"], "RefusedError: protocol"),
         (["head", "empty", "half"], "RefusedError: encoder.layer.0.attention.self.query.lora_A.weight"),
         (["head", "claim"], "RefusedError: encoder.layer.0.attention.self.query.lora_A.weight"),
@@ -216,75 +216,78 @@ def test_an_order_that_may_not_be_is_refused_by_its_field(standing: House, chang
         (["head", "over a chunk"], "RefusedError: encoder.layer.0.attention.self.query.lora_A.weight"),
     ],
 )
-def test_parts_of_no_order_are_refused(standing: House, sent: list, told: str) -> None:
-    """What no connection of ours sends, but code that a coordinator ships could."""
-    order = standing.order(standing.plan("parts"))
-    head, first, *_ = parts.request_parts(order)
+def test_parts_of_no_order_are_refused(running_site: SiteSetup, sent: list, message: str) -> None:
+    """TrainerClient never sends these, but code from a coordinator could."""
+    request = running_site.request(running_site.plan("parts"))
+    head, first, *_ = serde.request_parts(request)
     bad = dict.fromkeys(("half", "claim", "empty", "twice as much", "over a chunk"))
     for name in bad:
-        bad[name] = wire.OrderPart()
+        bad[name] = pb.TrainRequestPart()
         bad[name].CopyFrom(first)
     bad["half"].chunk.data, bad["claim"].chunk.shape[0] = bytes(8), 1 << 50
-    bad["empty"].chunk.data, bad["over a chunk"].chunk.data = b"", bytes(parts.CHUNK + 1)
+    bad["empty"].chunk.data, bad["over a chunk"].chunk.data = b"", bytes(serde.CHUNK + 1)
     bad["twice as much"].chunk.data *= 2
-    other = wire.OrderPart()
+    other = pb.TrainRequestPart()
     other.CopyFrom(head)
     other.head.protocol = 99
     known = {"head": head, "other protocol": other, **bad}
-    with standing.call(*(known.get(each, each) if isinstance(each, str) else each for each in sent)) as call:
+    with running_site.call(*(known.get(each, each) if isinstance(each, str) else each for each in sent)) as call:
         with pytest.raises(grpc.RpcError) as caught:
             list(call)
-        assert caught.value.details() == told  # type: ignore[attr-defined]
+        assert caught.value.details() == message  # type: ignore[attr-defined]
 
 
-def test_a_message_beyond_the_limit_does_not_come_in(standing: House) -> None:
-    head, *_ = parts.request_parts(standing.order(standing.plan("oversized")))
-    big = wire.OrderPart(chunk=wire.Chunk(name="x", data=bytes(2 * parts.CHUNK)))
-    with standing.call(head, big) as call, pytest.raises(grpc.RpcError) as caught:
+def test_a_message_beyond_the_limit_does_not_come_in(running_site: SiteSetup) -> None:
+    head, *_ = serde.request_parts(running_site.request(running_site.plan("oversized")))
+    big = pb.TrainRequestPart(chunk=pb.Chunk(name="x", data=bytes(2 * serde.CHUNK)))
+    with running_site.call(head, big) as call, pytest.raises(grpc.RpcError) as caught:
         list(call)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
 
 
-def test_what_the_site_file_does_not_allow_is_refused_before_anything_is_touched(house: House) -> None:
-    house.furnish("[allow]", 'federations = ["town"]', "max_rank = 4").start()
-    site = house.connection()
-    for plan, told in (
-        (house.plan("city"), "RefusedError: federation"),
-        (dataclasses.replace(house.plan(), adapter=dataclasses.replace(house.plan().adapter, rank=8)), "adapter.rank"),
+def test_what_the_site_file_does_not_allow_is_refused_before_anything_is_touched(site_setup: SiteSetup) -> None:
+    site_setup.configure("[allow]", 'federations = ["town"]', "max_rank = 4").start()
+    site = site_setup.client()
+    for plan, message in (
+        (site_setup.plan("city"), "RefusedError: federation"),
+        (
+            dataclasses.replace(site_setup.plan(), adapter=dataclasses.replace(site_setup.plan().adapter, rank=8)),
+            "adapter.rank",
+        ),
     ):
         with pytest.raises(TrainerError) as caught:
             site.site_info(plan.name, to_json(plan))
-        assert told in caught.value.public()
-        with pytest.raises(TrainerError, match=told):
-            site.handle(house.order(plan))
-    assert not (house.state / "city").exists()
-    assert not (house.state / "town").exists()
-    assert site.handle(house.order(house.plan())).examples == 8
+        assert message in caught.value.public()
+        with pytest.raises(TrainerError, match=message):
+            site.handle(site_setup.request(plan))
+    assert not (site_setup.state / "city").exists()
+    assert not (site_setup.state / "town").exists()
+    assert site.handle(site_setup.request(site_setup.plan())).examples == 8
 
 
-def test_training_that_takes_longer_than_allowed_is_stopped_and_leaves_no_trace(house: House) -> None:
-    trainer = house.furnish("[allow]", "max_seconds = 1.0").start()
-    site, plan, long = house.connection(), house.plan(), house.plan("long", steps=1_000_000)
-    first, second = house.order(plan), house.order(plan, 2)
+def test_training_that_takes_longer_than_allowed_is_stopped_and_leaves_no_trace(site_setup: SiteSetup) -> None:
+    trainer = site_setup.configure("[allow]", "max_seconds = 1.0").start()
+    site, plan, long = site_setup.client(), site_setup.plan(), site_setup.plan("long", steps=1_000_000)
+    first, second = site_setup.request(plan), site_setup.request(plan, 2)
     assert site.handle(first)
     with pytest.raises(TrainerError) as caught:
-        site.handle(house.order(long))
+        site.handle(site_setup.request(long))
     assert caught.value.public() == "RefusedError: allow.max_seconds"
     assert "at most 1 s, found more after" in trainer.wait_for("allow.max_seconds").log
-    assert not list((house.state / "long").glob("round-*"))
-    assert house.audit("long")[-1]["text"] == "RefusedError: allow.max_seconds"
-    assert house.alike(site.handle(second), house.oracle(plan, first, second)[1])
+    assert not list((site_setup.state / "long").glob("round-*"))
+    assert site_setup.audit("long")[-1]["text"] == "RefusedError: allow.max_seconds"
+    assert site_setup.equal(site.handle(second), site_setup.expected(plan, first, second)[1])
 
 
-# --- what comes out -------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_surface_is_two_calls_and_health(standing: House) -> None:
+def test_the_surface_is_two_calls_and_health(running_site: SiteSetup) -> None:
     from colora.client.trainer_service.proto import trainer_pb2
 
     (service,) = trainer_pb2.DESCRIPTOR.services_by_name.values()
-    assert [method.name for method in service.methods] == ["Describe", "Train"]
-    with grpc.insecure_channel(parts.target_of(standing.address)) as channel:
+    assert [method.name for method in service.methods] == ["GetSiteInfo", "Train"]
+    with grpc.insecure_channel(serde.target_of(running_site.address)) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for name in ("", "colora.trainer.v1.Trainer"):
             answer = health.Check(health_pb2.HealthCheckRequest(service=name))
@@ -295,21 +298,21 @@ def test_the_surface_is_two_calls_and_health(standing: House) -> None:
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED  # type: ignore[attr-defined]
 
 
-def test_the_audit_holds_what_was_sent_to_the_byte(standing: House) -> None:
-    plan, site = standing.plan("audited", final_steps=1), standing.connection()
+def test_the_audit_holds_what_was_sent_to_the_byte(running_site: SiteSetup) -> None:
+    plan, site = running_site.plan("audited", final_steps=1), running_site.client()
     described = site.site_info(plan.name, to_json(plan))
-    order = standing.order(plan)
-    close = standing.order(plan, 2, kind="finalize")
-    replies = [site.handle(each) for each in (order, order, close)]
+    first = running_site.request(plan)
+    close = running_site.request(plan, 2, kind="finalize")
+    replies = [site.handle(each) for each in (first, first, close)]
     with pytest.raises(TrainerError):
-        site.handle(dataclasses.replace(order, shared={}))
-    lines = standing.audit("audited")
+        site.handle(dataclasses.replace(first, shared={}))
+    lines = running_site.audit("audited")
     assert [line["kind"] for line in lines] == ["description", "reply", "reply", "reply", "error"]
     assert [line.get("replayed") for line in lines[1:4]] == [False, True, False]
     assert described.site == "ada"
     assert lines[4]["text"] == "RefusedError: arrays"
-    for line, reply, asked in zip(lines[1:4], replies, (order, order, close), strict=True):
-        assert (line["round"], line["phase"], line["key"]) == (asked.round, asked.phase, asked.key)
+    for line, reply, request in zip(lines[1:4], replies, (first, first, close), strict=True):
+        assert (line["round"], line["phase"], line["key"]) == (request.round, request.kind, request.key)
         assert line["metrics"] == sorted(reply.metrics)
         noted = {each["name"]: (each["sha256"], each["bytes"], tuple(each["shape"])) for each in line["arrays"]}
         hashes = {k: (hashlib.sha256(v.tobytes()).hexdigest(), v.nbytes, v.shape) for k, v in reply.shared.items()}
@@ -320,62 +323,64 @@ def test_the_audit_holds_what_was_sent_to_the_byte(standing: House) -> None:
         }
 
 
-def test_without_an_audit_line_nothing_leaves(house: House) -> None:
-    house.furnish().start()
-    site, plan = house.connection(), house.plan()
-    (house.state / "town" / "audit.jsonl").mkdir(parents=True)  # what nobody can append to, root neither
-    for ask in (lambda: site.site_info(plan.name, to_json(plan)), lambda: site.handle(house.order(plan))):
+def test_without_an_audit_line_nothing_leaves(site_setup: SiteSetup) -> None:
+    site_setup.configure().start()
+    site, plan = site_setup.client(), site_setup.plan()
+    (site_setup.state / "town" / "audit.jsonl").mkdir(parents=True)  # a folder, which not even root can append to
+    for ask in (lambda: site.site_info(plan.name, to_json(plan)), lambda: site.handle(site_setup.request(plan))):
         with pytest.raises(TrainerError) as caught:
             ask()
         assert caught.value.public() == "StateError: audit.jsonl"
-    (house.state / "town" / "audit.jsonl").rmdir()
-    assert house.alike(site.handle(house.order(plan)), house.oracle(plan, house.order(plan))[0])
-    assert [line["replayed"] for line in house.audit()] == [True]
+    (site_setup.state / "town" / "audit.jsonl").rmdir()
+    assert site_setup.equal(
+        site.handle(site_setup.request(plan)), site_setup.expected(plan, site_setup.request(plan))[0]
+    )
+    assert [line["replayed"] for line in site_setup.audit()] == [True]
 
 
-def test_an_error_that_quotes_data_stays_in_the_trainers_log(house: House) -> None:
+def test_an_error_that_quotes_data_stays_in_the_trainers_log(site_setup: SiteSetup) -> None:
     data = 'source = "rows.csv"\ntest_source = "test.csv"\n'
-    (house.folder / "test.csv").write_text("text,label\nred cat moon sea hill dog,Mrs Miller has gout\n")
-    trainer = house.furnish(data=data).start()
+    (site_setup.folder / "test.csv").write_text("text,label\nred cat moon sea hill dog,Mrs Miller has gout\n")
+    trainer = site_setup.configure(data=data).start()
     for ask in (
-        lambda: house.connection().site_info("town", to_json(house.plan())),
-        lambda: house.connection().handle(house.order(house.plan())),
+        lambda: site_setup.client().site_info("town", to_json(site_setup.plan())),
+        lambda: site_setup.client().handle(site_setup.request(site_setup.plan())),
     ):
         with pytest.raises(TrainerError) as caught:
             ask()
         assert caught.value.public() == "DataError: data.label"
         assert "Miller" not in str(caught.value)
     assert "Mrs Miller has gout" in trainer.wait_for("Miller").log
-    assert {line["text"] for line in house.audit()} == {"DataError: data.label"}
+    assert {line["text"] for line in site_setup.audit()} == {"DataError: data.label"}
 
 
-def test_an_unexpected_error_crosses_by_its_type_alone(house: House) -> None:
+def test_an_unexpected_error_crosses_by_its_type_alone(site_setup: SiteSetup) -> None:
     breaking = (
         "from colora.client.training.trainer import Trainer\n"
         "def broken(*_):\n    raise KeyError('Mrs Miller has gout')\n"
         "Trainer.handle = broken"
     )
-    trainer = house.furnish().start(breaking)
+    trainer = site_setup.configure().start(breaking)
     with pytest.raises(TrainerError) as caught:
-        house.connection().handle(house.order(house.plan()))
+        site_setup.client().handle(site_setup.request(site_setup.plan()))
     assert caught.value.public() == "KeyError"
     assert "Miller" not in str(caught.value)
     trainer.wait_for("KeyError: 'Mrs Miller has gout'")
 
 
-def test_the_log_has_a_line_a_round_and_no_row_of_the_data(standing: House) -> None:
-    plan = standing.plan("logged")
-    standing.connection().handle(standing.order(plan))
-    log = standing.running[0].wait_for("logged round 1")
+def test_the_log_has_a_line_a_round_and_no_row_of_the_data(running_site: SiteSetup) -> None:
+    plan = running_site.plan("logged")
+    running_site.client().handle(running_site.request(plan))
+    log = running_site.running[0].wait_for("logged round 1")
     (line,) = [line for line in log.lines if "logged round 1" in line]
     assert "loss" in line
     assert "2 steps" in line
-    assert "bytes out" in line
-    rows = (standing.folder / "rows.csv").read_text().splitlines()[1:]
+    assert "bytes sent" in line
+    rows = (running_site.folder / "rows.csv").read_text().splitlines()[1:]
     assert not [row for row in rows if row.partition(",")[0] in log.log]
 
 
-# --- beginning ------------------------------------------------------------------------------------------------------
+# --- start ------------------------------------------------------------------------------------------------------------
 
 
 def run_service(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -383,56 +388,60 @@ def run_service(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("listen", "more", "told"),
+    ("listen", "more", "message"),
     [
-        ("unix:" + "x" * 120, "", "trainer.listen: expected a socket path of at most 100 bytes"),
-        ("127.0.0.1:0", "", "trainer.link: expected ca.crt, trainer.crt and trainer.key"),
+        ("unix:" + "x" * 120, "", "at most 100 are allowed. Choose a shorter path in trainer.listen."),
+        ("127.0.0.1:0", "", "A trainer on HOST:PORT needs a trainer.link folder with ca.crt, trainer.crt, trainer.key"),
         ("nowhere", "", "trainer.listen: expected unix:PATH or HOST:PORT, found 'nowhere'"),
         ("unix:state/t.sock", "colour = 1", "colour"),
     ],
 )
-def test_what_cannot_begin_says_so_in_one_line_and_exits_2(house: House, listen: str, more: str, told: str) -> None:
-    done = run_service(house.furnish(more, listen=listen).file)
+def test_what_cannot_begin_says_so_in_one_line_and_exits_2(
+    site_setup: SiteSetup, listen: str, more: str, message: str
+) -> None:
+    done = run_service(site_setup.configure(more, listen=listen).file)
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("colora: ")
-    assert told in line
+    assert message in line
 
 
-def test_a_device_that_is_not_there_is_named_at_the_start(house: House) -> None:
-    house.furnish().file.write_text(house.file.read_text().replace('device = "cpu"', 'device = "warp:9"'))
-    done = run_service(house.file)
+def test_a_device_that_is_not_there_is_named_at_the_start(site_setup: SiteSetup) -> None:
+    site_setup.configure().file.write_text(site_setup.file.read_text().replace('device = "cpu"', 'device = "warp:9"'))
+    done = run_service(site_setup.file)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "site ada: trainer.device: expected a device of this machine, found 'warp:9'" in done.stderr
+    assert (
+        "site ada: trainer.device: this machine has no device 'warp:9'. Use auto, cpu, cuda or cuda:N." in done.stderr
+    )
 
 
-def test_no_site_file_is_one_line_too(house: House) -> None:
+def test_no_site_file_is_one_line_too(site_setup: SiteSetup) -> None:
     """The first by the real command, which ends before it imports anything heavy."""
     command = [sys.executable, "-m", "colora.client.trainer_service.server"]
     bare = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    for done in (bare, run_service(house.folder / "missing.toml")):
+    for done in (bare, run_service(site_setup.folder / "missing.toml")):
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
-def test_a_second_trainer_for_the_same_state_is_refused_and_the_first_goes_on(house: House) -> None:
-    house.furnish().start()
-    done = run_service(house.file)
+def test_a_second_trainer_for_the_same_state_is_refused_and_the_first_goes_on(site_setup: SiteSetup) -> None:
+    site_setup.configure().start()
+    done = run_service(site_setup.file)
     assert done.returncode == 2
-    assert "expected no other trainer at work here, found process" in done.stderr
-    assert house.connection().handle(house.order(house.plan())).examples == 8
+    assert f"process {site_setup.running[0].process.pid}" in done.stderr
+    assert site_setup.client().handle(site_setup.request(site_setup.plan())).examples == 8
 
 
-def test_the_state_is_this_users_alone(standing: House) -> None:
-    standing.connection().handle(standing.order(standing.plan("private")))
-    modes = {path.name: path.stat().st_mode & 0o777 for path in (standing.state, *standing.state.rglob("*"))}
+def test_the_state_is_this_users_alone(running_site: SiteSetup) -> None:
+    running_site.client().handle(running_site.request(running_site.plan("private")))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (running_site.state, *running_site.state.rglob("*"))}
     assert modes["state"] == 0o700
     assert modes["trainer.sock"] == 0o600
     assert modes["audit.jsonl"] == 0o600
     assert not [name for name, mode in modes.items() if mode & 0o077]
 
 
-# --- hard times -----------------------------------------------------------------------------------------------------
+# --- full disks and memory --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -450,29 +459,29 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(path: Path) -> None:
-    """Until the disk is full."""
+    """Fill the disk."""
     with path.open("wb", buffering=0) as filler, contextlib.suppress(OSError):
         while filler.write(bytes(512)):
             pass
 
 
 def test_a_full_disk_is_a_clear_error_and_the_same_order_is_answered_when_there_is_room(
-    house: House, small_disk: Path
+    site_setup: SiteSetup, small_disk: Path
 ) -> None:
-    house.furnish(trainer=f'state = "{small_disk}/state"', listen=f"unix:{house.folder}/door/t.sock")
-    trainer = house.start()
-    site, plan = house.connection(), house.plan()
-    first, second = house.order(plan), house.order(plan, 2)
+    site_setup.configure(trainer=f'state = "{small_disk}/state"', listen=f"unix:{site_setup.folder}/socket/t.sock")
+    trainer = site_setup.start()
+    site, plan = site_setup.client(), site_setup.plan()
+    first, second = site_setup.request(plan), site_setup.request(plan, 2)
     site.handle(first)
     kept = {path.name: path.read_bytes() for path in (small_disk / "state" / "town").glob("round-*")}
     fill(small_disk / "filler")
     with pytest.raises(TrainerError) as caught:
         site.handle(second)
     assert caught.value.public().startswith("StateError: ")
-    assert "expected room and permission to write, found No space left" in trainer.wait_for("No space left").log
+    assert trainer.wait_for("No space left")
     assert {path.name: path.read_bytes() for path in (small_disk / "state" / "town").glob("*round-*")} == kept
     (small_disk / "filler").unlink()
-    assert house.alike(site.handle(second), house.oracle(plan, first, second)[1])
+    assert site_setup.equal(site.handle(second), site_setup.expected(plan, first, second)[1])
 
 
 def resident_bytes(pid: int) -> int:
@@ -482,17 +491,17 @@ def resident_bytes(pid: int) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is read from /proc")
 @pytest.mark.endurance
-def test_fifty_rounds_take_no_more_memory_than_five(house: House, wide_bert: Path) -> None:
-    """With more than 4 MiB of shared arrays in every order and reply."""
-    trainer = house.furnish().start()
-    plan, site = house.plan(rounds=60, persist_optimizer_state=True), house.connection()
+def test_fifty_rounds_take_no_more_memory_than_five(site_setup: SiteSetup, wide_bert: Path) -> None:
+    """With more than 4 MiB of shared arrays in every request and reply."""
+    trainer = site_setup.configure().start()
+    plan, site = site_setup.plan(rounds=60, persist_optimizer_state=True), site_setup.client()
     adapter, model = dataclasses.replace(plan.adapter, target_modules=("dense",)), str(wide_bert)
     plan = dataclasses.replace(plan, adapter=adapter, model=dataclasses.replace(plan.model, source=model))
-    order, sizes = house.order(plan), {}
-    assert sum(array.nbytes for array in order.shared.values()) > 4 << 20
+    request, sizes = site_setup.request(plan), {}
+    assert sum(array.nbytes for array in request.shared.values()) > 4 << 20
     for t in range(1, 51):
-        site.handle(dataclasses.replace(order, round=t, admitted_round=t - 1))
-        site.site_info(plan.name, to_json(plan))  # comes after what the trainer tidies up behind an order
+        site.handle(dataclasses.replace(request, round=t, admitted_round=t - 1))
+        site.site_info(plan.name, to_json(plan))  # after the trainer has released the memory of the request
         sizes[t] = resident_bytes(trainer.process.pid)
     print({t: f"{sizes[t] / 2**20:.1f} MiB" for t in (1, 5, 10, 20, 30, 40, 50)})
     assert sizes[50] <= 1.03 * sizes[5]

@@ -1,4 +1,4 @@
-"""The base model stays while plans change, and no plan leaves a trace on it."""
+"""The base model stays in memory while plans change, and no plan leaves a trace on it."""
 
 from __future__ import annotations
 
@@ -18,67 +18,73 @@ from colora.common.errors import ColoraError, ConfigError, DataError, RefusedErr
 from colora.common.models.base_model import load_base_model
 
 if TYPE_CHECKING:
-    from conftest import House
+    from conftest import SiteSetup
 
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by the source of every base model that is read."""
+    """One entry for every base model that is loaded."""
     seen: list[str] = []
 
     def counting(settings: module.ModelSettings, *, generates: bool) -> module.BaseModel:
         seen.append(f"{settings.device} {settings.max_length}")
         return load_base_model(settings, generates=generates)
 
-    monkeypatch.setattr(module, "load", counting)
+    monkeypatch.setattr(module, "load_base_model", counting)
     return seen
 
 
-def accepted(resident: TrainerSession, plan: Plan) -> Plan:
-    return resident.accept(plan.name, to_json(plan))
+def accepted(session: TrainerSession, plan: Plan) -> Plan:
+    return session.accept(plan.name, to_json(plan))
 
 
-def test_the_base_model_is_read_again_only_when_the_plan_names_another(house: House, loads: list[str]) -> None:
-    resident = TrainerSession(load_site(house.furnish().file))
-    plan = house.plan()
+def test_the_base_model_is_read_again_only_when_the_plan_names_another(site_setup: SiteSetup, loads: list[str]) -> None:
+    session = TrainerSession(load_site(site_setup.configure().file))
+    plan = site_setup.plan()
     other_rank = dataclasses.replace(plan, adapter=dataclasses.replace(plan.adapter, rank=2))
     longer = dataclasses.replace(plan, model=dataclasses.replace(plan.model, max_length=8))
-    for each, count in ((plan, 1), (plan, 1), (other_rank, 1), (house.plan("other", method="fedit"), 1), (longer, 2)):
-        resident.trainer(accepted(resident, each))
+    for each, count in (
+        (plan, 1),
+        (plan, 1),
+        (other_rank, 1),
+        (site_setup.plan("other", method="fedit"), 1),
+        (longer, 2),
+    ):
+        session.trainer(accepted(session, each))
         assert len(loads) == count
-    same = resident.trainer(accepted(resident, longer))
-    assert resident.trainer(accepted(resident, longer)) is same
+    same = session.trainer(accepted(session, longer))
+    assert session.trainer(accepted(session, longer)) is same
 
 
-def test_the_device_is_the_sites_whatever_the_plan_says(house: House, loads: list[str]) -> None:
-    resident = TrainerSession(load_site(house.furnish().file))
-    plan = house.plan()
+def test_the_device_is_the_sites_whatever_the_plan_says(site_setup: SiteSetup, loads: list[str]) -> None:
+    session = TrainerSession(load_site(site_setup.configure().file))
+    plan = site_setup.plan()
     there = dataclasses.replace(plan, model=dataclasses.replace(plan.model, device="cuda:7"))
-    resident.trainer(accepted(resident, there))
+    session.trainer(accepted(session, there))
     assert loads == ["cpu 16"]
 
 
-def test_a_plan_that_cannot_be_built_does_not_spoil_the_next_one(house: House, loads: list[str]) -> None:
-    resident = TrainerSession(load_site(house.furnish().file))
-    plan, order = house.plan(), house.order(house.plan())
+def test_a_plan_that_cannot_be_built_does_not_spoil_the_next_one(site_setup: SiteSetup, loads: list[str]) -> None:
+    session = TrainerSession(load_site(site_setup.configure().file))
+    plan, request = site_setup.plan(), site_setup.request(site_setup.plan())
     broken = dataclasses.replace(plan, adapter=dataclasses.replace(plan.adapter, target_modules=("no_such_layer",)))
     for _ in range(2):
         with pytest.raises(ColoraError, match=r"adapter.target_modules"):
-            resident.trainer(accepted(resident, broken))
-    rows = (house.folder / "rows.csv").read_text()
-    (house.folder / "rows.csv").write_text("text,label\n")
+            session.trainer(accepted(session, broken))
+    rows = (site_setup.folder / "rows.csv").read_text()
+    (site_setup.folder / "rows.csv").write_text("text,label\n")
     with pytest.raises(DataError):
-        resident.trainer(accepted(resident, plan))
-    (house.folder / "rows.csv").write_text(rows)
-    reply, stored = resident.answer(accepted(resident, plan), order, lambda done, total: None)
+        session.trainer(accepted(session, plan))
+    (site_setup.folder / "rows.csv").write_text(rows)
+    reply, stored = session.answer(accepted(session, plan), request, lambda done, total: None)
     assert not stored
-    assert house.alike(reply, house.oracle(plan, order)[0])
-    assert resident.answer(accepted(resident, plan), order, lambda done, total: None)[1]
+    assert site_setup.equal(reply, site_setup.expected(plan, request)[0])
+    assert session.answer(accepted(session, plan), request, lambda done, total: None)[1]
     assert len(loads) == 1
 
 
-def test_detaching_gives_the_backbone_back_to_the_bit(house: House) -> None:
-    plan = house.plan()
+def test_detaching_gives_the_backbone_back_to_the_bit(site_setup: SiteSetup) -> None:
+    plan = site_setup.plan()
     backbone = load_base_model(plan.model, generates=False).backbone
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     ids = torch.arange(8)[None]
@@ -95,7 +101,7 @@ def test_detaching_gives_the_backbone_back_to_the_bit(house: House) -> None:
 
 
 @pytest.mark.parametrize(
-    ("federation", "text", "told"),
+    ("federation", "text", "message"),
     [
         ("..", '{"name": "..", "rounds": 1, "model": {"source": "x"}}', "name"),
         ("a/b", '{"name": "a/b", "rounds": 1, "model": {"source": "x"}}', "name"),
@@ -107,44 +113,48 @@ def test_detaching_gives_the_backbone_back_to_the_bit(house: House) -> None:
         ("town", '{"name": NaN}', "name"),
     ],
 )
-def test_what_is_no_plan_of_a_safe_name_touches_nothing(house: House, federation: str, text: str, told: str) -> None:
-    resident = TrainerSession(load_site(house.furnish().file))
+def test_what_is_no_plan_of_a_safe_name_touches_nothing(
+    site_setup: SiteSetup, federation: str, text: str, message: str
+) -> None:
+    session = TrainerSession(load_site(site_setup.configure().file))
     with pytest.raises((ConfigError, RefusedError)) as caught:
-        resident.accept(federation, text)
-    assert caught.value.field.endswith(told)
-    assert not house.state.exists()
+        session.accept(federation, text)
+    assert caught.value.field.endswith(message)
+    assert not site_setup.state.exists()
 
 
-def test_a_site_that_kept_nothing_does_in_a_moved_federation_as_its_file_says(house: House) -> None:
-    site, plan = load_site(house.furnish().file), house.plan("town-on-another")
-    plan = dataclasses.replace(plan, transfer=dataclasses.replace(plan.transfer, of="town"))
+def test_a_site_that_kept_nothing_does_in_a_moved_federation_as_its_file_says(site_setup: SiteSetup) -> None:
+    site, plan = load_site(site_setup.configure().file), site_setup.plan("town-on-another")
+    plan = dataclasses.replace(plan, transfer=dataclasses.replace(plan.transfer, source_federation="town"))
 
     def trainer(choice: str) -> Trainer:
-        resident = TrainerSession(dataclasses.replace(site, on_unprepared=choice))  # type: ignore[arg-type]
-        return resident.trainer(accepted(resident, plan))
+        session = TrainerSession(dataclasses.replace(site, on_unprepared=choice))  # type: ignore[arg-type]
+        return session.trainer(accepted(session, plan))
 
-    with pytest.raises(StateError, match="seeds that the site kept"):
+    with pytest.raises(StateError, match="kept no seeds"):
         trainer("wait")
     assert trainer("retrain").site_info().train > 0
-    guest = trainer("evaluate")
-    assert guest.site_info().train == 0
-    assert guest.site_info().test > 0
-    reply = guest.handle(house.order(plan, 5, admitted_round=0, kind="finalize"))
+    evaluating = trainer("evaluate")
+    assert evaluating.site_info().train == 0
+    assert evaluating.site_info().test > 0
+    reply = evaluating.handle(site_setup.request(plan, 5, admitted_round=0, kind="finalize"))
     assert (reply.terms, reply.examples, reply.shared) == (0, 0, {})
     assert {name.partition(".")[0] for name in reply.metrics} == {"base", "shared"}
 
 
-def test_the_limit_of_seconds_counts_from_the_first_step_on(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock by hand: measuring before the training took 100 s, and does not count."""
+def test_the_limit_of_seconds_counts_from_the_first_step_on(
+    site_setup: SiteSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a fake clock: the evaluation before the training took 100 s, which do not count."""
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    resident = TrainerSession(load_site(house.furnish("[allow]", "max_seconds = 10").file))
+    session = TrainerSession(load_site(site_setup.configure("[allow]", "max_seconds = 10").file))
     seen: list[tuple[int, int]] = []
-    watch = resident._limited(lambda done, total: seen.append((done, total)))
+    on_step = session._time_limited(lambda done, total: seen.append((done, total)))
     for second, done in ((100.0, 0), (105.0, 1), (110.0, 2)):
         now[0] = second
-        watch(done, 5)
+        on_step(done, 5)
     now[0] = 110.5
     with pytest.raises(RefusedError, match=r"allow.max_seconds: expected at most 10 s, found more after 3 of 5 steps"):
-        watch(3, 5)
+        on_step(3, 5)
     assert seen == [(0, 5), (1, 5), (2, 5), (3, 5)]

@@ -1,4 +1,4 @@
-"""A page of findings: all well at a good site, and at a broken one exactly what is broken, in words, without values."""
+"""The checks pass at a good site, and report exactly what is broken at a bad one, without values of the data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from rich.console import Console
 
 from colora.cli import main
 from colora.client.deployment.checks import preflight as module
-from colora.client.deployment.checks import system as machine
+from colora.client.deployment.checks import system
 from colora.client.deployment.checks.preflight import preflight, print_checks
 from colora.client.deployment.checks.result import CheckResult, size
 from colora.server.deployment.gateway.proxy import Upstream
@@ -39,7 +39,7 @@ from colora.server.deployment.provisioning import certificates
 from colora.server.deployment.provisioning.provision import provision
 from tests.conftest import labelled_rows, write_lines
 
-SECRET = "zzgeheim"  # a word of the rows that no finding may show
+SECRET = "zzgeheim"  # a word in the rows that no result may show
 EVERYTHING = ["site file", "data", "labels", "device", "threads", "memory", "model", "tokens", "state", "socket"]
 EVERYTHING += ["key", "CA", "coordinator"]
 
@@ -53,10 +53,10 @@ def make_keys(folder: Path) -> Path:
 
 @contextmanager
 def gate(keys: Path | None) -> Iterator[str]:
-    """The address of a coordinator's gate, which answers /health with no SuperLink behind it."""
+    """The address of a coordinator's gateway, which answers /health without a SuperLink."""
     server = keys / "coordinator" / "server.crt" if keys else None
-    door = ListenAddress("127.0.0.1", 0, server, server.with_suffix(".key") if server else None)
-    with GatewayServer(door, Upstream("http://127.0.0.1:1")) as opened:
+    listen = ListenAddress("127.0.0.1", 0, server, server.with_suffix(".key") if server else None)
+    with GatewayServer(listen, Upstream("http://127.0.0.1:1")) as opened:
         yield f"localhost:{opened.port}"
 
 
@@ -73,7 +73,7 @@ def address(made: Path) -> Iterator[str]:
 
 @dataclass
 class Place:
-    """A site's folder, whose file is written anew for every change."""
+    """A site's folder, whose file is written again for every change."""
 
     folder: Path
     raw: dict[str, Any]
@@ -84,16 +84,16 @@ class Place:
         path.write_text(tomli_w.dumps(self.raw))
         return path
 
-    def look(self, **options: Any) -> dict[str, CheckResult]:
-        found = preflight(self.path, **options)
-        assert len({f.name for f in found}) == len(found)
-        for finding in found:
-            assert SECRET not in finding.detail
-            assert "\n" not in finding.detail
-        return {f.name: f for f in found}
+    def check(self, **options: Any) -> dict[str, CheckResult]:
+        results = preflight(self.path, **options)
+        assert len({result.name for result in results}) == len(results)
+        for result in results:
+            assert SECRET not in result.detail
+            assert "\n" not in result.detail
+        return {result.name: result for result in results}
 
-    def wrong(self, **options: Any) -> dict[str, str]:
-        return {name: finding.detail for name, finding in self.look(**options).items() if not finding.ok}
+    def failed(self, **options: Any) -> dict[str, str]:
+        return {name: result.detail for name, result in self.check(**options).items() if not result.ok}
 
 
 @pytest.fixture
@@ -116,55 +116,53 @@ def place(made: Path, address: str, tiny_bert: Path, tmp_path: Path) -> Place:
 
 def test_a_good_site_has_nothing_wrong_and_its_numbers_are_true(place: Place, tiny_bert: Path) -> None:
     before = sorted(place.path.parent.rglob("*"))
-    found = place.look()
+    found = place.check()
     assert [f for f in found.values() if not f.ok] == []
     assert list(found) == EVERYTHING
-    assert found["data"].detail == "30 rows to train on, 10 to test on; columns text, label"
+    assert found["data"].detail == "30 training rows, 10 test rows; columns text, label"
     counts = [int(n) for part in found["labels"].detail.split(", ") for n in part.split(" ")[1].split("+")]
     assert (sum(counts[::2]), sum(counts[1::2]), len(counts)) == (30, 10, 4)
     parameters = 44 * 16 + 64 * 16 + 2 * 16 + 2 * 16 + 2 * (4 * (16 * 16 + 16) + 2 * 16 * 32 + 32 + 16 + 4 * 16) + 272
     assert found["model"].detail.startswith(f"{tiny_bert}: {parameters:,} parameters, loaded in ")
     buffers = 2 * 64 * 8  # of positions and token types
-    assert found["model"].detail.endswith(f" s, {size(4 * parameters + buffers)} of memory taken (cpu)")
-    assert f"the model's weights take {size(4 * parameters)}" in found["memory"].detail
+    assert found["model"].detail.endswith(f" s, uses {size(4 * parameters + buffers)} of memory (cpu)")
+    assert f"the model's weights need {size(4 * parameters)}" in found["memory"].detail
     # 38 texts of 12 words, one of 299, one empty; the tokenizer splits at spaces and adds nothing
-    words = (
-        "median 12, longest 299; 1 of 39 texts would be cut at 256 (model.max_length of a recipe that does not set it)"
-    )
-    assert found["tokens"].detail == f"{words}; 1 rows are empty and would be left out"
-    assert "(not made yet)" in found["state"].detail
+    words = "median 12, longest 299; 1 of 39 texts would be truncated to 256 (the default of model.max_length)"
+    assert found["tokens"].detail == f"{words}; 1 empty rows would be left out"
+    assert "(not created yet)" in found["state"].detail
     assert found["key"].detail.startswith("ECDSA secp384r1, SHA256:")
     assert "valid until 20" in found["CA"].detail
     assert found["coordinator"].detail.endswith("ms, with a certificate of this CA")
-    assert sorted(place.folder.rglob("*")) == before  # a look leaves nothing behind
+    assert sorted(place.folder.rglob("*")) == before  # the checks leave no files behind
 
 
 def test_the_sites_own_limit_is_the_one_that_texts_are_held_against(place: Place) -> None:
     place.raw["allow"]["max_tokens"] = 11
-    assert "; 39 of 39 texts would be cut at 11 (allow.max_tokens)" in place.look()["tokens"].detail
+    assert "; 39 of 39 texts would be truncated to 11 (allow.max_tokens)" in place.check()["tokens"].detail
 
 
 def test_without_a_model_all_else_is_looked_at(place: Place, tiny_bert: Path) -> None:
     for models in (None, ["a", "b"]):
         place.raw["allow"] = {"models": models} if models else {}
-        found = place.look()
+        found = place.check()
         assert all(f.ok for f in found.values())
         assert found["model"].detail == found["tokens"].detail == module.NO_MODEL
-    assert place.look(model=str(tiny_bert))["model"].detail.startswith(str(tiny_bert))
+    assert place.check(model=str(tiny_bert))["model"].detail.startswith(str(tiny_bert))
 
 
 def test_a_site_that_generates_counts_prompt_and_answer(place: Place, tiny_llama: Path) -> None:
     place.raw["data"] |= {"task": "generation"}
     write_lines(place.folder / "rows.jsonl", [{"prompt": "a b c", "completion": "d e"} for _ in range(8)])
-    found = place.look(model=str(tiny_llama))
+    found = place.check(model=str(tiny_llama))
     assert [f for f in found.values() if not f.ok] == []
     assert found["labels"].detail == "none: the task is generation"
     assert found["tokens"].detail.startswith("median 6, longest 6; 0 of 8 ")  # and the end of the text
 
 
 def test_each_part_looks_at_what_it_needs(place: Place) -> None:
-    assert list(place.look(only="trainer")) == EVERYTHING[:10]
-    assert list(place.look(only="node")) == ["site file", *EVERYTHING[9:]]
+    assert list(place.check(component="trainer")) == EVERYTHING[:10]
+    assert list(place.check(component="supernode")) == ["site file", *EVERYTHING[9:]]
 
 
 def _remove_rows(place: Place) -> None:
@@ -254,20 +252,20 @@ def _locked_key(place: Place) -> None:
 
 
 BREAKS: list[tuple[Callable[[Place], None], str, str]] = [
-    (_remove_rows, "data", "data.source: expected a file that is there, found rows.jsonl"),
-    (_no_source, "data", "data.source is empty: the site file must say where the rows are"),
+    (_remove_rows, "data", "data.source: the file rows.jsonl does not exist."),
+    (_no_source, "data", "data.source is empty; it must name a file, an asset or a data set"),
     (_other_column, "data", "data.label: expected a column 'topic', found text, label in {folder}/rows.jsonl"),
     (_other_test_column, "data", "data.label: expected a column 'label', found text, topic in {folder}/test.jsonl"),
     (_column_missing_later, "data", "data.label: expected a column 'label', found none in row 2"),
     (
         _odd_label,
         "data",
-        "data.label: expected a text or whole number, found something else in row 3 (values are not shown)",
+        "data.label: expected a text or whole number, found another value in row 3 (values are not shown)",
     ),
     (
         _label_is_the_text,
         "data",
-        "data.label: expected a label seen in training, found something else (values are not shown)",
+        "data.label: expected a label seen in training, found another value (values are not shown)",
     ),
     (
         _no_header,
@@ -280,16 +278,16 @@ BREAKS: list[tuple[Callable[[Place], None], str, str]] = [
         "model.source: expected a folder, asset:NAME or a hub id that can be reached, found './not-there'"
         " (HFValidationError)",
     ),
-    (_no_device, "device", "trainer.device is 'warp', which this machine or its torch does not have: {there}"),
-    (_state_is_a_file, "state", "{folder}/state cannot be written to: Not a directory ({folder}/state)"),
+    (_no_device, "device", "trainer.device is 'warp', which is not available here; torch supports {there}"),
+    (_state_is_a_file, "state", "{folder}/state is not writable: Not a directory ({folder}/state)"),
     (_no_key, "key", "{folder}/site.key cannot be read: No such file or directory"),
-    (_open_key, "key", "{folder}/site.key is open to other users (mode 0640): chmod 600 closes it"),
-    (_public_key, "key", "{folder}/site.key is no OpenSSH private key (colora provision makes one)"),
-    (_pem_key, "key", "{folder}/site.key is no OpenSSH private key (colora provision makes one)"),
+    (_open_key, "key", "{folder}/site.key is accessible to other users (mode 0640); use chmod 600"),
+    (_public_key, "key", "{folder}/site.key is not an OpenSSH private key; colora provision creates one"),
+    (_pem_key, "key", "{folder}/site.key is not an OpenSSH private key; colora provision creates one"),
     (
         _other_kind_of_key,
         "key",
-        "{folder}/site.key is a key of another kind, Ed25519: Flower wants ECDSA (ssh-keygen -t ecdsa -b 384)",
+        "{folder}/site.key is a key of type Ed25519, but Flower needs ECDSA (ssh-keygen -t ecdsa -b 384)",
     ),
 ]
 
@@ -299,22 +297,23 @@ def test_what_is_broken_is_the_only_thing_wrong(
     place: Place, spoil: Callable[[Place], None], name: str, message: str
 ) -> None:
     spoil(place)
-    cards = torch.cuda.device_count()
-    there = f"cpu and {cards} CUDA device{'s' * (cards > 1)}" if cards else "cpu only"
-    assert place.wrong() == {name: message.format(folder=place.folder.resolve(), there=there)}
+    gpus = torch.cuda.device_count()
+    there = f"cpu and {gpus} CUDA device{'s' * (gpus > 1)}" if gpus else "cpu only"
+    assert place.failed() == {name: message.format(folder=place.folder.resolve(), there=there)}
 
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen here")
 def test_a_key_with_a_passphrase_is_no_use_to_a_service(place: Place) -> None:
     _locked_key(place)
-    told = "has a passphrase, which nobody enters at a start: ssh-keygen -p takes it off"
-    assert place.wrong() == {"key": f"{place.folder.resolve()}/site.key {told}"}
+    told = "has a passphrase, which a service cannot enter; ssh-keygen -p removes it"
+    assert place.failed() == {"key": f"{place.folder.resolve()}/site.key {told}"}
 
 
 def test_a_socket_path_that_the_system_does_not_take_is_found_before_the_start(place: Place) -> None:
     _long_socket(place)
-    (message,) = place.wrong().values()
-    assert message.startswith("trainer.listen: a socket's path has at most 100 bytes, ")
+    (message,) = place.failed().values()
+    assert message.startswith("trainer.listen: the socket path ")
+    assert message.endswith(" bytes, at most 100 are allowed")
 
 
 def test_one_failure_hides_no_other(place: Place) -> None:
@@ -322,7 +321,7 @@ def test_one_failure_hides_no_other(place: Place) -> None:
         spoil(place)
     (place.folder / "ca.crt").write_text("no certificate")
     place.raw["coordinator"]["address"] = f"localhost:{closed_port()}"
-    found = place.look()
+    found = place.check()
     assert {name for name, f in found.items() if not f.ok} == {
         "data",
         "model",
@@ -332,16 +331,16 @@ def test_one_failure_hides_no_other(place: Place) -> None:
         "CA",
         "coordinator",
     }
-    assert found["labels"].detail == found["tokens"].detail == "not checked: there are no rows to look at"
+    assert found["labels"].detail == found["tokens"].detail == "not checked: no rows"
 
 
 def test_labels_that_look_like_texts_are_counted_and_not_shown(place: Place) -> None:
     rows = [{"text": "a b c", "label": f"{SECRET} {'word ' * 8}{i % 3}"} for i in range(40)]
     write_lines(place.folder / "rows.jsonl", rows)
-    assert place.look()["labels"].detail.startswith("3, with ")
+    assert place.check()["labels"].detail.startswith("3, with ")
     rows = [{"text": "a b c", "label": str(i % 21)} for i in range(210)]
     write_lines(place.folder / "rows.jsonl", rows)
-    assert place.look()["labels"].detail.startswith("21, with ")
+    assert place.check()["labels"].detail.startswith("21, with ")
 
 
 def test_an_unexpected_error_is_a_finding_by_its_kind_alone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,40 +348,40 @@ def test_an_unexpected_error_is_a_finding_by_its_kind_alone(place: Place, monkey
         raise KeyError(SECRET)
 
     monkeypatch.setattr(module, "load_site_rows", fail)
-    assert place.wrong() == {"data": "an unexpected KeyError"}
+    assert place.failed() == {"data": "unexpected KeyError"}
 
 
 def test_a_model_that_does_not_fit_is_not_loaded(
     place: Place, monkeypatch: pytest.MonkeyPatch, tiny_bert: Path
 ) -> None:
     monkeypatch.setattr(module, "memory_left", lambda: (1000, 2_000_000))
-    wrong = place.wrong()
-    assert wrong["memory"].startswith("1.0 kB of 2.0 MB free, and the model's weights alone take ")
-    assert wrong["model"] == f"{tiny_bert} was not loaded: it does not fit into memory"
+    wrong = place.failed()
+    assert wrong["memory"].startswith("1.0 kB of 2.0 MB free, but the model's weights alone need ")
+    assert wrong["model"] == f"{tiny_bert} was not loaded: not enough memory"
     assert set(wrong) == {"memory", "model"}
 
 
 def test_a_containers_own_limit_is_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    free, total = machine.memory_left()
+    monkeypatch.setattr(system, "CGROUP", tmp_path)
+    free, total = system.memory_left()
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1200\n")
     (tmp_path / "memory.stat").write_text("anon 800\ninactive_file 200\n")
-    assert machine.memory_left() == (2000, 3000)
+    assert system.memory_left() == (2000, 3000)
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine.memory_left()[1] == total
+    assert system.memory_left()[1] == total
     assert free <= total
 
 
 def test_a_full_disk_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "ROOM", 1 << 62)
-    assert "state has room for " in place.wrong()["state"]
+    monkeypatch.setattr(system, "MIN_DISK", 1 << 62)
+    assert "state has only " in place.failed()["state"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_state_folder_of_somebody_else_is_told(place: Place) -> None:
     (place.folder / "state").mkdir(mode=0o500)
-    assert "Permission denied" in place.wrong()["state"]
+    assert "Permission denied" in place.failed()["state"]
 
 
 def closed_port() -> int:
@@ -391,20 +390,20 @@ def closed_port() -> int:
 
 
 def coordinator(place: Place) -> str:
-    """What is wrong with the coordinator, and nothing else is."""
-    wrong = place.wrong(only="node")
+    """Return the detail of the coordinator's check, which must be the only one that fails."""
+    wrong = place.failed(component="supernode")
     assert list(wrong) == ["coordinator"]
     return wrong["coordinator"]
 
 
 def test_a_coordinator_that_is_down_refuses(place: Place) -> None:
     address = place.raw["coordinator"]["address"] = f"localhost:{closed_port()}"
-    assert coordinator(place) == f"{address} refuses the connection: nothing listens there"
+    assert coordinator(place) == f"{address} refused the connection; nothing listens there"
 
 
 def test_a_host_that_nobody_knows_is_told(place: Place) -> None:
     place.raw["coordinator"]["address"] = "no-such-host.invalid:9443"
-    assert coordinator(place) == "no-such-host.invalid:9443: no such host is known here"
+    assert coordinator(place) == "no-such-host.invalid:9443: unknown host"
 
 
 @pytest.mark.parametrize("address", ["localhost", "localhost:", ":9443", "localhost:http"])
@@ -417,8 +416,8 @@ def test_a_coordinator_of_another_authority_is_not_trusted(place: Place, tmp_pat
     (tmp_path / "other").mkdir()
     other = make_keys(tmp_path / "other")
     shutil.copy(other / "ca.crt", place.folder / "ca.crt")
-    signed = "shows a certificate that this site's CA did not sign: another coordinator, or an old ca.crt"
-    assert coordinator(place) == f"{place.raw['coordinator']['address']} {signed}"
+    signed = "is not signed by this site's CA; this is another coordinator, or ca.crt is out of date"
+    assert coordinator(place) == f"the certificate of {place.raw['coordinator']['address']} {signed}"
 
 
 def test_a_certificate_for_other_names_is_not_trusted(place: Place, tmp_path: Path, made: Path) -> None:
@@ -431,7 +430,7 @@ def test_a_certificate_for_other_names_is_not_trusted(place: Place, tmp_path: Pa
     (tmp_path / "coordinator/server.key").write_bytes(pair.key)
     with gate(tmp_path) as address:
         place.raw["coordinator"]["address"] = address
-        told = f"{address} shows a certificate of the right CA, but for other names than localhost"
+        told = f"the certificate of {address} is signed by the right CA, but not valid for localhost"
         assert coordinator(place) == told
 
 
@@ -445,37 +444,37 @@ def test_an_expired_authority_is_named_with_its_day(
     shutil.copy(old / "ca.crt", place.folder / "ca.crt")
     with gate(old) as address:
         place.raw["coordinator"]["address"] = address
-        assert place.wrong(only="node") == {
+        assert place.failed(component="supernode") == {
             "CA": f"{place.folder.resolve()}/ca.crt expired on 2020-01-01",
-            "coordinator": f"{address} shows a certificate that has expired (or this machine's clock is wrong)",
+            "coordinator": f"the certificate of {address} has expired, or this machine's clock is wrong",
         }
 
 
 def test_a_certificate_that_is_no_authority_vouches_for_nobody(place: Place, made: Path) -> None:
     shutil.copy(made / "coordinator/server.crt", place.folder / "ca.crt")
-    wrong = place.wrong(only="node")
-    assert wrong["CA"].endswith("ca.crt is a certificate, but not of an authority: it cannot vouch for the coordinator")
+    wrong = place.failed(component="supernode")
+    assert wrong["CA"].endswith("ca.crt is not the certificate of a CA, so it cannot verify the coordinator")
 
 
 def test_without_a_ca_it_is_still_told_whether_somebody_answers(place: Place) -> None:
     (place.folder / "ca.crt").unlink()
-    wrong = place.wrong(only="node")
+    wrong = place.failed(component="supernode")
     assert wrong["CA"] == f"{place.folder.resolve()}/ca.crt cannot be read: No such file or directory"
     address = place.raw["coordinator"]["address"]
-    assert wrong["coordinator"] == f"{address} answers, but without a CA certificate nobody can tell who it is"
+    assert wrong["coordinator"] == f"{address} answers, but cannot be verified without a CA certificate"
 
 
 def test_a_plain_server_is_told_from_one_with_tls_both_ways(place: Place) -> None:
     tls = place.raw["coordinator"]["address"]
     with gate(None) as plain:
         place.raw["coordinator"]["address"] = plain
-        assert coordinator(place).startswith(f"{plain} answers, but not with TLS: a plain HTTP server")
+        assert coordinator(place).startswith(f"{plain} answers without TLS (")
         place.raw["coordinator"]["insecure"] = True
-        found = place.look(only="node")
+        found = place.check(component="supernode")
         assert all(f.ok for f in found.values())
         assert found["key"].detail == found["CA"].detail == module.INSECURE
     place.raw["coordinator"]["address"] = tls
-    told = f"{tls} does not speak plain HTTP, as coordinator.insecure = true wants: a TLS server?"
+    told = f"{tls} does not answer plain HTTP, which coordinator.insecure = true requires; it may use TLS"
     assert coordinator(place) == told
 
 
@@ -492,7 +491,7 @@ def test_another_web_server_is_not_taken_for_a_coordinator(place: Place) -> None
         thread.start()
         address = f"localhost:{server.server_port}"
         place.raw["coordinator"] |= {"address": address, "insecure": True}
-        told = f"{address} answers 404 to /health: something else than colora server is there"
+        told = f"{address} answers /health with status 404, so it is not a colora server"
         assert coordinator(place) == told
         server.shutdown()
         thread.join()
@@ -504,8 +503,8 @@ def test_a_server_that_hangs_up_and_one_that_is_silent_are_told_apart(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = place.raw["coordinator"]["address"] = f"127.0.0.1:{listener.getsockname()[1]}"
         with monkeypatch.context() as hasty:
-            hasty.setattr("colora.client.deployment.checks.credentials.PATIENCE", 0.3)
-            assert coordinator(place) == f"{address} does not answer within 0.3 s: a firewall, or another host"
+            hasty.setattr("colora.client.deployment.checks.credentials.TIMEOUT", 0.3)
+            assert coordinator(place) == f"{address} did not answer within 0.3 s; a firewall may block it"
         listener.accept()[0].close()
 
         def hang_up() -> None:
@@ -517,7 +516,7 @@ def test_a_server_that_hangs_up_and_one_that_is_silent_are_told_apart(
 
         thread = threading.Thread(target=hang_up)
         thread.start()
-        assert coordinator(place) == f"{address} hangs up during the TLS handshake"
+        assert coordinator(place) == f"{address} closed the connection during the TLS handshake"
         thread.join()
 
 
@@ -529,23 +528,25 @@ def test_a_site_without_a_coordinator_can_serve_nobody(place: Place) -> None:
 def test_a_link_between_containers_is_looked_at_in_both_parts(place: Place) -> None:
     place.raw["trainer"]["listen"] = "trainer:9500"
     link, folder = place.folder / "link", place.folder.resolve() / "link"
-    assert place.look(only="node")["link"].detail.startswith("node of link of north ")
-    (link / "node.key").unlink()  # a trainer has none
-    assert place.look(only="trainer")["link"].ok
-    assert place.wrong(only="node") == {"link": f"{folder}/node.key cannot be read: No such file or directory"}
+    assert place.check(component="supernode")["link"].detail.startswith("supernode, signed by link of north")
+    (link / "node.key").unlink()  # the trainer does not need it
+    assert place.check(component="trainer")["link"].ok
+    assert place.failed(component="supernode") == {
+        "link": f"{folder}/node.key cannot be read: No such file or directory"
+    }
     shutil.copy(link / "trainer.key", link / "node.key")
-    assert place.wrong(only="node") == {"link": f"{folder}/node.key is not the key of node.crt"}
+    assert place.failed(component="supernode") == {"link": f"{folder}/node.key is not the key of node.crt"}
     shutil.copy(place.folder / "ca.crt", link / "ca.crt")
-    assert place.wrong(only="node") == {"link": f"{folder}/node.crt is not signed by {folder}/ca.crt"}
+    assert place.failed(component="supernode") == {"link": f"{folder}/node.crt is not signed by {folder}/ca.crt"}
 
 
 def test_a_site_file_that_cannot_be_read_is_the_only_finding(place: Place) -> None:
     place.raw["trainer"]["threds"] = 2
-    (finding,) = place.look().values()
-    assert (finding.name, finding.ok) == ("site file", False)
-    assert "(did you mean 'threads'?)" in finding.detail
-    (finding,) = preflight(place.folder / "absent.toml")
-    assert finding.detail.endswith("expected a readable TOML file, found No such file or directory")
+    (result,) = place.check().values()
+    assert (result.name, result.ok) == ("site file", False)
+    assert "(did you mean 'threads'?)" in result.detail
+    (result,) = preflight(place.folder / "absent.toml")
+    assert result.detail.endswith("No such file or directory")
 
 
 def test_the_page_has_one_line_a_finding_and_the_exit_code_says_whether_all_is_well() -> None:
@@ -555,11 +556,11 @@ def test_the_page_has_one_line_a_finding_and_the_exit_code_says_whether_all_is_w
     assert print_checks([good, bad], console) == 2
     assert page.getvalue().splitlines() == [
         f"ok    data         [bold]30 rows[/] {'x' * 40}",
-        "WRONG coordinator  away",
-        "1 of 2 want mending",
+        "FAIL  coordinator  away",
+        "1 of 2 checks failed",
     ]
     assert print_checks([good], console) == 0
-    assert page.getvalue().endswith("\nAll is well\n")
+    assert page.getvalue().endswith("\nAll checks passed\n")
 
 
 def test_the_command_ends_with_code_2_where_something_is_wrong(
@@ -572,12 +573,12 @@ def test_the_command_ends_with_code_2_where_something_is_wrong(
         return stop.value.code or 0, capsys.readouterr().out.splitlines()
 
     code, lines = run()
-    assert (code, len(lines), lines[-1]) == (0, len(EVERYTHING) + 1, "All is well")
+    assert (code, len(lines), lines[-1]) == (0, len(EVERYTHING) + 1, "All checks passed")
     _open_key(place)
-    assert run("--only", "trainer")[0] == 0
-    code, lines = run("--only", "node")
-    assert (code, len(lines), lines[-1]) == (2, 6, "1 of 5 want mending")
-    assert lines[2].startswith("WRONG key          ")
+    assert run("--component", "trainer")[0] == 0
+    code, lines = run("--component", "supernode")
+    assert (code, len(lines), lines[-1]) == (2, 6, "1 of 5 checks failed")
+    assert lines[2].startswith("FAIL  key          ")
 
 
 @pytest.mark.parametrize(
