@@ -84,7 +84,7 @@ class PartitionSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class SimulatedSiteSettings:
-    """A site: its name, its data, and the round in which it joins. The keys of ``[data]`` may stand here directly."""
+    """A site: its name, its data, and the round in which it joins. Keys of ``[data]`` can be written here directly."""
 
     name: Name
     """Unique name: a letter or digit, then at most 63 letters, digits, ``.``, ``_`` or ``-``. Seeds derive from it."""

@@ -122,8 +122,8 @@ class Plan:
     @property
     def probes_head(self) -> bool:
         """Whether a personal head is fitted to frozen features before its first optimizer step."""
-        asked = self.train.head_init or ("random" if self.transfer.source_federation is None else "probe")
-        return asked == "probe" and self.row().head is Role.PERSONAL
+        head_init = self.train.head_init or ("random" if self.transfer.source_federation is None else "probe")
+        return head_init == "probe" and self.row().head is Role.PERSONAL
 
     @property
     def total_steps(self) -> int:
