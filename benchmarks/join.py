@@ -1,8 +1,9 @@
-"""A new site joins a finished federation with its core and head alone; beside it the same site training alone.
+"""A new site personalises a finished federation's adapter, compared with training alone.
 
-The recipe runs with one site left out of all rounds; ``personalize`` then fits that site's core and head to the finished
-checkpoint, on the same rows from which it also trains a LoRA of its own (method local): with as few steps, and with
-as many as a member of the whole run takes. Every arm trains in one stretch. Mean ± standard deviation over seeds.
+The recipe runs without one site. ``personalize`` then fits that site's core and head to the finished checkpoint. On the
+same rows the site also trains its own LoRA (method ``local``). Both are run with the few steps of a final
+personalisation and with as many steps as a participant takes in the whole run. The table has the mean ± standard
+deviation over seeds.
 
 python benchmarks/join.py [RECIPE] [SITE] [SEEDS]     (demo, sci-2, 3)
 """
@@ -36,34 +37,34 @@ from colora.common.protocol.types import TrainRequest
 from colora.server.reporting.summary import summarize
 from colora.simulation.run import simulate
 
-TEST = 256  # texts of the new site
-BASE, SHARED, CLOSE = "base model, fitted head", "shared adapter, fitted head", "the simulation's closing order"
-BARE = {BASE: "base", SHARED: "shared"}  # nothing but a logistic regression is fitted
+TEST = 256  # test texts of the new site
+BASE, SHARED, FINAL = "base model, fitted head", "shared adapter, fitted head", "the simulation's final request"
+PROBES = {BASE: "base", SHARED: "shared"}  # label → evaluation mode; only a logistic regression is fitted
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one arm at one seed. ``trained`` counts numbers by parameter group."""
+    """The result of one arm at one seed. ``trained`` counts parameters by group."""
 
     accuracy: float
-    seconds: float = 0.0  # of training, without loading and measuring
+    seconds: float = 0.0  # of training, without loading and evaluation
     trained: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class Stopwatch:
-    """Watches a training: seconds from its start to its latest step."""
+    """A step callback that measures the seconds from the first to the latest step."""
 
-    began: float = 0.0
+    started: float = 0.0
     seconds: float = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        self.began = self.began if done else time.monotonic()
-        self.seconds = time.monotonic() - self.began
+        self.started = self.started if done else time.monotonic()
+        self.seconds = time.monotonic() - self.started
 
 
 def recipe_without(path: Path, site: str, seed: int) -> Recipe:
-    """The recipe with ``site`` left out until all is trained, and measured at the end only."""
+    """Return the recipe with ``site`` joining after the last round, and evaluation at the end only."""
     recipe = load_recipe(path, (f"seed={seed}", "simulation.baseline=false", "evaluation.every=0"))
     recipe = dataclasses.replace(recipe, simulation=dataclasses.replace(recipe.simulation, threads=1))
     sites = tuple(
@@ -75,67 +76,67 @@ def recipe_without(path: Path, site: str, seed: int) -> Recipe:
     return dataclasses.replace(recipe, site=sites)
 
 
-def joined(site: SiteSettings, saved: SavedModel, steps: int) -> Outcome:
-    """The site's core and head, fitted to the finished adapter."""
-    watch = Stopwatch()
-    found = personalize(site, saved, steps=steps, watch=watch)
-    return Outcome(_primary(site, found.metrics), watch.seconds, found.trained)
+def personalized(site: SiteSettings, saved: SavedModel, steps: int) -> Outcome:
+    """Fit the site's core and head to the finished adapter."""
+    stopwatch = Stopwatch()
+    result = personalize(site, saved, steps=steps, on_step=stopwatch)
+    return Outcome(_primary(site, result.metrics), stopwatch.seconds, result.trained)
 
 
 def alone(site: SiteSettings, plan: Plan, steps: int) -> Outcome:
-    """The site by itself: a LoRA and a head of its own."""
+    """Train a LoRA and a head at the site alone."""
     train = dataclasses.replace(plan.train, final_steps=steps)
     plan = dataclasses.replace(plan, name=f"{plan.name}-alone", method=MethodSettings(name="local"), train=train)
-    resident = TrainerSession(site)
-    resident.start()
-    plan = resident.accept(plan.name, to_json(plan))
-    watch, counts = Stopwatch(), Counter[str]()
-    order = TrainRequest(plan.name, plan.rounds + 1, "finalize", 0, to_json(plan), {}, evaluate=True)
-    reply, _ = resident.answer(plan, order, watch)
-    for key, parameter in resident.trainer(plan).parameters.items():
+    session = TrainerSession(site)
+    session.start()
+    plan = session.accept(plan.name, to_json(plan))
+    stopwatch, counts = Stopwatch(), Counter[str]()
+    request = TrainRequest(plan.name, plan.rounds + 1, "finalize", 0, to_json(plan), {}, evaluate=True)
+    reply, _ = session.answer(plan, request, stopwatch)
+    for key, parameter in session.trainer(plan).parameters.items():
         counts[group_of(key)] += parameter.numel()
-    return Outcome(_primary(site, reply.metrics), watch.seconds, counts)
+    return Outcome(_primary(site, reply.metrics), stopwatch.seconds, counts)
 
 
 def run(recipe: Recipe, name: str, folder: Path) -> dict[str, Outcome]:
-    """All arms at one seed, by name."""
-    board = summarize(simulate(recipe, folder, resume=False).events())
+    """Run all arms at one seed and return their outcomes by name."""
+    summary = summarize(simulate(recipe, folder, resume=False).events())
     site, saved = load_site(folder / "sites" / name / "site.toml"), read_saved_model(folder)
-    row, few = board.rows[name], recipe.train.final_steps or recipe.train.steps_per_round
-    found = {label: Outcome(row.metric(composition) or 0.0) for label, composition in BARE.items()}
-    found[CLOSE] = Outcome(row.metric("personal") or 0.0)
+    row, few = summary.rows[name], recipe.train.final_steps or recipe.train.steps_per_round
+    outcomes = {label: Outcome(row.metric(mode) or 0.0) for label, mode in PROBES.items()}
+    outcomes[FINAL] = Outcome(row.metric("personal") or 0.0)
     for steps in (few, recipe.total_steps):
-        found[f"join-core, {steps} steps"] = joined(site, saved, steps)
+        outcomes[f"personalize, {steps} steps"] = personalized(site, saved, steps)
     for steps in (few, recipe.total_steps):
-        found[f"alone, {steps} steps"] = alone(site, saved.plan, steps)
-    return found
+        outcomes[f"alone, {steps} steps"] = alone(site, saved.plan, steps)
+    return outcomes
 
 
 def table_of(title: str, seeds: list[dict[str, Outcome]]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("what", no_wrap=True)
-    for column in ("numbers trained", "s", "accuracy"):
+    table.add_column("arm", no_wrap=True)
+    for column in ("parameters trained", "s", "accuracy"):
         table.add_column(column, justify="right", no_wrap=True)
     for arm, first in seeds[0].items():
         accuracies = [outcomes[arm].accuracy for outcomes in seeds]
         numbers = " + ".join(f"{group} {count:,}" for group, count in sorted(first.trained.items()))
         seconds = statistics.mean(outcomes[arm].seconds for outcomes in seeds)
         spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-        told = f"{seconds:.1f}" if first.trained else ""
-        table.add_row(arm, numbers, told, f"{statistics.mean(accuracies):.3f} ± {spread:.3f}")
+        shown = f"{seconds:.1f}" if first.trained else ""
+        table.add_row(arm, numbers, shown, f"{statistics.mean(accuracies):.3f} ± {spread:.3f}")
     return table
 
 
 def main() -> None:
     given = sys.argv[1:]
     name, site, seeds = given + ["demo", "sci-2", "3"][len(given) :]
-    found = []
+    seed_outcomes = []
     for seed in range(int(seeds)):
         with tempfile.TemporaryDirectory() as folder:
-            found.append(run(recipe_without(find_recipe(name), site, seed), site, Path(folder) / "run"))
-        told = (f"{arm} {outcome.accuracy:.3f}" for arm, outcome in found[-1].items())
-        print(f"seed {seed}: {'; '.join(told)}", flush=True)
-    Console(width=120).print(table_of(f"{site} joins {name} when all is trained, {seeds} seeds", found))
+            seed_outcomes.append(run(recipe_without(find_recipe(name), site, seed), site, Path(folder) / "run"))
+        parts = (f"{arm} {outcome.accuracy:.3f}" for arm, outcome in seed_outcomes[-1].items())
+        print(f"seed {seed}: {'; '.join(parts)}", flush=True)
+    Console(width=120).print(table_of(f"{site} joins {name} after training, {seeds} seeds", seed_outcomes))
 
 
 def _primary(site: SiteSettings, metrics: Mapping[str, float]) -> float:

@@ -1,15 +1,15 @@
-"""Trans-LoRA on real models: MiniLM-L6 ↔ MiniLM-L3 on R8 or 20 Newsgroups, with SmolLM2 writing.
+"""Trans-LoRA on real models: MiniLM-L6 ↔ MiniLM-L3 on R8 or 20 Newsgroups, with SmolLM2 as the generator.
 
 python benchmarks/transfer.py [SEEDS] [CALLS] [r8|newsgroups] [source|tuned] [FOLDER]     (0,1,2, 8, r8, source)
 
-What is prepared and written stays in FOLDER/SEED, where one is named, and is taken from there.
+Artifacts and generated texts are stored in FOLDER/SEED, if named, and reused from there.
 
-For each direction and seed: the source with its adapter; the target without one (a head fitted to the same written
-texts, so that an adapter has to earn its place); the arms (the 5 seeds only, as much random text as was kept, as much
-that was written and not filtered, filtered, and all that was written in so many calls); from L6 the filtered one moved
-back again (two hops, seed 0); and the target trained on the real data. Accuracy on the site's real test texts. A tuned
-writer has learnt from the site's texts: how many written texts have ``COPIED`` characters in common with one that was
-trained on is told, and beside it the same of real ones.
+For each direction and seed it prints accuracy on the site's real test texts: of the source with its adapter; of the
+target without an adapter (a head fitted to the same generated texts); of the arms; and of the target trained on the
+real data. The arms are the 5 seeds only, as many random texts as were accepted, as many unfiltered generated texts,
+the accepted texts, and all texts of CALLS calls. For L6 and seed 0 the accepted arm is also transferred back. A tuned
+generator may repeat the site's texts, so it prints how many generated texts share ``SHARED_CHARACTERS`` characters
+with a training text, and how many unseen real texts do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ import torch
 
 from colora.client.artifacts.predict import Predictor
 from colora.client.artifacts.pseudo_labels import pseudo_label
-from colora.client.artifacts.transfer import ROWS, claim_output, synthetic_rows, transfer, transfer_plan
+from colora.client.artifacts.synthetic_data import ROWS, synthetic_rows
+from colora.client.artifacts.transfer import claim_output, transfer, transfer_plan
 from colora.client.data.selection import load_site_rows
 from colora.client.training.adapted_model import attach_adapters
 from colora.client.training.state_store import StateStore
@@ -38,11 +39,14 @@ from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.schema import (
     AdapterSettings,
     DataSettings,
+    DiscriminatorSettings,
+    DistillationSettings,
     EvaluationSettings,
     MethodSettings,
     ModelSettings,
     Plan,
     TrainSettings,
+    TransferGeneratorSettings,
     TransferSettings,
     to_json,
 )
@@ -55,7 +59,7 @@ from colora.transfer.preparation import input_of
 from colora.transfer.sampling import one_line
 from colora.transfer.synthesis import SampleLog
 
-L6, L3, WRITER = "asset:minilm-l6", "asset:paraphrase-minilm-l3", "asset:smollm2-135m-instruct"
+L6, L3, GENERATOR = "asset:minilm-l6", "asset:paraphrase-minilm-l3", "asset:smollm2-135m-instruct"
 TRAIN, TEST, STEPS, LENGTH = 64, 200, 100, 32
 DIRECTIONS = {"l6-l3": (L6, L3), "l3-l6": (L3, L6)}
 DATA = {
@@ -76,14 +80,14 @@ DATA = {
         test=TEST,
     ),
 }
-SAMPLES = 250  # wanted, as in the paper; a weak writer's calls are used up before
-BACK = 3  # calls of the writer in the second hop
-COPIED, WORDS = 20, 24  # characters in common, among so many words
-ARMS = ("5 seeds only", "random text", "unfiltered", "filtered", "all that was written")
+SAMPLES = 250  # requested, as in the paper; a small generator uses up its calls before
+BACK = 3  # generator calls of the second transfer
+SHARED_CHARACTERS, WORDS = 20, 24  # in common with a training text, within a text's first words
+ARMS = ("5 seeds only", "random text", "unfiltered", "filtered", "all generated")
 
 
-def plan_of(name: str, source: str, seed: int, calls: int, writer: str) -> Plan:
-    """One site that trains a LoRA alone and prepares."""
+def plan_of(name: str, source: str, seed: int, calls: int, mode: str) -> Plan:
+    """A plan for one site that trains a LoRA alone and prepares a transfer."""
     return Plan(
         "bench",
         1,
@@ -95,25 +99,25 @@ def plan_of(name: str, source: str, seed: int, calls: int, writer: str) -> Plan:
         evaluation=EvaluationSettings(every=0),
         transfer=TransferSettings(
             prepare=True,
-            generator=WRITER,
-            writer=writer,  # type: ignore[arg-type]
-            about=name,
+            dataset_name=name,
             samples=SAMPLES,
-            steps=40,
-            lr=5e-4,
-            batch=20,
-            calls=calls,
-            temperature=0.7,
-            top_p=0.9,
-            max_new_tokens=200,
-            distil_epochs=15,
-            distil_lr=2e-3,
+            generator=TransferGeneratorSettings(
+                model=GENERATOR,
+                mode=mode,  # type: ignore[arg-type]
+                batch_size=20,
+                max_calls=calls,
+                temperature=0.7,
+                top_p=0.9,
+                max_new_tokens=200,
+            ),
+            discriminator=DiscriminatorSettings(steps=40, lr=5e-4),
+            distillation=DistillationSettings(epochs=15, lr=2e-3),
         ),
     )
 
 
 def trained(plan: Plan, rows: SiteDataset, folder: Path) -> SavedModel:
-    """A site after its only round and the close."""
+    """Train a site for one round and the final personalisation, or read its stored state."""
     if (folder / "round-000002.safetensors").exists():
         return read_saved_model(folder)
     trainer = Trainer(
@@ -128,107 +132,118 @@ def trained(plan: Plan, rows: SiteDataset, folder: Path) -> SavedModel:
 
 
 def accuracy(saved: SavedModel, rows: Sequence[Row]) -> float:
-    found = Predictor(saved).predict([{"text": row["text"]} for row in rows])
-    return statistics.mean(p["label"] == row["label"] for p, row in zip(found, rows, strict=True))
+    predictions = Predictor(saved).predict([{"text": row["text"]} for row in rows])
+    return statistics.mean(p["label"] == row["label"] for p, row in zip(predictions, rows, strict=True))
 
 
-def probed(plan: Plan, rows: list[Row], real: SiteDataset) -> float:
-    """The bare target with a logistic regression on the written texts."""
+def probe_accuracy(plan: Plan, rows: list[Row], real: SiteDataset) -> float:
+    """Accuracy of the bare target with a logistic regression on the generated texts."""
     site = dataclasses.replace(real, train=rows)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             attach_adapters(load_base_model(plan.model, generates=False), plan), site, StateStore(Path(folder), "bench")
         )
         trainer.load({}, {})
-        found = trainer.task.probe()
-    return (found or {})["accuracy"]
+        metrics = trainer.task.probe()
+    return (metrics or {})["accuracy"]
 
 
 def random_texts(seed: int, count: int) -> list[str]:
-    """Texts of other newsgroups."""
+    """Draw texts of other newsgroups."""
     others = ("talk.politics.misc", "comp.graphics", "misc.forsale", "soc.religion.christian")
     data = DataSettings("asset:20newsgroups/train", labels=others, train=count, test=8)
     rows = load_site_rows(SiteSettings("other", data), seed).train
     return [" ".join(row["text"].split()[:LENGTH]) for row in random.Random(seed).sample(list(rows), count)]
 
 
-def arms(source: SavedModel, plan: Plan, book: Path) -> dict[str, list[str]]:
-    """The texts that each arm learns from; ``book`` is the folder of what is written at this seed, for all arms."""
-    assert source.kept is not None
-    filtered = [input_of(row) for row in synthetic_rows(source, plan, book)]
-    written = list(SampleLog(book / "written.json").verdicts)
+def arms(source: SavedModel, plan: Plan, folder: Path) -> dict[str, list[str]]:
+    """Return the training texts of each arm; ``folder`` stores the generated texts of this seed."""
+    assert source.transfer_metadata is not None
+    filtered = [input_of(row) for row in synthetic_rows(source, plan, folder)]
+    generated = list(SampleLog(folder / "written.json").verdicts)
     count = len(filtered)
     texts = (
-        source.kept["seeds"],
+        source.transfer_metadata["seeds"],
         random_texts(plan.seed, count),
-        random.Random(plan.seed).sample(written, count),
+        random.Random(plan.seed).sample(generated, count),
         filtered,
-        written,
+        generated,
     )
     return dict(zip(ARMS, texts, strict=True))
 
 
-def copied(source: SavedModel, texts: Sequence[str], real: Sequence[Row]) -> int:
-    """How many texts have so many characters in common with a real one that is not a seed."""
-    assert source.kept is not None
-    seen = set().union(*(windows(one_line(row["text"])) for row in real))
-    seen -= set().union(*map(windows, source.kept["seeds"]))
-    return sum(not seen.isdisjoint(windows(text)) for text in texts)
+def count_copies(source: SavedModel, texts: Sequence[str], real: Sequence[Row]) -> int:
+    """Count the texts that share ``SHARED_CHARACTERS`` characters with a real text that is not a seed."""
+    assert source.transfer_metadata is not None
+    real_windows = set().union(*(windows(one_line(row["text"])) for row in real))
+    real_windows -= set().union(*map(windows, source.transfer_metadata["seeds"]))
+    return sum(not real_windows.isdisjoint(windows(text)) for text in texts)
 
 
 def windows(text: str) -> set[str]:
-    return {text[i : i + COPIED] for i in range(len(text) - COPIED + 1)}
+    return {text[i : i + SHARED_CHARACTERS] for i in range(len(text) - SHARED_CHARACTERS + 1)}
 
 
-def one(name: str, seed: int, calls: int, writer: str, folder: Path) -> dict[str, dict[str, float]]:
-    """Accuracies of every contender by direction.
+def run_seed(name: str, seed: int, calls: int, mode: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Return the accuracy of every contender, by direction.
 
-    Generator and real texts are the same in both, and so are seeds and discriminator; what is written would differ by
-    its random numbers alone. All are made once.
+    Both directions use the same seeds, discriminator and generated texts, which are therefore made once.
     """
-    rows, began = load_site_rows(SiteSettings("bench", DATA[name]), seed), time.monotonic()
-    old = trained(plan_of(name, L6, seed, calls, writer), rows, folder / "l6")
-    print(f"  seed {seed}: prepared after {time.monotonic() - began:.0f} s", flush=True)
-    plan = plan_of(name, L3, seed, calls, writer)
+    rows, started = load_site_rows(SiteSettings("bench", DATA[name]), seed), time.monotonic()
+    old = trained(plan_of(name, L6, seed, calls, mode), rows, folder / "l6")
+    print(f"  seed {seed}: prepared after {time.monotonic() - started:.0f} s", flush=True)
+    plan = plan_of(name, L3, seed, calls, mode)
     alone = trained(dataclasses.replace(plan, transfer=TransferSettings()), rows, folder / "l3")
-    kept = dataclasses.replace(alone, plan=plan, kept=old.kept, discriminator=old.discriminator, writer=old.writer)
-    sources = {L6: old, L3: kept}
+    prepared = dataclasses.replace(
+        alone,
+        plan=plan,
+        transfer_metadata=old.transfer_metadata,
+        discriminator=old.discriminator,
+        tuned_generator=old.tuned_generator,
+    )
+    sources = {L6: old, L3: prepared}
     ceilings = {model: accuracy(saved, rows.test) for model, saved in sources.items()}
     return {
-        word: moved(sources[source], target, rows, ceilings, folder / word)
+        word: run_direction(sources[source], target, rows, ceilings, folder / word)
         for word, (source, target) in DIRECTIONS.items()
     }
 
 
-def moved(
+def run_direction(
     old: SavedModel, target: str, rows: SiteDataset, ceilings: dict[str, float], folder: Path
 ) -> dict[str, float]:
-    """One direction. What the target reaches on the real data is what it reached as a source."""
-    source, began = old.plan.model.source, time.monotonic()
+    """Return the accuracies of one direction; ``ceilings`` are those of both models trained on the real data."""
+    source, started = old.plan.model.source, time.monotonic()
     new = transfer_plan(old, target)
-    found = {"source with adapter": ceilings[source]}
+    accuracies = {"source with adapter": ceilings[source]}
     chosen = arms(old, new, folder.parent)
-    for kind, some in (("written", chosen[ARMS[4]]), ("real, unseen", [row["text"] for row in rows.test])):
-        near = copied(old, [" ".join(text.split()[:WORDS]) for text in some], rows.train)
-        print(f"  {near} of {len(some)} texts ({kind}) have {COPIED} characters of a training text", flush=True)
+    for kind, texts in (("generated", chosen[ARMS[4]]), ("real, unseen", [row["text"] for row in rows.test])):
+        copies = count_copies(old, [" ".join(text.split()[:WORDS]) for text in texts], rows.train)
+        print(
+            f"  {copies} of {len(texts)} texts ({kind}) share {SHARED_CHARACTERS} characters with a training text",
+            flush=True,
+        )
     for name, inputs in chosen.items():
-        texts = pseudo_label(old, inputs)
-        found[name] = accuracy(taught(old, new, texts, folder / name.replace(" ", "-")), rows.test)
+        labelled = pseudo_label(old, inputs)
+        accuracies[name] = accuracy(distil(old, new, labelled, folder / name.replace(" ", "-")), rows.test)
         if name == ARMS[3]:
-            found["target without adapter"] = probed(new, texts, rows)
-        kinds = " ".join(f"{kind} {n}" for kind, n in Counter(row["label"] for row in texts).most_common())
-        print(f"  {name}: {found[name]:.3f} of {len(texts)} ({kinds}), {time.monotonic() - began:.0f} s", flush=True)
+            accuracies["target without adapter"] = probe_accuracy(new, labelled, rows)
+        kinds = " ".join(f"{kind} {n}" for kind, n in Counter(row["label"] for row in labelled).most_common())
+        print(
+            f"  {name}: {accuracies[name]:.3f} of {len(labelled)} ({kinds}), {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
     if source == L6 and old.plan.seed == 0:
         first = read_saved_model(folder / ARMS[3])
-        back = transfer(first, transfer_plan(first, source, (f"transfer.calls={BACK}",)), folder / "back")
-        found["two hops, back to the source's base"] = accuracy(read_saved_model(folder / "back"), rows.test)
+        back = transfer(first, transfer_plan(first, source, (f"transfer.generator.max_calls={BACK}",)), folder / "back")
+        accuracies["two hops, back to the source's base"] = accuracy(read_saved_model(folder / "back"), rows.test)
         print(f"  back: {back.examples} texts, {back.seconds:.0f} s", flush=True)
-    found["target on the real data"] = ceilings[target]
-    return found
+    accuracies["target on the real data"] = ceilings[target]
+    return accuracies
 
 
-def taught(old: SavedModel, plan: Plan, rows: list[Row], out: Path) -> SavedModel:
-    """A transfer whose written texts are given."""
+def distil(old: SavedModel, plan: Plan, rows: list[Row], out: Path) -> SavedModel:
+    """Transfer with given synthetic rows."""
     claim_output(old, plan, out)
     (out / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     transfer(old, plan, out)
@@ -238,18 +253,18 @@ def taught(old: SavedModel, plan: Plan, rows: list[Row], out: Path) -> SavedMode
 def main() -> None:
     torch.set_num_threads(1)
     given = sys.argv[1:]
-    seeds, calls, name, writer, kept = given + ["0,1,2", "8", "r8", "source", ""][len(given) :]
+    seeds, calls, name, mode, stored = given + ["0,1,2", "8", "r8", "source", ""][len(given) :]
     tables: dict[str, list[dict[str, float]]] = {word: [] for word in DIRECTIONS}
     for seed in map(int, seeds.split(",")):
-        with tempfile.TemporaryDirectory() as passing:
-            folder = Path(kept, str(seed)) if kept else Path(passing)
-            for word, table in one(name, seed, int(calls), writer, folder).items():
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(stored, str(seed)) if stored else Path(temporary)
+            for word, table in run_seed(name, seed, int(calls), mode, folder).items():
                 tables[word].append(table)
                 print(f"{word}, seed {seed}: {table}", flush=True)
-    for word, found in tables.items():
+    for word, accuracies in tables.items():
         print(word)
-        for contender in max(found, key=len):
-            values = [table[contender] for table in found if contender in table]
+        for contender in max(accuracies, key=len):
+            values = [table[contender] for table in accuracies if contender in table]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             each = " ".join(f"{value:.3f}" for value in values)
             print(f"  {contender:36} {statistics.mean(values):.3f} ± {spread:.3f}   {each}", flush=True)

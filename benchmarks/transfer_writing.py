@@ -1,11 +1,11 @@
-"""Trans-LoRA of a model that writes: SmolLM2 with a LoRA to the same base model with another kind of adapter.
+"""Trans-LoRA of a generation model: from SmolLM2 with a LoRA to the same base model with another adapter.
 
 python benchmarks/transfer_writing.py FILE [SAMPLES] [source|tuned] [SEED] [FOLDER]     (64, source, 0)
 
-FILE has JSON lines with ``prompt`` and ``completion`` (bigbench.py makes them). Exact match of greedy answers on test
-rows that nothing was trained on: the source with its adapter, the base model without one, a CoLoRA that learnt the
-source's answers to each arm of texts (as transfer.py), a MultiLoRA that learnt them to the filtered ones, and a CoLoRA
-trained on the real rows. What is prepared and written stays in FOLDER, where one is named, and is taken from there.
+FILE has JSON lines with ``prompt`` and ``completion`` (bigbench.py makes them). It prints the exact match of greedy
+answers on test rows: of the source with its adapter, of the base model without one, of a CoLoRA trained on the source's
+answers to each arm of texts (see transfer.py), of a MultiLoRA trained on its answers to the accepted texts, and of a
+CoLoRA trained on the real rows. Artifacts and generated texts are stored in FOLDER, if named, and reused from there.
 """
 
 from __future__ import annotations
@@ -28,30 +28,33 @@ from colora.client.training.state_store import StateStore
 from colora.client.training.trainer import Trainer
 from colora.common.config.schema import (
     AdapterSettings,
+    DiscriminatorSettings,
+    DistillationSettings,
     EvaluationSettings,
     MethodSettings,
     ModelSettings,
     Plan,
     TrainSettings,
+    TransferGeneratorSettings,
     TransferSettings,
 )
 from colora.common.dataset import Row, SiteDataset
 from colora.common.models.base_model import load_base_model
 from colora.common.models.saved import SavedModel
-from transfer import ARMS, arms, taught, trained
+from transfer import ARMS, arms, distil, trained
 
-WRITER = "asset:smollm2-135m-instruct"
+MODEL = "asset:smollm2-135m-instruct"
 TRAIN, TEST = 64, 120
 CONTENDERS = (*(("colora", name) for name in ARMS), ("multilora", ARMS[3]))
-RATES = {"colora": 2e-3, "multilora": 4e-3}  # a MultiLoRA's scales start at zero
+RATES = {"colora": 2e-3, "multilora": 4e-3}  # distillation; a MultiLoRA's scales start at zero
 
 
-def plan_of(name: str, samples: int, writer: str, seed: int) -> Plan:
-    """One site that trains a LoRA alone and prepares."""
+def plan_of(name: str, samples: int, mode: str, seed: int) -> Plan:
+    """A plan for one site that trains a LoRA alone and prepares a transfer."""
     return Plan(
         name,
         1,
-        ModelSettings(WRITER, max_length=48),
+        ModelSettings(MODEL, max_length=48),
         seed=seed,
         adapter=AdapterSettings(8, 16.0, target_modules=("q_proj", "v_proj")),
         method=MethodSettings("local"),
@@ -59,16 +62,17 @@ def plan_of(name: str, samples: int, writer: str, seed: int) -> Plan:
         evaluation=EvaluationSettings(every=0, max_new_tokens=6),
         transfer=TransferSettings(
             prepare=True,
-            writer=writer,  # type: ignore[arg-type]
             samples=samples,
-            steps=20,
-            lr=5e-4,
-            batch=12,
-            calls=4,
-            temperature=0.9,
-            top_p=0.95,
-            max_new_tokens=160,
-            distil_epochs=6,
+            generator=TransferGeneratorSettings(
+                mode=mode,  # type: ignore[arg-type]
+                batch_size=12,
+                max_calls=4,
+                temperature=0.9,
+                top_p=0.95,
+                max_new_tokens=160,
+            ),
+            discriminator=DiscriminatorSettings(steps=20, lr=5e-4),
+            distillation=DistillationSettings(epochs=6),
         ),
     )
 
@@ -79,19 +83,19 @@ def rows_of(path: Path, seed: int) -> SiteDataset:
     return SiteDataset("bench", "generation", rows[:TRAIN], rows[TRAIN:], ())
 
 
-def matched(answers: list[str], rows: list[Row]) -> float:
-    """The share of answers that are the wanted ones, whatever their case and the dots at their ends."""
+def match_rate(answers: list[str], rows: list[Row]) -> float:
+    """Return the share of correct answers, ignoring case and final dots."""
     pairs = zip(answers, (str(row["completion"]) for row in rows), strict=True)
     return sum(a.strip(" .\n").casefold() == b.strip(" .\n").casefold() for a, b in pairs) / len(rows)
 
 
-def exact(saved: SavedModel, rows: list[Row]) -> float:
-    found = Predictor(saved).predict([{"prompt": row["prompt"]} for row in rows])
-    return matched([str(p["completion"]) for p in found], rows)
+def exact_match(saved: SavedModel, rows: list[Row]) -> float:
+    predictions = Predictor(saved).predict([{"prompt": row["prompt"]} for row in rows])
+    return match_rate([str(p["completion"]) for p in predictions], rows)
 
 
-def bare(plan: Plan, rows: SiteDataset) -> float:
-    """The base model without any adapter."""
+def bare_match(plan: Plan, rows: SiteDataset) -> float:
+    """Return the exact match of the base model without an adapter."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             attach_adapters(load_base_model(plan.model, generates=True), plan),
@@ -99,37 +103,37 @@ def bare(plan: Plan, rows: SiteDataset) -> float:
             StateStore(Path(folder), plan.name),
         )
         trainer.load({}, {})
-        found = trainer.task.predict([{"prompt": row["prompt"]} for row in rows.test])
-        return matched([str(p["completion"]) for p in found], list(rows.test))
+        predictions = trainer.task.predict([{"prompt": row["prompt"]} for row in rows.test])
+        return match_rate([str(p["completion"]) for p in predictions], list(rows.test))
 
 
 def main() -> None:
     torch.set_num_threads(1)
     file, *given = sys.argv[1:]
-    samples, writer, seed, kept = given + ["64", "source", "0", ""][len(given) :]
+    samples, mode, seed, stored = given + ["64", "source", "0", ""][len(given) :]
     path, name = Path(file), Path(file).stem
-    rows, plan = rows_of(path, int(seed)), plan_of(name, int(samples), writer, int(seed))
-    test, quiet = list(rows.test), TransferSettings()
-    began = time.monotonic()
+    rows, plan = rows_of(path, int(seed)), plan_of(name, int(samples), mode, int(seed))
+    test, no_transfer = list(rows.test), TransferSettings()
+    started = time.monotonic()
 
-    def tell(what: str, value: float) -> None:
-        print(f"{name}: {what:32} {value:.3f}   {time.monotonic() - began:.0f} s", flush=True)
+    def report(what: str, value: float) -> None:
+        print(f"{name}: {what:32} {value:.3f}   {time.monotonic() - started:.0f} s", flush=True)
 
     common = max(map(str, (row["completion"] for row in test)), key=[str(row["completion"]) for row in test].count)
-    tell(f"always {common!r}", matched([common] * len(test), test))
-    with tempfile.TemporaryDirectory() as passing:
-        folder = Path(kept or passing)
+    report(f"always {common!r}", match_rate([common] * len(test), test))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(stored or temporary)
         old = trained(plan, rows, folder / "source")
-        tell("source with adapter (LoRA)", exact(old, test))
-        tell("target without adapter", bare(dataclasses.replace(plan, transfer=quiet), rows))
-        chosen = arms(old, plan, folder / "written")
+        report("source with adapter (LoRA)", exact_match(old, test))
+        report("target without adapter", bare_match(dataclasses.replace(plan, transfer=no_transfer), rows))
+        chosen = arms(old, plan, folder / "generated")
         for method, which in CONTENDERS:
-            new = transfer_plan(old, WRITER, (f"method.name={method}", f"transfer.distil_lr={RATES[method]}"))
+            new = transfer_plan(old, MODEL, (f"method.name={method}", f"transfer.distillation.lr={RATES[method]}"))
             texts = pseudo_label(old, chosen[which])
-            saved = taught(old, new, texts, folder / f"{method}-{which.replace(' ', '-')}")
-            tell(f"{method}, {which} ({len(texts)} texts)", exact(saved, test))
-        real = dataclasses.replace(plan, method=MethodSettings("colora"), transfer=quiet)
-        tell("colora on the real rows", exact(trained(real, rows, folder / "real"), test))
+            saved = distil(old, new, texts, folder / f"{method}-{which.replace(' ', '-')}")
+            report(f"{method}, {which} ({len(texts)} texts)", exact_match(saved, test))
+        real = dataclasses.replace(plan, method=MethodSettings("colora"), transfer=no_transfer)
+        report("colora on the real rows", exact_match(trained(real, rows, folder / "real"), test))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""``colora client --join-core``: a site that comes when all is trained fits its own groups to the shared adapter.
+"""``colora personalize``: fit a new site's personal groups to the shared adapter of a finished federation.
 
-With CoLoRA those are the cores, r² numbers a layer, and the head; A and B stand still, and nothing leaves the site.
+With CoLoRA these are the cores, r² values a layer, and the head. A and B are frozen, and nothing leaves the site.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..common.models.saved import SavedModel
 from ..common.models.sources import check_fingerprint
 from ..common.protocol.types import TrainRequest
 from ..common.training.loop import StepCallback
-from .trainer_service import listener as door
+from .trainer_service.listener import exclusive_state_dir
 from .trainer_service.session import TrainerSession
 from .training.state_store import StateStore
 
 
 @dataclass(frozen=True)
 class PersonalizationResult:
-    """What came of it. ``trained`` counts numbers by parameter group."""
+    """The site's new state, and the metrics on its test data. ``trained`` counts parameters by group."""
 
     state: Path
     trained: Mapping[str, int]
@@ -38,60 +38,73 @@ class PersonalizationResult:
 
 
 def personalize(
-    site: SiteSettings, saved: SavedModel, *, steps: int | None = None, watch: StepCallback | None = None
+    site: SiteSettings, saved: SavedModel, *, steps: int | None = None, on_step: StepCallback | None = None
 ) -> PersonalizationResult:
-    """Trains the site's personal groups on a finished shared adapter and writes its state, as a closing round does.
+    """Train the site's personal groups on a finished shared adapter and write its state, as the final request does.
 
-    ``steps`` is by default the recipe's ``train.final_steps``, or, where it has none, the steps of all its rounds.
-    Asked again for the same adapter and steps, it finds its work done. Raises RefusedError for a plan that the site
-    does not allow, StateError for an adapter that cannot be joined.
+    ``steps`` defaults to the recipe's ``train.final_steps`` or, where that is 0, to the steps of all rounds. A repeated
+    call with the same adapter and steps returns the stored result. Raises RefusedError for a plan that the site does
+    not allow, StateError for a method that shares nothing or a site that took part in the federation.
     """
-    if not saved.plan.method.row().shares:
-        raise StateError(str(saved.path), "a method that shares something", saved.plan.method.name)
+    method = saved.plan.method
+    if not method.row().shares:
+        raise StateError(
+            str(saved.path),
+            "a method that shares something",
+            method.name,
+            message=f"{saved.path}: method {method.name} shares no adapter that a new site could use.",
+        )
     train = saved.plan.train
     steps = steps or train.final_steps or saved.plan.rounds * train.steps_per_round
     plan = dataclasses.replace(saved.plan, train=dataclasses.replace(train, final_steps=steps))
-    resident = TrainerSession(site)
-    resident.start()
-    accepted: Plan = resident.accept(plan.name, to_json(plan))
+    session = TrainerSession(site)
+    session.start()
+    accepted: Plan = session.accept(plan.name, to_json(plan))
     check_fingerprint(plan.model, saved.metadata.fingerprint)
-    with door.exclusive_state_dir(Path(site.trainer.state)):
-        store = StateStore(resident.folder(accepted), plan.name)
-        _make_room(store, plan.rounds + 1, to_json(accepted), site.name)
-        order = TrainRequest(
-            plan.name, plan.rounds + 1, "finalize", 0, to_json(plan), dict(saved.shared), evaluate=True
-        )
-        trainer, began = resident.trainer(accepted), time.monotonic()
-        reply, _ = resident.answer(accepted, order, watch or (lambda done, total: None))
+    final_round = plan.rounds + 1
+    with exclusive_state_dir(Path(site.trainer.state)):
+        store = StateStore(session.folder(accepted), plan.name)
+        _discard_other_result(store, final_round, to_json(accepted), site.name)
+        shared = dict(saved.shared)
+        request = TrainRequest(plan.name, final_round, "finalize", 0, to_json(plan), shared, evaluate=True)
+        trainer, started = session.trainer(accepted), time.monotonic()
+        reply, _ = session.answer(accepted, request, on_step or (lambda done, total: None))
     counts: dict[str, int] = {}
     for key, parameter in trainer.method.having(trainer.parameters, PERSONAL).items():
         counts[group_of(key)] = counts.get(group_of(key), 0) + parameter.numel()
-    return PersonalizationResult(store.path(order.round), counts, steps, time.monotonic() - began, reply.metrics)
+    return PersonalizationResult(store.path(final_round), counts, steps, time.monotonic() - started, reply.metrics)
 
 
-def _make_room(store: StateStore, t: int, plan: str, site: str) -> None:
-    """Leaves a join by the same settings as it is, and removes one by others; a participant's states are not touched.
+def _discard_other_result(store: StateStore, final_round: int, plan: str, site: str) -> None:
+    """Delete an earlier result with another plan; keep one with the same plan, and a participant's states.
 
     Raises StateError where the site took part in the federation.
     """
     states = sorted(store.folder.glob("round-*.safetensors"))
     if not states:
         return
-    last = store.state(t)
+    last = store.state(final_round)
     if last is None or last.previous or len(states) > 1:
         found = f"its states of {len(states)} rounds in {store.folder}"
-        raise StateError("--join-core", "a site that took no part in the federation", found, site=site)
+        raise StateError(
+            "colora personalize",
+            "a site that took no part in the federation",
+            found,
+            site=site,
+            message=f"colora personalize needs a site that took no part in the federation, but found {found}.",
+            hint="A participant's own model is its state after the last round.",
+        )
     if last.plan != plan:
-        store.path(t).unlink()
+        store.path(final_round).unlink()
 
 
-def print_result(joined: PersonalizationResult, console: Console) -> None:
-    """One line each: what was trained, how long, and what it brought."""
-    counts = ", ".join(f"{group} {count:,}" for group, count in sorted(joined.trained.items()))
-    total = sum(joined.trained.values())
+def print_result(result: PersonalizationResult, console: Console) -> None:
+    """Print the trained parameters, the time, the metrics and the state file, one a line."""
+    counts = ", ".join(f"{group} {count:,}" for group, count in sorted(result.trained.items()))
+    total = sum(result.trained.values())
     console.print(
-        f"{total:,} numbers trained ({counts}), {joined.steps} steps, {joined.seconds:.1f} s", highlight=False
+        f"{total:,} parameters trained ({counts}), {result.steps} steps, {result.seconds:.1f} s", highlight=False
     )
-    for name, value in sorted(joined.metrics.items()):
+    for name, value in sorted(result.metrics.items()):
         console.print(f"  {name} {value:.4g}", highlight=False)
-    console.print(f"{joined.state}: for colora export and colora predict", highlight=False, soft_wrap=True)
+    console.print(f"{result.state}: use it with colora export and colora predict", highlight=False, soft_wrap=True)

@@ -1,1 +1,1 @@
-"""What both sides agree on: settings, the method table, adapters, tasks, training and the wire."""
+"""Code that coordinator and sites share: settings, the method table, adapters, tasks, training and messages."""

@@ -1,4 +1,4 @@
-"""Writing to disk so that a reader sees the old file or the new one, never half of either."""
+"""Atomic writes: a reader sees the old file or the new file, never a part of one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import numpy as np
 
 from .errors import StateError
 
-META = "colora"
+META = "colora"  # key of the JSON text in the metadata of a safetensors file
 
 
 def write_atomically(path: Path, data: bytes, *, lasting: bool = True) -> None:
-    """Write, fsync, rename, fsync the folder. Raises StateError (and leaves the old file) when the disk refuses.
+    """Write to a temporary file, fsync it, rename it, and fsync the folder.
 
-    A file that nothing reads after a crash of the machine (``lasting`` false) goes without fsync.
+    ``lasting=False`` skips fsync, for files that are not read after a crash of the machine. Raises StateError, and
+    leaves the old file in place, if writing fails.
     """
     temporary = None
     try:
@@ -36,7 +37,14 @@ def write_atomically(path: Path, data: bytes, *, lasting: bool = True) -> None:
     except OSError as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        raise StateError(str(path), "room and permission to write", error.strerror or error) from error
+        reason = error.strerror or str(error)
+        raise StateError(
+            str(path),
+            "space and permission to write",
+            reason,
+            message=f"{path} cannot be written: {reason}.",
+            hint="Check free space and permissions.",
+        ) from error
 
 
 def _fsync_folder(path: Path) -> None:
@@ -48,7 +56,7 @@ def _fsync_folder(path: Path) -> None:
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], *, lasting: bool = True) -> None:
-    """Arrays (name → array) and a JSON-able ``meta`` as one safetensors file, atomically."""
+    """Write named arrays and JSON-serializable metadata as one safetensors file, atomically. Raises StateError."""
     from safetensors.numpy import save
 
     ordered = {key: np.ascontiguousarray(arrays[key]) for key in sorted(arrays)}
@@ -56,7 +64,11 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str,
 
 
 def load_arrays(path: Path, *, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What :func:`save_arrays` wrote; only the arrays whose name starts with ``prefix``, without it."""
+    """Read arrays and metadata that :func:`save_arrays` wrote.
+
+    Only arrays whose name starts with ``prefix`` are read; the prefix is removed. Raises StateError for an unreadable
+    file.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -65,11 +77,12 @@ def load_arrays(path: Path, *, prefix: str = "") -> tuple[dict[str, np.ndarray],
             keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (no mapping)
             return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}, meta
     except (OSError, SafetensorError, ValueError) as error:
-        raise StateError(str(path), "a whole safetensors file", error) from None
+        message = f"{path} is not a readable safetensors file: {error}."
+        raise StateError(str(path), "a complete safetensors file", error, message=message) from None
 
 
 class ArrayFile(Mapping[str, np.ndarray]):
-    """The arrays of a safetensors file, each read when it is asked for."""
+    """Arrays of a safetensors file by name, each read on access."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open

@@ -1,23 +1,23 @@
-"""One family of errors; every one is a single line that a person can act on.
+"""The error family. Every error is one line of text that says what is wrong and, where possible, what to do.
 
 ColoraError
 ├── ConfigError (ValueError)      a recipe, an option or a site file
-├── AssetError (RuntimeError)     a model or data set that installs from a package
-├── ModelError (ValueError)       the base model, or an adapter that does not fit it
+├── AssetError (RuntimeError)     a model or data set from a package registry
+├── ModelError (ValueError)       the base model, or an adapter that does not fit
 ├── DataError (ValueError)        a site's rows
-├── StateError (RuntimeError)     what lies on disk: run folders, checkpoints, personal state
-├── RefusedError (ValueError)     a message that may not count: an order at a site, a reply at the coordinator
-└── QuorumError (RuntimeError)    too few admitted replies
+├── StateError (RuntimeError)     files on disk: run folders, checkpoints, personal state
+├── RefusedError (ValueError)     a request that a site refuses, or a reply that the coordinator refuses
+└── QuorumError (RuntimeError)    too few sites or admitted replies
 """
 
 from __future__ import annotations
 
 
 class ColoraError(Exception):
-    """Base of the family: names the site, the field, what was expected and what was found.
+    """Base class: an error about one field, with the site, what was expected and what was found.
 
-    The text is ``message``, a sentence, followed by ``hint``, which says what to do. Without a message the text is
-    "FIELD: expected EXPECTED, found FOUND". ``found``, ``message`` and ``hint`` may quote a site's own data, so only
+    The text is ``message``, one sentence, followed by ``hint``, which says what to do. Without a message the text is
+    "FIELD: expected EXPECTED, found FOUND". ``found``, ``message`` and ``hint`` can contain a site's data, so only
     :meth:`public` may leave a site.
     """
 
@@ -49,11 +49,11 @@ class ColoraError(Exception):
         return {"site": self.site, "message": self.message, "hint": self.hint}
 
     def public(self) -> str:
-        """The error type and the field: all that the coordinator receives."""
+        """Return the error type and the field, the only parts that the coordinator receives."""
         return f"{type(self).__name__}: {self.field}"
 
     def at_site(self, site: str) -> ColoraError:
-        """Return the same error with the site's name, unless it has one."""
+        """Return the same error with a site's name, unless it has one already."""
         return type(self)(self.field, self.expected, self.found, **{**self._rest(), "site": self.site or site})
 
 
@@ -68,24 +68,24 @@ class ConfigError(ColoraError, ValueError):
 
 
 class AssetError(ColoraError, RuntimeError):
-    """A packaged model or data set cannot be had, or is not what its hash says."""
+    """A packaged model or data set cannot be downloaded, or its hash is wrong."""
 
 
 class ModelError(ColoraError, ValueError):
-    """The base model is not there, or the adapter does not fit it."""
+    """The base model cannot be loaded, or the adapter does not fit it."""
 
 
 class DataError(ColoraError, ValueError):
-    """A site's rows cannot be used."""
+    """A site's rows are missing or malformed."""
 
 
 class StateError(ColoraError, RuntimeError):
-    """A run folder, checkpoint or personal state is missing, foreign or cannot be written."""
+    """A run folder, checkpoint or personal state is missing, belongs to another run, or cannot be written."""
 
 
 class RefusedError(ColoraError, ValueError):
-    """A message that may not count."""
+    """A request or reply is refused."""
 
 
 class QuorumError(ColoraError, RuntimeError):
-    """Too few sites, or too few admitted replies, to go on."""
+    """Too few sites or admitted replies to continue."""

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 # (flwr/supercore/superexec/run_superexec.py); Flower has no command-line option for it.
 TASK_POLL_INTERVAL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
 
-FIRST, LONGEST = 0.1, 1.0  # seconds; Flower's own are 1 and 10, each pause twice as long as the one before
-TRIES = None  # without a limit: Flower's 500 would be over after 8 minutes now, its limit of 2 hours stays
+# Pauses between two requests in seconds, doubled from FIRST up to LONGEST. Flower's defaults are 1 and 10.
+FIRST, LONGEST = 0.1, 1.0
+# No limit on tries: with these pauses, Flower's 500 would be used up after 8 minutes. Its limit of 2 hours remains.
+TRIES = None
 
 
 def shorten_pull_backoff() -> None:

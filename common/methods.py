@@ -1,7 +1,7 @@
-"""The method table: what happens to each parameter group. Nothing else knows a method's name.
+"""The method table: the role of each parameter group, per method. No other module depends on a method's name.
 
-A parameter group is a set of parameters of one kind; a role says who owns it. Attach, split, send, store,
-freeze and export all read the row and never the name, so a new method is one more row.
+A parameter group is all parameters of one kind. A role says who trains a group and whether it is sent. The code that
+attaches, trains, sends, stores and exports parameters reads the roles, so that a new method is one more row.
 """
 
 from __future__ import annotations
@@ -15,51 +15,51 @@ T = TypeVar("T")
 
 
 class Role(Enum):
-    """Who owns a parameter group."""
+    """Who trains a parameter group, and whether it leaves the site."""
 
-    SHARED = "shared"  # trained at the sites, averaged by the coordinator
-    PERSONAL = "personal"  # trained at the site, never leaves it
-    FROZEN = "frozen"  # the same seeded values everywhere, never trained, never sent
+    SHARED = "shared"  # trained at the sites and aggregated by the coordinator
+    PERSONAL = "personal"  # trained at the site and never sent
+    FROZEN = "frozen"  # the same seeded values at every site, neither trained nor sent
     ABSENT = "absent"  # not part of the model
 
 
 SHARED, PERSONAL, FROZEN, ABSENT = Role.SHARED, Role.PERSONAL, Role.FROZEN, Role.ABSENT
 GROUPS = ("A", "B", "core", "scale", "private", "head")
-PRIVATE = "private."  # begins the name of every parameter of a private adapter
+PRIVATE = "private."  # prefix of the parameter names of a private adapter
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row: the role of every parameter group."""
+    """A row of the method table: the role of every parameter group."""
 
     A: Role
     B: Role
     core: Role
     head: Role
-    private: Role = ABSENT  # an adapter of the site's own beside the shared one (settings: ``private``)
-    scale: Role = ABSENT  # MultiLoRA's s: A and B then are n modules side by side
+    private: Role = ABSENT  # private adapter beside the shared one; set by the recipe, not by the table
+    scale: Role = ABSENT  # scales s_i of MultiLoRA, whose A and B hold n modules side by side
 
     def role(self, key: str) -> Role:
-        """The role of the parameter called ``key`` (see :func:`group_of`)."""
+        """Return the role of a parameter by its name (see :func:`group_of`)."""
         return getattr(self, group_of(key))
 
     def having(self, values: Mapping[str, T], *roles: Role) -> dict[str, T]:
-        """The entries of ``values`` (parameter name → anything) whose group has one of ``roles``."""
+        """Return the entries of ``values`` (parameter name → any value) whose group has one of ``roles``."""
         return {key: value for key, value in values.items() if self.role(key) in roles}
 
     @property
     def shares(self) -> bool:
-        """Whether anything is sent at all."""
+        """Whether any group is shared."""
         return any(getattr(self, group) is SHARED for group in GROUPS)
 
     @property
     def averages_products(self) -> bool:
-        """Whether A and B are averaged apart, so that mean(B)·mean(A) differs from mean(BA)."""
+        """Whether A and B are averaged separately, so that mean(B)·mean(A) differs from mean(BA)."""
         return self.A is SHARED and self.B is SHARED
 
 
 METHODS: dict[str, Method] = {
-    "local": Method(PERSONAL, PERSONAL, ABSENT, PERSONAL),  # each site alone
+    "local": Method(PERSONAL, PERSONAL, ABSENT, PERSONAL),  # no federation
     "fedit": Method(SHARED, SHARED, ABSENT, PERSONAL),  # FedIT, arXiv 2305.05644: plain FedAvg of LoRA
     "ffa": Method(FROZEN, SHARED, ABSENT, PERSONAL),  # FFA-LoRA, arXiv 2403.12313
     "fedsa": Method(SHARED, PERSONAL, ABSENT, PERSONAL),  # FedSA-LoRA, arXiv 2410.01463
@@ -68,7 +68,7 @@ METHODS: dict[str, Method] = {
     "multilora": Method(SHARED, SHARED, ABSENT, PERSONAL, scale=SHARED),  # MultiLoRA, arXiv 2311.11501, averaged
 }
 
-PRIVATE_KINDS: dict[str, bool] = {  # of a private adapter: whether it has MultiLoRA's modules
+PRIVATE_KINDS: dict[str, bool] = {  # kind of a private adapter → whether it has MultiLoRA modules
     "none": False,
     "lora": False,
     "multilora": True,
@@ -78,11 +78,11 @@ _GROUP_OF_LEAF = {"lora_A": "A", "lora_B": "B", "lora_core": "core", "lora_scale
 
 
 def group_of(key: str) -> str:
-    """The parameter group of a parameter name.
+    """Return the parameter group of a parameter name.
 
     ``encoder.layer.0.attention.self.query.lora_A.weight`` → ``A``; ``….lora_core`` → ``core``;
-    ``private.encoder.….lora_A.weight`` → ``private``; ``head.classifier.weight`` → ``head``. Raises KeyError for a name
-    that belongs to no group.
+    ``private.encoder.….lora_A.weight`` → ``private``; ``head.classifier.weight`` → ``head``. Raises KeyError for
+    any other name.
     """
     if key.startswith(PRIVATE):
         return "private"

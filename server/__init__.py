@@ -1,1 +1,1 @@
-"""The coordinator: strategy, aggregation, admission, checkpoints."""
+"""The coordinator: rounds, reporting and deployment."""

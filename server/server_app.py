@@ -1,11 +1,11 @@
-"""The ServerApp. CoLoRA from the coordinator's side, as in the paper:
+"""The ServerApp: CoLoRA at the coordinator, as in the paper.
 
-S_0: A Kaiming, B = 0                       (the cores start as the identity, at the sites)
+S_0: A ~ Kaiming, B = 0                  (at the sites, cores Λ_k start as the identity)
 for t = 1 … T:
     send S_{t-1} to the sites of round t
-    every site trains A, B and its own core Λ_k, and returns A and B
-    S_t = Σ p_k S_k                         (or a step of a server optimiser towards it)
-every site refines Λ_k on S_T alone
+    each site k trains A, B and its core Λ_k, and returns S_k = (A, B)
+    S_t = Σ p_k S_k                      (or a server optimizer's step towards it)
+each site refines Λ_k on S_T, without communication
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ RECIPE, ROSTER, FOLDER = "recipe", "roster", "folder"  # keys of Flower's run co
 
 
 def train_federation(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpoints) -> ServerState:
-    """Runs a federation from its last checkpoint, or from S_0, to its end (or until it is asked to stop)."""
+    """Run a federation from its last checkpoint, or from S_0, to its end.
+
+    Raises StopRequested between rounds, and QuorumError where missing sites are not waited for.
+    """
     recipe, last = strategy.recipe, checkpoints.latest()
     if last and last.finalized:
         return last
     if last:
         strategy.events.emit("resumed", round=last.round)
-    state = strategy.join(grid, last, lambda classes: _first(recipe, classes))
+    state = strategy.join(grid, last, lambda classes: _initial_state(recipe, classes))
     for t in range(state.round + 1, recipe.rounds + 1):
         if strategy.options.should_stop():
             raise StopRequested
@@ -49,22 +52,22 @@ def train_federation(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpo
 
 
 def run_federation(
-    grid: Grid, run: Run, listener: Listener | None = None, conduct: RunOptions | None = None
+    grid: Grid, run: Run, listener: Listener | None = None, options: RunOptions | None = None
 ) -> ServerState:
-    """A federation in its run folder, with its beginning and its end in the events."""
+    """Run a federation in its run folder, and record its start and its end as events."""
     recipe, folder, began = run.recipe, run.folder, time.monotonic()
     events = EventLog(folder / "events.jsonl", listener)
-    about = {"federation": recipe.name, "method": recipe.method.name, "rounds": recipe.rounds}
-    sites = [member.site for member in run.roster]
-    events.emit("started", **about, model=recipe.model.source, sites=sites, recipe=recipe.identity)
-    strategy = AdapterStrategy(recipe, run.roster, events, folder / "spool", conduct)
+    settings = {"federation": recipe.name, "method": recipe.method.name, "rounds": recipe.rounds}
+    sites = [entry.site for entry in run.roster]
+    events.emit("started", **settings, model=recipe.model.source, sites=sites, recipe=recipe.identity)
+    strategy = AdapterStrategy(recipe, run.roster, events, folder / "spool", options)
     state = train_federation(grid, strategy, Checkpoints(folder / "checkpoints", recipe))
     events.emit("finished", seconds=time.monotonic() - began)
     return state
 
 
-def make_app(listener: Listener | None = None, conduct: RunOptions | None = None) -> ServerApp:
-    """A ServerApp that reads recipe, roster and folder from Flower's run config."""
+def make_app(listener: Listener | None = None, options: RunOptions | None = None) -> ServerApp:
+    """Build a ServerApp that reads recipe, roster and run folder from Flower's run config."""
     server = ServerApp()
 
     @server.main()
@@ -72,31 +75,31 @@ def make_app(listener: Listener | None = None, conduct: RunOptions | None = None
         config = context.run_config
         recipe = recipe_from(json.loads(str(config[RECIPE])))
         roster = tuple(RosterEntry(*entry) for entry in json.loads(str(config[ROSTER])))
-        run_federation(grid, Run(recipe, roster, Path(str(config[FOLDER]))), listener, conduct)
+        run_federation(grid, Run(recipe, roster, Path(str(config[FOLDER]))), listener, options)
 
     return server
 
 
 def run_config(recipe: Recipe, roster: tuple[RosterEntry, ...], folder: Path) -> dict[str, bool | float | int | str]:
-    """What :func:`make_app` reads, in the scalars that Flower's run config takes."""
-    members = [[member.site, member.from_round] for member in roster]
-    return {RECIPE: to_json(recipe), ROSTER: json.dumps(members), FOLDER: str(folder)}
+    """Encode the input of :func:`make_app`; Flower's run config takes scalars only."""
+    entries = [[entry.site, entry.from_round] for entry in roster]
+    return {RECIPE: to_json(recipe), ROSTER: json.dumps(entries), FOLDER: str(folder)}
 
 
-def _first(recipe: Recipe, classes: int) -> dict[str, np.ndarray]:
-    from ..common.adapters.initialization import initial_shared_state  # torch only where S_0 is made
+def _initial_state(recipe: Recipe, classes: int) -> dict[str, np.ndarray]:
+    from ..common.adapters.initialization import initial_shared_state  # imports torch, which only S_0 needs
 
     return initial_shared_state(recipe.plan, classes)
 
 
 app = ServerApp()
-"""What ``colora server`` has Flower run: the federation of the folder that the environment names."""
+"""The ServerApp that ``colora server`` runs. An environment variable names its run folder."""
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Leads the federation to its end, or to where it was asked to stop; what went wrong is in the events."""
-    from .deployment.deployed_run import deployed  # the coordinator's own machine only
+    """Run the federation until it ends or is asked to stop. Errors are recorded as events."""
+    from .deployment.deployed_run import deployed  # not needed in a simulation
 
-    with deployed() as (run, conduct):
-        run_federation(grid, run, conduct=conduct)
+    with deployed() as (run, options):
+        run_federation(grid, run, options=options)

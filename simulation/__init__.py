@@ -1,1 +1,1 @@
-"""Many sites on one machine; the only room that may import both client and server."""
+"""Simulations of a federation on one machine. This package may import both the client and the server."""

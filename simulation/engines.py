@@ -1,4 +1,4 @@
-"""The engine table: how the messages of one federation travel on one machine."""
+"""Engines: the table of ways to exchange the messages of one federation on one machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ RunConfig = dict[str, bool | float | int | str]
 
 @dataclass(frozen=True)
 class SimulationJob:
-    """One federation, ready to run."""
+    """One federation, ready to run.
+
+    ``config`` is Flower's run config, ``sites`` the number of sites and ``threads`` the CPU threads of a process.
+    """
 
     server: ServerApp
     client: ClientApp
@@ -29,16 +32,16 @@ class SimulationJob:
 
 
 def run_local(job: SimulationJob) -> None:
-    """In this process, one site after the other, one base model for all."""
+    """Run the sites in this process, one after the other, on one shared base model."""
     job.server(LocalGrid(job.client, job.sites), _context(job))
 
 
 def run_ray(job: SimulationJob) -> None:
-    """On Flower's simulation runtime: several processes, each with a base model of its own."""
+    """Run the sites on Flower's simulation runtime: several Ray processes, each with its own base model."""
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    caught: list[BaseException] = []
+    errors: list[BaseException] = []
 
     server = ServerApp()
 
@@ -46,8 +49,8 @@ def run_ray(job: SimulationJob) -> None:
     def main(grid: Grid, context: Context) -> None:
         try:
             job.server(grid, _context(job))
-        except BaseException as error:  # Flower would log it and say less
-            caught.append(error)
+        except BaseException as error:  # Flower would log it and raise an error without its text
+            errors.append(error)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -66,8 +69,8 @@ def run_ray(job: SimulationJob) -> None:
                 },
             },
         )
-    if caught:
-        raise caught[0]
+    if errors:
+        raise errors[0]
 
 
 ENGINES: dict[str, Callable[[SimulationJob], None]] = {"local": run_local, "ray": run_ray}

@@ -1,4 +1,4 @@
-"""An in-process implementation of Flower's Grid: the same ServerApp and ClientApp, no network, no processes."""
+"""An in-process implementation of Flower's Grid: the same ServerApp and ClientApp, without network or processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RUN_ID = 1
 
 
 class LocalGrid(Grid):
-    """Node k is partition k. A message is answered when its answer is pulled, one node at a time."""
+    """A grid whose node k + 1 is partition k. A message is answered when its reply is pulled, one node at a time."""
 
     def __init__(self, app: ClientApp, nodes: int) -> None:
         identify_process(RUN_ID)
@@ -25,10 +25,10 @@ class LocalGrid(Grid):
             k + 1: Context(RUN_ID, k + 1, {"partition-id": k, "num-partitions": nodes}, RecordDict(), {})
             for k in range(nodes)
         }
-        self._waiting: dict[str, Message] = {}
+        self._pending: dict[str, Message] = {}
 
     def set_run(self, run: Run) -> None:
-        """Sets the run."""
+        """Set the run."""
         self._run = run
 
     @property
@@ -44,44 +44,44 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message to a node."""
+        """Return a message to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """All nodes, in partition order."""
+        """Return the ids of all nodes, in partition order."""
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Takes messages and returns their ids."""
+        """Accept messages and return their ids."""
         ids = []
         for message in messages:
-            ids.append(_give_id(message))
-            self._waiting[ids[-1]] = message
+            ids.append(_assign_id(message))
+            self._pending[ids[-1]] = message
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Answers the first of these messages that still waits."""
+        """Answer the first of these messages that is pending, and return the reply."""
         for message_id in message_ids:
-            if message_id in self._waiting:
-                return [self._answer(self._waiting.pop(message_id))]
+            if message_id in self._pending:
+                return [self._answer(self._pending.pop(message_id))]
         return []
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Answers all messages, in order."""
+        """Return the replies to all messages, in order."""
         return [reply for message_id in self.push_messages(messages) for reply in self.pull_messages([message_id])]
 
     def _answer(self, message: Message) -> Message:
         try:
             reply = self._app(message, self._contexts[message.metadata.dst_node_id])
-        except Exception as error:  # as Flower's runtimes do: an exception of a ClientApp is an error reply
+        except Exception as error:  # Flower's runtimes turn an exception of a ClientApp into an error reply as well
             reason = f"{type(error).__name__}: {error}"
             reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
-        _give_id(reply)
+        _assign_id(reply)
         return reply
 
 
-def _give_id(message: Message) -> str:
-    """Message ids are the transport's to give."""
+def _assign_id(message: Message) -> str:
+    """Give a message its id, which is the task of the transport."""
     message_id = uuid4().hex
     set_message_id(message, message_id)
     return message_id

@@ -1,7 +1,7 @@
-"""Making sites out of data sets: explicit sites, one per column value, IID, or Dirichlet over labels.
+"""Sites made out of data sets: explicit sites, one per column value, IID, or Dirichlet over labels.
 
-Own code rather than flwr-datasets' partitioners: that package pins datasets < 5 and huggingface_hub < 2 and brings
-matplotlib and seaborn to every site, for three functions of a few lines.
+flwr-datasets has partitioners too, but it requires datasets < 5, huggingface_hub < 2, matplotlib and seaborn at every
+site for three short functions.
 """
 
 from __future__ import annotations
@@ -25,51 +25,51 @@ from ..common.errors import DataError
 from ..common.seeds import seed_from
 from .synthetic_sites import SOURCE, regression_sites
 
-Parts = dict[str, list[int]]  # site name → row numbers
+Parts = dict[str, list[int]]  # site name → row indices
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteShare:
-    """A site of a simulation with the rows it was given."""
+    """The settings of a simulated site and its share of the rows."""
 
-    plan: SimulatedSiteSettings
+    settings: SimulatedSiteSettings
     rows: SiteDataset
 
 
 def make_sites(recipe: Recipe) -> list[SiteShare]:
-    """All sites of a recipe, checked; the same recipe and seed give the same rows. Raises DataError."""
+    """Return the sites of a recipe with checked rows, which depend on the recipe only. Raises DataError."""
     if recipe.partition is None:
         return _explicit(recipe)
     if recipe.data.source == SOURCE:
-        return [SiteShare(plan, rows) for plan, rows in regression_sites(recipe)]
+        return [SiteShare(settings, rows) for settings, rows in regression_sites(recipe)]
     return _partitioned(recipe)
 
 
 def write_site(site: SiteShare, folder: Path) -> None:
-    """Puts a site's rows and its ``site.toml`` on disk, as a real site would have them."""
-    kind = _write_arrays if site.rows.task == "regression" else _write_lines
+    """Write a site's rows and its ``site.toml`` to ``folder``, in the files of a deployed site."""
+    write_rows = _write_arrays if site.rows.task == "regression" else _write_lines
     names = {
-        part: kind(folder / "data" / part, rows)
+        part: write_rows(folder / "data" / part, rows)
         for part, rows in (("train", site.rows.train), ("test", site.rows.test))
     }
-    columns = dataclasses.replace(
+    data = dataclasses.replace(
         DataSettings(task=site.rows.task, labels=site.rows.labels or None),
         source=f"data/{names['train']}",
         test_source=f"data/{names['test']}",
         shuffle=False,
         messages="messages" if site.rows.train and "messages" in site.rows.train[0] else None,
     )
-    private = {"private": to_dict(site.plan.private)} if site.plan.private else {}
-    text = tomli_w.dumps({"name": site.plan.name, "data": to_dict(columns), **private})
+    private = {"private": to_dict(site.settings.private)} if site.settings.private else {}
+    text = tomli_w.dumps({"name": site.settings.name, "data": to_dict(data), **private})
     write_atomically(folder / "site.toml", text.encode())
 
 
 def _explicit(recipe: Recipe) -> list[SiteShare]:
-    """One site per ``[[site]]``. Sites that read the same source never get the same row."""
+    """Return one site per ``[[site]]`` table. Sites that read the same source never get the same row."""
     sources = Sources()
     return [
-        SiteShare(plan, load_site_rows(SiteSettings(plan.name, plan.data), recipe.seed, sources))
-        for plan in recipe.site
+        SiteShare(site, load_site_rows(SiteSettings(site.name, site.data), recipe.seed, sources))
+        for site in recipe.site
     ]
 
 
@@ -77,7 +77,13 @@ def _partitioned(recipe: Recipe) -> list[SiteShare]:
     data, partition = recipe.data, recipe.partition
     assert partition is not None
     if data.test_source == data.source:
-        raise DataError("data.test_source", "other rows than data.source (or leave it out)", data.source)
+        raise DataError(
+            "data.test_source",
+            "another source than data.source",
+            data.source,
+            message=f"data.source and data.test_source of a partition are both {data.source}.",
+            hint="Remove data.test_source: data.test_fraction of the rows is held out for testing.",
+        )
     parts = {"train": _rows_and_parts(recipe, data.source, partition)}
     if data.test_source:
         with as_test_source():
@@ -95,40 +101,59 @@ def _partitioned(recipe: Recipe) -> list[SiteShare]:
 
 
 def _rows_and_parts(recipe: Recipe, source: str, partition: PartitionSettings) -> dict[str, list[Row]]:
+    """Return the rows of every site, parsed; errors name a row by its number in ``source``."""
     raw = list(read_rows(source))
     if partition.by == "column" and partition.column not in raw[0]:
-        raise DataError("partition.column", f"a column of {source}: {', '.join(raw[0])}", repr(partition.column))
+        columns = ", ".join(raw[0])
+        raise DataError(
+            "partition.column",
+            f"a column of {source}: {columns}",
+            repr(partition.column),
+            message=f"partition.column is {partition.column!r}, which is not a column of {source}.",
+            hint=f"The columns are {columns}.",
+        )
     order = np.random.default_rng(seed_from(recipe.seed, source)).permutation(len(raw)).tolist()
-    split = _PARTITIONERS[partition.by]([raw[i] for i in order], partition, recipe)
+    split = PARTITIONERS[partition.by]([raw[i] for i in order], partition, recipe)
     numbered = {name: [(order[k] + 1, raw[order[k]]) for k in rows] for name, rows in split.items()}
     return {name: [row for _, row in select_numbered(rows, recipe.data, name)] for name, rows in numbered.items()}
 
 
 def by_column(rows: Sequence[Row], settings: PartitionSettings, recipe: Recipe) -> Parts:
-    """One site per value of a column, named by it."""
+    """Make one site per value of ``partition.column``, named by the value. Raises DataError."""
     parts: Parts = {}
     values: dict[str, object] = {}
     for i, row in enumerate(rows):
         value = row.get(settings.column or "")
         if value is None:
-            raise DataError("partition.column", f"a value of {settings.column!r} in every row", "a row without one")
+            raise DataError(
+                "partition.column",
+                f"a value of {settings.column!r} in every row",
+                "a row without one",
+                message=f"partition.column is {settings.column!r}, but a row has no value of it.",
+                hint="Fill in or remove the rows without a value.",
+            )
         name = _site_name(value)
         if values.setdefault(name, value) != value:
-            found = f"{values[name]!r} and {value!r}, both site {name}"
-            raise DataError("partition.column", "values that make different site names", found)
+            raise DataError(
+                "partition.column",
+                "values that make different site names",
+                f"{values[name]!r} and {value!r}, both site {name}",
+                message=f"partition.column: the values {values[name]!r} and {value!r} make the same site name, {name}.",
+                hint="Rename one of the values.",
+            )
         parts.setdefault(name, []).append(i)
     return dict(sorted(parts.items()))
 
 
 def iid(rows: Sequence[Row], settings: PartitionSettings, recipe: Recipe) -> Parts:
-    """Equal random parts."""
-    return {_number(k): list(range(k, len(rows), settings.sites)) for k in range(settings.sites)}
+    """Make ``partition.sites`` parts of equal size (± 1). The rows are shuffled already."""
+    return {_site_number(k): list(range(k, len(rows), settings.sites)) for k in range(settings.sites)}
 
 
 def dirichlet(rows: Sequence[Row], settings: PartitionSettings, recipe: Recipe) -> Parts:
-    """Each label's rows divided by Dirichlet(alpha) shares (Hsu et al. 2019, arXiv 1909.06335)."""
+    """Divide the rows of each label by Dirichlet(``partition.alpha``) shares (Hsu et al. 2019, arXiv 1909.06335)."""
     rng = np.random.default_rng(seed_from(recipe.seed, "dirichlet"))
-    parts: Parts = {_number(k): [] for k in range(settings.sites)}
+    parts: Parts = {_site_number(k): [] for k in range(settings.sites)}
     by_label: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         by_label.setdefault(str(row.get(recipe.data.label)), []).append(i)
@@ -140,10 +165,10 @@ def dirichlet(rows: Sequence[Row], settings: PartitionSettings, recipe: Recipe) 
     return parts
 
 
-_PARTITIONERS = {"column": by_column, "iid": iid, "dirichlet": dirichlet}
+PARTITIONERS = {"column": by_column, "iid": iid, "dirichlet": dirichlet}  # by partition.by
 
 
-def _number(k: int) -> str:
+def _site_number(k: int) -> str:
     return f"site-{k + 1:02d}"
 
 

@@ -1,4 +1,4 @@
-"""All sites of one machine around one base model: what the ClientApp of a simulation connects to."""
+"""The sites of a simulation in one process, on one base model: what the ClientApp of a simulation connects to."""
 
 from __future__ import annotations
 
@@ -25,87 +25,99 @@ from ..common.protocol.types import SiteInfo, TrainReply, TrainRequest
 
 @dataclass(frozen=True)
 class SitePaths:
-    """Where a simulation's sites lie: their data below ``sites``, their state below ``state``."""
+    """Names and folders of a simulation's sites.
+
+    ``sites`` holds their data and ``state`` their personal states, one folder per site. ``threads`` is the number of
+    CPU threads, ``log`` the sites' log file, and ``source_run`` the run folder that a transfer starts from.
+    """
 
     sites: Path
     state: Path
     names: tuple[str, ...]
     threads: int
     log: Path
-    moved_from: Path | None = None  # the run folder of the federation that these sites had before
+    source_run: Path | None = None
 
     def data_of(self, name: str) -> Path:
-        """A site's folder with ``site.toml`` and rows."""
+        """The folder of a site's ``site.toml`` and rows."""
         return self.sites / name
 
     def state_of(self, name: str) -> Path:
-        """A site's folder of personal states."""
+        """The folder of a site's personal states."""
         return self.state / name / "state"
+
+    def source_state_of(self, name: str) -> Path:
+        """The folder of a site's personal states in ``source_run``."""
+        assert self.source_run is not None
+        return self.source_run / "sites" / name / "state"
+
+    def synthetic_data_of(self, name: str) -> Path:
+        """The folder of the synthetic texts of a transfer."""
+        return self.state / name / "transfer"
 
 
 class SitePool:
-    """One process's bench, and a trainer for each site that has worked at it."""
+    """The adapted model of one process and the trainers that share it, one per site."""
 
-    def __init__(self, premises: SitePaths, plan: Plan) -> None:
+    def __init__(self, paths: SitePaths, plan: Plan) -> None:
         import torch
 
-        torch.set_num_threads(premises.threads)
-        _log_to(premises.log)
-        self.premises, self.plan = premises, plan
-        self.files: dict[str, SiteSettings] = {
-            name: load_site(premises.data_of(name) / "site.toml") for name in premises.names
+        torch.set_num_threads(paths.threads)
+        _log_to(paths.log)
+        self.paths, self.plan = paths, plan
+        self.settings: dict[str, SiteSettings] = {
+            name: load_site(paths.data_of(name) / "site.toml") for name in paths.names
         }
-        generates = any(site.data.task == "generation" for site in self.files.values())
-        self.bench: AdaptedModel = attach_adapters(load_base_model(plan.model, generates=generates), plan)
+        generates = any(site.data.task == "generation" for site in self.settings.values())
+        self.model: AdaptedModel = attach_adapters(load_base_model(plan.model, generates=generates), plan)
         self.trainers: dict[str, Trainer] = {}
 
     def trainer(self, name: str) -> Trainer:
-        """The trainer of one site, made at the first call."""
+        """Return the trainer of a site, which the first call creates."""
         if name not in self.trainers:
-            site, premises = self.files[name], self.premises
-            store, prepared = StateStore(premises.state_of(name), self.plan.name), None
-            if self.plan.transfer.of is None:
+            site, paths = self.settings[name], self.paths
+            store, artifacts = StateStore(paths.state_of(name), self.plan.name), None
+            if self.plan.transfer.source_federation is None:
                 rows = load_site_rows(site, self.plan.seed)
             else:
-                assert premises.moved_from is not None
-                old = premises.moved_from / "sites" / name / "state"
-                rows, prepared = rows_on_new_base(self.plan, old, premises.state / name / "transfer")
-            self.trainers[name] = Trainer(self.bench, rows, store, site.private, artifacts=prepared)
+                source, folder = paths.source_state_of(name), paths.synthetic_data_of(name)
+                rows, artifacts = rows_on_new_base(self.plan, source, folder)
+            self.trainers[name] = Trainer(self.model, rows, store, site.private, artifacts=artifacts)
         return self.trainers[name]
 
 
 @dataclass(frozen=True)
 class SimulatedSite(Site):
-    """One site's door: it finds its workshop by the plan that a message names."""
+    """A site of the pool. Every message names its plan, and the plan determines the pool."""
 
     name: str
-    premises: SitePaths
+    paths: SitePaths
 
     def site_info(self, federation: str, plan: str) -> SiteInfo:
-        """Introduces the site."""
-        return _site_pool(self.premises, plan).trainer(self.name).site_info()
+        """Return the site's metadata for the first round."""
+        return _site_pool(self.paths, plan).trainer(self.name).site_info()
 
-    def handle(self, order: TrainRequest) -> TrainReply:
-        """Answers an order."""
-        return _site_pool(self.premises, order.plan).trainer(self.name).handle(order)
+    def handle(self, request: TrainRequest) -> TrainReply:
+        """Train as requested and return the reply."""
+        return _site_pool(self.paths, request.plan).trainer(self.name).handle(request)
 
 
-def connect_to(premises: SitePaths) -> Connect:
-    """A ``connect`` for the ClientApp: partition k is the k-th site."""
+def connect_to(paths: SitePaths) -> Connect:
+    """Return a ``connect`` for the ClientApp: partition k is the k-th site."""
 
     def connect(context: Context) -> Site:
-        return SimulatedSite(premises.names[int(context.node_config["partition-id"])], premises)
+        return SimulatedSite(paths.names[int(context.node_config["partition-id"])], paths)
 
     return connect
 
 
-@lru_cache(maxsize=1)  # one base model in memory: another federation replaces it
-def _site_pool(premises: SitePaths, plan: str) -> SitePool:
-    return SitePool(premises, parse(Plan, json.loads(plan)))
+@lru_cache(maxsize=1)  # one base model in memory; the next federation replaces it
+def _site_pool(paths: SitePaths, plan: str) -> SitePool:
+    return SitePool(paths, parse(Plan, json.loads(plan)))
 
 
 def _log_to(path: Path) -> None:
-    """The sites' log: what a site may know and the coordinator may not."""
+    """Send the sites' log to a file: it may quote their data, which the coordinator must not see."""
     logger = logging.getLogger("colora")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -115,5 +127,5 @@ def _log_to(path: Path) -> None:
 
 
 def close() -> None:
-    """Lets go of the base model."""
+    """Release the base model."""
     _site_pool.cache_clear()

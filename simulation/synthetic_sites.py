@@ -10,24 +10,27 @@ from ..common.models.synthetic import regression_rows, regression_truth
 from ..common.seeds import seed_from
 
 SOURCE = "synthetic:regression"
-NOISE = 0.1
+NOISE = 0.1  # standard deviation of ε in the training rows
 
 
 def truths(recipe: Recipe) -> dict[str, np.ndarray]:
-    """W_k* by site name, each (20, 20)."""
+    """Return W_k* by site name, each of shape (20, 20)."""
     assert recipe.partition is not None
     truth = regression_truth(seed_from(recipe.seed, "truth"), recipe.partition.sites)
     return {f"task-{k + 1:02d}": w for k, w in enumerate(truth)}
 
 
 def regression_sites(recipe: Recipe) -> list[tuple[SimulatedSiteSettings, SiteDataset]]:
-    """``data.train`` noisy rows to train on and ``data.test`` noiseless ones for each of ``partition.sites`` tasks."""
+    """Return the settings and rows of one site for each of the ``partition.sites`` tasks.
+
+    A site has ``data.train`` training rows (default 40) with noise, and ``data.test`` test rows (default 500) without.
+    """
     sites = []
     for name, truth in truths(recipe).items():
         train = regression_rows(truth, recipe.data.train or 40, NOISE, seed_from(recipe.seed, name, "train"))
         test = regression_rows(truth, recipe.data.test or 500, 0.0, seed_from(recipe.seed, name, "test"))
-        rows = SiteDataset(name, "regression", _rows(train), _rows(test))
-        sites.append((SimulatedSiteSettings(name, recipe.data), rows))
+        dataset = SiteDataset(name, "regression", _rows(train), _rows(test))
+        sites.append((SimulatedSiteSettings(name, recipe.data), dataset))
     return sites
 
 

@@ -1,4 +1,4 @@
-"""The laws of the house (DESIGN), read from the sources themselves."""
+"""The architecture rules, checked on the sources and by the import contracts in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
@@ -18,25 +19,21 @@ import pytest
 from colora.common.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
-MAY_IMPORT = {  # room → the rooms of ours that it may import beside itself
-    "common": set[str](),
-    "server": {"common"},
-    "transfer": {"common"},
-    "client": {"common", "transfer"},
-    "simulation": {"common", "client", "server", "transfer"},
-    "colora": {"common", "client", "server", "simulation", "transfer"},
-}
-FLWR_FILES = {
-    "server/rounds/strategy.py",
-    "server/rounds/dispatch.py",
-    "server/rounds/registry.py",
-    "common/protocol/flower_messages.py",
-}
-FLWR_COMPAT = {f"{room}/flower_compat.py" for room in ("common", "server", "client")}
+PACKAGES = ("common", "client", "server", "simulation", "transfer", "colora")
 FLWR_PUBLIC = ("flwr.app", "flwr.serverapp", "flwr.clientapp", "flwr.simulation")
-FLWR_NAMES = {"server_app.py", "client_app.py"}
+MAY_IMPORT_FLWR = (  # public names
+    "common/protocol/flower_messages.py",
+    "client/client_app.py",
+    "client/deployment/*",
+    "server/server_app.py",
+    "server/rounds/*",
+    "server/deployment/*",
+    "simulation/*",
+)
+FLWR_COMPAT = {f"{package}/flower_compat.py" for package in ("common", "server", "client")}  # public and private names
 HEAVY = ("torch", "transformers", "peft")
 MAX_LINES = 400
+LINT = "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache'])"
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Source:
     path: str
 
     @property
-    def room(self) -> str:
+    def package(self) -> str:
         return self.path.split("/")[0]
 
     @cached_property
@@ -69,22 +66,13 @@ class Source:
             elif isinstance(node, ast.ImportFrom):
                 yield from ((node.level, f"{node.module or ''}.{alias.name}".strip(".")) for alias in node.names)
 
-    def rooms(self) -> Iterator[str]:
-        """The rooms of ours that the file imports, however it spells them."""
-        package = ["colora", *Path(self.path).parts[:-1]]
-        for level, name in self.imports():
-            parts = [*package[: len(package) - level + 1], *name.split(".")] if level else name.split(".")
-            if parts[0] == "colora":
-                yield parts[1] if len(parts) > 1 else "colora"
-            elif parts[0] in MAY_IMPORT:
-                yield parts[0]
+    def flwr_names(self) -> Iterator[str]:
+        """Names of Flower that the file imports."""
+        return (name for level, name in self.imports() if not level and name.split(".")[0] == "flwr")
 
 
 SOURCES = [
-    Source(path.relative_to(ROOT).as_posix())
-    for room in MAY_IMPORT
-    if (ROOT / room).is_dir()
-    for path in sorted((ROOT / room).rglob("*.py"))
+    Source(path.relative_to(ROOT).as_posix()) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))
 ]
 
 
@@ -92,56 +80,87 @@ def offenders(broken: Iterator[tuple[Source, object]]) -> list[str]:
     return [f"{source.path}: {what}" for source, what in broken]
 
 
-def test_there_is_something_to_judge() -> None:
-    """Every law below holds of an empty list too."""
-    assert {source.room for source in SOURCES} == {*MAY_IMPORT}
-    assert len(SOURCES) > 30
-    found = {room for source in SOURCES if source.path == "simulation/run.py" for room in source.rooms()}
-    assert found >= {"common", "client", "server"}
+def test_sources_are_found() -> None:
+    """Every rule below holds for an empty list, too."""
+    assert {source.package for source in SOURCES} == {*PACKAGES}
+    assert len(SOURCES) > 100
 
 
-def test_every_room_is_installed_and_copied() -> None:
-    """A room that the wheel, the type checker or the images leave out is missed only on a fresh machine."""
+def test_every_package_is_installed_and_copied() -> None:
+    """A package that the wheel, the type checker or the images omit is missed only on a fresh machine."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     wheel = project["hatch"]["build"]["targets"]["wheel"]
-    assert {*wheel["only-include"]} == {*MAY_IMPORT, "recipes"}
-    assert wheel["sources"] == {room: f"colora/{room}" for room in {*MAY_IMPORT, "recipes"} - {"colora"}}
-    assert {*project["pyright"]["include"]} == {*MAY_IMPORT}
+    assert {*wheel["only-include"]} == {*PACKAGES, "recipes"}
+    assert wheel["sources"] == {package: f"colora/{package}" for package in {*PACKAGES, "recipes"} - {"colora"}}
+    assert {*project["pyright"]["include"]} == {*PACKAGES}
     image = (ROOT / "containers/Dockerfile").read_text(encoding="utf-8")
     sent = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    for room in wheel["only-include"]:
-        assert f"COPY {room} /src/{room}\n" in image
-        assert f"!{room}" in sent
+    for package in wheel["only-include"]:
+        assert f"COPY {package} /src/{package}\n" in image
+        assert f"!{package}" in sent
 
 
-def test_server_and_client_meet_only_in_common_and_simulation_stands_above() -> None:
-    rooms = ((s, room) for s in SOURCES for room in s.rooms() if room in MAY_IMPORT)
-    assert offenders((s, room) for s, room in rooms if room not in MAY_IMPORT[s.room] | {s.room}) == []
+def lint_imports(folder: Path, added: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run the import contracts on the installed layout, with ``added`` lines at the end of some files.
+
+    import-linter reads no package whose ``__path__`` is extended at run time, as in a checkout.
+    """
+    for source in SOURCES:
+        copy = folder / "colora" / source.path.removeprefix("colora/")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(f"{source.text}\n{added.pop(source.path, '')}\n", encoding="utf-8")
+    assert not added
+    (folder / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200"}
+    return subprocess.run([sys.executable, "-c", LINT], cwd=folder, capture_output=True, text=True, env=environment)
 
 
-def test_common_imports_nothing_of_ours_outside() -> None:
-    assert {room for s in SOURCES if s.room == "common" for room in s.rooms()} == {"common"}
+def test_import_contracts_are_kept(tmp_path: Path) -> None:
+    done = lint_imports(tmp_path, {})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Analyzed {len(SOURCES)} files" in done.stdout
+    assert "0 broken" in done.stdout
 
 
-def test_rooms_name_each_other_relatively() -> None:
+@pytest.mark.parametrize(
+    ("path", "line", "contract"),
+    [
+        ("server/reporting/events.py", "from ...client import client_app", "The server and the client"),
+        ("common/seeds.py", "def f():\n    from ..server import rounds", "The server and the client"),
+        ("server/server_app.py", "from ..transfer import sampling", "The server does not use transfer"),
+        ("common/config/loader.py", "from ..training import loop", "Layers of common"),
+        ("client/training/trainer.py", "from ..artifacts import export", "Layers of the client"),
+        ("server/reporting/events.py", "from ..rounds import strategy", "Layers of the server"),
+        ("server/rounds/admission.py", "def f():\n    from . import strategy", "No import cycles"),
+    ],
+)
+def test_a_broken_import_contract_is_found(path: str, line: str, contract: str, tmp_path: Path) -> None:
+    done = lint_imports(tmp_path, {path: line})
+    assert done.returncode == 1
+    assert any(text.startswith(contract) and text.endswith("BROKEN") for text in done.stdout.splitlines()), done.stdout
+
+
+def test_packages_import_each_other_relatively() -> None:
     """So that a checkout, an installed wheel and a Flower bundle are the same code under the name ``colora``."""
     absolute = ((s, name) for s in SOURCES for level, name in s.imports() if not level)
-    ours = ((s, name) for s, name in absolute if name.split(".")[0] in MAY_IMPORT)
-    assert offenders((s, name) for s, name in ours if s.room != "colora" or not name.startswith("colora")) == []
+    ours = ((s, name) for s, name in absolute if name.split(".")[0] in PACKAGES)
+    assert offenders((s, name) for s, name in ours if s.package != "colora" or not name.startswith("colora")) == []
 
 
-def test_flower_stays_at_the_edges() -> None:
-    """Training, aggregation and the adapters are plain functions that a notebook can call."""
-    users = {s.path for s in SOURCES for level, name in s.imports() if not level and name.split(".")[0] == "flwr"}
-    allowed = {s.path for s in SOURCES if s.room == "simulation" or Path(s.path).name in FLWR_NAMES} | FLWR_FILES
-    assert users - allowed - FLWR_COMPAT == set()
+def test_flower_is_imported_at_the_edges_only() -> None:
+    """Public names of Flower are imported only by the two apps, rounds, messages, deployment and simulation.
+
+    Training, aggregation and the adapters are plain functions that a notebook can call.
+    """
+    users = {s.path for s in SOURCES if any(s.flwr_names())}
+    inside = {path for path in users - FLWR_COMPAT if not any(fnmatch(path, pattern) for pattern in MAY_IMPORT_FLWR)}
+    assert inside == set()
     assert {"server/rounds/strategy.py", "client/client_app.py"} <= users
 
 
-def test_private_names_of_flower_stand_in_one_module_a_side() -> None:
-    """What a new Flower may break is found in one place."""
-    named = ((s, name) for s in SOURCES for level, name in s.imports() if not level and name.split(".")[0] == "flwr")
-    private = [(s, name) for s, name in named if ".".join(name.split(".")[:2]) not in FLWR_PUBLIC]
+def test_private_names_of_flower_are_in_one_module_per_side() -> None:
+    """So that there is one place to look when a new version of Flower breaks them."""
+    private = [(s, n) for s in SOURCES for n in s.flwr_names() if ".".join(n.split(".")[:2]) not in FLWR_PUBLIC]
     assert offenders((s, name) for s, name in private if s.path not in FLWR_COMPAT) == []
     assert {s.path for s, _ in private} == FLWR_COMPAT
 
@@ -155,14 +174,14 @@ def test_private_names_of_flower_stand_in_one_module_a_side() -> None:
         "client.deployment.clientapp_main",
     ],
 )
-def test_commands_load_flower_when_they_need_it(module: str) -> None:
+def test_commands_import_flower_only_when_they_need_it(module: str) -> None:
     code = f"import sys, colora.{module}; print('flwr' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_what_flower_starts_for_every_message_imports_no_torch() -> None:
-    """The thin ClientApp and the coordinator are processes without a model."""
+def test_the_client_app_and_the_coordinator_import_no_torch() -> None:
+    """Flower starts a ClientApp process for every message, and the coordinator has no model."""
     modules = (
         "client.client_app",
         "server.server_app",
@@ -180,15 +199,15 @@ for module in {modules}:
     assert done.stdout.splitlines() == [f"{module} []" for module in modules], done.stderr
 
 
-def test_no_file_but_the_table_names_a_method() -> None:
-    """A new method is one more row. The package's and an engine's name are words of their own: see the next law."""
+def test_only_the_method_table_names_a_method() -> None:
+    """A new method is one more row. ``colora`` and ``local`` also name the package and an engine: see the next test."""
     other_words = {"colora", "local"}
     names = set(METHODS) - other_words
     texts = ((s, node.value) for s in SOURCES for node in s.nodes if isinstance(node, ast.Constant))
     assert offenders((s, text) for s, text in texts if text in names and s.path != "common/methods.py") == []
     assert names
     defaults = {(s.path, node.value) for s, node in assignments("name", "BASELINE") if node.value in METHODS}
-    assert defaults == {("common/config/schema.py", "colora"), ("simulation/run.py", "local")}
+    assert defaults == {("common/config/model_schema.py", "colora"), ("simulation/run.py", "local")}
 
 
 def assignments(*targets: str) -> Iterator[tuple[Source, ast.Constant]]:
@@ -202,7 +221,7 @@ def assignments(*targets: str) -> Iterator[tuple[Source, ast.Constant]]:
 
 
 def test_nothing_is_decided_by_a_methods_name() -> None:
-    """No comparison, match or look-up with a method's name in it, and nobody reads ``method.name`` to decide."""
+    """No comparison, match or look-up contains a method's name, and ``method.name`` is read only to show it."""
 
     def decided(source: Source) -> Iterator[str]:
         for node in source.nodes:
@@ -214,7 +233,7 @@ def test_nothing_is_decided_by_a_methods_name() -> None:
 
     assert offenders((s, text) for s in SOURCES for text in decided(s)) == []
     reads = {s.path for s in SOURCES for node in s.nodes if isinstance(node, ast.Attribute) and _is_name_of(node)}
-    told = {
+    shown = {
         "server/server_app.py",
         "server/deployment/status.py",
         "client/artifacts/export.py",
@@ -222,7 +241,8 @@ def test_nothing_is_decided_by_a_methods_name() -> None:
         "client/personalize.py",
         "common/config/loader.py",
     }
-    assert reads <= told | {"client/trainer_service/policy.py"}, "told to people, and compared with a site's own list"
+    compared = {"client/trainer_service/policy.py"}  # with the site's own list
+    assert reads <= shown | compared
 
 
 def _is_name_of(node: ast.Attribute) -> bool:
@@ -230,18 +250,18 @@ def _is_name_of(node: ast.Attribute) -> bool:
     return node.attr == "name" and isinstance(owner, ast.Attribute) and owner.attr == "method"
 
 
-def test_no_module_is_a_drawer_for_anything() -> None:
+def test_no_module_has_a_name_that_says_nothing() -> None:
     assert [s.path for s in SOURCES if Path(s.path).stem in ("utils", "helpers", "util", "helper", "misc")] == []
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.path)
-def test_every_file_has_a_docstring_and_an_end(source: Source) -> None:
-    assert ast.get_docstring(source.tree), f"{source.path} does not say what it is"
+def test_every_file_has_a_docstring_and_a_maximum_length(source: Source) -> None:
+    assert ast.get_docstring(source.tree), f"{source.path} has no docstring"
     assert len(source.text.splitlines()) < MAX_LINES
 
 
-def test_what_benchmarks_import_of_ours_is_there() -> None:
-    """They are run by hand, and rarely: a name that moved would be missed on the day that it is needed."""
+def test_benchmarks_import_names_that_exist() -> None:
+    """Benchmarks are run by hand and rarely, so that a missing name would go unnoticed."""
     missing = []
     for path in sorted((ROOT / "benchmarks").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,1 +1,1 @@
-"""Trans-LoRA (arXiv 2405.17258): an adapter moves to a new base model without the data it was trained on."""
+"""Transfer of an adapter to a new base model without its training data (Trans-LoRA, arXiv 2405.17258)."""

@@ -1,4 +1,4 @@
-"""A LoRA of a site's own on the causal model that writes: put on, trained alone, kept as values, taken off again."""
+"""A personal LoRA on the generator, beside the federation's adapters: attached, trained alone, saved and removed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from ..common.seeds import seed_from
 from ..common.tasks.base import Task
 from ..common.training.loop import StepCallback, TrainCursor, TrainPhase, train
 
-SCALING = 2.0
+SCALING = 2.0  # s in ΔW = s · B A
 
 
 class AuxiliaryLora(ABC):
-    """One LoRA, named and formed by its class, on a model that may carry others."""
+    """A LoRA on a model that may carry other adapters; subclasses define its name and target modules."""
 
-    name: ClassVar[str]
-    parameters: Mapping[str, nn.Parameter]  # while it is on
+    name: ClassVar[str]  # of the PEFT adapter; the seed of the initial values derives from it
+    title: ClassVar[str]  # in error messages
+    parameters: Mapping[str, nn.Parameter]  # set while the LoRA is attached
 
     def __init__(self, base: BaseModel, model: ModelSettings, settings: TransferSettings, seed: int) -> None:
         self.base, self.settings, self.seed = base, settings, seed
@@ -36,18 +37,20 @@ class AuxiliaryLora(ABC):
     @classmethod
     @abstractmethod
     def targets_of(cls, settings: TransferSettings) -> tuple[str, ...] | str:
-        """The modules it is on, in PEFT's words."""
+        """The target modules, as in PEFT's ``LoraConfig``."""
 
     @classmethod
     def spec_of(cls, settings: TransferSettings) -> AdapterSpec:
-        """Its form, on whichever model."""
-        return AdapterSpec("transfer", settings.rank, SCALING, 0.0, cls.targets_of(settings))
+        """The adapter's rank, scaling and target modules."""
+        return AdapterSpec(
+            "transfer.discriminator", settings.discriminator.rank, SCALING, 0.0, cls.targets_of(settings)
+        )
 
     @contextmanager
     def attached(self, values: Mapping[str, torch.Tensor] | None = None) -> Iterator[Self]:
-        """Active and alone in this block, from these values or its initial ones; then off the model.
+        """Attach the LoRA as the only active adapter for this block, then remove it from the model.
 
-        Raises StateError for values of another form.
+        Without ``values`` it starts from its initial values. Raises StateError for values of other shapes.
         """
         try:
             self.parameters = inject(self.base.backbone, self.spec_of(self.settings), self.name)
@@ -56,32 +59,37 @@ class AuxiliaryLora(ABC):
             activate(self.base.backbone, [self.name])
             yield self
         finally:
-            self._take_off()
+            self._remove()
 
-    def _take_off(self) -> None:
+    def _remove(self) -> None:
         activate(self.base.backbone, [])
         for layer in list(self.base.backbone.modules()):
             if isinstance(layer, LoraLayer) and self.name in layer.r:
                 layer.delete_adapter(self.name)
 
     def _load(self, values: Mapping[str, torch.Tensor]) -> None:
-        wanted, found = layout_of(self.parameters), layout_of(values)
-        for key in sorted(wanted.keys() | found.keys()):
-            if wanted.get(key) != found.get(key):
-                expected, there = (f"{key} of shape {shapes.get(key)}" for shapes in (wanted, found))
-                raise StateError(f"transfer, the {self.name} that was kept", expected, there)
+        model_layout, saved_layout = layout_of(self.parameters), layout_of(values)
+        for key in sorted(model_layout.keys() | saved_layout.keys()):
+            if model_layout.get(key) != saved_layout.get(key):
+                expected, found = (f"{key} of shape {layout.get(key)}" for layout in (model_layout, saved_layout))
+                raise StateError(
+                    f"transfer, the saved {self.title}",
+                    expected,
+                    found,
+                    message=f"The saved {self.title} does not fit these settings: expected {expected}, found {found}.",
+                    hint="Use the [transfer] settings of the run that prepared it.",
+                )
         with torch.no_grad():
             for key, parameter in self.parameters.items():
                 parameter.copy_(values[key])
 
     def values(self) -> dict[str, torch.Tensor]:
-        """The LoRA's values, on the CPU."""
+        """Copy the LoRA's parameters to the CPU."""
         return {key: p.detach().to("cpu", copy=True) for key, p in self.parameters.items()}
 
-    def learn(self, task: Task, steps: int, batch_size: int, lr: float, watch: StepCallback | None) -> float:
-        """Trains the LoRA alone on a task; returns the mean loss. ``watch`` may end it."""
+    def train_on(self, task: Task, steps: int, batch_size: int, lr: float, on_step: StepCallback | None) -> float:
+        """Train only the LoRA and return the mean loss. An exception from ``on_step`` ends the training."""
         settings = TrainSettings(steps=steps, batch_size=batch_size, lr=lr, lr_schedule="linear")
-        stretch = TrainCursor(0, steps, 0, seed_from(self.seed, "order"), seed_from(self.seed, "noise"))
-        return train(
-            task, self.parameters, [TrainPhase(steps, frozenset(self.parameters))], settings, stretch, watch
-        ).loss
+        cursor = TrainCursor(0, steps, 0, seed_from(self.seed, "order"), seed_from(self.seed, "noise"))
+        phases = [TrainPhase(steps, frozenset(self.parameters))]
+        return train(task, self.parameters, phases, settings, cursor, on_step).loss

@@ -1,8 +1,8 @@
-"""The discriminator φ: a LoRA on a causal model that says whether a text is of the site's kind (paper, section 3.1).
+"""The discriminator φ: a LoRA on a causal model that tells real inputs of a site from synthetic ones.
 
-It maximises log p("yes" | t(x)) for real inputs and log p("no" | t(x)) for written ones, with
-t(x) = ``x \\n Is the above question from NAME dataset?``; a text is kept iff p(yes) > p(no). It sees inputs only, never
-a label or an answer.
+Trans-LoRA (arXiv 2405.17258), section 3.1. Training maximises log p("yes" | t(x)) for real inputs and
+log p("no" | t(x)) for synthetic ones, with t(x) = ``x \\n Is the above question from NAME dataset?``. The filter
+accepts a text iff p(yes) > p(no). The discriminator reads inputs only, never a label or an answer.
 """
 
 from __future__ import annotations
@@ -22,30 +22,39 @@ from ..common.tasks.base import Batch, Encoded, Metrics, Task, pad
 from ..common.training.loop import StepCallback
 from .auxiliary_lora import AuxiliaryLora
 
-BATCH = 8
-ANSWERS = ("no", "yes")
+BATCH_SIZE = 8  # texts per optimiser step
+ANSWERS = ("no", "yes")  # indexed by whether the text is real
 
 
-def question(text: str, about: str) -> str:
-    """t(x)."""
-    return f"{text}\nIs the above question from {about} dataset?"
+def question(text: str, dataset_name: str) -> str:
+    """t(x): the text followed by the paper's question."""
+    return f"{text}\nIs the above question from {dataset_name} dataset?"
 
 
-def answer_ids(tokenizer: Any, source: str, field: str = "transfer.generator") -> tuple[int, int]:
-    """The tokens of ``no`` and ``yes``. Raises ModelError where the vocabulary has no single token for one of them."""
+def answer_ids(tokenizer: Any, source: str, field: str = "transfer.generator.model") -> tuple[int, int]:
+    """Return the token ids of ``no`` and ``yes``.
+
+    Raises ModelError, which names ``field``, where the vocabulary has no single token for one of them.
+    """
     for form in (" {}", "{}", " {}".title(), "{}".title()):
         ids = [tokenizer(form.format(word), add_special_tokens=False)["input_ids"] for word in ANSWERS]
         no, yes = ids
         if len(no) == len(yes) == 1 and no != yes and tokenizer.unk_token_id not in (no[0], yes[0]):
             return no[0], yes[0]
-    raise ModelError(field, "a vocabulary with yes and no as single tokens (or transfer.filter = none)", source)
+    raise ModelError(
+        field,
+        "a vocabulary with yes and no as single tokens",
+        source,
+        message=f"{field}: the discriminator needs yes and no as single tokens, which {source} does not have.",
+        hint='Choose another model, or set transfer.filter = "none".',
+    )
 
 
-class Verdicts(Task):
-    """Rows ``{"text", "real"}`` as a task of the training loop: cross-entropy of the one token after the question."""
+class DiscriminatorTask(Task):
+    """A task with rows ``{"text", "real"}``: cross-entropy of the one token after the question."""
 
-    def __init__(self, base: BaseModel, about: str, rows: Sequence[Row], plan: Plan) -> None:
-        self.about, self.answers = about, answer_ids(base.tokenizer, plan.model.source)
+    def __init__(self, base: BaseModel, dataset_name: str, rows: Sequence[Row], plan: Plan) -> None:
+        self.dataset_name, self.answers = dataset_name, answer_ids(base.tokenizer, plan.model.source)
         super().__init__(SiteDataset("", "generation", rows, ()), base, plan)
 
     def _build(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
@@ -53,18 +62,18 @@ class Verdicts(Task):
         return self.base.language_model, {}
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
-        """Token ids of t(x), the beginning of a long x, and the answer's token."""
+        """Tokenize t(x), with a long x truncated, and pair it with the answer's token id."""
         limit, tokenizer = self.plan.model.max_length, self.base.tokenizer
-        ending = tokenizer(question("", self.about), add_special_tokens=False)["input_ids"]
-        room = max(1, limit - len(ending))
+        ending = tokenizer(question("", self.dataset_name), add_special_tokens=False)["input_ids"]
+        max_text = max(1, limit - len(ending))  # tokens left for x
         examples = []
         for row in rows:
-            ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"][:room] + ending
+            ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"][:max_text] + ending
             examples.append((ids, self.answers[bool(row["real"])]))
         return Encoded(tuple(examples))
 
     def collate(self, examples: Sequence[Any]) -> Batch:
-        """``input_ids``, ``attention_mask`` (n, longest), padded at the left, and ``labels`` (n,)."""
+        """Return ``input_ids`` and ``attention_mask`` (n, longest), padded on the left, and ``labels`` (n,)."""
         batch = {
             "input_ids": pad([ids for ids, _ in examples], self.base.tokenizer.pad_token_id, left=True),
             "attention_mask": pad([[1] * len(ids) for ids, _ in examples], 0, left=True),
@@ -73,47 +82,49 @@ class Verdicts(Task):
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """−log p(answer | t(x)); one term a text."""
+        """Return the mean of −log p(answer | t(x)), and the number of texts."""
         return F.cross_entropy(self.last_logits(batch), batch["labels"]), len(batch["labels"])
 
     def last_logits(self, batch: Batch) -> torch.Tensor:
-        """Logits of the token after the question, (n, vocabulary), in fp32."""
+        """Return the logits of the token after the question, (n, vocabulary), in fp32."""
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         return self.module(**inputs, logits_to_keep=1).logits[:, -1].float()
 
     def measure(self, *, generate: bool) -> Metrics:
-        """Nothing: a discriminator is judged by what comes of what it keeps."""
+        """Return no metrics: the discriminator's quality shows in the transferred model."""
         return {}
 
 
 class Discriminator(AuxiliaryLora):
-    """The LoRA on its model, and the rule p(yes) > p(no)."""
+    """The discriminator's LoRA, and the rule p(yes) > p(no)."""
 
-    name = "discriminator"
+    name = title = "discriminator"
 
     def __init__(
-        self, base: BaseModel, model: ModelSettings, settings: TransferSettings, about: str, seed: int
+        self, base: BaseModel, model: ModelSettings, settings: TransferSettings, dataset_name: str, seed: int
     ) -> None:
         super().__init__(base, model, settings, seed)
-        self.about = about
+        self.dataset_name = dataset_name
 
     @classmethod
     def targets_of(cls, settings: TransferSettings) -> tuple[str, ...] | str:
-        """``transfer.target_modules``."""
-        return settings.target_modules
+        """Return ``transfer.discriminator.target_modules``."""
+        return settings.discriminator.target_modules
 
-    def fit(self, real: Sequence[str], written: Sequence[str], watch: StepCallback | None = None) -> float:
-        """Trains φ on inputs and on what the model wrote; returns the mean loss."""
-        rows = [{"text": text, "real": True} for text in real] + [{"text": text, "real": False} for text in written]
-        task = Verdicts(self.base, self.about, rows, self.plan)
-        return self.learn(task, self.settings.steps, BATCH, self.settings.lr, watch)
+    def fit(self, real: Sequence[str], synthetic: Sequence[str], on_step: StepCallback | None = None) -> float:
+        """Train φ on real and synthetic inputs and return the mean loss."""
+        rows = [{"text": text, "real": True} for text in real] + [{"text": text, "real": False} for text in synthetic]
+        task = DiscriminatorTask(self.base, self.dataset_name, rows, self.plan)
+        settings = self.settings.discriminator
+        return self.train_on(task, settings.steps, BATCH_SIZE, settings.lr, on_step)
 
     @torch.no_grad()
     def accepts(self, texts: Sequence[str]) -> list[bool]:
-        """Whether p(yes | t(x)) > p(no | t(x)) under M + φ, for each text."""
+        """Return for each text whether p(yes | t(x)) > p(no | t(x)) under M + φ."""
         if not texts:
             return []
-        task = Verdicts(self.base, self.about, [{"text": text, "real": True} for text in texts], self.plan)
+        rows = [{"text": text, "real": True} for text in texts]  # ``real`` is not read
+        task = DiscriminatorTask(self.base, self.dataset_name, rows, self.plan)
         task.module.eval()
         no, yes = task.answers
         logits = torch.cat([task.last_logits(batch) for batch in task.batches(task.train.examples)])

@@ -1,7 +1,7 @@
-"""What a site keeps for a later transfer: seeds that it agrees to keep, and a discriminator (paper, section 3.1).
+"""What a site prepares for a later transfer: seed texts, a discriminator and, if configured, a tuned generator.
 
-Where its recipe says so, a writer that has learnt its texts as well. All are personal state. Both LoRAs are trained on
-inputs only; answers are read to draw seeds of many kinds.
+Trans-LoRA (arXiv 2405.17258), section 3.1. All three are personal state. Both LoRAs are trained on inputs only; labels
+and answers are read only to draw diverse seeds.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ from .discriminator import Discriminator, answer_ids
 from .sampling import Deduplicator, generate_texts, one_line
 from .tuned_generator import TunedGenerator
 
-TASKS = ("classification", "generation")  # that have texts
+TEXT_TASKS = ("classification", "generation")  # tasks whose inputs are texts
 
 
 @dataclass(frozen=True)
 class TransferArtifacts:
-    """Seeds, how many examples the site had, and the values of discriminator and writer (none where not needed)."""
+    """What a site keeps for a transfer.
+
+    ``seeds`` are real inputs, ``examples`` is the number of training rows. ``discriminator`` and ``tuned_generator``
+    hold LoRA values by parameter name; they are empty where the settings need none.
+    """
 
     seeds: tuple[str, ...]
     dataset_name: str
@@ -41,22 +45,28 @@ class TransferArtifacts:
     tuned_generator: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def satisfies(self, settings: TransferSettings) -> bool:
-        """Whether a transfer with these settings has all that it needs."""
-        judged = bool(self.discriminator) or settings.filter != "discriminator"
-        return judged and (bool(self.tuned_generator) or settings.writer != "tuned")
+        """Whether a transfer with these settings has everything it needs."""
+        can_filter = bool(self.discriminator) or settings.filter != "discriminator"
+        return can_filter and (bool(self.tuned_generator) or settings.generator.mode != "tuned")
 
 
 def generator_settings(plan: Plan, task: str) -> ModelSettings:
-    """The causal model beside a plan's base model: the base model itself where it generates, else the generator.
+    """Return the settings of the causal model that generates texts.
 
-    Raises ModelError where an encoder has no generator named.
+    It is the base model itself for a generation task, else ``transfer.generator.model``. Raises ModelError where an
+    encoder has no generator.
     """
     if task == "generation":
         return plan.model
-    if plan.transfer.generator is None:
-        wanted = "a causal model that writes texts, as the base model cannot"
-        raise ModelError("transfer.generator", wanted, "nothing")
-    return ModelSettings(plan.transfer.generator, device=plan.model.device, max_length=plan.model.max_length)
+    if plan.transfer.generator.model is None:
+        raise ModelError(
+            "transfer.generator.model",
+            "a causal model that generates texts",
+            "nothing",
+            message="transfer.generator.model is not set, and the base model cannot generate texts.",
+            hint="Set it to a causal language model.",
+        )
+    return ModelSettings(plan.transfer.generator.model, device=plan.model.device, max_length=plan.model.max_length)
 
 
 def prepare(
@@ -64,155 +74,178 @@ def prepare(
     plan: Plan,
     site: SiteDataset,
     seed: int,
-    before: TransferArtifacts | None = None,
-    watch: StepCallback | None = None,
+    previous: TransferArtifacts | None = None,
+    on_step: StepCallback | None = None,
 ) -> TransferArtifacts:
-    """Draws seeds and trains writer and discriminator, as needed, on ``base``: the model that :func:`speaker` names.
+    """Draw seeds, and train the tuned generator and the discriminator where the settings need them.
 
-    What was kept ``before`` stays. ``watch`` may end it. Raises DataError where there are not enough texts.
+    ``base`` is the model that :func:`generator_settings` describes. Parts of ``previous`` are kept, not trained again.
+    An exception from ``on_step`` ends the preparation. Raises DataError where the site has too few different texts,
+    ModelError where the generator produces no new text.
     """
     settings, answers = plan.transfer, dict(_inputs(base.tokenizer, site.train, plan.model.max_length))
     inputs, model = list(answers), generator_settings(plan, site.task)
-    kept = before or TransferArtifacts(_seeds(answers, settings, seed), settings.about or plan.name, len(site.train))
-    with with_generator(base, model, settings, kept.tuned_generator, seed) as writer:
-        if writer and not kept.tuned_generator:
-            writer.fit(inputs, len(kept.seeds), watch)
-            kept = dataclasses.replace(kept, tuned_generator=writer.values())
-        if kept.discriminator or settings.filter != "discriminator":
-            return kept
-        texts = generate_negatives(base, kept.seeds, inputs, settings, seed)
+    artifacts = previous or TransferArtifacts(
+        _draw_seeds(answers, settings, seed), settings.dataset_name or plan.name, len(site.train)
+    )
+    with with_generator(base, model, settings, artifacts.tuned_generator, seed) as tuned:
+        if tuned and not artifacts.tuned_generator:
+            tuned.fit(inputs, len(artifacts.seeds), on_step)
+            artifacts = dataclasses.replace(artifacts, tuned_generator=tuned.values())
+        if artifacts.discriminator or settings.filter != "discriminator":
+            return artifacts
+        texts = generate_negatives(base, artifacts.seeds, inputs, settings, seed)
     if not texts:
-        wanted = "a model that goes on with a list of examples"
-        raise ModelError(_field(site.task), wanted, "no text that is new")
-    with Discriminator(base, model, settings, kept.dataset_name, seed).attached() as found:
-        found.fit(match_lengths(base.tokenizer, inputs, texts, plan.model.max_length, seed), texts, watch)
-        return dataclasses.replace(kept, discriminator=found.values())
+        key = _generator_key(site.task)
+        raise ModelError(
+            key,
+            "a model that continues a list of examples",
+            "no new text",
+            message=f"{key}: {model.source} generated no new text from the seeds.",
+            hint="Choose a larger generator, or one that is trained to follow instructions.",
+        )
+    with Discriminator(base, model, settings, artifacts.dataset_name, seed).attached() as discriminator:
+        real = match_lengths(base.tokenizer, inputs, texts, plan.model.max_length, seed)
+        discriminator.fit(real, texts, on_step)
+        return dataclasses.replace(artifacts, discriminator=discriminator.values())
 
 
 @contextmanager
 def with_generator(
     base: BaseModel, model: ModelSettings, settings: TransferSettings, values: Mapping[str, torch.Tensor], seed: int = 0
 ) -> Iterator[TunedGenerator | None]:
-    """``base`` with the tuned writer's LoRA and what it learnt, where the settings say so; else bare."""
+    """Attach the tuned generator's LoRA to ``base`` where the settings ask for one; else run the bare model."""
     activate(base.backbone, [])
-    if settings.writer != "tuned":
+    if settings.generator.mode != "tuned":
         yield None
         return
-    with TunedGenerator(base, model, settings, seed).attached(values) as writer:
-        yield writer
+    with TunedGenerator(base, model, settings, seed).attached(values) as tuned:
+        yield tuned
 
 
-def check_preparation(plan: Plan, site: SiteDataset, before: TransferArtifacts | None = None) -> None:
-    """Raises before the first round what :func:`prepare` would raise after the last, without loading weights.
+def check_preparation(plan: Plan, site: SiteDataset, previous: TransferArtifacts | None = None) -> None:
+    """Raise before the first round what :func:`prepare` would raise after the last, without loading weights.
 
-    ConfigError for rows without texts; ModelError where nobody can write, or the writer cannot be a discriminator;
-    DataError where there are not enough different texts. Each names the site.
+    ConfigError for a task without texts. ModelError where no model generates texts or the generator cannot be a
+    discriminator. DataError where there are too few different texts. Each error names the site.
     """
     try:
-        _check(plan, site, before)
+        _check(plan, site, previous)
     except ColoraError as error:
         raise error.at_site(site.site) from None
 
 
-def _check(plan: Plan, site: SiteDataset, before: TransferArtifacts | None) -> None:
-    if site.task not in TASKS:
-        raise ConfigError("transfer.prepare", f"false, or a task of {' or '.join(TASKS)}", site.task)
+def _check(plan: Plan, site: SiteDataset, previous: TransferArtifacts | None) -> None:
+    if site.task not in TEXT_TASKS:
+        raise ConfigError(
+            "transfer.prepare",
+            f"false, or a task of {' or '.join(TEXT_TASKS)}",
+            site.task,
+            message=f"transfer.prepare needs a task of {' or '.join(TEXT_TASKS)}, but data.task is {site.task}.",
+        )
     model, settings = generator_settings(plan, site.task), plan.transfer
-    field = _field(site.task)
-    check_generates(model, field)
-    tokenizer = load_tokenizer(model, field)
-    if before is None:
+    key = _generator_key(site.task)
+    check_generates(model, key)
+    tokenizer = load_tokenizer(model, key)
+    if previous is None:
         _check_enough(_inputs(tokenizer, site.train, plan.model.max_length), settings)
     if settings.filter == "discriminator":
-        answer_ids(tokenizer, model.source, field)
+        answer_ids(tokenizer, model.source, key)
         inject(skeleton(model), Discriminator.spec_of(settings), Discriminator.name)
-    if settings.writer == "tuned":
+    if settings.generator.mode == "tuned":
         inject(skeleton(model), TunedGenerator.spec_of(settings), TunedGenerator.name)
 
 
-def _field(task: str) -> str:
-    """The key that names the speaker."""
-    return "model.source" if task == "generation" else "transfer.generator"
+def _generator_key(task: str) -> str:
+    """The recipe key that names the generator."""
+    return "model.source" if task == "generation" else "transfer.generator.model"
 
 
 def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> Iterator[tuple[str, str | None]]:
-    """The different inputs of rows, each with its answer; of a long one its first ``limit`` tokens."""
+    """Yield each different input, truncated to ``limit`` tokens, with its answer."""
     seen: set[str] = set()
     for row in rows:
-        text = shortened(tokenizer, one_line(input_of(row)), limit)
+        text = truncate(tokenizer, one_line(input_of(row)), limit)
         if text not in seen:
             seen.add(text)
             yield text, answer_of(row)
 
 
 def _check_enough(inputs: Iterable[Any], settings: TransferSettings) -> None:
-    found = len(list(islice(inputs, settings.seeds)))
-    if found < settings.seeds:
-        raise DataError("transfer.seeds", f"{settings.seeds} different texts to choose from", found)
+    count = len(list(islice(inputs, settings.seeds)))
+    if count < settings.seeds:
+        raise DataError(
+            "transfer.seeds",
+            f"{settings.seeds} different texts to choose from",
+            count,
+            message=f"transfer.seeds needs {settings.seeds} different texts, but the site has only {count}.",
+            hint="Lower transfer.seeds, or give the site more rows.",
+        )
 
 
-def _seeds(answers: Mapping[str, str | None], settings: TransferSettings, seed: int) -> tuple[str, ...]:
-    """Inputs drawn at random, one of each answer in turn: what no seed is like, no written text will be like."""
+def _draw_seeds(answers: Mapping[str, str | None], settings: TransferSettings, seed: int) -> tuple[str, ...]:
+    """Draw inputs at random, alternating between answers: generated texts resemble the seeds."""
     _check_enough(answers, settings)
     by_answer: dict[str | None, list[str]] = {}
     for text in random.Random(seed_from(seed, "seeds")).sample(list(answers), len(answers)):
         by_answer.setdefault(answers[text], []).append(text)
-    turns = chain.from_iterable(zip_longest(*by_answer.values()))
-    return tuple(islice((text for text in turns if text is not None), settings.seeds))
+    alternating = chain.from_iterable(zip_longest(*by_answer.values()))
+    return tuple(islice((text for text in alternating if text is not None), settings.seeds))
 
 
 def generate_negatives(
     base: BaseModel, seeds: Sequence[str], inputs: Sequence[str], settings: TransferSettings, seed: int
 ) -> list[str]:
-    """As many new texts as there are inputs, of the model as it stands, or what ``settings.calls`` calls give.
+    """Generate as many new texts as there are inputs, or as many as ``max_calls`` calls of the generator give.
 
-    A real text that was written again is not a written one.
+    Texts that repeat a real input are left out.
     """
     texts: list[str] = []
-    new = Deduplicator([*seeds, *inputs])
-    for call in range(settings.calls):
-        texts += [
-            text for text in generate_texts(base, seeds, settings, seed_from(seed, "negatives"), call) if new(text)
-        ]
+    is_new = Deduplicator([*seeds, *inputs])
+    sampling_seed = seed_from(seed, "negatives")
+    for call in range(settings.generator.max_calls):
+        texts += [t for t in generate_texts(base, seeds, settings.generator, sampling_seed, call) if is_new(t)]
         if len(texts) >= len(inputs):
             break
     return texts[: len(inputs)]
 
 
 def match_lengths(tokenizer: Any, inputs: Sequence[str], texts: Sequence[str], limit: int, seed: int) -> list[str]:
-    """Inputs, of which those that end only where they were cut (``limit``) become as long as some written text.
+    """Shorten inputs that were truncated to ``limit`` tokens to the length of a randomly chosen synthetic text.
 
-    Else a discriminator learns lengths alone: it would keep what rambles on, and nothing that ends.
+    Otherwise the discriminator learns length alone, and accepts only texts that do not end.
     """
-    rng, lengths = random.Random(seed_from(seed, "cuts")), [_tokens(tokenizer, text) for text in texts]
+    rng, lengths = random.Random(seed_from(seed, "cuts")), [_count_tokens(tokenizer, text) for text in texts]
     return [
-        text if _tokens(tokenizer, text) < limit - 1 else shortened(tokenizer, text, min(limit, rng.choice(lengths)))
+        text
+        if _count_tokens(tokenizer, text) < limit - 1
+        else truncate(tokenizer, text, min(limit, rng.choice(lengths)))
         for text in inputs
     ]
 
 
-def _tokens(tokenizer: Any, text: str) -> int:
+def _count_tokens(tokenizer: Any, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def input_of(row: Row) -> str:
-    """What a row asks: its text, its prompt, or the last turn before the answer."""
+    """Return a row's text, its prompt, or the last user turn of its messages."""
     if "messages" in row:
         return next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user")
     return str(row["text"] if "text" in row else row["prompt"])
 
 
 def answer_of(row: Row) -> str | None:
-    """What a row answers: its label, its completion, or its last turn."""
+    """Return a row's label, its completion, or the last turn of its messages."""
     return row["messages"][-1]["content"] if "messages" in row else row.get("label", row.get("completion"))
 
 
-def shortened(tokenizer: Any, text: str, limit: int) -> str:
-    """The first ``limit`` tokens of a text: what the site's model reads of it."""
+def truncate(tokenizer: Any, text: str, limit: int) -> str:
+    """Return the first ``limit`` tokens of a text: the part that the site's model reads."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return text if len(ids) <= limit else tokenizer.decode(ids[:limit], skip_special_tokens=True)
 
 
 def load_generator(plan: Plan, task: str) -> BaseModel:
-    """The causal model that :func:`speaker` names, in memory."""
+    """Load the model that :func:`generator_settings` describes."""
     return load_base_model(generator_settings(plan, task), generates=True)

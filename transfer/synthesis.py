@@ -1,7 +1,7 @@
-"""Synthetic inputs that pass the filter, in files that a killed transfer goes on from.
+"""Synthetic inputs that pass the filter, with progress on disk from which an interrupted transfer continues.
 
-The writer's model and the discriminator's need not be in memory at once: texts are written in rounds, each judged when
-it is whole, until enough are kept or the writer's calls are used up.
+The generator and the discriminator's model need not be in memory at the same time. Texts are generated in rounds; each
+round is filtered as a whole, until enough texts are accepted or the generator's calls are used up.
 """
 
 from __future__ import annotations
@@ -19,107 +19,136 @@ from ..common.models.base_model import BaseModel
 from .preparation import TransferArtifacts
 from .sampling import Deduplicator, generate_texts
 
-OVER = 1.3  # texts written for each that is still wanted, at the acceptance seen so far
+OVERSAMPLING = 1.3  # texts generated per missing text, at the acceptance rate so far
 
 Filter = Callable[[list[str]], list[bool]]
-Model = Callable[[], AbstractContextManager[BaseModel]]  # in memory while it is needed, and as it writes
+ModelContext = Callable[[], AbstractContextManager[BaseModel]]  # holds the generator in memory for its block
 
 
 @dataclass(frozen=True)
 class SynthesisProgress:
-    """How far a transfer is: writer's calls, texts written, kept of those wanted, and waiting to be judged."""
+    """Counts of a transfer: generator calls, and texts generated, accepted, requested and not yet filtered."""
 
     calls: int
-    written: int
-    kept: int
-    wanted: int
-    waiting: int = 0
+    generated: int
+    accepted: int
+    requested: int
+    pending: int = 0
 
     @property
     def acceptance(self) -> float:
-        """Kept ÷ written; 0 before anything was written."""
-        return self.kept / self.written if self.written else 0.0
+        """Accepted ÷ generated; 0 before the first text."""
+        return self.accepted / self.generated if self.generated else 0.0
 
 
 ProgressCallback = Callable[[SynthesisProgress], None]
 
 
 class SampleLog:
-    """``written.json``: every text with its verdict (None: not judged yet), and the writer's calls so far."""
+    """``written.json``: each generated text with the filter's verdict (None: pending), and the number of calls."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.calls = path, 0
         self.verdicts: dict[str, bool | None] = {}
         if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            self.calls, self.verdicts = found["calls"], found["verdicts"]
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            self.calls, self.verdicts = saved["calls"], saved["verdicts"]
 
     def save(self) -> None:
-        """Whole or not at all."""
+        """Replace the file atomically."""
         text = json.dumps({"calls": self.calls, "verdicts": self.verdicts}, ensure_ascii=False)
         write_atomically(self.path, text.encode())
 
     def with_verdict(self, verdict: bool | None) -> list[str]:
-        """The texts so judged, in the order they were written."""
-        return [text for text, found in self.verdicts.items() if found is verdict]
+        """Return the texts with this verdict, in the order of generation."""
+        return [text for text, given in self.verdicts.items() if given is verdict]
+
+    def progress(self, requested: int) -> SynthesisProgress:
+        """Return the counts so far."""
+        accepted, pending = (len(self.with_verdict(verdict)) for verdict in (True, None))
+        return SynthesisProgress(self.calls, len(self.verdicts), accepted, requested, pending)
 
 
 @dataclass(frozen=True)
 class SynthesisModels:
-    """Who writes, and who judges a list of texts; without a judge every new text is kept."""
+    """The generator, and the filter that judges a list of texts; without a filter every new text is accepted."""
 
-    generator: Model
+    generator: ModelContext
     filter: Filter | None
 
 
 def synthesise(
-    prepared: TransferArtifacts,
+    artifacts: TransferArtifacts,
     settings: TransferSettings,
     seed: int,
-    cast: SynthesisModels,
+    models: SynthesisModels,
     folder: Path,
-    watch: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> list[str]:
-    """As many kept texts as wanted, or all that came of ``settings.calls`` calls. Raises DataError for none at all."""
-    book, wanted = SampleLog(folder / "written.json"), settings.samples or prepared.examples
-    tell = watch or (lambda progress: None)
+    """Return as many accepted texts as requested, or all that ``transfer.generator.max_calls`` calls gave.
+
+    ``settings.samples`` texts are requested, by default as many as the site trained on. Raises DataError where no text
+    is accepted.
+    """
+    log, requested = SampleLog(folder / "written.json"), settings.samples or artifacts.examples
+    report = on_progress or (lambda progress: None)
     while True:
-        _judge(book, cast.filter)
-        kept = book.with_verdict(True)
-        tell(SynthesisProgress(book.calls, len(book.verdicts), len(kept), wanted))
-        if len(kept) >= wanted or book.calls >= settings.calls:
+        _filter(log, models.filter)
+        progress = log.progress(requested)
+        report(progress)
+        if progress.accepted >= requested or log.calls >= settings.generator.max_calls:
             break
-        acceptance = (len(kept) + 1) / (len(book.verdicts) + 2)
-        more = OVER * (wanted - len(kept)) / acceptance if cast.filter else wanted - len(kept)
-        aim = len(book.verdicts) + 1 + int(min(more, len(book.verdicts) + 2 * wanted))  # a first guess may be far off
-        with cast.generator() as base:
-            for _ in _write(base, prepared, settings, seed, book, aim):
-                tell(SynthesisProgress(book.calls, len(book.verdicts), len(kept), wanted, len(book.with_verdict(None))))
-    if not kept:
-        found = f"none of {len(book.verdicts)} after {book.calls} calls of the writer"
-        wanted_of = "that the discriminator takes for real" if book.verdicts else "that is new and whole"
-        mends = "more transfer.calls, a lower transfer.temperature, or transfer.filter = none, begun anew"
-        raise DataError("transfer", f"at least one written text {wanted_of} ({mends})", found)
-    return kept[:wanted]
+        goal = _next_goal(progress, filtered=models.filter is not None)
+        with models.generator() as base:
+            for _ in _generate(base, artifacts, settings, seed, log, goal):
+                report(log.progress(requested))
+    accepted = log.with_verdict(True)
+    if not accepted:
+        raise _nothing_accepted(log)
+    return accepted[:requested]
 
 
-def _write(
-    base: BaseModel, prepared: TransferArtifacts, settings: TransferSettings, seed: int, book: SampleLog, aim: int
+def _next_goal(progress: SynthesisProgress, *, filtered: bool) -> int:
+    """The total number of generated texts to reach before the filter runs again."""
+    missing = progress.requested - progress.accepted
+    acceptance = (progress.accepted + 1) / (progress.generated + 2)
+    needed = OVERSAMPLING * missing / acceptance if filtered else missing
+    most = progress.generated + 2 * progress.requested  # a first estimate of the acceptance may be far off
+    return progress.generated + 1 + int(min(needed, most))
+
+
+def _generate(
+    base: BaseModel, artifacts: TransferArtifacts, settings: TransferSettings, seed: int, log: SampleLog, goal: int
 ) -> Iterator[None]:
-    """Calls the writer until there are ``aim`` texts; every call is on disk before the next."""
-    new = Deduplicator([*prepared.seeds, *book.verdicts])
-    while len(book.verdicts) < aim and book.calls < settings.calls:
-        for text in generate_texts(base, prepared.seeds, settings, seed, book.calls):
-            if new(text):
-                book.verdicts[text] = None
-        book.calls += 1
-        book.save()
+    """Call the generator until the log has ``goal`` texts; each call is on disk before the next begins."""
+    is_new = Deduplicator([*artifacts.seeds, *log.verdicts])
+    while len(log.verdicts) < goal and log.calls < settings.generator.max_calls:
+        for text in generate_texts(base, artifacts.seeds, settings.generator, seed, log.calls):
+            if is_new(text):
+                log.verdicts[text] = None
+        log.calls += 1
+        log.save()
         yield
 
 
-def _judge(book: SampleLog, judge: Filter | None) -> None:
-    waiting = book.with_verdict(None)
-    if waiting:
-        verdicts = judge(waiting) if judge else [True] * len(waiting)
-        book.verdicts |= dict(zip(waiting, verdicts, strict=True))
-        book.save()
+def _filter(log: SampleLog, judge: Filter | None) -> None:
+    pending = log.with_verdict(None)
+    if pending:
+        verdicts = judge(pending) if judge else [True] * len(pending)
+        log.verdicts |= dict(zip(pending, verdicts, strict=True))
+        log.save()
+
+
+def _nothing_accepted(log: SampleLog) -> DataError:
+    count, calls = len(log.verdicts), log.calls
+    message = f"The generator produced no new text in {calls} calls."
+    if count:
+        message = f"The discriminator accepted none of {count} texts from {calls} calls of the generator."
+    return DataError(
+        "transfer",
+        "at least one accepted text",
+        f"none of {count} after {calls} calls of the generator",
+        message=message,
+        hint="In a new --out, raise transfer.generator.max_calls, lower transfer.generator.temperature, or set "
+        'transfer.filter = "none".',
+    )

@@ -1,8 +1,8 @@
-"""A writer that has learnt from the site's texts: a LoRA with which the model goes on with lists of them.
+"""The tuned generator: a LoRA with which a causal model continues lists of the site's own texts.
 
-Not of the paper, where the bare model writes after the five seeds. A small model's lists wander off; after a few steps
-on lists of real texts they stay with the site's kind. It sees inputs only, never a label or an answer; what it has seen
-it may write again, so it is as personal as they are.
+This is not part of the paper, where the bare model generates from five seeds. The lists of a small model drift off
+topic; after a few steps on lists of real texts they do not. The LoRA is trained on inputs only, never on a label or an
+answer. It may repeat texts that it was trained on, so it is personal state.
 """
 
 from __future__ import annotations
@@ -18,42 +18,46 @@ from ..common.seeds import seed_from
 from ..common.tasks.generation import Generation
 from ..common.training.loop import StepCallback
 from .auxiliary_lora import AuxiliaryLora
-from .sampling import list_of
+from .sampling import numbered_list
 
-LISTS = 2  # in a batch
-WINDOW = 1024  # tokens of a list at most
-NUMBER = 4  # tokens of an item's number and line, at most
+BATCH_SIZE = 2  # lists per optimiser step
+MAX_TOKENS = 1024  # of one list
+ITEM_TOKENS = 4  # at most, for an item's number and line break
 
 
 class TunedGenerator(AuxiliaryLora):
-    """The LoRA on its model; while it is active, the model writes as ``transfer.writer = "tuned"`` means."""
+    """The LoRA of ``transfer.generator.mode = "tuned"``; while it is active, the model generates tuned texts."""
 
-    name = "writer"
+    name = "writer"  # unchanged, as the seed of the initial values derives from it
+    title = "tuned generator"
 
     @classmethod
     def targets_of(cls, settings: TransferSettings) -> tuple[str, ...] | str:
-        """All linear layers: on the attention alone it takes three times the steps."""
+        """Return all linear layers: the attention alone takes three times as many steps."""
         return "all-linear"
 
-    def fit(self, texts: Sequence[str], seeds: int, watch: StepCallback | None = None) -> float:
-        """Trains on lists of ``texts``, of the length that so many seeds ask for; returns the mean loss per token."""
-        steps, room = self.settings.writer_steps, self._room()
-        longest = max(len(self.base.tokenizer(text)["input_ids"]) for text in texts) + NUMBER
-        length = max(1, min(2 * seeds, len(texts), room // longest - 1))
-        rows = list(islice(lists(texts, length, self.seed), LISTS * steps))
-        plan = replace(self.plan, model=replace(self.plan.model, max_length=room))
+    def fit(self, texts: Sequence[str], seeds: int, on_step: StepCallback | None = None) -> float:
+        """Train on lists of ``texts`` and return the mean loss per token.
+
+        A list has as many texts as a prompt with ``seeds`` seeds announces, or fewer where the context is too short.
+        """
+        steps, max_tokens = self.settings.generator.tuning_steps, self._max_tokens()
+        longest = max(len(self.base.tokenizer(text)["input_ids"]) for text in texts) + ITEM_TOKENS
+        length = max(1, min(2 * seeds, len(texts), max_tokens // longest - 1))
+        rows = list(islice(list_rows(texts, length, self.seed), BATCH_SIZE * steps))
+        plan = replace(self.plan, model=replace(self.plan.model, max_length=max_tokens))
         task = Generation(SiteDataset("", "generation", rows, ()), self.base, plan)
-        return self.learn(task, steps, LISTS, self.settings.writer_lr, watch)
+        return self.train_on(task, steps, BATCH_SIZE, self.settings.generator.tuning_lr, on_step)
 
-    def _room(self) -> int:
-        return min(WINDOW, getattr(self.base.backbone.config, "max_position_embeddings", WINDOW))
+    def _max_tokens(self) -> int:
+        return min(MAX_TOKENS, getattr(self.base.backbone.config, "max_position_embeddings", MAX_TOKENS))
 
 
-def lists(texts: Sequence[str], length: int, seed: int) -> Iterator[Row]:
-    """Rows without end: lists of so many different texts, drawn anew when the texts are used up."""
+def list_rows(texts: Sequence[str], length: int, seed: int) -> Iterator[Row]:
+    """Yield rows without end: lists of ``length`` different texts, reshuffled when all texts are used."""
     rng = random.Random(seed_from(seed, "lists"))
     while True:
         order = rng.sample(texts, len(texts))
         for start in range(0, len(order) - length + 1, length):
-            heading, numbered = list_of(order[start : start + length], length).split("\n", 1)
+            heading, numbered = numbered_list(order[start : start + length], length).split("\n", 1)
             yield {"prompt": f"{heading}\n1.", "completion": numbered.removeprefix("1.")}

@@ -1,4 +1,4 @@
-"""What an export contains, by the names of the full model."""
+"""The content of an export, by parameter names of the full model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Part = Literal["all", "shared", "personal"]
 
 @dataclass(frozen=True)
 class ExportedAdapter:
-    """What goes into a folder, by names in the full model of the task.
+    """An adapter to write, by parameter names of the task's full model.
 
-    ``layers``: the factors of every adapted layer. ``tensors``: what is saved as it is (the head, and weights that the
-    base model's source lacks), with ``modules`` as the modules that PEFT saves whole.
+    ``layers`` has the factors (B, A) of every adapted layer. ``tensors`` are saved unchanged: the head, and weights
+    that the base model's source lacks. ``modules`` are their modules, PEFT's ``modules_to_save``.
     """
 
     saved: SavedModel
@@ -36,29 +36,29 @@ class ExportedAdapter:
 
     @property
     def complete(self) -> bool:
-        """Whether it has all that its task needs, as PEFT expects where a task is named: a classifier's head."""
+        """Whether the export has everything its task needs: a classifier needs its head."""
         return self.saved.metadata.task != "classification" or bool(self.heads)
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The modules of the head that are part of this."""
+        """The exported modules of the head."""
         return tuple(name for name in self.modules if "." not in name)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes in the order of the logits, where the head is part of this."""
+        """The classes in the order of the logits, where the export has the site's head."""
         return self.saved.metadata.labels if self.heads and self.part != "shared" else ()
 
     def about(self, out: Path, *, merged: bool) -> str:
-        """What was written, in a line."""
-        what = "a full model" if merged else f"a PEFT LoRA of rank {self.rank} on {len(self.layers)} layers"
+        """Describe what was written, in one line."""
+        kind = "a full model" if merged else f"a PEFT LoRA of rank {self.rank} on {len(self.layers)} layers"
         heads = f", with {', '.join(self.modules)}" if self.modules else ""
-        return f"{out}: {what}{heads}; README.md says how to load it"
+        return f"{out}: {kind}{heads}. Its README.md shows how to load it."
 
 
 @dataclass(frozen=True)
 class FullModel:
-    """The full model of a task without its weights: where the backbone stands, its head's modules, its tensors."""
+    """A task's full model without weights: the backbone's prefix, the head's modules and all tensor names."""
 
     prefix: str
     heads: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The model card of an exported model: what it is, where it comes from, and how stock code loads it."""
+"""The model card of an exported model: its content, its origin, and code that loads it without colora."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from ...common.models.sources import stock_name
 if TYPE_CHECKING:
     from .exported_adapter import ExportedAdapter
 
-
 CLASSES = {"classification": "AutoModelForSequenceClassification", "generation": "AutoModelForCausalLM"}
 PARTS = {
-    "all": "the personalised model: shared adapter, the site's core and its private adapter",
-    "shared": "the shared adapter alone, which is the same for every site",
+    "all": "the personalised model: the shared adapter with the site's core and private adapter",
+    "shared": "the shared adapter, which is the same for all sites",
     "personal": "what the site adds to the shared adapter",
 }
-LOADED = {
+LOADING_OPTIONS = {  # by model.precision
     "fp32": ["dtype=torch.float32"],
     "bf16": ["dtype=torch.bfloat16"],
     "fp16": ["dtype=torch.float16"],
@@ -31,40 +30,41 @@ LOADED = {
 
 
 def render_model_card(exported: ExportedAdapter, *, merged: bool) -> str:
-    """A README.md with the hub's front matter. Of a shared adapter it names no site and nothing of one."""
-    plan, about = exported.saved.plan, exported.saved.metadata
+    """Render a README.md with the hub's front matter; the card of a shared adapter names no site or its data."""
+    plan, metadata = exported.saved.plan, exported.saved.metadata
     personal = exported.part != "shared"
     front = {
         "base_model": stock_name(plan.model),
         "library_name": "transformers" if merged else "peft",
         "tags": ["colora", "lora"],
     }
-    what = ", merged into the base model" if merged else f", as one LoRA of rank {exported.rank}"
+    source = plan.transfer.source_federation
+    form = ", merged into the base model" if merged else f", as one LoRA of rank {exported.rank}"
     facts = {
-        "what": PARTS[exported.part] + what,
+        "content": PARTS[exported.part] + form,
         "base model": plan.model.source + (f" ({plan.model.revision})" if plan.model.revision else ""),
-        "its precision in training": plan.model.precision,
-        "its fingerprint": "; ".join(f"{name} {value}" for name, value in sorted(about.fingerprint.items()) if value),
-        "federation": f"{about.federation}, after round {min(about.round, plan.rounds)} of {plan.rounds}",
-        "moved": f"from {plan.transfer.of}'s base model, by texts that a model wrote" if plan.transfer.of else "",
-        "site": about.site if personal else "",
+        "precision in training": plan.model.precision,
+        "fingerprint": "; ".join(f"{name} {value}" for name, value in sorted(metadata.fingerprint.items()) if value),
+        "federation": f"{metadata.federation}, after round {min(metadata.round, plan.rounds)} of {plan.rounds}",
+        "transferred": f"from the base model of {source} with synthetic texts" if source else "",
+        "site": metadata.site if personal else "",
         "method": plan.method.name + (f", private adapter: {plan.private.kind}" if personal else ""),
-        "task": about.task + ("" if exported.complete else "; without a head, which is each site's own"),
-        "longest text in training": f"{plan.model.max_length} tokens",
+        "task": metadata.task + ("" if exported.complete else "; without a head, as each site has its own"),
+        "maximum length in training": f"{plan.model.max_length} tokens",
         "metrics on the site's test data": _metrics(exported) if personal else "",
     }
     lines = [f"- **{name}**: {value}" for name, value in facts.items() if value]
-    title = f"{about.federation} {about.site if personal else 'shared'}".strip()
+    title = f"{metadata.federation} {metadata.site if personal else 'shared'}".strip()
     header = yaml.safe_dump(front, sort_keys=False)
     return f"---\n{header}---\n\n# {title}\n\n" + "\n".join(lines) + f"\n\n{_usage(exported, merged=merged)}"
 
 
 def _metrics(exported: ExportedAdapter) -> str:
-    """Of the personalised model, which the last round measures as it is."""
+    """Format the personalised model's metrics, which only the last round measures on the final state."""
     if not exported.saved.closed:
         return ""
-    found = {name: value for name, value in exported.saved.metadata.metrics.items() if name.startswith("personal.")}
-    return ", ".join(f"{name.removeprefix('personal.')} {value:.4g}" for name, value in sorted(found.items()))
+    personal = {name: value for name, value in exported.saved.metadata.metrics.items() if name.startswith("personal.")}
+    return ", ".join(f"{name.removeprefix('personal.')} {value:.4g}" for name, value in sorted(personal.items()))
 
 
 def _usage(exported: ExportedAdapter, *, merged: bool) -> str:
@@ -73,27 +73,27 @@ def _usage(exported: ExportedAdapter, *, merged: bool) -> str:
     names = [kind, "AutoTokenizer"] + (["BitsAndBytesConfig"] if precision.startswith("int") else [])
     lines = ["import torch", f"from transformers import {', '.join(sorted(names))}"]
     if merged:
-        lines += [f'model = {kind}.from_pretrained("HERE", {LOADED[precision][0]})']
+        lines += [f'model = {kind}.from_pretrained("HERE", {LOADING_OPTIONS[precision][0]})']
     else:
-        more = LOADED[precision] + ([f'revision="{plan.model.revision}"'] if plan.model.revision else [])
+        options = LOADING_OPTIONS[precision] + ([f'revision="{plan.model.revision}"'] if plan.model.revision else [])
         if labels:
             lines += [f"labels = {list(labels)}"]
-            more += ["id2label=dict(enumerate(labels))", "label2id={label: i for i, label in enumerate(labels)}"]
+            options += ["id2label=dict(enumerate(labels))", "label2id={label: i for i, label in enumerate(labels)}"]
         elif _classes(exported):
-            more += [f"num_labels={_classes(exported)}"]
+            options += [f"num_labels={_classes(exported)}"]
         lines += ["from peft import PeftModel"]
-        lines += [f'base = {kind}.from_pretrained("{stock_name(plan.model)}", {", ".join(more)})']
+        lines += [f'base = {kind}.from_pretrained("{stock_name(plan.model)}", {", ".join(options)})']
         lines += ['model = PeftModel.from_pretrained(base, "HERE")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("HERE")']
     if task == "classification" and not merged:
         lines += ["model.config.pad_token_id = tokenizer.pad_token_id"]
-    told = "HERE is this folder."
+    notes = "HERE is this folder."
     if not merged and labels:
-        told += " That the classifier's weights are newly initialised is said before the adapter brings them."
-    return "```python\n" + "\n".join(lines) + f"\n```\n\n{told}\n"
+        notes += " Transformers warns that the classifier is newly initialised; the adapter then loads its weights."
+    return "```python\n" + "\n".join(lines) + f"\n```\n\n{notes}\n"
 
 
 def _classes(exported: ExportedAdapter) -> int:
-    """The number of classes of a head that is part of the export; 0 for none."""
+    """Return the number of classes of the exported head; 0 without a head."""
     heads = [v for k, v in exported.tensors.items() if k.partition(".")[0] in exported.modules and k.endswith("weight")]
     return heads[-1].shape[0] if heads and exported.saved.metadata.task == "classification" else 0

@@ -13,15 +13,15 @@ from ...common.models.base_model import stock_class
 from ...common.models.hf_logging import quiet_transformers
 from ...common.models.precision import DTYPES
 from ...common.models.sources import source_folder, stock_name
-from . import model_card as card
 from .exported_adapter import ExportedAdapter
+from .model_card import render_model_card
 
 PEFT_TASKS = {"classification": "SEQ_CLS", "generation": "CAUSAL_LM"}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def write_adapter(exported: ExportedAdapter, out: Path) -> None:
-    """An adapter as ``PeftModel.from_pretrained`` reads it; equal models give equal files."""
+    """Write an adapter that ``PeftModel.from_pretrained`` loads; equal models give identical files."""
     from peft import LoraConfig
     from safetensors.torch import save
 
@@ -43,20 +43,20 @@ def write_adapter(exported: ExportedAdapter, out: Path) -> None:
     write_atomically(out / WEIGHTS, save(named, metadata={"format": "pt"}))
     write_atomically(out / CONFIG, json.dumps(_plain(config), indent=2, sort_keys=True).encode())
     _tokenizer(exported).save_pretrained(str(out))
-    write_atomically(out / "README.md", card.render_model_card(exported, merged=False).encode())
+    write_atomically(out / "README.md", render_model_card(exported, merged=False).encode())
 
 
 def write_merged(exported: ExportedAdapter, out: Path) -> None:
-    """The full model in the base model's own precision; the product is added in double precision and rounded once."""
+    """Write the full model in the base model's precision; B A is added in double precision and rounded once."""
     saved, plan = exported.saved, exported.saved.plan
     tokenizer, labels = _tokenizer(exported), saved.metadata.labels
-    more: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     if saved.metadata.task == "classification":
-        more = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
-        more["label2id"] = {label: i for i, label in enumerate(labels)}
+        config = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
     dtype = DTYPES[plan.model.precision]
     with quiet_transformers(), torch.no_grad():
-        model = stock_class(saved.metadata.task).from_pretrained(source_folder(plan.model), dtype=dtype, **more)
+        model = stock_class(saved.metadata.task).from_pretrained(source_folder(plan.model), dtype=dtype, **config)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         for key, value in exported.tensors.items():
@@ -64,15 +64,15 @@ def write_merged(exported: ExportedAdapter, out: Path) -> None:
         for layer, (b, a) in exported.layers.items():
             module = model.get_submodule(layer)
             delta = b.double() @ a.double()
-            delta = delta.T if _is_turned(module) else delta
+            delta = delta.T if _is_transposed(module) else delta
             module.weight.copy_((module.weight.double() + delta).to(dtype))
         model.save_pretrained(str(out))
     tokenizer.save_pretrained(str(out))
-    write_atomically(out / "README.md", card.render_model_card(exported, merged=True).encode())
+    write_atomically(out / "README.md", render_model_card(exported, merged=True).encode())
 
 
 def _tokenizer(exported: ExportedAdapter) -> Any:
-    """The base model's, with the padding token and the length that it was trained with here."""
+    """Load the base model's tokenizer, with the padding token and the maximum length of training."""
     from transformers import AutoTokenizer
 
     with quiet_transformers():
@@ -84,7 +84,7 @@ def _tokenizer(exported: ExportedAdapter) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A configuration as JSON has it: sets as sorted lists."""
+    """Convert a configuration to JSON types; sets become sorted lists."""
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, set):
@@ -92,7 +92,7 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else getattr(value, "value", value)
 
 
-def _is_turned(module: torch.nn.Module) -> bool:
+def _is_transposed(module: torch.nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, Conv1D)  # GPT-2's layers keep their weights transposed
+    return isinstance(module, Conv1D)  # GPT-2's layers store (d_in, d_out)

@@ -1,4 +1,4 @@
-"""``colora predict``: rows in, predictions of a personalised model out."""
+"""``colora predict``: predictions of a personalised model for the rows of a file."""
 
 from __future__ import annotations
 
@@ -28,60 +28,79 @@ FORMATS = (".jsonl", ".csv", ".tsv")
 
 
 class Predictor:
-    """A saved model in memory: the site's own one, or, of a checkpoint, what all sites share."""
+    """A site's saved model, loaded into memory. Raises StateError for a checkpoint, which has no task."""
 
     def __init__(self, saved: SavedModel, *, device: str = "auto", batch_size: int | None = None) -> None:
-        card, plan = (
-            saved.metadata,
-            dataclasses.replace(saved.plan, model=dataclasses.replace(saved.plan.model, device=device)),
-        )
+        metadata = saved.metadata
+        plan = dataclasses.replace(saved.plan, model=dataclasses.replace(saved.plan.model, device=device))
         if not saved.is_personal:
-            raise StateError(str(saved.path), "a site's state", "a coordinator's checkpoint, which has no task")
-        check_fingerprint(saved.plan.model, card.fingerprint)
+            raise StateError(
+                str(saved.path),
+                "a site's state",
+                "a coordinator's checkpoint",
+                message=f"{saved.path} is a checkpoint, which has no task.",
+                hint="Name a site's folder: sites/NAME in the run folder.",
+            )
+        check_fingerprint(saved.plan.model, metadata.fingerprint)
         if batch_size:
             plan = dataclasses.replace(plan, evaluation=dataclasses.replace(plan.evaluation, batch_size=batch_size))
-        base = load_base_model(plan.model, generates=card.task == "generation")
-        rows = SiteDataset(card.site, card.task, (), (), card.labels)  # type: ignore[arg-type]
-        self.trainer = Trainer(attach_adapters(base, plan), rows, StateStore(saved.path.parent, card.federation))
+        base = load_base_model(plan.model, generates=metadata.task == "generation")
+        rows = SiteDataset(metadata.site, metadata.task, (), (), metadata.labels)  # type: ignore[arg-type]
+        self.trainer = Trainer(attach_adapters(base, plan), rows, StateStore(saved.path.parent, metadata.federation))
         shared = dict(saved.shared)
         self.trainer.load(shared, {key: torch.as_tensor(value) for key, value in saved.personal.items()})
-        self.chat = card.chat
+        self.chat = metadata.chat
 
     def predict(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        """One prediction a row, in order (see ``Task.predict``)."""
+        """Yield one prediction a row, in order (see ``Task.predict``)."""
         return self.trainer.task.predict(rows)
 
 
 def predict_file(
     saved: SavedModel, source: Path, columns: DataSettings, *, device: str = "auto", batch_size: int | None = None
 ) -> tuple[list[Row], int]:
-    """The rows of a file with what the model says to each, and how many inputs were cut to ``model.max_length``.
+    """Return the rows of a file with their predictions, and the number of inputs truncated to ``model.max_length``.
 
-    Raises DataError for a row without an input, before the model is loaded.
+    A prediction's key that is a column already gets the prefix ``predicted_``. Raises DataError for a row without an
+    input, before the model is loaded.
     """
     rows = list(read_rows(str(source)))
-    shape = _SHAPES.get((saved.metadata.task, saved.metadata.chat))
-    if shape is None:
-        raise StateError(str(saved.path), "a site's model of texts", f"one of {saved.metadata.task or 'no task'}")
-    inputs = [shape(row, number, columns, source) for number, row in enumerate(rows, 1)]
-    found = list(Predictor(saved, device=device, batch_size=batch_size).predict(inputs))
-    cut = sum(prediction.pop("truncated") for prediction in found)
-    named = (
-        {f"predicted_{key}" if key in row else key: v for key, v in p.items()}
-        for row, p in zip(rows, found, strict=True)
+    parse_input = _INPUT_PARSERS.get((saved.metadata.task, saved.metadata.chat))
+    if parse_input is None:
+        task = saved.metadata.task or "no task"
+        raise StateError(
+            str(saved.path),
+            "a site's model for classification or generation",
+            task,
+            message=f"{saved.path}: predictions need a site's model for classification or generation, not {task}.",
+        )
+    inputs = [parse_input(row, number, columns, source) for number, row in enumerate(rows, 1)]
+    predictions = list(Predictor(saved, device=device, batch_size=batch_size).predict(inputs))
+    truncated = sum(prediction.pop("truncated") for prediction in predictions)
+    results = (
+        {**row, **{f"predicted_{key}" if key in row else key: value for key, value in prediction.items()}}
+        for row, prediction in zip(rows, predictions, strict=True)
     )
-    return [{**row, **prediction} for row, prediction in zip(rows, named, strict=True)], cut
+    return list(results), truncated
 
 
 def write_rows(rows: Sequence[Row], out: Path) -> None:
-    """``.jsonl``, or ``.csv`` and ``.tsv`` with nested values as JSON, atomically. Raises DataError, StateError."""
+    """Write ``.jsonl``, or ``.csv`` and ``.tsv`` with nested values as JSON, atomically.
+
+    Raises DataError for another suffix, StateError where the file cannot be written.
+    """
     write_atomically(out, render(rows, out.suffix).encode())
 
 
 def render(rows: Iterable[Row], suffix: str) -> str:
-    """Rows as the text of a file of this kind. Raises DataError for another kind."""
+    """Format rows as the text of a file with this suffix. Raises DataError for an unknown suffix."""
     if suffix not in FORMATS:
-        raise DataError("--out", f"a file ending in {', '.join(FORMATS)}", suffix or "no ending")
+        raise DataError(
+            "--out",
+            f"a file ending in {', '.join(FORMATS)}",
+            suffix or "no ending",
+            message=f"--out must end in one of {', '.join(FORMATS)}, not in {suffix or 'no suffix'}.",
+        )
     if suffix == ".jsonl":
         return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     rows, text = list(rows), io.StringIO()
@@ -96,28 +115,33 @@ def render(rows: Iterable[Row], suffix: str) -> str:
 
 
 def _text(row: Row, number: int, columns: DataSettings, source: Path) -> Row:
-    return {"text": _filled(row, columns.text, number, source)}
+    return {"text": _non_empty(row, columns.text, number, source)}
 
 
 def _prompt(row: Row, number: int, columns: DataSettings, source: Path) -> Row:
-    return {"prompt": _filled(row, columns.prompt, number, source)}
+    return {"prompt": _non_empty(row, columns.prompt, number, source)}
 
 
 def _chat(row: Row, number: int, columns: DataSettings, source: Path) -> Row:
-    """A conversation that ends before the answer, or a prompt as its only turn."""
+    """Return the conversation up to the answer, or the prompt as its only turn."""
     if not row.get("messages"):
-        return {"messages": [{"role": "user", "content": _filled(row, columns.prompt, number, source)}]}
+        return {"messages": [{"role": "user", "content": _non_empty(row, columns.prompt, number, source)}]}
     turns = _turns(row["messages"])
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     if not turns:
-        wanted = "messages of role and content with a turn to answer"
-        raise DataError(f"row {number} of {source}", wanted, f"{str(row['messages'])[:80]!r}")
+        found = f"{str(row['messages'])[:80]!r}"
+        raise DataError(
+            f"row {number} of {source}",
+            "messages of role and content with a turn to answer",
+            found,
+            message=f"Row {number} of {source} has no messages of role and content with a turn to answer: {found}.",
+        )
     return {"messages": turns}
 
 
 def _turns(value: Any) -> list[dict[str, str]]:
-    """The messages of a row, as a list or as its JSON; none where they are something else."""
+    """Parse a row's messages, a list or its JSON; return an empty list for anything else."""
     try:
         turns = json.loads(value) if isinstance(value, str) else value
         return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in turns]
@@ -125,17 +149,28 @@ def _turns(value: Any) -> list[dict[str, str]]:
         return []
 
 
-def _filled(row: Row, column: str, number: int, source: Path) -> str:
+def _non_empty(row: Row, column: str, number: int, source: Path) -> str:
     value = row.get(column)
     if value is None:
-        wanted = f"a column {column!r} (or another, named by --column)"
-        raise DataError(f"row {number} of {source}", wanted, f"only {', '.join(map(str, row))}")
+        names = ", ".join(map(str, row))
+        raise DataError(
+            f"row {number} of {source}",
+            f"a column {column!r}",
+            f"only {names}",
+            message=f"Row {number} of {source} has no column {column!r}, only {names}.",
+            hint="Name the column with --column.",
+        )
     if not str(value).strip():
-        raise DataError(f"row {number} of {source}", f"a text in {column!r}", "an empty one")
+        raise DataError(
+            f"row {number} of {source}",
+            f"a text in {column!r}",
+            "an empty one",
+            message=f"Row {number} of {source} has an empty {column!r}.",
+        )
     return str(value)
 
 
-_SHAPES: dict[tuple[str, bool], Callable[[Row, int, DataSettings, Path], Row]] = {  # by task, and whether it is chat
+_INPUT_PARSERS: dict[tuple[str, bool], Callable[[Row, int, DataSettings, Path], Row]] = {  # by (task, chat)
     ("classification", False): _text,
     ("generation", False): _prompt,
     ("generation", True): _chat,

@@ -1,4 +1,4 @@
-"""What a source model with its adapters says to written inputs: the rows that a new base model learns from."""
+"""Answers of a source model to synthetic inputs: the rows that an adapter on a new base model is trained on."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ from .predict import Predictor
 
 
 def pseudo_label(saved: SavedModel, texts: Sequence[str]) -> list[Row]:
-    """The answers of the source model with its adapters: probabilities of labels, or greedy completions."""
+    """Answer texts with the source model and its adapters: label and probabilities, or a greedy completion.
+
+    Texts with an empty completion are left out.
+    """
     predictor = Predictor(saved, device=saved.plan.model.device)
     if saved.metadata.task == "classification":
-        found = predictor.predict([{"text": text} for text in texts])
+        predictions = predictor.predict([{"text": text} for text in texts])
         return [
             {"text": text, "label": p["label"], "probabilities": list(p["probabilities"].values())}
-            for text, p in zip(texts, found, strict=True)
+            for text, p in zip(texts, predictions, strict=True)
         ]
-    asked = [
+    inputs = [
         {"messages": [{"role": "user", "content": text}]} if saved.metadata.chat else {"prompt": text} for text in texts
     ]
-    answers = zip(asked, predictor.predict(asked), strict=True)
-    return [_answered(row, str(p["completion"])) for row, p in answers if str(p["completion"]).strip()]
+    answers = zip(inputs, predictor.predict(inputs), strict=True)
+    return [_with_answer(row, str(p["completion"])) for row, p in answers if str(p["completion"]).strip()]
 
 
-def best_by_titok(saved: SavedModel, rows: Sequence[Row], wanted: int) -> list[Row]:
-    """The rows with the highest mean log p_{M+θ}(y) − log p_M(y) of their answers (TiTok, arXiv 2510.04682)."""
+def best_by_titok(saved: SavedModel, rows: Sequence[Row], count: int) -> list[Row]:
+    """Return the ``count`` rows whose answers have the highest mean log p_{M+θ}(y) − log p_M(y), in their order.
+
+    Both are means over the answer's tokens (TiTok, arXiv 2510.04682).
+    """
     predictor = Predictor(saved, device=saved.plan.model.device)
     task, backbone = predictor.trainer.task, predictor.trainer.model.base.backbone
     task.module.eval()
@@ -39,11 +45,11 @@ def best_by_titok(saved: SavedModel, rows: Sequence[Row], wanted: int) -> list[R
         activate(backbone, [])
         bare = [float(task.loss(task.collate([example]))[0]) for example in examples]
     scores = [b - a for a, b in zip(adapted, bare, strict=True)]
-    best = sorted(range(len(rows)), key=lambda i: -scores[i])[:wanted]
+    best = sorted(range(len(rows)), key=lambda i: -scores[i])[:count]
     return [rows[i] for i in sorted(best)]
 
 
-def _answered(row: Row, completion: str) -> Row:
+def _with_answer(row: Row, completion: str) -> Row:
     if "messages" in row:
         return {"messages": [*row["messages"], {"role": "assistant", "content": completion}]}
     return {**row, "completion": completion}

@@ -1,4 +1,4 @@
-"""What a person sees of a transfer: how many texts were written and kept, then the steps of the distillation."""
+"""The terminal output of a transfer: the texts generated and accepted, then the training steps."""
 
 from __future__ import annotations
 
@@ -7,44 +7,46 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ...transfer.synthesis import SynthesisProgress as Written
+from ...transfer.synthesis import SynthesisProgress
 
 
 class TransferProgress:
-    """One line a stage, as texts are written and as the new adapter learns.
+    """One progress bar for the generation of texts and one for the training of the new adapter.
 
-    Where the output is no terminal: a line for every call of the writer, and for every quarter of the learning.
+    Without a terminal it prints a line for every call of the generator and for every quarter of the training.
     """
 
     def __init__(self, console: Console) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[details]}"),
             TimeElapsedColumn(),
         )
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.lines: dict[str, TaskID] = {}
 
-    def on_progress(self, progress: Written) -> None:
-        """After every call of the writer, and after every judgement."""
-        kept = min(progress.kept, progress.wanted)
-        more = f", {progress.waiting} not judged yet" if progress.waiting else f" ({progress.acceptance:.0%} kept)"
-        told = f"{kept} of {progress.wanted} kept, {progress.written} written{more}"
-        self._show("writing", kept, progress.wanted, told)
+    def on_progress(self, progress: SynthesisProgress) -> None:
+        """Show the counts after a call of the generator or a run of the filter."""
+        accepted = min(progress.accepted, progress.requested)
+        rest = (
+            f", {progress.pending} not filtered yet" if progress.pending else f" ({progress.acceptance:.0%} accepted)"
+        )
+        details = f"{accepted} of {progress.requested} accepted, {progress.generated} generated{rest}"
+        self._show("generating", accepted, progress.requested, details)
 
     def on_step(self, done: int, total: int) -> None:
-        """After every optimiser step."""
+        """Show an optimiser step."""
         if self.progress.disable and done * 4 // total == (done - 1) * 4 // total:
             return
-        self._show("learning", done, total, f"step {done} of {total}")
+        self._show("training", done, total, f"step {done} of {total}")
 
-    def _show(self, stage: str, done: int, total: int, told: str) -> None:
+    def _show(self, stage: str, done: int, total: int, details: str) -> None:
         if self.progress.disable:
-            self.progress.console.print(f"{stage}: {told}", highlight=False, soft_wrap=True)
+            self.progress.console.print(f"{stage}: {details}", highlight=False, soft_wrap=True)
         if stage not in self.lines:
-            self.lines[stage] = self.progress.add_task(stage, total=total, told="")
-        self.progress.update(self.lines[stage], completed=done, total=total, told=told)
+            self.lines[stage] = self.progress.add_task(stage, total=total, details="")
+        self.progress.update(self.lines[stage], completed=done, total=total, details=details)
 
     def __enter__(self) -> TransferProgress:
         self.progress.start()

@@ -53,11 +53,11 @@ def _preparation_limits(transfer: TransferSettings) -> Iterator[tuple[str, int, 
     if not transfer.prepare:
         return
     yield "transfer.seeds", transfer.seeds, "max_seeds"
-    yield "transfer.rank", transfer.rank, "max_rank"
+    yield "transfer.discriminator.rank", transfer.discriminator.rank, "max_rank"
     if transfer.filter == "discriminator":
-        yield "transfer.steps", transfer.steps, "max_steps"
-    if transfer.writer == "tuned":
-        yield "transfer.writer_steps", transfer.writer_steps, "max_steps"
+        yield "transfer.discriminator.steps", transfer.discriminator.steps, "max_steps"
+    if transfer.generator.mode == "tuned":
+        yield "transfer.generator.tuning_steps", transfer.generator.tuning_steps, "max_steps"
 
 
 def _check_transfer(plan: Plan, site: SiteSettings) -> None:
@@ -66,11 +66,12 @@ def _check_transfer(plan: Plan, site: SiteSettings) -> None:
     What a site keeps of its texts outlives its data, so both are the site's decision.
     """
     transfer = plan.transfer
-    if (transfer.prepare or transfer.of) and transfer.writer == "tuned" and not site.allow.tuned_writer:
-        wanted = "target or source (or true in allow.tuned_writer)"
-        raise RefusedError("transfer.writer", wanted, "tuned", site=site.name)
-    if transfer.prepare and transfer.generator and site.data.task != "generation":
-        _check_choice("transfer.generator", transfer.generator, "models", site)
+    tuned = (transfer.prepare or transfer.source_federation) and transfer.generator.mode == "tuned"
+    if tuned and not site.allow.tuned_generator:
+        wanted = "target or source (or true in allow.tuned_generator)"
+        raise RefusedError("transfer.generator.mode", wanted, "tuned", site=site.name)
+    if transfer.prepare and transfer.generator.model and site.data.task != "generation":
+        _check_choice("transfer.generator.model", transfer.generator.model, "models", site)
 
 
 def _check_choice(field: str, value: str, key: str, site: SiteSettings) -> None:

@@ -116,8 +116,8 @@ class TrainerSession:
         site without artifacts for the transfer follows its ``on_unprepared``: ``retrain`` trains on its own rows,
         ``evaluate`` only measures the final adapter on them, and ``wait`` raises an error.
         """
-        if plan.transfer.of is not None:
-            old = Path(self.site.trainer.state) / plan.transfer.of
+        if plan.transfer.source_federation is not None:
+            old = Path(self.site.trainer.state) / plan.transfer.source_federation
             if self.site.on_unprepared == "wait" or is_prepared(old):
                 self._base = None  # frees the memory for the base models that the transfer loads
                 gc.collect()

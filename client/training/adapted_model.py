@@ -16,16 +16,16 @@ from ...transfer.preparation import load_generator
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """A base model with the plan's adapter attached: one per process, used by one site after the other."""
+    """A base model with the plan's adapter attached. A process has one; its sites use it one after the other."""
 
     base: BaseModel
     plan: Plan
     adapter: Mapping[str, nn.Parameter]
     private_adapters: dict[PrivateSettings, PrivateAdapter] = field(default_factory=dict)
-    generators: list[BaseModel] = field(default_factory=list)  # the generator beside an encoder, once it was needed
+    generators: list[BaseModel] = field(default_factory=list)  # the generator beside an encoder, once it is loaded
 
     def private_adapter(self, settings: PrivateSettings) -> PrivateAdapter:
-        """The private adapter of this kind, attached at the first call; sites of one kind take turns on it."""
+        """The private adapter with these settings, attached at the first call. Sites with equal settings share it."""
         if not settings.present:
             return PrivateAdapter("", {})
         if settings not in self.private_adapters:
@@ -35,7 +35,7 @@ class AdaptedModel:
         return self.private_adapters[settings]
 
     def generator(self, task: str) -> BaseModel:
-        """The causal model that writes texts: the base model, or the generator beside it, loaded at the first call."""
+        """The causal model that generates texts: the base model, or a separate generator, loaded at the first call."""
         if task == "generation":
             return self.base
         if not self.generators:
@@ -43,21 +43,21 @@ class AdaptedModel:
         return self.generators[0]
 
     def select(self, private: PrivateAdapter) -> None:
-        """Lets the shared adapter and this private one act, and no other."""
+        """Activate the shared adapter and this private adapter, and no other."""
         if self.private_adapters:
             activate(self.base.backbone, [name for name in (ADAPTER, private.name) if name])
 
 
 @dataclass(frozen=True)
 class PrivateAdapter:
-    """A private adapter on a bench: its name there, and its parameters."""
+    """A private adapter attached to a model: its name in PEFT (empty for none) and its parameters."""
 
     name: str
     parameters: Mapping[str, nn.Parameter]
 
 
 def attach_adapters(base: BaseModel, plan: Plan) -> AdaptedModel:
-    """Attaches the plan's shared adapter to the base model."""
+    """Attach the plan's shared adapter to the base model, with all its parameters frozen."""
     checkpoint_activations(base.backbone, plan.train.gradient_checkpointing)
     adapter = attach(base.backbone, plan.adapter, plan.method.row())
     for parameter in adapter.values():

@@ -1,8 +1,8 @@
-"""A site's personal state on disk: one file a round, written whole or not at all.
+"""A site's personal state on disk: one file per round, written atomically.
 
-``round-000007.safetensors`` holds what the site became in round 7 (core, head, private adapter, optimiser moments,
-data position) together with the reply it gave, so the two can never disagree. It is a candidate until a later
-order says that round 7 was admitted; until then the file of the last admitted round is the base.
+``round-000007.safetensors`` holds the site's state after round 7 (core, head, private adapter, optimizer state, data
+position) and the reply that it sent, so the two cannot disagree. The state is a candidate until a later request names
+round 7 as admitted. Until then training starts from the file of the last admitted round.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from ...common.models.saved import DISCRIMINATOR, PERSONAL, SHARED, TRAINED, WRI
 from ...common.protocol.types import Arrays, TrainReply
 from ...transfer.preparation import TransferArtifacts
 
-MOMENTS, NOTHING = "moments/", "none/"
-MAX_STATES = 3  # admitted states on disk, as many as the coordinator keeps checkpoints
+MOMENTS = "moments/"  # prefix of the optimizer state's names in the file
+NOTHING = "none/"  # a prefix that no array has: reads the metadata alone
+MAX_STATES = 3  # admitted states kept on disk; the coordinator keeps as many checkpoints
 
 
 @dataclass(frozen=True)
 class PersonalState:
-    """What a site owns after a round. Round 0 is a site that has trained nothing yet."""
+    """The personal state of a site after a round. Round 0 is a site that has not trained yet."""
 
     round: int = 0
-    previous: int = 0  # the round whose state it was trained from
-    position: int = 0  # examples drawn so far
+    previous: int = 0  # the round whose state training started from
+    position: int = 0  # number of examples drawn so far
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     optimizer_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    base: Mapping[str, float] | None = None  # metrics of the bare base model, measured once
-    plan: str = ""  # JSON of the plan it was trained by, with the site's own choices
+    base: Mapping[str, float] | None = None  # metrics of the base model without adapters, measured once
+    plan: str = ""  # JSON of the plan that the state was trained with, including the site's own choices
 
 
 class StateStore:
@@ -44,7 +45,7 @@ class StateStore:
         self.folder, self.federation = folder, federation
 
     def state(self, round_number: int) -> PersonalState | None:
-        """The state after ``round_number``; None when there is none. Round 0 is always there."""
+        """Return the state after ``round_number``, or None if there is none. Round 0 always exists."""
         if round_number == 0:
             return PersonalState()
         path = self.path(round_number)
@@ -63,7 +64,7 @@ class StateStore:
         )
 
     def reply(self, round_number: int, key: str) -> TrainReply | None:
-        """The stored reply to exactly this order, if there is one."""
+        """Return the stored reply to the request with this key, or None if there is none."""
         path = self.path(round_number)
         if not path.exists():
             return None
@@ -75,52 +76,62 @@ class StateStore:
         self,
         state: PersonalState,
         reply: TrainReply,
-        card: ModelMetadata,
+        metadata: ModelMetadata,
         shared: Arrays,
-        prepared: TransferArtifacts | None = None,
+        artifacts: TransferArtifacts | None = None,
     ) -> None:
-        """Puts state and reply on disk in one rename. Raises StateError, and leaves the old files, when it cannot.
+        """Write state and reply to disk in one rename. Raises StateError, and leaves the old files, when it cannot.
 
-        ``shared`` is the adapter that the state was made on, where the reply has none: a file is a whole model.
-        ``prepared`` is what a later transfer needs.
+        ``shared`` is the adapter that the state was trained on if the reply has none, so that every file is a complete
+        model. ``artifacts`` are what a later transfer needs.
         """
         arrays = {PERSONAL + k: v.cpu().numpy() for k, v in state.tensors.items()}
         arrays |= {MOMENTS + k: v.cpu().numpy() for k, v in state.optimizer_state.items()}
         arrays |= {TRAINED + k: v for k, v in reply.shared.items()}
         arrays |= {SHARED + k: v for k, v in shared.items()}
-        said = {f.name: getattr(reply, f.name) for f in dataclasses.fields(reply) if f.name != "shared"}
+        reply_fields = {f.name: getattr(reply, f.name) for f in dataclasses.fields(reply) if f.name != "shared"}
         meta = {"federation": self.federation, "previous": state.previous, "position": state.position}
-        meta |= {"base": state.base, "reply": said, "card": dataclasses.asdict(card)}
-        if prepared:
-            arrays |= {DISCRIMINATOR + k: v.cpu().numpy() for k, v in prepared.discriminator.items()}
-            arrays |= {WRITER + k: v.cpu().numpy() for k, v in prepared.tuned_generator.items()}
-            kept = {"seeds": prepared.seeds, "about": prepared.dataset_name, "examples": prepared.examples}
-            meta["transfer"] = kept
+        meta |= {"base": state.base, "reply": reply_fields, "card": dataclasses.asdict(metadata)}
+        if artifacts:
+            arrays |= {DISCRIMINATOR + k: v.cpu().numpy() for k, v in artifacts.discriminator.items()}
+            arrays |= {WRITER + k: v.cpu().numpy() for k, v in artifacts.tuned_generator.items()}
+            meta["transfer"] = {
+                "seeds": artifacts.seeds,
+                "about": artifacts.dataset_name,
+                "examples": artifacts.examples,
+            }
         save_arrays(self.path(state.round), arrays, meta)
 
     def prune(self, admitted: int) -> None:
-        """Deletes states before the last admitted one, but for the few it was trained from.
+        """Delete states older than the last admitted one, except the few that it was trained from.
 
-        A coordinator that was put back to an older checkpoint may name those. Candidates that were never admitted go.
-        A round that this site has no state of, whoever named it, deletes nothing.
+        A coordinator that was reset to an older checkpoint may name these. Candidates that were never admitted are
+        deleted. A round of which the site has no state deletes nothing.
         """
         if not self.path(admitted).exists():
             return
-        kept, number = [], admitted
-        while number and len(kept) < MAX_STATES and self.path(number).exists():
-            kept.append(self.path(number))
-            number = load_arrays(kept[-1], prefix=NOTHING)[1]["previous"]
+        ancestors, number = [], admitted
+        while number and len(ancestors) < MAX_STATES and self.path(number).exists():
+            ancestors.append(self.path(number))
+            number = load_arrays(ancestors[-1], prefix=NOTHING)[1]["previous"]
         for path in self.folder.glob("round-*.safetensors"):
-            if path < self.path(admitted) and path not in kept:
+            if path < self.path(admitted) and path not in ancestors:
                 path.unlink(missing_ok=True)
 
     def path(self, round_number: int) -> Path:
-        """The file of a round."""
+        """The path of a round's file."""
         return self.folder / f"round-{round_number:06d}.safetensors"
 
     def _check(self, path: Path, meta: Mapping[str, object]) -> None:
         if meta.get("federation") != self.federation:
-            raise StateError(str(path), f"a state of federation {self.federation}", meta.get("federation"))
+            other = meta.get("federation")
+            raise StateError(
+                str(path),
+                f"a state of federation {self.federation}",
+                other,
+                message=f"{path} belongs to federation {other}, not to {self.federation}.",
+                hint="Use another state folder.",
+            )
 
 
 def _under(arrays: Mapping[str, object], prefix: str) -> dict[str, torch.Tensor]:

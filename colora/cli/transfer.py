@@ -36,15 +36,15 @@ def transfer(
     plan = transfer_plan(saved, to, tuple(set_ or []))
     try:
         with TransferProgress(Console()) as progress:
-            result = run_transfer(saved, plan, out, watch=progress.on_progress, steps=progress.on_step)
+            result = run_transfer(saved, plan, out, on_progress=progress.on_progress, on_step=progress.on_step)
     except KeyboardInterrupt:
         typer.echo("Stopped. Run the same command to continue with the texts written so far.", err=True)
         raise typer.Exit(STOPPED) from None
     typer.echo(f"{result.state}: trained on {result.examples} generated examples in {result.seconds:.0f} s")
-    if result.examples < result.wanted:
+    if result.examples < result.requested:
         calls = plan.transfer.generator.max_calls
         typer.echo(
-            f"  {result.wanted} examples were requested. The generator used all {calls} calls "
+            f"  {result.requested} examples were requested. The generator used all {calls} calls "
             "(transfer.generator.max_calls), or answers were empty."
         )
     if result.agreement is not None:

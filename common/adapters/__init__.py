@@ -1,1 +1,1 @@
-"""The adapter's mathematics on PEFT's LoRA layers."""
+"""Adapter forms on PEFT's LoRA layers: attachment, initial values, and ΔW as two factors."""

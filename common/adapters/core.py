@@ -1,6 +1,6 @@
 """The CoLoRA core: h = W0 x + s · B Λ_k A x, with A and B shared and Λ_k personal.
 
-Reconstructed from the abstract of arXiv 2602.07218 and its stated complexity O(d r + k r²); not the paper's own text.
+The form is reconstructed from the abstract of arXiv 2602.07218 and its stated complexity O(d r + k r²).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .variant import Variant
 
 @dataclass(frozen=True)
 class CoreForm:
-    """A parametrisation of Λ: its initial value (Λ = I), how it acts on z = A x, and the matrix it stands for."""
+    """A parametrization of Λ."""
 
-    initial: Callable[[int], torch.Tensor]
-    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    matrix: Callable[[torch.Tensor], torch.Tensor]
+    initial: Callable[[int], torch.Tensor]  # rank → the parameter for which Λ = I
+    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (z = A x, parameter) → Λ z
+    matrix: Callable[[torch.Tensor], torch.Tensor]  # parameter → Λ (r, r)
 
 
 CORE_FORMS: dict[str, CoreForm] = {
@@ -36,7 +36,7 @@ CORE_FORMS: dict[str, CoreForm] = {
 
 
 class CoreVariant(Variant):
-    """h = W0 x + s · B Λ A x, with the core as ``lora_core``."""
+    """h = W0 x + s · B Λ A x, with the parameter of Λ as ``lora_core``."""
 
     leaf = "lora_core"
 
@@ -44,17 +44,17 @@ class CoreVariant(Variant):
         self.form = form
 
     def initial(self, module: Any, adapter: str) -> torch.Tensor:
-        """Λ = I."""
+        """Return the parameter for which Λ = I."""
         return self.form.initial(module.r[adapter])
 
     def factor(self, module: Any, adapter: str) -> torch.Tensor:
-        """s · B Λ, shape (d_out, r)."""
+        """Return s · B Λ, shape (d_out, r)."""
         return module.scaling[adapter] * (module.lora_B[adapter].weight @ self.form.matrix(module.lora_core[adapter]))
 
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> torch.Tensor:
-        """``result`` + s · B Λ A dropout(x)."""
+        """Return ``result`` + s · B Λ A dropout(x)."""
         z = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         z = self.form.apply(z, module.lora_core[active_adapter])
         return result + module.lora_B[active_adapter](z) * module.scaling[active_adapter]

@@ -1,4 +1,4 @@
-"""What an adapter does to a layer, as two plain factors: ΔW = B' A', with cores, scales and s folded into B'."""
+"""The update of each layer as two factors: ΔW = B' A', with cores, scales and s folded into B'."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ A_LEAF = ".lora_A.weight"
 
 
 def factors_of(values: Values, plan: Plan) -> Factors:
-    """The factors of every layer; where a layer has a shared and a private adapter, they lie side by side."""
-    found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    """Return the factors of every layer, in double precision.
+
+    A shared and a private adapter on the same layer are concatenated along the rank, the shared one first.
+    """
+    terms: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for key in sorted(key for key in values if key.endswith(A_LEAF)):
-        place = key.removesuffix(A_LEAF)
-        settings = plan.private if place.startswith(PRIVATE) else plan.adapter
-        b = values[f"{place}.lora_B.weight"].double()
-        if (core := values.get(f"{place}.lora_core")) is not None:
+        name = key.removesuffix(A_LEAF)
+        settings = plan.private if name.startswith(PRIVATE) else plan.adapter
+        b = values[f"{name}.lora_B.weight"].double()
+        if (core := values.get(f"{name}.lora_core")) is not None:
             b = b @ CORE_FORMS[plan.adapter.core].matrix(core.double())
-        if (scale := values.get(f"{place}.lora_scale")) is not None:
+        if (scale := values.get(f"{name}.lora_scale")) is not None:
             b = fold(b, scale.double())
-        found.setdefault(place.removeprefix(PRIVATE), []).append((b * scaling_of(settings), values[key].double()))
-    return {layer: _beside(terms) for layer, terms in sorted(found.items())}
+        terms.setdefault(name.removeprefix(PRIVATE), []).append((b * scaling_of(settings), values[key].double()))
+    return {layer: _concatenate(pairs) for layer, pairs in sorted(terms.items())}
 
 
 def difference(whole: Factors, part: Factors) -> Factors:
-    """Factors of ΔW_whole − ΔW_part, of no higher rank than they need where the two have a factor in common."""
-    return {layer: _minus(terms, part[layer]) if layer in part else terms for layer, terms in whole.items()}
+    """Return factors of ΔW_whole − ΔW_part. The rank grows only where the two have no factor in common."""
+    return {layer: _subtract(pair, part[layer]) if layer in part else pair for layer, pair in whole.items()}
 
 
 def padded(whole: Factors) -> Factors:
-    """The same products at one rank for all layers, padded with zeros; in fp32."""
+    """Return the same products with one rank for all layers, padded with zeros, in fp32."""
     rank = max((b.shape[1] for b, _ in whole.values()), default=0)
     return {
         layer: (
@@ -49,17 +52,17 @@ def padded(whole: Factors) -> Factors:
     }
 
 
-def _beside(terms: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat([b for b, _ in terms], 1), torch.cat([a for _, a in terms], 0)
+def _concatenate(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.cat([b for b, _ in pairs], 1), torch.cat([a for _, a in pairs], 0)
 
 
-def _minus(
+def _subtract(
     whole: tuple[torch.Tensor, torch.Tensor], part: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (b, a), (b_part, a_part) = whole, part
     if not b_part.any():
         return whole
-    rank = b_part.shape[1]  # the part is what comes first in the whole; a private adapter comes behind it
+    rank = b_part.shape[1]  # the part is the first columns of the whole; a private adapter follows it
     if torch.equal(a[:rank], a_part):
         return torch.cat([b[:, :rank] - b_part, b[:, rank:]], 1), a
     if torch.equal(b[:, :rank], b_part):

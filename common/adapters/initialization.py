@@ -1,4 +1,4 @@
-"""Initial values of adapters and heads, and the first shared state S_0."""
+"""Initial values of adapters and heads, and the initial shared state S_0."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from .inject import Layout, attach, layout_of
 
 
 def initial_values(layout: Layout, settings: AdapterSettings, seed: int) -> dict[str, torch.Tensor]:
-    """Values at step 0, where ΔW = 0: A Kaiming-uniform(a=√5), B zero, Λ = I, so that a step equals plain LoRA's.
+    """Return the values of all parameters in a layout at step 0, where ΔW = 0.
 
-    With MultiLoRA's scales in the layout those are zero, and every B_i is Kaiming-uniform on its own. Every tensor has
-    its own generator seeded by (seed, name): the values depend on nothing else.
+    A is Kaiming-uniform (a = √5), B is zero, and Λ = I, so that the first step equals that of plain LoRA. With
+    MultiLoRA, the scales are zero and every B_i is Kaiming-uniform. Each tensor has its own generator, seeded by
+    (seed, name), so that its values depend on nothing else.
     """
     return {key: _initial(key, layout, settings, seed) for key in layout}
 
@@ -39,7 +40,7 @@ def _b(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.
     scale = layout.get(f"{key.rpartition('lora_B')[0]}lora_scale")
     if scale is None:
         return torch.zeros(layout[key])
-    return _kaiming(key, layout[key], layout[key][1] // scale[0], seed)  # the inputs of one module
+    return _kaiming(key, layout[key], layout[key][1] // scale[0], seed)  # fan-in of one module
 
 
 def _core(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
@@ -51,7 +52,7 @@ def _scale(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> to
 
 
 def _head(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
-    """As BERT's: matrices N(0, 0.02²), biases zero, the scales of normalisations one."""
+    """Initialize as BERT does: matrices N(0, 0.02²), biases zero, normalization weights one."""
     shape = layout[key]
     if len(shape) < 2:
         return torch.zeros(shape) if key.endswith("bias") else torch.ones(shape)
@@ -69,7 +70,10 @@ _INITIAL = {"lora_A": _a, "lora_B": _b, "lora_core": _core, "lora_scale": _scale
 
 
 def initial_shared_state(plan: Plan, classes: int = 0) -> dict[str, np.ndarray]:
-    """The shared arrays that round 1 starts from; ``classes`` sizes a shared head. Needs no weights and no GPU."""
+    """Return the shared arrays before round 1, by name. ``classes`` is the size of a shared head.
+
+    Only the architecture is built, on the meta device: no weights are loaded.
+    """
     row = plan.row()
     backbone = skeleton(plan.model)
     layout = layout_of(attach(backbone, plan.adapter, row))
@@ -80,6 +84,9 @@ def initial_shared_state(plan: Plan, classes: int = 0) -> dict[str, np.ndarray]:
 
 
 def head_layout(backbone: nn.Module, classes: int) -> Layout:
-    """Names and shapes of a classification head on a backbone without weights. Raises ModelError if there is none."""
+    """Return names and shapes of a classification head on a backbone without weights.
+
+    Raises ModelError if the architecture has no classification head.
+    """
     meta = BaseModel(backbone, backbone.config, None, Fingerprint("", "", ""), torch.device("meta"))
     return layout_of(meta.head_parameters(meta.classifier(classes)[1]))

@@ -1,8 +1,8 @@
-"""Attaching adapters to a backbone, and the values that every party starts from.
+"""Attach adapters to a backbone, select them and detach them.
 
-Parameter names are PEFT's own, relative to the backbone and without the adapter's name:
+Parameter names are PEFT's, relative to the backbone and without the adapter's name:
 ``encoder.layer.0.attention.self.query.lora_A.weight`` (r, d_in), ``….lora_B.weight`` (d_out, r), ``….lora_core``,
-``….lora_scale``. Those of a private adapter begin with ``private.``
+``….lora_scale``. Names of a private adapter begin with ``private.``
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .core import CORE_FORMS, CoreVariant
 from .multilora import MultiVariant
 from .variant import Variant
 
-ADAPTER = "shared"
-Layout = dict[str, tuple[int, ...]]
+ADAPTER = "shared"  # name of the shared adapter in PEFT's layers
+Layout = dict[str, tuple[int, ...]]  # parameter name → shape
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """An adapter as PEFT's layers need to know it. ``field`` is the settings table that errors name."""
+    """Specification of an adapter for PEFT's layers. ``field`` is the settings table that errors name."""
 
     field: str
-    rank: int  # of the whole: n·r for n modules
+    rank: int  # of all modules together, n·r
     scaling: float
     dropout: float
     targets: tuple[str, ...] | str
@@ -43,7 +43,7 @@ class AdapterSpec:
 
 
 def shared_spec(settings: AdapterSettings, method: Method) -> AdapterSpec:
-    """The form of the shared adapter by the method's row."""
+    """Return the specification of the shared adapter, with the core or scales of the method's row."""
     variant: Variant | None = None
     if method.core is not ABSENT:
         variant = CoreVariant(CORE_FORMS[settings.core])
@@ -54,57 +54,60 @@ def shared_spec(settings: AdapterSettings, method: Method) -> AdapterSpec:
     return AdapterSpec("adapter", settings.rank * modules, scaling_of(settings), settings.dropout, targets, variant)
 
 
-def private_spec(settings: PrivateSettings, usual: AdapterSettings) -> AdapterSpec:
-    """The form of a private adapter, with the shared one's target modules unless it has its own."""
+def private_spec(settings: PrivateSettings, shared: AdapterSettings) -> AdapterSpec:
+    """Return the specification of a private adapter. Its target modules default to those of the shared adapter."""
     variant = MultiVariant(settings.slices) if PRIVATE_KINDS[settings.kind] else None
-    targets = settings.target_modules or usual.target_modules
+    targets = settings.target_modules or shared.target_modules
     return AdapterSpec("private", settings.total_rank, scaling_of(settings), settings.dropout, targets, variant)
 
 
 def scaling_of(settings: AdapterSettings | PrivateSettings) -> float:
-    """s = alpha/rank, or alpha/√rank with ``rslora``; the rank is that of one module."""
+    """Return s = alpha/rank, or alpha/√rank with ``rslora``, with the rank of one module."""
     return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
 
 
 def attach(backbone: nn.Module, settings: AdapterSettings, method: Method) -> dict[str, nn.Parameter]:
-    """Injects the shared adapter into ``backbone`` in place and returns its parameters by name.
+    """Inject the shared adapter into ``backbone`` in place, and return its parameters by name.
 
-    Raises ModelError when no module matches or the rank exceeds a layer.
+    Raises ModelError if no module matches, a target is not a linear layer, or the rank exceeds a layer.
     """
     return inject(backbone, shared_spec(settings, method), ADAPTER)
 
 
-def inject(backbone: nn.Module, form: AdapterSpec, adapter: str) -> dict[str, nn.Parameter]:
-    """Injects an adapter of any form under a name of its own, in fp32 whatever the base model's precision."""
+def inject(backbone: nn.Module, spec: AdapterSpec, adapter: str) -> dict[str, nn.Parameter]:
+    """Inject an adapter under the name ``adapter``, in fp32 for every precision of the base model.
+
+    Returns its parameters by name. Raises ModelError as :func:`attach` does.
+    """
     config = LoraConfig(
-        r=form.rank,
-        lora_alpha=form.rank,
-        lora_dropout=form.dropout,
-        target_modules=form.targets if isinstance(form.targets, str) else list(form.targets),
+        r=spec.rank,
+        lora_alpha=spec.rank,
+        lora_dropout=spec.dropout,
+        target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's hints are about its own saving formats
+        warnings.simplefilter("ignore")  # PEFT warns about its own file formats
         try:
             inject_adapter_in_model(config, backbone, adapter_name=adapter)
         except (ValueError, re.error):
-            raise ModelError(f"{form.field}.target_modules", _linear_names(backbone), form.targets) from None
+            raise _no_target(backbone, spec) from None
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in backbone.named_modules():
         if isinstance(layer, LoraLayer) and adapter in layer.r:
-            _check_layer(name, layer, form)
-            parameters |= _parameters_of(name, layer, form, adapter)
+            _check_layer(name, layer, spec)
+            parameters |= _install(name, layer, spec, adapter)
     return parameters
 
 
 def activate(backbone: nn.Module, adapters: Sequence[str]) -> None:
-    """Lets these adapters, and no others, act on every layer that has them; none of their parameters is trained yet."""
+    """Make these adapters, and no others, active on every layer that has them. Their parameters stay frozen."""
     for layer in backbone.modules():
         if isinstance(layer, LoraLayer):
             layer.set_adapter([adapter for adapter in adapters if adapter in layer.r], inference_mode=True)
 
 
 def detach(backbone: nn.Module) -> None:
-    """Takes every adapter out again, in place: the backbone is as it was before :func:`attach`."""
+    """Remove every adapter in place, which undoes :func:`attach` and :func:`inject`."""
     for name, layer in list(backbone.named_modules()):
         if isinstance(layer, LoraLayer):
             parent, _, child = name.rpartition(".")
@@ -113,36 +116,48 @@ def detach(backbone: nn.Module) -> None:
 
 
 def layout_of(parameters: Mapping[str, torch.Tensor]) -> Layout:
-    """Name → shape, in name order."""
+    """Return name → shape, in name order."""
     return {key: tuple(parameters[key].shape) for key in sorted(parameters)}
 
 
-def _parameters_of(name: str, layer: Any, form: AdapterSpec, adapter: str) -> dict[str, nn.Parameter]:
-    layer.scaling[adapter] = form.scaling
+def _install(name: str, layer: Any, spec: AdapterSpec, adapter: str) -> dict[str, nn.Parameter]:
+    """Set scaling and form of the adapter on one layer, and return its parameters by name."""
+    layer.scaling[adapter] = spec.scaling
     for leaf in (layer.lora_A, layer.lora_B):
         leaf[adapter].float()
-    place = f"{name}." if adapter == ADAPTER else f"{PRIVATE}{name}."
+    prefix = f"{name}." if adapter == ADAPTER else f"{PRIVATE}{name}."
     parameters = {
-        f"{place}lora_A.weight": layer.lora_A[adapter].weight,
-        f"{place}lora_B.weight": layer.lora_B[adapter].weight,
+        f"{prefix}lora_A.weight": layer.lora_A[adapter].weight,
+        f"{prefix}lora_B.weight": layer.lora_B[adapter].weight,
     }
-    if form.variant:
-        parameters[f"{place}{form.variant.leaf}"] = form.variant.install(layer, adapter)
+    if spec.variant:
+        parameters[f"{prefix}{spec.variant.leaf}"] = spec.variant.install(layer, adapter)
     return parameters
 
 
-def _check_layer(name: str, layer: Any, form: AdapterSpec) -> None:
+def _check_layer(name: str, layer: Any, spec: AdapterSpec) -> None:
     base = layer.get_base_layer()
-    if not isinstance(layer, Linear) and not isinstance(base, nn.Linear):  # bitsandbytes' are nn.Linear, too
-        found = f"{name}, which is of kind {type(base).__name__}"
-        raise ModelError(f"{form.field}.target_modules", "names of linear layers", found)
+    if not isinstance(layer, Linear) and not isinstance(base, nn.Linear):  # bitsandbytes layers are nn.Linear, too
+        kind, key = type(base).__name__, f"{spec.field}.target_modules"
+        message = f"{key} must name linear layers, but {name} is of type {kind}."
+        raise ModelError(key, "names of linear layers", f"{name} of type {kind}", message=message)
     limit = min(layer.in_features, layer.out_features)  # type: ignore[type-var]
-    if form.rank > limit:
-        raise ModelError(f"{form.field}.rank", f"at most {limit} for {name}", form.rank)
+    if spec.rank > limit:
+        key = f"{spec.field}.rank"
+        message = f"{key} must be at most {limit} for the layer {name}, not {spec.rank}."
+        raise ModelError(key, f"at most {limit} for {name}", spec.rank, message=message)
 
 
-def _linear_names(backbone: nn.Module) -> str:
-    """Of the model itself, whether or not it has an adapter already."""
+def _no_target(backbone: nn.Module, spec: AdapterSpec) -> ModelError:
+    """Return the error for targets that match no linear layer, with layer names of the base model as examples."""
     linear = (name for name, module in backbone.named_modules() if isinstance(module, nn.Linear))
     names = {name.removesuffix(".base_layer").rsplit(".", 1)[-1] for name in linear if ".lora_" not in name}
-    return f"names of linear layers of this model, such as {', '.join(sorted(names)[:8])}"
+    examples, key = ", ".join(sorted(names)[:8]), f"{spec.field}.target_modules"
+    targets = repr(spec.targets) if isinstance(spec.targets, str) else ", ".join(spec.targets) or "nothing"
+    return ModelError(
+        key,
+        f"names of linear layers, such as {examples}",
+        targets,
+        message=f"{key} matches no layer of the base model: {targets}.",
+        hint=f"Linear layers of this model are {examples}.",
+    )

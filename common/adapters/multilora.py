@@ -1,8 +1,8 @@
-"""MultiLoRA (arXiv 2311.11501): h = W0 x + s · Σ_{i=1..n} s_i ⊙ B_i A_i x, with s_i ∈ R^{d_out} learnt.
+"""MultiLoRA (arXiv 2311.11501): h = W0 x + s · Σ_{i=1..n} s_i ⊙ B_i A_i x, with learned s_i ∈ R^{d_out}.
 
-The n modules lie side by side in one LoRA of rank n·r: A (n·r, d_in) has A_i in rows i·r to (i+1)·r, B (d_out, n·r)
-has B_i in the columns of the same numbers, and ``lora_scale`` (n, d_out) holds the s_i. With the scales folded into B
-that is one pass, not n. Dropout is one mask for all modules: one a module, which no single pass equals, is not offered.
+The n modules are stored in one LoRA of rank n·r: A (n·r, d_in) has A_i in rows i·r to (i+1)·r, B (d_out, n·r) has B_i
+in the same columns, and ``lora_scale`` (n, d_out) holds the s_i. With the scales folded into B, one pass computes all
+modules. They share one dropout mask, since a mask per module cannot be computed in one pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .variant import Variant
 
 
 def fold(b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """[diag(s_1) B_1, …, diag(s_n) B_n]: the scales (n, d_out) in the factor (d_out, n·r)."""
+    """Fold scales (n, d_out) into B (d_out, n·r): [diag(s_1) B_1, …, diag(s_n) B_n]."""
     n, d_out = scale.shape
     return (b.view(d_out, n, -1) * scale.T.unsqueeze(-1)).view_as(b)
 
@@ -30,16 +30,16 @@ class MultiVariant(Variant):
         self.modules = modules
 
     def initial(self, module: Any, adapter: str) -> torch.Tensor:
-        """Every s_i zero, so that ΔW = 0."""
+        """Return zeros (n, d_out), so that ΔW = 0."""
         return torch.zeros(self.modules, module.out_features)
 
     def factor(self, module: Any, adapter: str) -> torch.Tensor:
-        """s · [diag(s_i) B_i], shape (d_out, n·r)."""
+        """Return s · [diag(s_i) B_i], shape (d_out, n·r)."""
         return fold(module.lora_B[adapter].weight, module.scaling[adapter] * module.lora_scale[adapter])
 
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> torch.Tensor:
-        """``result`` + s · Σ_i s_i ⊙ B_i A_i dropout(x)."""
+        """Return ``result`` + s · Σ_i s_i ⊙ B_i A_i dropout(x)."""
         z = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         return result + F.linear(z, self.factor(module, active_adapter))

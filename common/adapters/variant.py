@@ -1,6 +1,6 @@
-"""What the forms of an adapter have in common on PEFT's LoRA layers: one factor B' with ΔW = B' A.
+"""Base class of adapter forms on PEFT's LoRA layers: forms whose update is ΔW = B' A with one factor B'.
 
-This package's variants are the only code that touches PEFT's private ``LoraVariant`` seam.
+It is the only code that uses PEFT's private class ``LoraVariant``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import nn
 
 
 class Variant(LoraVariant):
-    """A LoRA form with one more parameter a layer, called ``leaf``."""
+    """A LoRA form with one additional parameter per layer, called ``leaf``."""
 
     leaf: str
 
     def install(self, layer: LoraLayer, adapter: str) -> nn.Parameter:
-        """Adds the parameter at its initial value and routes forward and merge through this form."""
+        """Add the parameter at its initial value, and make forward and merge of the layer use this form."""
         module: Any = layer
         parameter = nn.Parameter(self.initial(module, adapter).to(module.lora_A[adapter].weight.device))
         if not hasattr(module, self.leaf):
@@ -28,25 +28,25 @@ class Variant(LoraVariant):
         return parameter
 
     def initial(self, module: Any, adapter: str) -> torch.Tensor:
-        """The parameter's value at step 0."""
+        """Return the parameter's value at step 0."""
         raise NotImplementedError
 
     def factor(self, module: Any, adapter: str) -> torch.Tensor:
-        """B' with ΔW = B' A and every scale in it, shape (d_out, r)."""
+        """Return B' with ΔW = B' A, including every scale, shape (d_out, r)."""
         raise NotImplementedError
 
     def delta(self, module: Any, adapter: str) -> torch.Tensor:
-        """ΔW, shape (d_out, d_in)."""
+        """Return ΔW, shape (d_out, d_in)."""
         return self.factor(module, adapter) @ module.lora_A[adapter].weight
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """A new tensor with ΔW added."""
+        """Return a new tensor with ΔW added."""
         return orig_weight + self.delta(module, active_adapter).to(orig_weight.dtype)
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:  # type: ignore[override]
-        """Adds ΔW in place."""
+        """Add ΔW in place."""
         orig_weight.data += self.delta(module, active_adapter).to(orig_weight.dtype)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """A tensor with ΔW taken off again."""
+        """Return a tensor with ΔW subtracted."""
         return orig_weight - self.delta(module, active_adapter).to(orig_weight.dtype)

@@ -1,43 +1,61 @@
-"""What is wrong with a recipe, in words: the key, what was expected, what was found and what was perhaps meant."""
+"""Validation errors of pydantic as sentences that name the key and the nearest known one."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from typing import Any, get_type_hints
 
 import pydantic
 
 from ..errors import ColoraError, ConfigError
 
+NAME_RULE = "a letter or digit, then at most 63 letters, digits, '.', '_' or '-'"
+REPLACEMENTS = {"an object": "a table", "a valid array": "a list", "a valid string": "a string"}
+
 
 def config_error(kind: type, error: pydantic.ValidationError) -> ConfigError:
-    """The first thing that pydantic found wrong, as an error that names the key and the nearest known one."""
+    """Return the first validation error as a ConfigError; ``kind`` is the settings dataclass that was validated."""
     first = error.errors()[0]
     path = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
-    where = _dotted(path)
+    key = _dotted(path)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _fields_at(kind, path[:-1])
-        return ConfigError(where, f"one of {', '.join(known)}", did_you_mean(str(path[-1]), known))
+        return _unknown_key(key, str(path[-1]), _fields_at(kind, path[:-1]))
     if first["type"] in ("missing", "missing_argument"):
-        return ConfigError(where, "a value", "nothing")
+        return ConfigError(key, "a value", "nothing", message=f"{key} is missing.")
     expected = first["msg"].removeprefix("Input should be ").removeprefix("String should ")
-    return ConfigError(where, expected, f"{first['input']!r}")
+    expected = NAME_RULE if first["type"] == "string_pattern_mismatch" else REPLACEMENTS.get(expected, expected)
+    value = repr(first["input"])
+    return ConfigError(key, expected, value, message=f"{key} must be {expected}, not {value}.")
 
 
-def naming_the_site(error: ConfigError, sites: list[dict[str, Any]]) -> ColoraError:
-    """``site[2].data.text`` as ``text`` of the site's name; any other error as it is."""
+def at_named_site(error: ConfigError, sites: list[dict[str, Any]]) -> ColoraError:
+    """Return an error about ``site[2].data.text`` as one about ``text`` at the site's name; others unchanged."""
     index, bracket, key = error.field.removeprefix("site[").partition("].")
     if not bracket or not index.isdigit():
         return error
     key = key.removeprefix("data.")
-    return ConfigError(key, error.expected, error.found, site=str(sites[int(index)].get("name", f"#{int(index) + 1}")))
+    site = str(sites[int(index)].get("name", f"#{int(index) + 1}"))
+    message = error.message and error.message.replace(error.field, key)
+    return ConfigError(key, error.expected, error.found, site=site, message=message, hint=error.hint)
 
 
-def did_you_mean(word: str, known: Any) -> str:
-    """A word as it was found, with the nearest known one."""
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "Did you mean 'X'? " for the nearest known word; empty if none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"{word!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    return f"Did you mean {near[0]!r}? " if near else ""
+
+
+def _unknown_key(key: str, leaf: str, known: list[str]) -> ConfigError:
+    names = ", ".join(known)
+    return ConfigError(
+        key,
+        f"one of {names}",
+        repr(leaf),
+        message=f"There is no key {key}.",
+        hint=f"{did_you_mean(leaf, known)}The keys here are {names}.",
+    )
 
 
 def _dotted(path: list[Any]) -> str:

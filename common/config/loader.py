@@ -1,4 +1,4 @@
-"""Reading recipes and site files: TOML, overrides, what sites inherit, and rules that span keys."""
+"""Read recipes and site files: TOML, overrides, inherited keys, and rules that span keys."""
 
 from __future__ import annotations
 
@@ -10,49 +10,56 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..methods import GROUPS, Method, Role
-from .diagnostics import naming_the_site
+from .diagnostics import at_named_site
 from .schema import DataSettings, Recipe, SimulatedSiteSettings, parse
 from .site_schema import SiteSettings
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Reads a recipe and applies ``key.path=value`` overrides (values in TOML, bare words as text).
+    """Read a recipe and apply ``key.path=value`` overrides (values in TOML, bare words as text).
 
-    Raises ConfigError naming the key, the nearest known key, and what was expected and found.
+    Raises ConfigError that names the wrong key and the nearest known one.
     """
     return recipe_from(with_overrides(read_toml(path), overrides))
 
 
 def with_base_model(recipe: Recipe, model: str) -> Recipe:
-    """The recipe of the same federation on another base model, to which its sites transfer what they have.
+    """Return the recipe of a transfer to another base model.
 
-    It has a name of its own, as a federation has one base model. Raises ConfigError for the model it has already.
+    It has a new name, since a federation has one base model. Raises ConfigError if ``model`` is the current one.
     """
     if model == recipe.model.source:
-        raise ConfigError("--transfer-to", "another base model", f"{model!r}, as in the recipe")
+        raise ConfigError(
+            "--transfer-to",
+            "another base model",
+            repr(model),
+            message=f"The recipe already uses the base model {model!r}.",
+            hint="Name another base model in --transfer-to.",
+        )
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-._")[-30:].strip("-._")
     return dataclasses.replace(
         recipe,
         name=f"{recipe.name[:30]}-on-{slug}",
         model=dataclasses.replace(recipe.model, source=model, revision=None),
-        transfer=dataclasses.replace(recipe.transfer, of=recipe.name),
+        transfer=dataclasses.replace(recipe.transfer, source_federation=recipe.name),
         simulation=dataclasses.replace(recipe.simulation, baseline=False),
     )
 
 
 def with_overrides(raw: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Parsed settings with ``key.path=value`` overrides (values in TOML, bare words as text). Raises ConfigError."""
+    """Apply ``key.path=value`` overrides to parsed settings, in place, and return them. Raises ConfigError."""
     for override in overrides:
         _apply(raw, override)
     return raw
 
 
 def recipe_from(raw: dict[str, Any]) -> Recipe:
-    """A recipe from a parsed TOML document; a ``[[site]]`` inherits what its own keys leave open from ``[data]``."""
+    """Build a recipe from a parsed TOML document. A ``[[site]]`` inherits from ``[data]`` what it does not set."""
     own = {f.name for f in dataclasses.fields(SimulatedSiteSettings)}
     sites = raw.get("site", [])
     if not isinstance(sites, list) or not all(isinstance(site, dict) for site in sites):
-        raise ConfigError("site", "tables written [[site]]", sites)
+        message = f"site must be a list of [[site]] tables, not {sites!r}."
+        raise ConfigError("site", "tables written [[site]]", sites, message=message)
     shared = _data_table(raw)
     merged = [
         {k: v for k, v in site.items() if k in own and k != "data"}
@@ -62,13 +69,13 @@ def recipe_from(raw: dict[str, Any]) -> Recipe:
     try:
         recipe = parse(Recipe, {**raw, "site": merged})
     except ConfigError as error:
-        raise naming_the_site(error, sites) from None
+        raise at_named_site(error, sites) from None
     _check(recipe)
     return recipe
 
 
 def load_site(path: Path) -> SiteSettings:
-    """Reads a site file; relative paths are made absolute."""
+    """Read a site file and make its relative paths absolute. Raises ConfigError."""
     site, folder = parse(SiteSettings, read_toml(path)), path.resolve().parent
     coordinator, trainer = site.coordinator, site.trainer
     if coordinator:
@@ -85,7 +92,7 @@ def load_site(path: Path) -> SiteSettings:
 
 
 def resolve_paths(data: DataSettings, folder: Path) -> DataSettings:
-    """The same settings with paths that exist below ``folder`` made absolute."""
+    """Make sources that are files below ``folder`` absolute."""
 
     def resolve(source: str | None) -> str | None:
         return str((folder / source).resolve()) if source and (folder / source).is_file() else source
@@ -94,19 +101,22 @@ def resolve_paths(data: DataSettings, folder: Path) -> DataSettings:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as plain dictionaries. Raises ConfigError."""
+    """Read a TOML file as plain dictionaries. Raises ConfigError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(str(path), "a readable TOML file", error.strerror or error) from None
+        reason = error.strerror or str(error)
+        message = f"The file {path} cannot be read: {reason}."
+        raise ConfigError(str(path), "a readable TOML file", reason, message=message) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), "valid TOML", error) from None
+        raise ConfigError(str(path), "valid TOML", error, message=f"{path} is not valid TOML: {error}.") from None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError("--set", "key.path=value", repr(override))
+        message = f"--set needs key.path=value, not {override!r}."
+        raise ConfigError("--set", "key.path=value", repr(override), message=message)
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -116,55 +126,91 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {key}", "a key inside a table", f"{parent}, which is no table")
+            message = f"--set {key} is not possible, since {parent} is not a table."
+            raise ConfigError(f"--set {key}", "a key inside a table", f"{parent} is not a table", message=message)
     table[leaf] = value
 
 
 def _data_table(owner: dict[str, Any], site: str | None = None) -> dict[str, Any]:
     data = owner.get("data", {})
     if not isinstance(data, dict):
-        raise ConfigError("data", "a table", repr(data), site=site)
+        raise ConfigError("data", "a table", repr(data), site=site, message=f"data must be a table, not {data!r}.")
     return data
 
 
 def _check(recipe: Recipe) -> None:
-    """Rules that span keys."""
+    """Check rules that span keys. Raises ConfigError."""
     row = recipe.row()
     _check_phases(recipe, row)
-    if not recipe.site and recipe.partition is None:
-        raise ConfigError("site", "[[site]] tables, or a [partition] that makes them", "neither")
-    if recipe.site and recipe.partition is not None:
-        raise ConfigError("partition", "either [[site]] tables or [partition]", "both")
+    _check_sites(recipe)
     if recipe.train.head_init == "probe" and row.head is not Role.PERSONAL:
-        raise ConfigError("train.head_init", "random (or none) where the head is not a site's own", "probe")
-    names = [site.name for site in recipe.site]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise ConfigError("site.name", "a name of its own for every site", f"{twice!r} twice")
-    if recipe.partition and recipe.partition.by == "column" and not recipe.partition.column:
-        raise ConfigError("partition.column", 'the column to split by, as partition.by is "column"', "nothing")
-    for site in recipe.site:
-        if not site.data.source:
-            raise ConfigError("data.source", "a file, asset or data set", "nothing", site=site.name)
-    if recipe.partition and not recipe.data.source:
-        raise ConfigError("data.source", "a file, asset or data set", "nothing")
+        raise ConfigError(
+            "train.head_init",
+            "random or unset",
+            "probe",
+            message='train.head_init = "probe" needs personal heads, but the head is shared.',
+            hint="Remove train.head_init or method.head.",
+        )
     if row.head is Role.SHARED and len({site.data.labels for site in recipe.site} or {recipe.data.labels}) > 1:
-        raise ConfigError("method.head", "one list of labels at all sites for a shared head", "different lists")
+        raise ConfigError(
+            "method.head",
+            "one list of labels at all sites",
+            "different lists",
+            message="A shared head needs one list of labels, but the sites have different ones.",
+            hint="Set data.labels for all sites, or leave the head personal.",
+        )
+
+
+def _check_sites(recipe: Recipe) -> None:
+    partition = recipe.partition
+    if not recipe.site and partition is None:
+        message = "The recipe has no sites."
+        hint = "Add [[site]] tables, or a [partition] that makes sites out of one data set."
+        raise ConfigError("site", "[[site]] tables or a [partition]", "neither", message=message, hint=hint)
+    if recipe.site and partition is not None:
+        message = "The recipe has both [[site]] tables and a [partition]."
+        raise ConfigError("partition", "[[site]] tables or [partition]", "both", message=message, hint="Remove one.")
+    names = [site.name for site in recipe.site]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated:
+        message = f"Two sites are named {repeated!r}."
+        raise ConfigError("site.name", "unique names", repr(repeated), message=message, hint="Rename one of them.")
+    if partition and partition.by == "column" and not partition.column:
+        message = 'partition.by = "column" needs partition.column.'
+        raise ConfigError("partition.column", "a column name", "nothing", message=message)
+    missing = [site.name for site in recipe.site if not site.data.source]
+    if missing or (partition and not recipe.data.source):
+        raise ConfigError(
+            "data.source",
+            "a file, asset or hub data set",
+            "nothing",
+            site=missing[0] if missing else None,
+            message="data.source is missing.",
+            hint="Set it to a file, asset:NAME/PART or a hub data set, in [data] or at the site.",
+        )
 
 
 def _check_phases(recipe: Recipe, row: Method) -> None:
     train = recipe.train
     if (train.schedule == "phases") is not bool(train.phase):
-        found = "none" if train.schedule == "phases" else f'some with train.schedule = "{train.schedule}"'
-        raise ConfigError("train.phase", '[[train.phase]] tables with train.schedule = "phases"', found)
-    own = any(site.private and site.private.present for site in recipe.site)
-    row = dataclasses.replace(row, private=Role.PERSONAL) if own else row
-    trained = {group for group in GROUPS if getattr(row, group) in (Role.SHARED, Role.PERSONAL)}
+        message = (
+            'train.schedule = "phases" needs [[train.phase]] tables.'
+            if train.schedule == "phases"
+            else f'[[train.phase]] tables need train.schedule = "phases", not {train.schedule!r}.'
+        )
+        expected = '[[train.phase]] tables with train.schedule = "phases"'
+        raise ConfigError("train.phase", expected, f"{len(train.phase)} tables", message=message)
+    any_private = any(site.private and site.private.present for site in recipe.site)
+    row = dataclasses.replace(row, private=Role.PERSONAL) if any_private else row
+    trained = sorted(group for group in GROUPS if getattr(row, group) in (Role.SHARED, Role.PERSONAL))
     for phase in train.phase:
-        if not trained.intersection(phase.groups):
+        if not set(trained).intersection(phase.groups):
             found = ", ".join(phase.groups) or "none"
-            raise ConfigError("train.phase.groups", f"some of {', '.join(sorted(trained))}", found)
-    foreign = [group for group in train.final_groups or () if getattr(row, group) is not Role.PERSONAL]
-    if foreign:
-        wanted = f"personal groups of {recipe.method.name}"
-        raise ConfigError("train.final_groups", wanted, foreign[0])
+            message = f"A phase trains none of its groups ({found})."
+            hint = f"The method {recipe.method.name!r} trains {', '.join(trained)}."
+            raise ConfigError("train.phase.groups", f"some of {', '.join(trained)}", found, message=message, hint=hint)
+    shared = [group for group in train.final_groups or () if getattr(row, group) is not Role.PERSONAL]
+    if shared:
+        expected = f"personal groups of {recipe.method.name}"
+        message = f"train.final_groups may name only {expected}, and {shared[0]} is not one."
+        raise ConfigError("train.final_groups", expected, shared[0], message=message)

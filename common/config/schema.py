@@ -1,7 +1,9 @@
-"""Recipes as frozen dataclasses (site files: ``site.py``); ``recipe.py`` reads the files.
+"""Recipes as frozen dataclasses. ``loader.py`` reads the files; ``site_schema.py`` describes site files.
 
-A recipe is one TOML file. Its ``Plan`` is the part that every site must agree on and that is hashed into
-each order; the rest (data, sites, server, simulation) is the coordinator's or the simulation's own business.
+A recipe is one TOML file. Its ``Plan`` is the part that every site must agree on: it travels with each request and is
+hashed into it. The rest (data, sites, server, simulation) concerns only the coordinator or the simulation.
+
+Every key has an attribute docstring; ``docs/scripts/recipe_reference.py`` turns them into the reference pages.
 """
 
 from __future__ import annotations
@@ -11,314 +13,193 @@ import hashlib
 import json
 from dataclasses import field
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from ..dataset import TaskKind
-from ..errors import ConfigError
-from ..methods import GROUPS, METHODS, PRIVATE_KINDS, Method, Role
-from .diagnostics import config_error, did_you_mean
+from ..methods import Method, Role
+from .data_schema import DataSettings, PartitionSettings, SimulatedSiteSettings
+from .diagnostics import config_error
+from .field_types import STRICT, Count, Fraction, Name, Positive, PositiveFloat, Precision, Probability, Rate
+from .model_schema import AdapterSettings, MethodSettings, ModelSettings, Private, PrivateSettings
+from .training_schema import EvaluationSettings, PhaseSettings, TrainSettings
+from .transfer_schema import (
+    DiscriminatorSettings,
+    DistillationSettings,
+    TransferGeneratorSettings,
+    TransferSettings,
+)
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+__all__ = [
+    "STRICT",
+    "AdapterSettings",
+    "Count",
+    "CommunicationSettings",
+    "DataSettings",
+    "DiscriminatorSettings",
+    "DistillationSettings",
+    "EvaluationSettings",
+    "Fraction",
+    "MethodSettings",
+    "ModelSettings",
+    "Name",
+    "PartitionSettings",
+    "PhaseSettings",
+    "Plan",
+    "Positive",
+    "Precision",
+    "Private",
+    "PrivateSettings",
+    "Rate",
+    "Recipe",
+    "SimulatedSiteSettings",
+    "SimulationSettings",
+    "TrainSettings",
+    "ServerSettings",
+    "TransferGeneratorSettings",
+    "TransferSettings",
+    "digest",
+    "parse",
+    "to_dict",
+    "to_json",
+]
+
 T = TypeVar("T")
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-if TYPE_CHECKING:
-    PrivateKind = str
-else:
-    PrivateKind = Literal[tuple(PRIVATE_KINDS)]
-Group = Literal["A", "B", "core", "scale", "private", "head"]
-Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
-
 
 @dataclass(frozen=True, config=STRICT)
-class ModelSettings:
-    """The base model: a Hugging Face hub id, a local folder, or ``asset:NAME``."""
+class CommunicationSettings:
+    """How coordinator and sites exchange shared arrays."""
 
-    source: str
-    revision: str | None = None
-    max_length: Positive = 256  # tokens; longer texts are cut and counted
-    precision: Precision = "fp32"  # of the base model's weights; adapters and heads stay fp32
-    device: str = "auto"  # of a simulation; a site of its own says its device in its site file
-
-
-@dataclass(frozen=True, config=STRICT)
-class AdapterSettings:
-    """The LoRA form: ΔW = s · B Λ A with s = alpha/rank (alpha/√rank with ``rslora``)."""
-
-    rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: tuple[str, ...] | str = ("query", "value")
-    core: Literal["full", "diagonal", "residual"] = "full"
-    rslora: bool = False
-    modules: Positive = 3  # n, of a method with MultiLoRA modules; ``rank`` is that of each
-
-
-@dataclass(frozen=True, config=STRICT)
-class PrivateSettings:
-    """A private adapter beside the shared one, on any method: it never leaves its site.
-
-    ``lora``: s · B A. ``multilora``: s · Σ_i s_i ⊙ B_i A_i with ``modules`` modules of ``rank`` each.
-    """
-
-    kind: PrivateKind
-    rank: Positive = 4
-    alpha: Annotated[float, Field(gt=0)] = 8.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: tuple[str, ...] | str | None = None  # as the shared adapter's when unset
-    rslora: bool = False
-    modules: Positive = 3
-
-    @property
-    def present(self) -> bool:
-        """Whether there is one."""
-        return self.kind != "none"
-
-    @property
-    def slices(self) -> int:
-        """n of n·r: MultiLoRA's modules, or 1."""
-        return self.modules if PRIVATE_KINDS[self.kind] else 1
-
-    @property
-    def total_rank(self) -> int:
-        """n·r; 0 where there is none."""
-        return self.rank * self.slices if self.present else 0
-
-
-def _by_kind(value: object) -> object:
-    """``private = "multilora"`` names the kind alone; a table's lists become the tuples that strict mode wants."""
-    if isinstance(value, str):
-        return {"kind": value}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()} if isinstance(value, dict) else value
-
-
-Private = Annotated[PrivateSettings, BeforeValidator(_by_kind)]
-
-
-@dataclass(frozen=True, config=STRICT)
-class MethodSettings:
-    """A row of the method table, and groups that this recipe moves to another role."""
-
-    name: str = "colora"
-    A: Literal["shared", "personal", "frozen"] | None = None
-    B: Literal["shared", "personal"] | None = None
-    core: Literal["personal", "absent"] | None = None
-    head: Literal["shared", "personal"] | None = None
-
-    def row(self) -> Method:
-        """The table's row with this recipe's changes."""
-        if self.name not in METHODS:
-            raise ConfigError("method.name", f"one of {', '.join(METHODS)}", did_you_mean(self.name, METHODS))
-        moved = {g: Role(v) for g in GROUPS if (v := getattr(self, g, None)) is not None}
-        return dataclasses.replace(METHODS[self.name], **moved)
-
-
-@dataclass(frozen=True, config=STRICT)
-class PhaseSettings:
-    """``steps`` optimiser steps on these parameter groups; what a method does not have or train is left out."""
-
-    steps: Positive
-    groups: tuple[Group, ...]
-
-
-@dataclass(frozen=True, config=STRICT)
-class TrainSettings:
-    """What one round of training means at a site.
-
-    ``joint`` takes ``steps`` steps on all trained groups. ``alternating`` takes ``personal_steps`` on the personal
-    groups with the shared ones frozen, then ``shared_steps`` the other way round. ``phases`` takes the ``phase`` tables
-    one after the other. After the last round ``final_steps`` go to the personal groups alone, or to ``final_groups``.
-    """
-
-    schedule: Literal["joint", "alternating", "phases"] = "joint"
-    steps: Positive = 5
-    personal_steps: Positive = 2
-    shared_steps: Positive = 3
-    phase: tuple[PhaseSettings, ...] = ()
-    final_steps: Count = 0
-    final_groups: tuple[Group, ...] | None = None  # of the personal ones; all of them when unset
-    batch_size: Positive = 8  # examples of one optimiser step
-    micro_batch: Positive | None = None  # of them at once; gradients add up. It is halved where the device is too small
-    gradient_checkpointing: bool = False
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: Rate = 1e-3  # A and B
-    core_lr: Rate | None = None  # as lr when unset
-    head_lr: Rate | None = None  # as lr when unset
-    private_lr: Rate | None = None  # as lr when unset
-    head_init: Literal["random", "probe"] | None = None  # probe: a site's own linear head begins as a regression on
-    # what it sees (linear probing before fine-tuning, arXiv:2202.10054); when unset, where a federation moves
-    weight_decay: Rate = 0.0
-    max_grad_norm: Rate = 1.0  # 0 turns clipping off
-    lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
-    warmup_steps: Count = 0
-    persist_optimizer_state: bool = False
-
-    @property
-    def steps_per_round(self) -> int:
-        """Optimiser steps of one site in one round."""
-        return {
-            "joint": self.steps,
-            "alternating": self.personal_steps + self.shared_steps,
-            "phases": sum(phase.steps for phase in self.phase),
-        }[self.schedule]
-
-
-@dataclass(frozen=True, config=STRICT)
-class EvaluationSettings:
-    """When and how sites measure what arrives. Round 1 and the end are always measured (``every`` > 0)."""
-
-    every: Count = 1  # rounds; 0 measures at the end only
-    batch_size: Positive = 32
-    max_new_tokens: Positive = 32  # generation
-    generate_at_end_only: bool = True  # token loss each time, generated text at the start and the end
-
-
-@dataclass(frozen=True, config=STRICT)
-class TransferSettings:
-    """Trans-LoRA (arXiv 2405.17258): what a site prepares once it has trained, and how it moves to another base model.
-
-    ``generator`` names a causal model that writes texts and tells them from real ones where the base model is an
-    encoder; a model that generates does both itself.
-    """
-
-    prepare: bool = False  # after the last round, keep seeds and train discriminator and tuned writer (all personal)
-    of: Name | None = None  # a federation: its sites' models move to this plan's base model before round 1
-    seeds: Positive = 5  # examples that the site agrees to keep
-    about: str = ""  # what the discriminator's question calls the data; the federation's name when empty
-    generator: str | None = None
-    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")  # of the discriminator
-    rank: Positive = 8  # of discriminator and tuned writer
-    lr: Rate = 1e-3
-    steps: Positive = 60  # of the discriminator, half of each batch real and half written
-    filter: Literal["discriminator", "titok", "none"] = "discriminator"
-    writer: Literal["target", "source", "tuned"] = "target"  # of the texts, where both generate; tuned: the source's,
-    # with a LoRA that learnt the site's texts in preparation (it may repeat some of them)
-    writer_steps: Positive = 12  # of that LoRA, on all linear layers; two lists of ten texts each
-    writer_lr: Rate = 3e-3
-    samples: Positive | None = None  # texts wanted; as many as the site trained on when unset
-    calls: Positive = 200  # of the writer at most, each of ``batch`` prompts
-    batch: Positive = 8
-    max_new_tokens: Positive = 160  # of one prompt, which asks for as many texts as there are seeds
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_k: Count = 50  # the likeliest tokens, of which one is drawn; 0: all
-    top_p: Fraction = 1.0
-    distil_epochs: Positive = 20  # over the written texts
-    distil_lr: Rate = 1e-3
+    codec: Literal["safetensors", "fp16", "bf16"] = "safetensors"
+    """Encoding of the arrays. ``safetensors`` sends fp32, ``fp16`` and ``bf16`` send half the bytes."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Plan:
-    """What all sites agree on: it travels to them with every order and is part of a round's identity."""
+    """What all sites agree on. It travels to them with every request and is part of the identity of a round."""
 
     name: Name
+    """Name of the federation: a letter or digit, then at most 63 letters, digits, ``.``, ``_`` or ``-``."""
+
     rounds: Positive
+    """Number of rounds."""
+
     model: ModelSettings
+    """The base model."""
+
     seed: int = 0
+    """Seed of the federation. All other seeds derive from it, the sites' names and the round."""
+
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    """The shared adapter."""
+
     method: MethodSettings = field(default_factory=MethodSettings)
+    """The federated method."""
+
     private: Private = field(default_factory=lambda: PrivateSettings("none"))
+    """Private adapter of every site: a kind, or a table. Without this key there is none."""
+
     train: TrainSettings = field(default_factory=TrainSettings)
+    """Local training."""
+
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """Evaluation."""
+
     transfer: TransferSettings = field(default_factory=TransferSettings)
+    """Transfer to a new base model."""
+
+    communication: CommunicationSettings = field(default_factory=CommunicationSettings)
+    """How shared arrays travel."""
 
     def row(self) -> Method:
-        """The method's row, with the private adapter where there is one."""
+        """Return the row of the method table with this recipe's changes, and with the private adapter if any."""
         row = self.method.row()
         return dataclasses.replace(row, private=Role.PERSONAL) if self.private.present else row
 
     @property
     def probes_head(self) -> bool:
-        """Whether a head that is a site's own is fitted before its first step."""
-        asked = self.train.head_init or ("random" if self.transfer.of is None else "probe")
+        """Whether a personal head is fitted to frozen features before its first optimizer step."""
+        asked = self.train.head_init or ("random" if self.transfer.source_federation is None else "probe")
         return asked == "probe" and self.row().head is Role.PERSONAL
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of a site that takes part in every round, the final personalisation included."""
+        """Optimizer steps of a site that takes part in every round, including the final steps."""
         return self.rounds * self.train.steps_per_round + self.train.final_steps
 
 
 @dataclass(frozen=True, config=STRICT)
-class DataSettings:
-    """Where rows come from and what they mean.
-
-    ``source`` is a .jsonl, .csv, .tsv, .parquet or .npz file, ``asset:NAME/SPLIT``, or a hub data set id.
-    """
-
-    source: str = ""
-    test_source: str | None = None  # else a part of ``source`` is held out
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    task: TaskKind = "classification"
-    text: str = "text"
-    label: str = "label"
-    labels: tuple[str, ...] | None = None  # keep only these; also their order
-    prompt: str = "prompt"
-    completion: str = "completion"
-    messages: str | None = None  # a column of chat messages, instead of prompt and completion
-    chat: bool = False  # prompt and completion as a user and an assistant turn of the chat template
-    where: dict[str, str] | None = None  # keep only rows whose columns have these values
-    train: Positive | None = None  # at most this many rows a site
-    test: Positive | None = None
-    shuffle: bool = True  # by seed, site and source, before ``train`` and ``test`` are taken
-
-
-@dataclass(frozen=True, config=STRICT)
-class PartitionSettings:
-    """How a simulation makes sites out of one data set."""
-
-    by: Literal["column", "iid", "dirichlet"]
-    column: str | None = None  # by = "column": one site per value
-    sites: Positive = 8  # iid and dirichlet
-    alpha: Annotated[float, Field(gt=0)] = 0.5  # dirichlet concentration over labels
-
-
-@dataclass(frozen=True, config=STRICT)
-class SimulatedSiteSettings:
-    """A site of a simulation: its name, its data and the round it joins in."""
-
-    name: Name
-    data: DataSettings = field(default_factory=DataSettings)
-    from_round: Positive = 1  # the run's rounds + 1: joins when all is trained, and trains its personal groups alone
-    private: Private | None = None  # instead of the recipe's
-
-
-@dataclass(frozen=True, config=STRICT)
 class ServerSettings:
-    """The coordinator: how replies are admitted, weighed and applied."""
+    """How the coordinator samples sites, admits and weights their replies, and updates the shared adapter."""
+
+    aggregator: Literal["mean", "median", "trimmed_mean"] = "mean"
+    """How the admitted updates are combined. ``mean`` is weighted and folds replies one by one; ``median`` and
+    ``trimmed_mean`` are coordinate-wise, unweighted, and hold all replies of a round."""
+
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """Fraction of the sites that ``trimmed_mean`` leaves out on each side: at least one site if three or more
+    replied."""
 
     optimizer: Literal["mean", "momentum", "adam", "yogi"] = "mean"
-    lr: Annotated[float, Field(gt=0)] | None = None  # unset: the rule's own default
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    tau: Annotated[float, Field(gt=0)] = 1e-3
-    weights: Literal["tokens", "examples", "uniform"] | None = None  # unset: tokens; uniform where tasks are mixed
-    fraction: Fraction = 1.0  # of the roster, asked each round
-    quorum: Positive | None = None  # admitted replies a round needs; unset: more than half of the asked
-    timeout: Annotated[float, Field(gt=0)] | None = None  # seconds a round may take; unset: no limit
-    max_attempts: Positive = 3  # times a site is asked in one round when its answer is an error
-    retry_interval: Annotated[float, Field(gt=0)] = (
-        10.0  # seconds until a round without its quorum is tried again (deployed)
-    )
-    max_update_norm: Annotated[float, Field(gt=0)] = 1e4
+    """Server optimizer, applied to what the aggregator returns."""
+
+    lr: PositiveFloat | None = None
+    """Learning rate of the server optimizer. Unset: 1.0 for ``mean`` and ``momentum``, 0.1 for ``adam``, 0.01 for
+    ``yogi``."""
+
+    momentum: Probability = 0.9
+    """Momentum coefficient of ``momentum``."""
+
+    beta_1: Probability = 0.9
+    """Decay of the first moment, with ``adam`` and ``yogi``."""
+
+    beta_2: Probability = 0.99
+    """Decay of the second moment, with ``adam`` and ``yogi``."""
+
+    tau: PositiveFloat = 1e-3
+    """Adaptivity of ``adam`` and ``yogi``: a constant added to the denominator."""
+
+    weights: Literal["tokens", "examples", "uniform"] | None = None
+    """What a reply weighs in the mean: loss terms (tokens or labelled texts), examples, or one. Unset: ``tokens``, or
+    ``uniform`` if the sites have different tasks."""
+
+    fraction: Fraction = 1.0
+    """Fraction of the roster that is sampled each round, at least one site."""
+
+    quorum: Positive | None = None
+    """Admitted replies that a round needs. Unset: more than half of the sampled sites."""
+
+    timeout: PositiveFloat | None = None
+    """Maximum duration of a round in seconds. Unset: no limit."""
+
+    max_attempts: Positive = 3
+    """Number of times a site is tried in one round when it answers with an error."""
+
+    retry_interval: PositiveFloat = 10.0
+    """Seconds before a round that missed its quorum is retried, in a deployment."""
+
+    max_update_norm: PositiveFloat = 1e4
+    """Maximum Frobenius norm of a site's update over all arrays. A reply beyond it is refused."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class SimulationSettings:
-    """One machine playing all sites."""
+    """How one machine runs all sites."""
 
     engine: Literal["local", "ray"] = "local"
-    threads: Positive | None = None  # torch threads; unset: all cores (local), 1 (ray)
-    source_run: str | None = None  # the run folder of the federation that ``transfer.of`` names
-    baseline: bool = False  # also train every site alone, with the same number of steps
+    """``local`` runs all sites in one process, ``ray`` on Flower's simulation runtime in several."""
+
+    threads: Positive | None = None
+    """Torch threads per process. Unset: all cores with ``local``, 1 with ``ray``."""
+
+    source_run: str | None = None
+    """Run folder of the federation whose models are transferred. Required in a simulated transfer."""
+
+    baseline: bool = False
+    """Also train every site alone, for the same number of steps."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -326,25 +207,36 @@ class Recipe(Plan):
     """A whole experiment, as read from TOML."""
 
     description: str = ""
+    """Free text."""
+
     data: DataSettings = field(default_factory=DataSettings)
+    """Rows. A ``[[site]]`` inherits every key that it does not set."""
+
     partition: PartitionSettings | None = None
+    """Sites made out of one data set. Either this table or ``[[site]]`` tables are required."""
+
     site: tuple[SimulatedSiteSettings, ...] = ()
+    """The sites, as ``[[site]]`` tables."""
+
     server: ServerSettings = field(default_factory=ServerSettings)
+    """The coordinator."""
+
     simulation: SimulationSettings = field(default_factory=SimulationSettings)
+    """The simulation."""
 
     @property
     def plan(self) -> Plan:
-        """The part that sites see."""
+        """The part of the recipe that sites receive."""
         return Plan(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Plan)})
 
     @property
     def identity(self) -> str:
-        """A hash of everything that can change a result: not of how the machine plays the sites."""
+        """Hash of everything that can change a result: all keys except ``description`` and ``[simulation]``."""
         return digest(to_json(dataclasses.replace(self, simulation=SimulationSettings(), description="")))
 
 
 def parse(kind: type[T], raw: dict[str, Any]) -> T:
-    """A settings dataclass from plain dictionaries, strictly; ConfigError names the first wrong key."""
+    """Build a settings dataclass from plain dictionaries. Raises ConfigError for the first wrong key."""
     try:
         return _adapter(kind).validate_json(json.dumps(raw, default=str))
     except pydantic.ValidationError as error:
@@ -352,17 +244,17 @@ def parse(kind: type[T], raw: dict[str, Any]) -> T:
 
 
 def to_json(settings: object) -> str:
-    """Settings as one JSON string with sorted keys: what Flower carries and what is hashed."""
+    """Return settings as JSON with sorted keys: the text that Flower carries and that is hashed."""
     return json.dumps(to_dict(settings), sort_keys=True)
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """Settings as plain dictionaries without the unset values, as TOML wants them."""
+    """Return settings as plain dictionaries without unset values, since TOML has no null."""
     return _without_none(json.loads(json.dumps(dataclasses.asdict(settings))))
 
 
 def digest(text: str) -> str:
-    """A short SHA-256 of a text, for identities."""
+    """Return the first 32 hexadecimal digits of a text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

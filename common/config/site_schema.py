@@ -1,74 +1,123 @@
-"""Site files as frozen dataclasses; ``recipe.py`` reads them."""
+"""Site files as frozen dataclasses; ``loader.py`` reads them."""
 
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from .field_types import PositiveFloat
 from .schema import STRICT, Count, DataSettings, Name, Positive, Precision, Private
 
 
 @dataclass(frozen=True, config=STRICT)
 class CoordinatorSettings:
-    """Where a site finds its coordinator, and the key it is known by there. Relative paths start at the site file."""
+    """How the site reaches its coordinator. Relative paths start at the site file."""
 
-    address: str  # host:port
-    ca: str = "ca.crt"  # PEM
-    key: str = "site.key"  # OpenSSH private key (ECDSA)
-    insecure: bool = False  # neither TLS nor a key, for trials on one machine
+    address: str
+    """``HOST:PORT`` of the coordinator's gateway."""
+
+    ca: str = "ca.crt"
+    """Certificate of the authority that signed the coordinator's certificate, in PEM format."""
+
+    key: str = "site.key"
+    """The site's private key, in OpenSSH format (ECDSA)."""
+
+    insecure: bool = False
+    """Use neither TLS nor a key. For trials on one machine."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainerSettings:
-    """The resident trainer of a site.
-
-    ``listen`` is ``unix:PATH`` (the socket is the user's own, mode 0600) or ``HOST:PORT``, which needs the ``link``
-    folder with ``ca.crt``, ``trainer.crt``, ``trainer.key``, ``node.crt`` and ``node.key`` for TLS on both sides.
-    """
+    """The trainer, the process that holds the base model, the data and the personal state."""
 
     listen: str = "unix:state/trainer.sock"
+    """``unix:PATH`` for a socket that only this user can open, or ``HOST:PORT`` for TLS with the certificates in
+    ``link``."""
+
     link: str = "link"
-    state: str = "state"  # folder of personal states and of the audit log
+    """Folder of the certificates for ``HOST:PORT``: ``ca.crt``, ``trainer.crt``, ``trainer.key``, ``node.crt`` and
+    ``node.key``."""
+
+    state: str = "state"
+    """Folder of personal states and the audit log."""
+
     device: str = "auto"
-    threads: Positive | None = None  # torch threads; unset: all cores
-    precision: Precision | None = None  # instead of what the recipe says, as may suit a small device
+    """Torch device. ``auto`` takes a GPU if there is one."""
+
+    threads: Positive | None = None
+    """Torch threads. Unset: all cores."""
+
+    precision: Precision | None = None
+    """Precision of the base model's weights at this site. Unset: the recipe's."""
+
     gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass to save memory. Unset: the recipe's."""
+
     micro_batch: Positive | None = None
+    """Examples per forward and backward pass. Unset: the recipe's."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class AllowSettings:
-    """What a coordinator may ask of this site; the trainer refuses the rest. Unset: anything, as far as numbers go.
-
-    Unset ``methods``: every method as the table has it, but no plan that shares a group which the table leaves here.
-    """
+    """What a coordinator may ask of this site. The trainer refuses everything else."""
 
     federations: tuple[str, ...] | None = None
-    models: tuple[str, ...] | None = None  # sources as a recipe names them, transfer.generator too
-    methods: tuple[str, ...] | None = None  # "colora"; "colora+head" where a recipe may share the head as well
+    """Names of federations. Unset: any."""
+
+    models: tuple[str, ...] | None = None
+    """Base models and generators, named as in a recipe. Unset: any."""
+
+    methods: tuple[str, ...] | None = None
+    """Methods; an entry such as ``colora+head`` also allows a recipe to share that group. Unset: every method, with the
+    shared groups of the method table only."""
+
     max_rank: Positive | None = None
-    max_steps: Positive | None = None  # optimiser steps in one round, the final ones and a preparation's too
-    max_seconds: Annotated[float, Field(gt=0)] | None = None  # of training in one round
-    max_tokens: Positive | None = None  # tokens of one text (model.max_length)
+    """Maximum rank of an adapter, all MultiLoRA modules together. Unset: any."""
+
+    max_steps: Positive | None = None
+    """Maximum number of optimizer steps in one round, in the final steps, and in the preparation of a transfer. Unset:
+    any."""
+
+    max_seconds: PositiveFloat | None = None
+    """Maximum training time of one round in seconds. Unset: any."""
+
+    max_tokens: Positive | None = None
+    """Maximum ``model.max_length`` in tokens. Unset: any."""
+
     precision: tuple[Precision, ...] | None = None
-    max_seeds: Count = 5  # of its texts that it keeps for a move to a new base model (transfer.seeds); 0: no such move
-    tuned_writer: bool = False  # whether it also keeps a LoRA that writes like its texts, and may repeat them
+    """Precisions of the base model's weights. Unset: any."""
+
+    max_seeds: Count = 5
+    """Maximum number of texts that the site keeps for a transfer to a new base model. 0 refuses the preparation."""
+
+    tuned_generator: bool = False
+    """Whether the site may also keep a generator fine-tuned on its texts, which can repeat parts of them."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class SiteSettings:
-    """A site file: who the site is, where its rows lie, whom it serves and what it allows.
-
-    Relative paths start at the file's folder. A simulation needs no more than ``name`` and ``data``.
-    """
+    """A site file. Relative paths start at its folder."""
 
     name: Name
+    """The site's name in the roster."""
+
     data: DataSettings
+    """Rows. The keys are those of a recipe's ``[data]``."""
+
     coordinator: CoordinatorSettings | None = None
+    """The coordinator. Not needed in a simulation."""
+
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
-    private: Private | None = None  # a private adapter of its own choice, instead of what the recipe says
-    on_unprepared: Literal["wait", "evaluate", "retrain"] = "wait"  # in a move where it kept nothing; README
+    """The trainer."""
+
+    private: Private | None = None
+    """Private adapter of the site's own choice: a kind, or a table. Unset: the recipe's."""
+
+    on_unprepared: Literal["wait", "evaluate", "retrain"] = "wait"
+    """What to do in a transfer to a new base model that the site did not prepare. ``wait`` takes no part. ``evaluate``
+    evaluates the new shared adapter on the site's rows after the last round. ``retrain`` trains on the site's rows."""
+
     allow: AllowSettings = field(default_factory=AllowSettings)
+    """Limits on requests."""

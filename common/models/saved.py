@@ -50,8 +50,8 @@ class SavedModel:
     shared: Mapping[str, np.ndarray]
     personal: Mapping[str, np.ndarray]
     discriminator: Mapping[str, np.ndarray] = field(default_factory=dict)
-    writer: Mapping[str, np.ndarray] = field(default_factory=dict)
-    kept: Mapping[str, Any] | None = None  # seeds and more, where the site prepared a transfer
+    tuned_generator: Mapping[str, np.ndarray] = field(default_factory=dict)
+    transfer_metadata: Mapping[str, Any] | None = None  # seeds and more, where the site prepared a transfer
     closed: bool = True  # ``shared`` is what all sites have, and not what this site made of it in a round
 
     @property

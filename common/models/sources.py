@@ -98,6 +98,7 @@ def _chat_template(folder: Path) -> str:
 
 
 def synthetic_fingerprint(settings: ModelSettings) -> Fingerprint:
+    """Return the fingerprint of a synthetic model: the hash of its source's name."""
     return Fingerprint(hashlib.sha256(settings.source.encode()).hexdigest(), "", "")
 
 

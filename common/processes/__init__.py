@@ -1,1 +1,1 @@
-"""Supervised processes and their health."""
+"""Supervised child processes and their health."""

@@ -1,6 +1,7 @@
-"""Starts a command that dies with its parent: ``python leash.py PARENT_PID COMMAND…``. Imports nothing of ours.
+"""Run a command that dies with its parent: ``python die_with_parent.py PARENT_PID COMMAND…``.
 
-On Linux the kernel kills it when the parent dies, however that happens; elsewhere the parent's own end has to do it.
+On Linux the kernel kills the command when its parent dies for any reason. On other systems the parent must end it.
+This file runs as a script and imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import os
 import signal
 import sys
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # option of prctl(2): the signal that this process gets when its parent dies
 
 
 def main() -> None:
-    """Sets the leash, looks whether the parent is still there, and becomes the command."""
+    """Ask for SIGKILL at the parent's death, exit if the parent has died already, and become the command."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         import ctypes

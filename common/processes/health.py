@@ -1,4 +1,7 @@
-"""Whether what a command has started is there: ``services.json`` as the commands write it, pids, health services."""
+"""Health of the processes and services that a command has started.
+
+``services.json`` lists their addresses and pids; pids are checked with psutil and addresses with gRPC health checks.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ from rich.markup import escape
 from ..errors import StateError
 
 FILE = "services.json"
-PATIENCE = 2.0  # seconds for one answer
-CLOCK = 2.0  # seconds that a file's time and a process's may be apart
+PATIENCE = 2.0  # timeout of one health check in seconds
+CLOCK = 2.0  # tolerance between the time of a file and the start time of a process, in seconds
 HealthState = Literal["serving", "not serving", "down"]
 
 
 @dataclass(frozen=True)
 class ServiceStatus:
-    """Something that listens, and what it said of itself just now."""
+    """A service and the result of its health check."""
 
     name: str
     address: str
@@ -33,7 +36,7 @@ class ServiceStatus:
 
 @dataclass(frozen=True)
 class ProcessStatus:
-    """Something that a command has started."""
+    """A process that a command has started."""
 
     name: str
     pid: int | None
@@ -42,19 +45,19 @@ class ProcessStatus:
 
 @dataclass(frozen=True)
 class ServiceRecord:
-    """What ``services.json`` says: addresses by name and pids by name, as of ``written`` (seconds since 1970)."""
+    """Content of ``services.json``: addresses and pids by name. ``written`` is its time in seconds since 1970."""
 
     addresses: Mapping[str, str]
     pids: Mapping[str, int | None]
     written: float
 
     def processes(self) -> tuple[ProcessStatus, ...]:
-        """The pids, looked at. A process that began after the file was written has inherited a dead one's number."""
+        """Check the pids. A process that started after the file was written has reused the pid of a dead one."""
         return tuple(ProcessStatus(name, pid, _alive(pid, self.written)) for name, pid in self.pids.items())
 
 
 def read_services(folder: Path) -> ServiceRecord | None:
-    """None where no command has written one. Raises StateError when it cannot be read."""
+    """Read ``services.json`` in a folder; None without such a file. Raises StateError if it cannot be read."""
     path = folder / FILE
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -63,32 +66,34 @@ def read_services(folder: Path) -> ServiceRecord | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError) as error:
-        raise StateError(str(path), "the services of a command", error) from None
+        raise StateError(str(path), "a services.json file", error, message=f"{path} is damaged: {error}.") from None
 
 
 def grpc_health(address: str, channel: Callable[[], grpc.Channel] | None = None) -> HealthState:
-    """What the gRPC health service there says, by ``channel`` where plain gRPC to the address is not the way."""
+    """Ask the gRPC health service at an address. ``channel`` opens the channel where plain gRPC does not work."""
+
+    def plain() -> grpc.Channel:
+        return grpc.insecure_channel(connectable_address(address), [("grpc.enable_http_proxy", 0)])
+
     try:
-        with (
-            channel or (lambda: grpc.insecure_channel(connectable_address(address), [("grpc.enable_http_proxy", 0)]))
-        )() as way:
-            stub: Any = health_pb2_grpc.HealthStub(way)
-            said = stub.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE).status
+        with (channel or plain)() as opened:
+            stub: Any = health_pb2_grpc.HealthStub(opened)
+            status = stub.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE).status
     except grpc.RpcError:
         return "down"
-    return "serving" if said == health_pb2.HealthCheckResponse.SERVING else "not serving"
+    return "serving" if status == health_pb2.HealthCheckResponse.SERVING else "not serving"
 
 
 def connectable_address(address: str) -> str:
-    """How this machine reaches what listens at an address: one that means all interfaces is no goal."""
-    for everywhere in ("0.0.0.0:", "[::]:"):
-        if address.startswith(everywhere):
-            return f"127.0.0.1:{address.removeprefix(everywhere)}"
+    """Return the address at which this machine reaches a listener: loopback for one that listens on all interfaces."""
+    for wildcard in ("0.0.0.0:", "[::]:"):
+        if address.startswith(wildcard):
+            return f"127.0.0.1:{address.removeprefix(wildcard)}"
     return address
 
 
 def format_age(seconds: float | None) -> str:
-    """A time that has passed, in words short enough for a table."""
+    """Format an elapsed time for a table, as in "5 min ago"; None is "never"."""
     if seconds is None:
         return "never"
     for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
@@ -98,19 +103,19 @@ def format_age(seconds: float | None) -> str:
 
 
 def sanitize(text: str) -> str:
-    """Text of others for a terminal: no markup and no control characters that would steer it."""
-    return escape("".join(letter if letter.isprintable() else " " for letter in text))
+    """Make foreign text safe for a terminal: escape rich markup and replace control characters."""
+    return escape("".join(character if character.isprintable() else " " for character in text))
 
 
 def show_services(
     services: Sequence[ServiceStatus], processes: Sequence[ProcessStatus], problems: Sequence[str], console: Console
 ) -> None:
-    """One line each for services, processes and every problem."""
-    parts = [f"{s.name} {s.state} at {s.address}" for s in services]
+    """Print one line for the services, one for the processes, and one for each problem."""
+    addresses = [f"{s.name} {s.state} at {s.address}" for s in services]
     pids = [f"{p.name} {p.pid or ''} {'alive' if p.alive else 'gone'}" for p in processes]
-    for name, told in (("services", parts), ("processes", pids)):
-        if told:
-            console.print(f"{name}: {', '.join(told)}", highlight=False, markup=False, soft_wrap=True)
+    for name, entries in (("services", addresses), ("processes", pids)):
+        if entries:
+            console.print(f"{name}: {', '.join(entries)}", highlight=False, markup=False, soft_wrap=True)
     for problem in problems:
         console.print(sanitize(f"! {problem}"), style="red", highlight=False, soft_wrap=True)
 

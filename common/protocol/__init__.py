@@ -1,1 +1,1 @@
-"""What coordinator and site exchange, and how it is encoded."""
+"""Requests and replies between coordinator and sites, and their encoding."""

@@ -1,4 +1,4 @@
-"""The wire: orders, replies and descriptions as Flower messages. The only place with record keys."""
+"""Requests, replies and site infos as Flower messages. The only place with record keys."""
 
 from __future__ import annotations
 
@@ -9,66 +9,78 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.app import Error as FlowerError
 
 from ..errors import RefusedError
-from .codec import DEFAULT, decode, encode
+from .codec import DEFAULT, codec_of, decode, encode
 from .types import Arrays, SiteInfo, TrainReply, TrainRequest
 
 ARRAYS, METRICS, CONFIG = "shared", "metrics", "colora"
-ALL = "adapter"  # key of the one entry in the array record: all arrays of a message
-ORDER, JOIN = MessageType.TRAIN, MessageType.QUERY
+ALL = "adapter"  # key of the only entry in the array record, which holds all arrays of a message
+TRAIN, JOIN = MessageType.TRAIN, MessageType.QUERY
 T = TypeVar("T", TrainRequest, TrainReply, SiteInfo)
-SITE_FAILED = 1001  # Flower error code of an answer that is an error of ours
+SITE_FAILED = 1001  # Flower error code of a reply that reports an error of the site
 
 
-def pack_arrays(arrays: Arrays) -> ArrayRecord:
-    """Arrays in bytes, to be packed once and put into the orders of all sites."""
-    data = encode(arrays)
-    return ArrayRecord({ALL: Array(dtype="uint8", shape=(len(data),), stype=DEFAULT, data=data)})
+def pack_arrays(arrays: Arrays, codec: str = DEFAULT, reference: Arrays | None = None) -> ArrayRecord:
+    """Encode arrays. The record of a round's requests is made once and put into the messages to all sites."""
+    data = encode(codec, arrays, reference)
+    return ArrayRecord({ALL: Array(dtype="uint8", shape=(len(data),), stype=codec, data=data)})
 
 
-def train_message(order: TrainRequest, packed: ArrayRecord, node_id: int) -> Message:
-    """An order as the message that Flower takes to a node; ``packed`` is ``pack_arrays(order.shared)``."""
-    return Message(_pack(order, packed), node_id, ORDER, group_id=str(order.round))
+def train_message(request: TrainRequest, packed: ArrayRecord, node_id: int) -> Message:
+    """A request as a Flower message to a node. ``packed`` holds ``request.shared`` in the codec of the plan."""
+    return Message(_pack(request, packed), node_id, TRAIN, group_id=str(request.round))
 
 
 def join_message(federation: str, plan: str, node_id: int) -> Message:
-    """The question who a node is; the plan lets the site build its model before the first round."""
+    """The question which site a node is. The plan lets the site build its model before the first round."""
     record = RecordDict({CONFIG: ConfigRecord({"federation": federation, "plan": plan})})
     return Message(record, node_id, JOIN, group_id="join")
 
 
 def join_from(message: Message) -> tuple[str, str]:
-    """(federation, plan) of a join message."""
+    """Return (federation, plan) of a join message."""
     config = message.content.config_records[CONFIG]
     return str(config["federation"]), str(config["plan"])
 
 
 def request_from(message: Message) -> TrainRequest:
-    """The order in a message. Raises RefusedError when a field is missing, unknown or of another type."""
+    """The request in a message, with its arrays decoded by the codec that its plan names.
+
+    Raises RefusedError for a field that is missing, unknown or of another type, and for arrays in another codec.
+    """
     return _unpack(TrainRequest, message)
 
 
 def reply_message(content: TrainReply | SiteInfo, message: Message) -> Message:
-    """A site's answer to a message."""
-    return Message(_pack(content), reply_to=message)
+    """A site's reply to a message. Arrays are encoded by the codec of the request, with its arrays as the reference."""
+    packed = None
+    if isinstance(content, TrainReply) and content.shared:
+        request = request_from(message)
+        packed = pack_arrays(content.shared, codec_of(request.plan), request.shared)
+    elif isinstance(content, TrainReply):
+        packed = pack_arrays({}, codec_of(str(message.content.config_records[CONFIG]["plan"])))
+    return Message(_pack(content, packed), reply_to=message)
 
 
 def error_message(reason: str, message: Message) -> Message:
-    """An answer that says what kind of thing went wrong; ``reason`` must be fit for the coordinator's eyes."""
+    """A reply that reports an error. The coordinator reads ``reason``, so it must not quote a site's data."""
     return Message(FlowerError(code=SITE_FAILED, reason=reason), reply_to=message)
 
 
-def reply_from(message: Message) -> TrainReply:
-    """The reply in a message. Raises RefusedError when a field is missing, unknown or of another type."""
-    return _unpack(TrainReply, message)
+def reply_from(message: Message, request: TrainRequest) -> TrainReply:
+    """The reply in a message, with its arrays decoded by the codec of the request that it answers.
+
+    Raises RefusedError for a field that is missing, unknown or of another type, and for arrays in another codec.
+    """
+    return _unpack(TrainReply, message, request)
 
 
 def site_info_from(message: Message) -> SiteInfo:
-    """The description in a message."""
+    """The site info in a message. Raises RefusedError for a field that is missing, unknown or of another type."""
     return _unpack(SiteInfo, message)
 
 
 def payload_bytes(message: Message) -> int:
-    """Payload bytes of a message: arrays, metrics and text, without Flower's envelope."""
+    """The payload of a message in bytes: arrays, metrics and texts, without Flower's envelope."""
     if not message.has_content():
         return 0
     arrays = sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
@@ -78,32 +90,37 @@ def payload_bytes(message: Message) -> int:
 
 
 def _pack(content: TrainRequest | TrainReply | SiteInfo, packed: ArrayRecord | None = None) -> RecordDict:
-    """Arrays go to the array record, floats by name to the metric record, the rest to the config record."""
+    """Put arrays into the array record, metrics into the metric record, and other fields into the config record."""
     fields = {f.name: getattr(content, f.name) for f in dataclasses.fields(content)}
-    arrays, metrics = fields.pop("shared", None), fields.pop("metrics", None)
+    metrics = fields.pop("metrics", None)
+    fields.pop("shared", None)
     record = RecordDict({CONFIG: ConfigRecord(fields)})
-    if arrays is not None:
-        record[ARRAYS] = packed or pack_arrays(arrays)
+    if packed is not None:
+        record[ARRAYS] = packed
     if metrics is not None:
         record[METRICS] = MetricRecord({key: float(value) for key, value in metrics.items()})
     return record
 
 
-def _unpack(kind: type[T], message: Message) -> T:
-    """The content of a message that may come from anyone: whatever is amiss is a RefusedError."""
+def _unpack(kind: type[T], message: Message, request: TrainRequest | None = None) -> T:
+    """The content of a message from an untrusted sender; ``request`` is the one that a reply answers.
+
+    Raises RefusedError for anything that is not as expected.
+    """
     content, hints = message.content, get_type_hints(kind)
-    wanted = {CONFIG: ConfigRecord}
-    wanted |= {name: record for name, record in ((ARRAYS, ArrayRecord), (METRICS, MetricRecord)) if name in hints}
-    if {name: type(record) for name, record in content.items()} != wanted:
-        raise RefusedError("records", ", ".join(sorted(wanted)), ", ".join(sorted(content)) or "none")
+    expected = {CONFIG: ConfigRecord}
+    expected |= {name: record for name, record in ((ARRAYS, ArrayRecord), (METRICS, MetricRecord)) if name in hints}
+    if {name: type(record) for name, record in content.items()} != expected:
+        raise RefusedError("records", ", ".join(sorted(expected)), ", ".join(sorted(content)) or "none")
     values: dict[str, Any] = dict(content.config_records[CONFIG])
-    if ARRAYS in wanted:
-        values[ARRAYS] = _arrays(content.array_records[ARRAYS])
-    if METRICS in wanted:
+    if METRICS in expected:
         values[METRICS] = {key: _number(key, value) for key, value in content.metric_records[METRICS].items()}
-    if set(values) != set(hints):
-        found = sorted(set(values) ^ set(hints))
-        raise RefusedError("fields", f"those of {kind.__name__}", f"a difference in {found[0]}")
+    different = set(values).symmetric_difference(set(hints) - {ARRAYS})
+    if different:
+        raise RefusedError("fields", f"those of {kind.__name__}", f"a difference in {min(different)}")
+    if ARRAYS in expected:
+        plan, reference = (request.plan, request.shared) if request else (str(values["plan"]), {})
+        values[ARRAYS] = _arrays(content.array_records[ARRAYS], codec_of(plan), reference)
     for name, hint in hints.items():
         if hint in (str, int, float, bool) and type(values[name]) is not hint:
             raise RefusedError(name, hint.__name__, type(values[name]).__name__)
@@ -118,7 +135,9 @@ def _number(key: str, value: object) -> float:
     return float(value)
 
 
-def _arrays(record: ArrayRecord) -> Arrays:
+def _arrays(record: ArrayRecord, codec: str, reference: Arrays) -> Arrays:
     if list(record) != [ALL]:
         raise RefusedError("arrays", f"one entry {ALL!r}", ", ".join(sorted(record))[:80] or "none")
-    return decode(record[ALL].stype, record[ALL].data)
+    if record[ALL].stype != codec:
+        raise RefusedError("arrays", f"the codec {codec}", record[ALL].stype[:40])
+    return decode(codec, record[ALL].data, reference)

@@ -1,7 +1,7 @@
-"""What coordinator and site say to each other, as plain data; ``messages.py`` puts it on Flower's wire.
+"""Requests and replies between coordinator and sites as plain data. ``flower_messages.py`` encodes them for Flower.
 
-A reply has one field for arrays, ``shared``, and one for numbers by name, ``metrics``; both sides refuse a name that
-is not on their closed lists. There is no field that could carry a core, a head, a private adapter or a text.
+A reply has one field for arrays, ``shared``, and one for named numbers, ``metrics``. Both sides refuse array and metric
+names that they do not expect. No field can carry a core, a head, a private adapter or a text.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from ..config.schema import digest
 from ..dataset import EVAL_MODES, METRICS
 from ..errors import RefusedError
 
-PROTOCOL = 1
-METRIC_NAMES = frozenset({"train.loss"} | {f"{kind}.{name}" for kind in EVAL_MODES for name in METRICS})
+PROTOCOL = 1  # version of these types; a site with another one is refused
+UPDATE_SCALE = "update.scale"  # metric: the factor by which a site scaled its update before it sent it
+METRIC_NAMES = frozenset({"train.loss", UPDATE_SCALE} | {f"{mode}.{name}" for mode in EVAL_MODES for name in METRICS})
 Arrays = Mapping[str, np.ndarray]
 RequestKind = Literal["train", "finalize"]
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """One message of the coordinator to one site: the shared adapter of the last round, and what to do with it.
+    """A request of the coordinator to one site: the shared adapter of the previous round, and what to do with it.
 
-    ``admitted`` is the last round of this site that counted (0: none); the site goes on from its state of then.
-    ``plan`` is the settings as one JSON string. ``close`` asks for the final personalisation and the last metrics.
+    ``admitted_round`` is the last round in which this site's reply was admitted (0: none); the site continues from its
+    state of that round. ``plan`` is the plan as JSON. ``finalize`` asks for the final steps and the final metrics.
     """
 
     federation: str
@@ -42,47 +43,47 @@ class TrainRequest:
 
     @cached_property
     def key(self) -> str:
-        """The identity of the round: equal keys have equal answers."""
+        """Identity of the request: requests with equal keys get equal replies."""
         parts = (self.federation, self.round, self.kind, self.admitted_round, self.evaluate, digest(self.plan))
         return digest("|".join(map(str, (*parts, hash_arrays(self.shared)))))
 
 
 @dataclass(frozen=True)
 class TrainReply:
-    """One answer of a site: its shared arrays, what they weigh, and metrics by name (``personal.accuracy``)."""
+    """A site's reply: its shared arrays, their weight, and metrics by name (``personal.accuracy``)."""
 
     site: str
     federation: str
     round: int
-    key: str  # of the order that it answers
+    key: str  # of the request
     shared: Arrays
-    terms: int  # loss terms trained on: answer tokens, or labelled texts
+    terms: int  # loss terms trained on: answer tokens or labelled texts
     examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-    fresh: bool = False  # the site had no state of the admitted round and started from the shared adapter
+    fresh: bool = False  # the site had no state of the admitted round and began from the shared adapter
 
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """What a site says of itself when it joins."""
+    """A site's description of itself when it joins."""
 
     site: str
     protocol: int
-    model: str  # fingerprints
+    model: str  # fingerprint, as are the next two
     tokenizer: str
     chat_template: str
     layout: str  # hash of the shared arrays' names and shapes
     task: str
-    train: int  # examples
+    train: int  # number of examples, as are the next three
     test: int
     truncated: int
     dropped: int
-    classes: int = 0
+    classes: int = 0  # number of labels of a classification task
 
 
 def hash_arrays(arrays: Arrays) -> str:
-    """SHA-256 over names, types, shapes and bytes, in name order."""
+    """Return the SHA-256 of names, types, shapes and bytes, in name order."""
     state = hashlib.sha256()
     for key in sorted(arrays):
         array = np.ascontiguousarray(arrays[key])
@@ -92,24 +93,31 @@ def hash_arrays(arrays: Arrays) -> str:
 
 
 def hash_layout(layout: Mapping[str, tuple[int, ...]]) -> str:
-    """SHA-256 over names and shapes, in name order."""
+    """Return a hash of names and shapes, in name order."""
     return digest("\n".join(f"{key}:{tuple(layout[key])}" for key in sorted(layout)))
 
 
 def check_metrics(metrics: Mapping[str, float], site: str) -> None:
-    """Both sides' rule: known metrics by their names, so that no number or text travels as another. RefusedError."""
-    extra = sorted(set(metrics) - METRIC_NAMES)
-    if extra:
-        raise RefusedError("metrics", "known metrics only", f"also {extra[0][:40]!r}", site=site)
+    """Check that all metrics have known names. Both sides do. Raises RefusedError."""
+    unknown = sorted(set(metrics) - METRIC_NAMES)
+    if unknown:
+        name = repr(unknown[0][:40])
+        message = f"The reply has an unknown metric {name}."
+        raise RefusedError("metrics", "known metrics only", name, site=site, message=message)
 
 
 def check_arrays(arrays: Arrays, layout: Mapping[str, tuple[int, ...]], site: str) -> None:
-    """Both sides' rule: exactly the shared arrays, of their shapes, in fp32. Raises RefusedError."""
+    """Check that the arrays are exactly the shared ones, with their shapes, in fp32. Both sides do.
+
+    Raises RefusedError.
+    """
     extra, missing = sorted(set(arrays) - set(layout)), sorted(set(layout) - set(arrays))
     if extra:
-        raise RefusedError("arrays", "the shared groups only", f"also {extra[0]}", site=site)
+        message = f"The reply has an array that is not shared: {extra[0]}."
+        raise RefusedError("arrays", "shared arrays only", extra[0], site=site, message=message)
     if missing:
-        raise RefusedError("arrays", missing[0], "no such array", site=site)
+        message = f"The reply lacks the shared array {missing[0]}."
+        raise RefusedError("arrays", missing[0], "no such array", site=site, message=message)
     for key, array in arrays.items():
         if array.dtype != np.float32:
             raise RefusedError(key, "float32", array.dtype, site=site)

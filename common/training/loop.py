@@ -1,4 +1,4 @@
-"""The training loop: plain functions of (task, parameters, settings) that a notebook can call."""
+"""The training loop: functions of (task, parameters, settings) that a notebook can call."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
 }
-OptimizerState = dict[str, torch.Tensor]  # "<parameter>/<name of the moment>" → value
-StepCallback = Callable[[int, int], None]  # (steps done, steps of the round); what it raises ends the training
+OptimizerState = dict[str, torch.Tensor]  # "<parameter>/<entry of the optimizer>" → value
+StepCallback = Callable[[int, int], None]  # (steps done, steps of the round); an exception from it ends the training
 
 
 @dataclass(frozen=True)
 class TrainPhase:
-    """``steps`` optimiser steps on the parameters named by ``keys``; all others stand still."""
+    """``steps`` optimizer steps on the parameters in ``keys``. All others are frozen."""
 
     steps: int
     keys: frozenset[str]
@@ -34,7 +34,7 @@ class TrainPhase:
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """What a run of phases did. ``terms`` are loss terms: answer tokens, or labelled texts."""
+    """Result of training: mean loss per loss term, and counts of loss terms (tokens or labelled texts) and examples."""
 
     loss: float
     terms: int
@@ -44,16 +44,16 @@ class TrainOutcome:
 
 @dataclass(frozen=True)
 class TrainCursor:
-    """Where a site stands: ``step`` of ``total`` global optimiser steps, ``position`` examples already drawn.
+    """Position of a site in its training: ``step`` of ``total`` optimizer steps, after ``position`` examples.
 
-    ``moments`` are the optimiser's, where it goes on with those of the round before.
+    ``moments`` is the optimizer state of the previous round, if it is kept.
     """
 
     step: int
     total: int
     position: int
-    seed: int  # of the site: the order of its data
-    noise: int  # of the site and round: dropout
+    seed: int  # seed of the site, for the order of its examples
+    noise: int  # seed of the site and round, for dropout
     moments: Mapping[str, torch.Tensor] | None = None
 
 
@@ -62,63 +62,59 @@ def train(
     parameters: Mapping[str, nn.Parameter],
     phases: Sequence[TrainPhase],
     settings: TrainSettings,
-    stretch: TrainCursor,
-    watch: StepCallback | None = None,
+    cursor: TrainCursor,
+    callback: StepCallback | None = None,
 ) -> TrainOutcome:
-    """Trains ``parameters`` in place, phase after phase, from where ``stretch`` says.
+    """Train ``parameters`` in place, one phase after the other, from the position of ``cursor``.
 
-    Data order: epoch e is a permutation seeded by (site, e), and ``position`` moves on from round to round, so no
-    round repeats the last one's examples. The learning rate follows the global step. ``watch`` is called at the start
-    and after each step.
+    Epoch e is a permutation of the examples, seeded by (site, e). ``position`` continues from round to round, so that a
+    round does not repeat the examples of the previous one. The learning rate follows the global step. ``callback`` is
+    called before the first step and after each step.
     """
     optimizer = make_optimizer(parameters, settings)
-    if stretch.moments:
-        _load_optimizer_state(optimizer, parameters, stretch.moments)
-    factor = lr_factor(settings, stretch.total)
+    if cursor.moments:
+        _load_optimizer_state(optimizer, parameters, cursor.moments)
+    factor = lr_factor(settings, cursor.total)
     rates = [group["lr"] for group in optimizer.param_groups]
-    draws, fit = (
-        batch_indices(len(task.train.examples), settings.batch_size, stretch),
-        MicroBatcher(settings.micro_batch),
-    )
-    step, loss_sum, terms, examples = stretch.step, 0.0, 0, 0
-    planned, watch = sum(phase.steps for phase in phases), watch or (lambda done, total: None)
-    watch(0, planned)
+    batches = batch_indices(len(task.train.examples), settings.batch_size, cursor)
+    micro_batcher = MicroBatcher(settings.micro_batch)
+    step, loss_sum, terms, examples = cursor.step, 0.0, 0, 0
+    total, callback = sum(phase.steps for phase in phases), callback or (lambda done, total: None)
+    callback(0, total)
     with torch.random.fork_rng():
-        torch.manual_seed(stretch.noise)
+        torch.manual_seed(cursor.noise)
         task.module.train()
         for phase in phases:
             _train_only(parameters, phase.keys)
             for _ in range(phase.steps):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor(step)
-                chosen = [task.train.examples[i] for i in next(draws)]
-                loss, n = fit.step(task, optimizer, chosen, settings.max_grad_norm)
-                step, loss_sum, terms, examples = (
-                    step + 1,
-                    loss_sum + loss * n,
-                    terms + n,
-                    examples + len(chosen),
-                )
-                watch(step - stretch.step, planned)
+                batch = [task.train.examples[i] for i in next(batches)]
+                loss, n = micro_batcher.step(task, optimizer, batch, settings.max_grad_norm)
+                step, loss_sum, terms, examples = step + 1, loss_sum + loss * n, terms + n, examples + len(batch)
+                callback(step - cursor.step, total)
     _train_only(parameters, frozenset())
-    kept = _save_optimizer_state(optimizer, parameters) if settings.persist_optimizer_state else {}
-    return TrainOutcome(loss_sum / terms if terms else float("nan"), terms, examples, kept)
+    state = _save_optimizer_state(optimizer, parameters) if settings.persist_optimizer_state else {}
+    return TrainOutcome(loss_sum / terms if terms else float("nan"), terms, examples, state)
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """One optimiser with a learning rate a group: A and B, core, private, head. MultiLoRA's scales never decay."""
+    """Return an optimizer with a learning rate per parameter group: A and B, core, private, head.
+
+    Weight decay does not apply to MultiLoRA's scales.
+    """
     rates = {"core": settings.core_lr, "head": settings.head_lr, "private": settings.private_lr}
     kinds = {key: (group_of(key), key.endswith("lora_scale")) for key in parameters}
     groups = []
     for kind in dict.fromkeys(kinds.values()):
         rate, decay = rates.get(kind[0]), 0.0 if kind[1] else settings.weight_decay
-        mine = [parameters[key] for key in parameters if kinds[key] == kind]
-        groups.append({"params": mine, "lr": settings.lr if rate is None else rate, "weight_decay": decay})
+        members = [parameters[key] for key in parameters if kinds[key] == kind]
+        groups.append({"params": members, "lr": settings.lr if rate is None else rate, "weight_decay": decay})
     return OPTIMIZERS[settings.optimizer](groups, weight_decay=settings.weight_decay)  # type: ignore[call-arg]
 
 
 def lr_factor(settings: TrainSettings, total: int) -> Any:
-    """Global step → factor on the learning rate: transformers' schedules by their usual names."""
+    """Return a function from the global step to the factor on the learning rate, from Transformers' schedules."""
     from transformers import get_scheduler
 
     carrier = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -126,15 +122,15 @@ def lr_factor(settings: TrainSettings, total: int) -> Any:
     return scheduler.lr_lambdas[0]
 
 
-def batch_indices(examples: int, batch_size: int, stretch: TrainCursor) -> Iterator[list[int]]:
-    """Endless batches of example indices, from ``stretch.position`` on; epochs run into each other."""
-    position, batch_size = stretch.position, min(batch_size, examples)
+def batch_indices(examples: int, batch_size: int, cursor: TrainCursor) -> Iterator[list[int]]:
+    """Yield batches of example indices without end, from ``cursor.position`` on. A batch can span two epochs."""
+    position, batch_size = cursor.position, min(batch_size, examples)
     orders: dict[int, list[int]] = {}
 
     def index(at: int) -> int:
         epoch, offset = divmod(at, examples)
         if epoch not in orders:
-            generator = torch.Generator().manual_seed(seed_from(stretch.seed, "epoch", epoch))
+            generator = torch.Generator().manual_seed(seed_from(cursor.seed, "epoch", epoch))
             orders[epoch] = torch.randperm(examples, generator=generator).tolist()
             orders.pop(epoch - 2, None)
         return orders[epoch][offset]

@@ -1,1 +1,1 @@
-"""Running a coordinator: SuperLink, gateway and ServerApp."""
+"""Deployment of the coordinator: SuperLink, gateway, ServerApp, their supervisor and their status."""

@@ -1,4 +1,4 @@
-"""The ServerApp's side of ``colora server``: one process at a time leads a run folder, and says how it ended."""
+"""The ServerApp process of ``colora server``: it locks the run folder and records how the run ended."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from ..reporting.run_folder import RunFolder
 from ..rounds.run_options import RosterEntry, Run, RunOptions, StopRequested
 from .superlink import RUN_FOLDER
 
-LOOK = 0.3  # seconds between two looks whether the process that started this one still lives
+PARENT_CHECK_INTERVAL = 0.3  # seconds between two checks that the parent process is alive
 
 
 @contextmanager
 def deployed() -> Iterator[tuple[Run, RunOptions]]:
-    """The run of the folder in the environment. Waits until no other process leads it.
+    """Open the run folder that the environment names, once no other process holds its lock.
 
-    Ends quietly after a stop; an error of ours is told in the events, for the supervisor to decide.
+    A requested stop is recorded as `stopped`, and an error as `run_failed`, by which the supervisor decides whether to
+    start another run. Errors are raised again.
     """
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     shorten_pull_backoff()
     files = RunFolder(Path(os.environ[RUN_FOLDER]))
     with (files.path / "leading.lock").open("w") as lock:
@@ -43,18 +44,18 @@ def deployed() -> Iterator[tuple[Run, RunOptions]]:
         except StopRequested:
             events.emit("stopped")
         except ColoraError as error:
-            events.emit("broken", reason=str(error), final=not isinstance(error, QuorumError))
+            events.emit("run_failed", reason=str(error), final=not isinstance(error, QuorumError))
             raise
         except Exception as error:
-            events.emit("broken", reason=f"{type(error).__name__}: {error}", final=False)
+            events.emit("run_failed", reason=f"{type(error).__name__}: {error}", final=False)
             raise
 
 
-def _die_with(parent: int) -> None:
-    """Ends this process when Flower's SuperExec has gone: Flower itself would let it try for 20 seconds and more.
+def _exit_with_parent(parent: int) -> None:
+    """Exit when the parent process (Flower's SuperExec) is gone; Flower's own retries would last 20 seconds or more.
 
-    That is a kill like any other: the round is done again, by the ServerApp that waits for this one's lock.
+    The round in progress is lost. The next ServerApp, which waits for this one's lock, repeats it.
     """
     while os.getppid() == parent:
-        time.sleep(LOOK)
+        time.sleep(PARENT_CHECK_INTERVAL)
     os._exit(1)

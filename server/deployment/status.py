@@ -1,13 +1,14 @@
-"""How a run stands, from its folder and its services; nothing is asked of the run itself.
+"""Status of a run, from the files of its run folder and the health checks of its services.
 
-As JSON (``colora status --json``; keys are only ever added, times are seconds, unknown is null)::
+``colora status --json`` prints one object. Later versions only add keys. Times are in seconds; unknown values are
+null::
 
     {"kind": "run", "version": 1, "folder", "federation", "method", "model", "round", "rounds",
-     "phase": "joining" | "waiting" | "training" | "closing" | "closed" | "not running",
-     "about": words on the phase, "idle": since the last event, "healthy": bool, "problems": [words],
-     "checkpoint": null | {"round", "age", "closed"},
-     "sites": [{"site", "task", "seen": since it was heard of, "admitted": its last round that counted,
-                "metrics": {"personal.accuracy": ...}, "failures": {"3": words}}],
+     "phase": "joining" | "waiting" | "training" | "finalizing" | "finished" | "not running",
+     "about": details of the phase, "idle": since the last event, "healthy": bool, "problems": [text],
+     "checkpoint": null | {"round", "age", "finalized"},
+     "sites": [{"site", "task", "seen": since its last message, "admitted": its last admitted round,
+                "metrics": {"personal.accuracy": ...}, "failures": {"3": text}}],
      "services": [{"name", "address", "state": "serving" | "not serving" | "down"}],
      "processes": [{"name", "pid", "alive"}]}
 """
@@ -47,16 +48,16 @@ from ..reporting.events import Event, read_events
 from ..reporting.summary import RunSummary, SiteSummary, summarize
 from ..rounds.checkpoint import CheckpointInfo, latest_checkpoint_info
 
-Phase = Literal["joining", "waiting", "training", "closing", "closed", "not running"]
-HEARD = ("met", "joined", "reply", "late", "refused")  # events that a site's own message made
-AT_WORK = ("round_started", "reply", "round", "failed", "refused", "late")
-LONGEST_WAIT = 120.0  # seconds without an event while sites are missing, before that counts as standing still
-LONGEST_ROUND = 3600.0  # the same for a round without a deadline
+Phase = Literal["joining", "waiting", "training", "finalizing", "finished", "not running"]
+SITE_EVENTS = ("site_ready", "joined", "reply", "late", "refused")  # events caused by a site's message
+ROUND_EVENTS = ("round_started", "reply", "round", "failed", "refused", "late")  # events that occur within rounds
+LONGEST_WAIT = 120.0  # seconds without an event before a run whose sites are joining counts as stalled
+LONGEST_ROUND = 3600.0  # likewise for a round without a deadline
 
 
 @dataclass(frozen=True)
 class SiteProgress:
-    """One site as the coordinator knows it. ``seen`` is seconds since it was heard of."""
+    """One site as the coordinator knows it. ``seen``: seconds since its last message; ``admitted``: a round."""
 
     site: str
     task: str
@@ -68,16 +69,16 @@ class SiteProgress:
 
 @dataclass(frozen=True)
 class CheckpointStatus:
-    """The newest checkpoint: its round, and seconds since it was written."""
+    """The newest checkpoint. ``age``: seconds since it was written."""
 
     round: int
     age: float
-    closed: bool
+    finalized: bool
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run stands. ``about`` says more of the phase; ``idle`` is seconds since the last event."""
+    """The status of a run. ``about`` has details of the phase; ``idle`` is in seconds since the last event."""
 
     folder: str
     federation: str
@@ -98,86 +99,92 @@ class RunStatus:
 
     @property
     def healthy(self) -> bool:
-        """Closed, or under way with all that it needs."""
+        """Whether there are no problems. A finished run is healthy."""
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``--json`` prints."""
+        """The object that ``--json`` prints."""
         return {**dataclasses.asdict(self), "healthy": self.healthy}
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, or the beginning of one."""
+    """Whether a folder holds a run, started or only prepared."""
     return (folder / "recipe.toml").is_file()
 
 
 def newest_run(runs: Path) -> Path:
-    """The run below ``runs`` in which something happened last. Raises StateError when there is none."""
-    found = [folder for folder in runs.glob("*") if is_run(folder)]
-    if not found:
-        raise StateError("RUN", "a run folder, or one below runs/", "none")
-    return max(found, key=lambda folder: max(p.stat().st_mtime for p in _lively(folder)))
+    """Return the run in ``runs`` that changed last. Raises StateError if there is none."""
+    folders = [folder for folder in runs.glob("*") if is_run(folder)]
+    if not folders:
+        message, hint = f"There is no run in {runs}/.", "Name a run folder or a site.toml."
+        raise StateError("RUN", "a run folder", "none", message=message, hint=hint)
+    return max(folders, key=lambda folder: max(p.stat().st_mtime for p in _changing_files(folder)))
 
 
 def run_status(folder: Path, now: float | None = None) -> RunStatus:
-    """Reads a run folder and asks its services. Raises StateError or ConfigError when that is no run folder."""
+    """Read a run folder and check its services. Raises StateError or ConfigError if it is not a run folder."""
     now = time.time() if now is None else now
     recipe = load_recipe(folder / "recipe.toml")
-    events, mark = _events(folder), latest_checkpoint_info(folder / "checkpoints")
-    board, told = summarize(events), read_services(folder)
-    phase, about = _phase(events, board, mark)
+    events, checkpoint = _events(folder), latest_checkpoint_info(folder / "checkpoints")
+    summary, record = summarize(events), read_services(folder)
+    phase, about = _phase(events, summary, checkpoint)
     idle = now - events[-1]["time"] if events else None
-    processes = told.processes() if told else ()
-    services = tuple(_services(told)) if told and phase != "closed" else ()
-    if phase not in ("closed", "not running") and _ended(processes, told, idle, recipe.server.timeout):
-        phase, about = "not running", f"{phase} when it was last heard of"
-    short = phase in ("joining", "waiting") and not board.awaits  # what sites write for a move takes them longer
-    limit = LONGEST_WAIT if short else (recipe.server.timeout or LONGEST_ROUND) + LONGEST_WAIT
-    problems = list(_problems(phase, about, services, processes))
-    if phase not in ("closed", "not running") and (idle or 0) > limit:
-        problems.append(f"nothing has happened for {format_age(idle).removesuffix(' ago')}")
+    processes = record.processes() if record and phase != "finished" else ()
+    services = tuple(_services(record)) if record and phase != "finished" else ()
+    if phase not in ("finished", "not running") and _coordinator_gone(processes, idle, recipe.server.timeout):
+        phase, about = "not running", f"it was last {phase}"
+    problems = _problems(phase, about, services, processes)
+    if phase not in ("finished", "not running") and (idle or 0) > _longest_idle(phase, summary, recipe.server.timeout):
+        problems.append(f"no event for {format_age(idle).removesuffix(' ago')}")
     return RunStatus(
         folder=str(folder),
-        federation=board.federation or recipe.name,
-        method=board.method,
-        model=board.model or recipe.model.source,
-        round=min(board.round, recipe.rounds),
+        federation=summary.federation or recipe.name,
+        method=summary.method,
+        model=summary.model or recipe.model.source,
+        round=min(summary.round, recipe.rounds),
         rounds=recipe.rounds,
         phase=phase,
         about=about,
         idle=idle,
         problems=tuple(problems),
-        checkpoint=CheckpointStatus(mark.round, now - mark.written, mark.closed) if mark else None,
-        sites=tuple(_site(site, board, events, mark, now) for site in _roster(folder, board)),
+        checkpoint=_checkpoint_status(checkpoint, now),
+        sites=tuple(_site(site, summary, events, checkpoint, now) for site in _roster(folder, summary)),
         services=services,
-        processes=processes if phase != "closed" else (),
+        processes=processes,
     )
 
 
 def show_run(status: RunStatus, console: Console) -> None:
-    """A page for people."""
-    say: Callable[[str], None] = lambda text: console.print(sanitize(text), highlight=False, soft_wrap=True)  # noqa: E731
-    say(f"{status.federation}: {status.method or 'not begun'} on {status.model}")
+    """Print a status for people."""
     about = f" ({status.about})" if status.about else ""
-    say(f"round {status.round} of {status.rounds}, {status.phase}{about}; last event {format_age(status.idle)}")
-    mark = status.checkpoint
-    say(f"checkpoint: round {mark.round}, written {format_age(mark.age)}" if mark else "checkpoint: none yet")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("site", no_wrap=True)
-    for name in ("seen", "admitted", *EVAL_MODES):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("trouble")
-    for site in status.sites:
-        row = SiteSummary(site.site, site.task, metrics=site.metrics)
-        values = [row.metric(name) for name in EVAL_MODES]
-        trouble = [sanitize(f"round {t}: {why}") for t, why in site.failures.items()][-1:]
-        cells = ["" if value is None else f"{value:.3f}" for value in values]
-        table.add_row(site.site, format_age(site.seen), str(site.admitted or ""), *cells, *trouble)
-    console.print(table)
+    checkpoint = status.checkpoint
+    lines = (
+        f"{status.federation}: {status.method or 'not started'} on {status.model}",
+        f"round {status.round} of {status.rounds}, {status.phase}{about}; last event: {format_age(status.idle)}",
+        f"checkpoint: round {checkpoint.round}, {format_age(checkpoint.age)}" if checkpoint else "checkpoint: none yet",
+    )
+    for line in lines:
+        console.print(sanitize(line), highlight=False, soft_wrap=True)
+    console.print(_site_table(status.sites))
     show_services(status.services, status.processes, status.problems, console)
 
 
-def _lively(folder: Path) -> list[Path]:
+def _site_table(sites: Sequence[SiteProgress]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("site", no_wrap=True)
+    for name in ("last message", "last round", *EVAL_MODES):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("last failure")
+    for site in sites:
+        summary = SiteSummary(site.site, site.task, metrics=site.metrics)
+        values = [summary.metric(mode) for mode in EVAL_MODES]
+        failure = [sanitize(f"round {t}: {reason}") for t, reason in site.failures.items()][-1:]
+        cells = ["" if value is None else f"{value:.3f}" for value in values]
+        table.add_row(site.site, format_age(site.seen), str(site.admitted or ""), *cells, *failure)
+    return table
+
+
+def _changing_files(folder: Path) -> list[Path]:
     return [path for path in (folder / "recipe.toml", folder / "events.jsonl") if path.exists()]
 
 
@@ -185,70 +192,91 @@ def _events(folder: Path) -> list[Event]:
     try:
         return read_events(folder / "events.jsonl")
     except (OSError, ValueError) as error:
-        raise StateError(str(folder / "events.jsonl"), "events, one JSON object a line", error) from None
+        path = folder / "events.jsonl"
+        message = f"{path} cannot be read: {error}."
+        raise StateError(str(path), "one JSON object per line", error, message=message) from None
 
 
-def _roster(folder: Path, board: RunSummary) -> list[str]:
-    """The sites in their order, also before anything has happened."""
+def _roster(folder: Path, summary: RunSummary) -> list[str]:
+    """The names of the sites in order, from the roster, which exists before the first event."""
     try:
         return [str(entry[0]) for entry in json.loads((folder / "roster.json").read_text(encoding="utf-8"))]
     except (OSError, ValueError, LookupError, TypeError):
-        return list(board.rows)
+        return list(summary.rows)
 
 
-def _phase(events: list[Event], board: RunSummary, mark: CheckpointInfo | None) -> tuple[Phase, str]:
-    """What the events of the last start say, and words on it."""
-    events = [event for event in events if event["event"] != "met"]
-    names = [event["event"] for event in events]
-    if mark and mark.closed:
-        return "closed", ""
-    if not names:
-        return "joining", "nothing has happened yet"
-    begun = max((i for i, name in enumerate(names) if name == "started"), default=0)
-    last, now = events[-1], names[begun:]
-    if "finished" in now:
-        return "closed", ""
-    if names[-1] == "stopped":
-        return "not running", "stopped: the same command goes on"
-    if names[-1] == "broken":
-        return ("not running" if last.get("final") else "waiting"), str(last["reason"])
-    if names[-1] == "waiting":
-        missing = ", ".join(last.get("missing", ())) or str(last.get("reason", ""))
-        return "waiting", f"for {missing}" if "missing" in last else missing
-    if not set(now) & set(AT_WORK):
+def _phase(events: list[Event], summary: RunSummary, checkpoint: CheckpointInfo | None) -> tuple[Phase, str]:
+    """The phase by the events since the last start, and its details."""
+    events = [event for event in events if event["event"] != "site_ready"]
+    if checkpoint and checkpoint.finalized:
+        return "finished", ""
+    if not events:
+        return "joining", "there are no events yet"
+    last, names = events[-1], _since_start(events)
+    if "finished" in names:
+        return "finished", ""
+    if last["event"] in _PHASE_BY_LAST_EVENT:
+        return _PHASE_BY_LAST_EVENT[last["event"]](last)
+    if not set(names) & set(ROUND_EVENTS):
         return "joining", ""
-    backwards = now[::-1]  # the last round is over, and none was begun after it
-    over = "round" in now and "round_started" not in backwards[: backwards.index("round")]
-    return ("closing" if over and board.round >= board.rounds else "training"), ""
+    between_rounds = "round" in names and "round_started" not in names[_last_index(names, "round") :]
+    return ("finalizing" if between_rounds and summary.round >= summary.rounds else "training"), ""
 
 
-def _ended(
-    processes: Sequence[ProcessStatus], told: ServiceRecord | None, idle: float | None, timeout: float | None
-) -> bool:
-    """Whether the coordinator is gone. A simulation writes no pids: there only silence tells."""
+def _since_start(events: list[Event]) -> list[str]:
+    names = [event["event"] for event in events]
+    return names[_last_index(names, "started") :] if "started" in names else names
+
+
+def _last_index(names: list[str], name: str) -> int:
+    return len(names) - 1 - names[::-1].index(name)
+
+
+def _waiting_phase(event: Event) -> tuple[Phase, str]:
+    return "waiting", f"for {', '.join(event['missing'])}" if event.get("missing") else str(event.get("reason", ""))
+
+
+def _failed_phase(event: Event) -> tuple[Phase, str]:
+    return ("not running" if event.get("final") else "waiting"), str(event["reason"])
+
+
+_PHASE_BY_LAST_EVENT: dict[str, Callable[[Event], tuple[Phase, str]]] = {
+    "stopped": lambda event: ("not running", "stopped on request; the same command continues the run"),
+    "run_failed": _failed_phase,
+    "waiting": _waiting_phase,
+}
+
+
+def _longest_idle(phase: Phase, summary: RunSummary, timeout: float | None) -> float:
+    """Seconds without an event after which a run counts as stalled. Generating texts for a transfer takes longer."""
+    if phase in ("joining", "waiting") and not summary.ready_event:
+        return LONGEST_WAIT
+    return (timeout or LONGEST_ROUND) + LONGEST_WAIT
+
+
+def _coordinator_gone(processes: Sequence[ProcessStatus], idle: float | None, timeout: float | None) -> bool:
+    """Whether the coordinator has exited. A simulation writes no pids, so a long time without events decides."""
     server = next((process for process in processes if process.name == "server"), None)
-    if told and server:
-        return not server.alive
-    return (idle or 0) > (timeout or LONGEST_ROUND)
+    return not server.alive if server else (idle or 0) > (timeout or LONGEST_ROUND)
 
 
-def _services(told: ServiceRecord) -> list[ServiceStatus]:
-    found = []
-    for name, address in told.addresses.items():
-        if name == "gate":
-            found.append(ServiceStatus(name, address, _gate_health(address)))
+def _services(record: ServiceRecord) -> list[ServiceStatus]:
+    services = []
+    for name, address in record.addresses.items():
+        if name == "gateway":
+            services.append(ServiceStatus(name, address, _gateway_health(address)))
         elif name.endswith("_health"):
-            found.append(ServiceStatus(name.removesuffix("_health"), address, grpc_health(address)))
-    return found
+            services.append(ServiceStatus(name.removesuffix("_health"), address, grpc_health(address)))
+    return services
 
 
-def _gate_health(address: str) -> HealthState:
-    """The gate's own answer. Whose certificate it shows does not matter here: nothing is told to it."""
+def _gateway_health(address: str) -> HealthState:
+    """Call the gateway's health endpoint. Its certificate is not verified, since nothing confidential is sent."""
     for scheme in ("https", "http"):
         try:
             url = f"{scheme}://{connectable_address(address)}/health"
-            answer = httpx.get(url, verify=False, trust_env=False, timeout=PATIENCE)
-            return "serving" if answer.text == "ok" else "not serving"
+            response = httpx.get(url, verify=False, trust_env=False, timeout=PATIENCE)
+            return "serving" if response.text == "ok" else "not serving"
         except httpx.HTTPError:
             continue
     return "down"
@@ -257,18 +285,22 @@ def _gate_health(address: str) -> HealthState:
 def _problems(
     phase: Phase, about: str, services: Sequence[ServiceStatus], processes: Sequence[ProcessStatus]
 ) -> list[str]:
-    if phase == "closed":
+    if phase == "finished":
         return []
-    found = [f"the run stands still: {about or phase}"] if phase == "not running" else []
-    found += [
-        f"{service.name} at {service.address} is {service.state}" for service in services if service.state != "serving"
-    ]
-    return found + [f"{each.name} (process {each.pid}) is gone" for each in processes if not each.alive]
+    problems = [f"not running: {about}" if about else "not running"] if phase == "not running" else []
+    problems += [f"{each.name} at {each.address} is {each.state}" for each in services if each.state != "serving"]
+    return problems + [f"{each.name} (process {each.pid}) has exited" for each in processes if not each.alive]
 
 
-def _site(site: str, board: RunSummary, events: list[Event], mark: CheckpointInfo | None, now: float) -> SiteProgress:
-    row = board.rows.get(site, SiteSummary(site))
-    heard = [event["time"] for event in events if event.get("site") == site and event["event"] in HEARD]
-    admitted = min(mark.admitted.get(site, 0), board.rounds) if mark else 0
-    seen = now - heard[-1] if heard else None
+def _checkpoint_status(info: CheckpointInfo | None, now: float) -> CheckpointStatus | None:
+    return CheckpointStatus(info.round, now - info.written, info.finalized) if info else None
+
+
+def _site(
+    site: str, summary: RunSummary, events: list[Event], checkpoint: CheckpointInfo | None, now: float
+) -> SiteProgress:
+    row = summary.rows.get(site, SiteSummary(site))
+    times = [event["time"] for event in events if event.get("site") == site and event["event"] in SITE_EVENTS]
+    admitted = min(checkpoint.admitted.get(site, 0), summary.rounds) if checkpoint else 0
+    seen = now - times[-1] if times else None
     return SiteProgress(site, row.task, seen, admitted, dict(row.metrics), dict(row.failures))

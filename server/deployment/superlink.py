@@ -1,7 +1,7 @@
-"""Flower's SuperLink as the coordinator uses it: on loopback, sites known by their keys, one stub app to run.
+"""Flower's SuperLink as the coordinator runs it: on loopback, with the sites' keys registered, for one stub app.
 
-What Flower ships to the sites says nothing: both sides run their own installed code, and what the ServerApp needs
-stands in the run folder.
+The app that Flower ships to the sites has no code of its own. It imports the colora that is installed on each side,
+and the ServerApp reads its input from the run folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ build-backend = "hatchling.build"
 [project]
 name = "colora-run"
 version = "1.0.0"
-description = "Starts the colora that is installed on each side."
+description = "Runs the colora that is installed on each side."
 license = "Apache-2.0"
 dependencies = []
 
@@ -57,14 +57,14 @@ clientapp = "colora_stub.client:app"
     "colora_stub/server.py": "from colora.server.server_app import app as _app\n\napp = _app\n",
     "colora_stub/client.py": "from colora.client.client_app import app as _app\n\napp = _app\n",
 }
-POLLING = {TASK_POLL_INTERVAL: "0.5"}  # seconds between a run and its ServerApp
-RUN_FOLDER = "COLORA_RUN"  # environment of the ServerApp
-PAGE = 1 << 16  # bytes of a page of the database, which holds messages: with SQLite's 4 KiB 2.5 times slower
+POLLING = {TASK_POLL_INTERVAL: "0.5"}  # seconds between two checks for a task to start
+RUN_FOLDER = "COLORA_RUN"  # environment variable of the ServerApp
+PAGE = 1 << 16  # bytes per page of the message database; SQLite's default of 4 KiB is 2.5 times slower
 
 
 @dataclass(frozen=True)
 class Certificates:
-    """What ``colora provision`` wrote for the coordinator."""
+    """The coordinator's certificates, as ``colora provision`` writes them (PEM)."""
 
     ca: Path
     certificate: Path
@@ -72,7 +72,7 @@ class Certificates:
 
 
 class SuperLink:
-    """A ``flower-superlink`` with its database below ``home``; without certificates it knows sites by no key."""
+    """A ``flower-superlink`` process with its database in ``home``. Without certificates it does not check keys."""
 
     def __init__(self, home: Path, run: Path, log: Path, certificates: Certificates | None) -> None:
         self.home, self.certificates, self.app = home, certificates, b""
@@ -97,11 +97,11 @@ class SuperLink:
 
     @property
     def url(self) -> str:
-        """Where the gate finds it."""
+        """The URL at which the gateway reaches it."""
         return f"{'https' if self.certificates else 'http'}://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Starts it; it answers a few seconds later."""
+        """Start the process. It accepts connections a few seconds later."""
         self.home.mkdir(parents=True, exist_ok=True)
         for name, text in STUB.items():
             write_atomically(self.home / "app" / name, text.encode(), lasting=False)
@@ -110,33 +110,33 @@ class SuperLink:
         self.child.start()
 
     def register(self, keys: Mapping[str, bytes]) -> None:
-        """Makes the sites' public keys (OpenSSH) known under the sites' names; keys that are no longer theirs go."""
+        """Register the sites' public keys (OpenSSH) under the sites' names, and remove all other keys."""
         with self._control() as control:
             known = {node.name: node for node in list_nodes(control)}
-            wanted = {name: point_of(key, name) for name, key in keys.items()}
+            current = {name: point_of(key, name) for name, key in keys.items()}
             for name, node in known.items():
-                if wanted.get(name) != node.public_key:
+                if current.get(name) != node.public_key:
                     unregister_node(control, node.node_id)
-            for name, key in wanted.items():
+            for name, key in current.items():
                 if name not in known or known[name].public_key != key:
                     register_node(control, name, key)
 
     def prepare(self) -> None:
-        """Makes the stub app, and loads what submitting needs, while the SuperLink starts."""
+        """Build the stub app and import what :meth:`submit` needs, while the SuperLink starts."""
         self.app = build_app_bundle(self.home / "app")
 
     def submit(self) -> int:
-        """Starts a run of the stub app, after ending the ones before it, and returns Flower's number for it.
+        """Stop earlier runs, start a new run of the stub app, and return its Flower run id.
 
-        A run whose ServerApp died counts as running for a minute more. For as long a SuperNode would wait for the rest
-        of an order that the ServerApp was sending just then.
+        Flower counts a run as running for a minute after its ServerApp died. Without stopping it, a SuperNode would
+        wait that long for the rest of a message that the ServerApp was sending.
         """
         with self._control() as control:
             stop_unfinished_runs(control)
             return start_run(control, self.app)
 
     def online(self) -> list[str]:
-        """Names of the sites whose SuperNodes are online (empty names where sites have no keys)."""
+        """Return the names of the sites whose SuperNodes are online; names are empty for sites without keys."""
         with self._control() as control:
             return [node.name for node in list_nodes(control) if node.status == "online"]
 
@@ -145,24 +145,34 @@ class SuperLink:
 
 
 def _create(path: Path) -> None:
-    """An empty database with pages of :data:`PAGE`, which stay. Raises StateError."""
+    """Create an empty database with pages of :data:`PAGE` bytes. Raises StateError."""
     try:
         with contextlib.closing(sqlite3.connect(path)) as database:
             database.execute(f"PRAGMA page_size = {PAGE}")
-            database.execute("VACUUM")  # writes it
+            database.execute("VACUUM")  # writes the file
     except sqlite3.Error as error:
-        raise StateError(str(path), "a place for a database", error) from None
+        raise StateError(
+            str(path), "a path for a database", error, message=f"The database {path} could not be created: {error}."
+        ) from None
 
 
 def point_of(key: bytes, site: str) -> bytes:
-    """A public key (OpenSSH) as Flower sends and keeps it. Raises StateError."""
+    """Convert a public key (OpenSSH) to the form in which Flower sends and stores it. Raises StateError."""
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
     try:
         loaded = load_ssh_public_key(key)
+        problem = "" if isinstance(loaded, ec.EllipticCurvePublicKey) else type(loaded).__name__
     except ValueError as error:
-        raise StateError("public key", "an OpenSSH ECDSA key", error, site=site) from None
+        loaded, problem = None, str(error)
     if not isinstance(loaded, ec.EllipticCurvePublicKey):
-        raise StateError("public key", "an OpenSSH ECDSA key", type(loaded).__name__, site=site)
+        raise StateError(
+            "public key",
+            "an OpenSSH ECDSA key",
+            problem,
+            site=site,
+            message=f"Its public key is not an OpenSSH ECDSA key: {problem}.",
+            hint=f"Copy sites/{site}.pub again from the folder that colora provision wrote.",
+        )
     return public_key_bytes(loaded)

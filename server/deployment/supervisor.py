@@ -1,6 +1,6 @@
-"""``colora server``: SuperLink, gate and run, supervised until the federation has ended.
+"""``colora server``: supervises SuperLink, gateway and ServerApp until the federation has ended.
 
-Whatever dies is started again, and a new Flower run of the same federation goes on from the last checkpoint.
+A failed process is restarted. A new Flower run of the same federation continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from .gateway.proxy import Upstream
 from .gateway.server import GatewayServer, ListenAddress
 from .superlink import Certificates, SuperLink, point_of
 
-PULSE, LOOK = 0.1, 0.5  # seconds between two looks at events, and at processes
-LISTENING = 45.0  # seconds in which a SuperLink must listen
-SHOWING = 15.0  # seconds in which a run's ServerApp must be there; twice that after each run that showed none
-PAUSE = 2.0
-STUBBORN = 5  # runs in a row that ended without a new round
+EVENT_INTERVAL, PROCESS_INTERVAL = 0.1, 0.5  # seconds between two checks of the events, and of the processes
+LISTEN_TIMEOUT = 45.0  # seconds for a SuperLink to listen on its port
+SERVERAPP_TIMEOUT = 15.0  # seconds for a run's ServerApp to start; doubled for each failed run in a row
+SUBMIT_PAUSE = 2.0  # seconds before a run that could not be submitted is submitted again
+MAX_FAILED_RUNS = 5  # runs in a row without a new round, after which the supervisor gives up
 logger = logging.getLogger("colora.server")
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The coordinator's folder as ``colora provision`` wrote it."""
+    """The coordinator's certificates and the sites' public keys, from the folder that ``colora provision`` wrote."""
 
     certificates: Certificates
     sites: dict[str, bytes]  # OpenSSH public keys by name
@@ -46,7 +46,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class ServerJob:
-    """What a coordinator leads, and where it listens. Without keys there is neither TLS nor any check of sites."""
+    """A federation to run, and the address to listen on. Without keys there is no TLS and no authentication."""
 
     recipe: Recipe
     folder: Path
@@ -56,73 +56,93 @@ class ServerJob:
 
 
 def read_keys(folder: Path) -> Keys:
-    """Raises StateError when something of the folder is missing."""
+    """Read the coordinator's folder. Raises StateError if a file is missing."""
     files = {name: folder / name for name in ("ca.crt", "server.crt", "server.key")}
+    hint = "Use the folder `coordinator` that colora provision wrote."
     for path in files.values():
         if not path.is_file():
-            raise StateError(f"--keys {folder}", f"{path.name}, as colora provision writes it", "no such file")
+            message = f"--keys {folder} has no file {path.name}."
+            raise StateError(f"--keys {folder}", path.name, "no such file", message=message, hint=hint)
     sites = {path.stem: path.read_bytes() for path in sorted((folder / "sites").glob("*.pub"))}
     if not sites:
-        raise StateError(f"--keys {folder}", "public keys of sites in sites/NAME.pub", "none")
+        message = f"--keys {folder} has no public keys of sites."
+        raise StateError(f"--keys {folder}", "public keys sites/NAME.pub", "none", message=message, hint=hint)
     return Keys(Certificates(*files.values()), sites)
 
 
 def roster_of(recipe: Recipe, keys: Keys | None) -> tuple[RosterEntry, ...]:
-    """The recipe's sites in its order, each with a key; for a recipe that names none, all that have one."""
+    """The recipe's sites in order; all sites that have a key if the recipe names none.
+
+    Raises ConfigError if neither names sites, and StateError for a site without a key.
+    """
     if not recipe.site:
         if keys is None:
-            raise ConfigError("site", "[[site]] tables that name the sites, as there are no keys to tell them", "none")
+            raise ConfigError(
+                "site",
+                "[[site]] tables that name the sites",
+                "none",
+                message="The recipe names no sites, and without --keys there are no keys to take names from.",
+                hint="Add a [[site]] table with a name for each site.",
+            )
         return tuple(map(RosterEntry, keys.sites))
     for site in recipe.site:
         if keys and site.name not in keys.sites:
-            raise StateError("--keys", f"sites/{site.name}.pub for the recipe's site", "no such file", site=site.name)
+            raise StateError(
+                "--keys",
+                f"sites/{site.name}.pub",
+                "no such file",
+                site=site.name,
+                message=f"The recipe names this site, but --keys has no sites/{site.name}.pub.",
+                hint="Add the site with colora provision --add, or remove it from the recipe.",
+            )
     return tuple(RosterEntry(site.name, site.from_round) for site in recipe.site)
 
 
-def run_server(post: ServerJob, listener: Callable[[Event], None]) -> bool:
-    """Leads a federation to its end; False when a signal ended it before. Goes on where the folder stands.
+def run_server(job: ServerJob, listener: Callable[[Event], None]) -> bool:
+    """Run a federation to its end, from the last checkpoint if there is one; False if a signal stopped it.
 
-    Raises ConfigError or StateError for bad input, QuorumError and others when the run ended for good.
+    Raises ConfigError or StateError for bad input, QuorumError if the quorum exceeds the roster, and RunFailed if the
+    run cannot continue.
     """
-    run = RunFolder(post.folder)
-    roster = roster_of(post.recipe, post.keys)
+    run = RunFolder(job.folder)
+    roster = roster_of(job.recipe, job.keys)
     if run.recipe.exists():
-        run.check_same(post.recipe)
+        run.check_same(job.recipe)
     else:
         run.check_new()
-    with exclusive_lock(post.folder / "server.lock", "coordinator"):
-        initialize_run(run, post.recipe, roster)
-        upstream, door = _endpoints(post)
+    with exclusive_lock(job.folder / "server.lock", "coordinator"):
+        initialize_run(run, job.recipe, roster)
+        upstream, address = _endpoints(job)
         link = SuperLink(
-            post.folder.resolve() / "flower",
-            post.folder.resolve(),
-            post.folder / "logs" / "superlink.log",
-            post.keys.certificates if post.keys else None,
+            job.folder.resolve() / "flower",
+            job.folder.resolve(),
+            job.folder / "logs" / "superlink.log",
+            job.keys.certificates if job.keys else None,
         )
-        with GatewayServer(door, upstream(link.url)) as gate:
-            gate.hold()
-            return Supervisor(run, link, gate, post, listener).run_until_done()
+        with GatewayServer(address, upstream(link.url)) as gateway:
+            gateway.hold()
+            return Supervisor(run, link, gateway, job, listener).run_until_done()
 
 
 class Supervisor:
-    """Keeps one SuperLink and one run going."""
+    """Keeps one SuperLink and one Flower run alive."""
 
     def __init__(
-        self, run: RunFolder, link: SuperLink, gate: GatewayServer, post: ServerJob, listener: Callable[[Event], None]
+        self, run: RunFolder, link: SuperLink, gateway: GatewayServer, job: ServerJob, listener: Callable[[Event], None]
     ) -> None:
-        self.run, self.link, self.gate, self.job, self.listener = run, link, gate, post, listener
+        self.run, self.link, self.gateway, self.job, self.listener = run, link, gateway, job, listener
         self.events = EventTail(run.path / "events.jsonl")
         self.signals = Signals()
-        self.submitted: float | None = None  # when the run under way was handed over
-        self.seen = False  # its ServerApp has been seen
+        self.submitted: float | None = None  # monotonic time at which the current run was submitted
+        self.seen = False  # whether its ServerApp has been seen
         self.failed_runs = 0  # runs in a row that ended without a new round
-        self.broken: Event | None = None  # how the run under way ended
-        self.pause = 0.0  # until when no new run is started
+        self.failure: Event | None = None  # the current run's event `run_failed`
+        self.next_submit = 0.0  # monotonic time before which no run is submitted
 
     def run_until_done(self) -> bool:
-        """Until the federation has ended or a signal came and the round is over."""
+        """Run until the federation has ended (True), or a signal came and the current round is over (False)."""
         self.run.stop.unlink(missing_ok=True)
-        looked = 0.0
+        checked = 0.0
         try:
             while True:
                 for event in self.events.new():
@@ -131,10 +151,10 @@ class Supervisor:
                         return event["event"] == "finished"
                 if self._signalled():
                     return False
-                if time.monotonic() > looked + LOOK:
+                if time.monotonic() > checked + PROCESS_INTERVAL:
                     self._reconcile()
-                    looked = time.monotonic()
-                time.sleep(PULSE)
+                    checked = time.monotonic()
+                time.sleep(EVENT_INTERVAL)
         finally:
             self.link.child.stop(grace=5.0)
             self.run.stop.unlink(missing_ok=True)
@@ -142,112 +162,126 @@ class Supervisor:
     def _take(self, event: Event) -> None:
         if event["event"] == "round":
             self.failed_runs = 0
-        if event["event"] == "broken":
-            self.broken = event
+        if event["event"] == "run_failed":
+            self.failure = event
         self.listener(event)
 
     def _signalled(self) -> bool:
-        """Whether to leave now: at once where no round is under way, or at the second signal."""
+        """Whether to exit now. The first signal lets the current round finish; the second does not."""
         if not self.signals.count:
             return False
         self.run.stop.touch()
         return self.signals.count > 1 or not (self.submitted and self.link.child.running)
 
     def _reconcile(self) -> None:
-        """Starts what does not run: the SuperLink first, then a run."""
+        """Start the SuperLink if it is down, else submit a run if there is none, else check the run."""
         if not self.link.child.running:
             self.submitted = None
             if self.link.child.due and not self.signals.count:
                 self._start_link()
         elif self.submitted is None:
-            if time.monotonic() >= self.pause and not self.signals.count:
+            if time.monotonic() >= self.next_submit and not self.signals.count:
                 self._submit()
         else:
-            self._watch()
+            self._check_run()
 
     def _start_link(self) -> None:
         if self.link.child.starts:
-            self._note("restarted", what="superlink")
+            self._emit("restarted", what="superlink")
         self.link.start()
         self.link.prepare()
-        ends = time.monotonic() + LISTENING
-        while self.link.child.running and not listens("127.0.0.1", self.link.port) and time.monotonic() < ends:
-            time.sleep(PULSE)
+        deadline = time.monotonic() + LISTEN_TIMEOUT
+        while self.link.child.running and not listens("127.0.0.1", self.link.port) and time.monotonic() < deadline:
+            time.sleep(EVENT_INTERVAL)
         try:
             if self.link.child.running and self.job.keys:
                 self.link.register(self.job.keys.sites)
         except httpx.HTTPError as error:
-            logger.warning("the SuperLink does not take the sites' keys: %s", error)
+            logger.warning("the SuperLink did not accept the sites' keys and is restarted: %s", error)
             self.link.child.kill()
         if self.link.child.running:
-            self.gate.release()
-        self._tell_services()
+            self.gateway.release()
+        self._write_services()
 
     def _submit(self) -> None:
-        """A new Flower run. One that cannot be handed over now is tried again."""
+        """Submit a new Flower run. If that fails, it is tried again after a pause."""
         try:
             self.link.submit()
-        except httpx.HTTPError as error:  # the SuperLink is starting, or has died just now
-            logger.warning("the run could not be submitted: %s", error)
-            self.pause = time.monotonic() + PAUSE
+        except httpx.HTTPError as error:  # the SuperLink is still starting, or has just died
+            logger.warning("the run could not be submitted and is retried: %s", error)
+            self.next_submit = time.monotonic() + SUBMIT_PAUSE
             return
-        self.submitted, self.seen, self.broken = time.monotonic(), False, None
+        self.submitted, self.seen, self.failure = time.monotonic(), False, None
 
-    def _watch(self) -> None:
-        """Notices that the run under way has ended, with or without a word.
+    def _check_run(self) -> None:
+        """Detect that the current run has ended, whether or not its ServerApp recorded an event.
 
-        One whose task Flower gave away without anybody taking it shows no ServerApp for a minute; a new run is
-        quicker, and harmless, since one ServerApp at a time leads a run folder.
+        Flower can lose a run's task before any process takes it; the ServerApp then takes a minute to start. A new run
+        is faster and safe, because the run folder's lock admits one ServerApp at a time.
         """
         alive = self.link.child.has_living("flwr-serverapp")
         self.seen = self.seen or alive
-        if alive or (not self.seen and time.monotonic() < (self.submitted or 0) + SHOWING * 2**self.failed_runs):
+        timeout = SERVERAPP_TIMEOUT * 2**self.failed_runs
+        if alive or (not self.seen and time.monotonic() < (self.submitted or 0) + timeout):
             return
         for event in self.events.new():
             self._take(event)
-        self._ended()
+        self._run_ended()
 
-    def _ended(self) -> None:
-        """The run is over before its time: for good, or to be followed by another."""
+    def _run_ended(self) -> None:
+        """Schedule another run after one that ended early. Raises RunFailed if another one cannot help."""
         self.submitted, self.failed_runs = None, self.failed_runs + 1
-        died = "its ServerApp died" if self.seen else "its ServerApp never started"
-        reason = self.broken["reason"] if self.broken else died
-        if (self.broken and self.broken["final"]) or self.failed_runs >= STUBBORN:
+        death = "its ServerApp died" if self.seen else "its ServerApp did not start"
+        reason = self.failure["reason"] if self.failure else death
+        if (self.failure and self.failure["final"]) or self.failed_runs >= MAX_FAILED_RUNS:
             raise RunFailed(reason, self.run.path)
-        self.pause = time.monotonic() + (2.0**self.failed_runs if self.broken else 0.0)
-        self._note("restarted", what="run", reason=reason)
+        self.next_submit = time.monotonic() + (2.0**self.failed_runs if self.failure else 0.0)
+        self._emit("restarted", what="run", reason=reason)
 
-    def _note(self, event: str, **fields: object) -> None:
+    def _emit(self, event: str, **fields: object) -> None:
         EventLog(self.run.path / "events.jsonl").emit(event, **fields)
 
-    def _tell_services(self) -> None:
+    def _write_services(self) -> None:
         pids = {"server": os.getpid(), "superlink": self.link.child.pid}
         health = f"127.0.0.1:{self.link.health_port}"
-        services = {"gate": self.gate.address, "superlink_health": health, "pids": pids}
+        services = {"gateway": self.gateway.address, "superlink_health": health, "pids": pids}
         write_services(self.run.path / "services.json", services)
 
 
 class RunFailed(ColoraError, RuntimeError):
-    """The federation cannot go on by itself."""
+    """The federation cannot continue without a change."""
 
     def __init__(self, reason: str, folder: Path) -> None:
-        super().__init__("run", "a federation that goes on", f"{reason} (see {folder / 'logs'} and events.jsonl)")
+        super().__init__(
+            "run",
+            "a federation that can continue",
+            reason,
+            message=f"The run failed: {reason}",
+            hint=f"See {folder / 'logs'} and {folder / 'events.jsonl'}; the same command continues the run.",
+        )
 
 
 def initialize_run(run: RunFolder, recipe: Recipe, roster: tuple[RosterEntry, ...]) -> None:
-    """Writes roster and recipe where there are none yet, after what can be checked at the coordinator."""
+    """Write roster and recipe unless they exist. Raises QuorumError if the quorum exceeds the roster."""
     if run.recipe.exists():
         return
     if recipe.server.quorum and recipe.server.quorum > len(roster):
-        raise QuorumError("server.quorum", f"at most the {len(roster)} sites of the roster", recipe.server.quorum)
-    write_atomically(run.roster, json.dumps([[member.site, member.from_round] for member in roster]).encode())
+        raise QuorumError(
+            "server.quorum",
+            f"at most {len(roster)}",
+            recipe.server.quorum,
+            message=f"server.quorum is {recipe.server.quorum}, but the roster has {len(roster)} sites.",
+            hint="Lower server.quorum, or add sites.",
+        )
+    write_atomically(run.roster, json.dumps([[entry.site, entry.from_round] for entry in roster]).encode())
     write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
 
 
-def _endpoints(post: ServerJob) -> tuple[Callable[[str], Upstream], ListenAddress]:
-    if post.keys is None:
-        return (lambda url: Upstream(url, registration=True)), ListenAddress(post.host, post.port)
-    files = post.keys.certificates
-    known = frozenset(b64encode(point_of(key, name)).decode() for name, key in post.keys.sites.items())
-    door = ListenAddress(post.host, post.port, files.certificate, files.key)
-    return (lambda url: Upstream(url, files.ca, keys=known)), door
+def _endpoints(job: ServerJob) -> tuple[Callable[[str], Upstream], ListenAddress]:
+    """The gateway's upstream, given the SuperLink's URL, and its address."""
+    if job.keys is None:
+        return (lambda url: Upstream(url, registration=True)), ListenAddress(job.host, job.port)
+    files = job.keys.certificates
+    keys = frozenset(b64encode(point_of(key, name)).decode() for name, key in job.keys.sites.items())
+    address = ListenAddress(job.host, job.port, files.certificate, files.key)
+    return (lambda url: Upstream(url, files.ca, keys=keys)), address

@@ -1,1 +1,1 @@
-"""Events, run folders and what a person sees."""
+"""Reporting: the event log, the run folder, summaries and terminal output."""

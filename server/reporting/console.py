@@ -1,4 +1,4 @@
-"""What a person sees: one live table, one line a round where there is no terminal, one final table."""
+"""Terminal output: a live table, or one line per round without a terminal, and the final report."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from .events import Event
 from .summary import RunSummary, SiteSummary, note_of
 
 COLUMNS = (*EVAL_MODES, "alone")
+NOTED = ("waiting", "restarted", "late", "finalizing", "transfer_started")  # events that note_of() describes
 
 
 class LiveDisplay:
-    """Shows events as they happen. Use as a context; call it with each event."""
+    """Displays events as they happen: a context manager that is called with each event."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.summary = console, RunSummary()
@@ -35,7 +36,7 @@ class LiveDisplay:
             self.live.__exit__(None, None, None)
 
     def __call__(self, event: Event) -> None:
-        """Takes in one event and redraws, or prints its line."""
+        """Process one event, and redraw the table or print the event's line."""
         before = len(self.summary.ready)
         self.summary.update(event)
         if self.live:
@@ -47,84 +48,77 @@ class LiveDisplay:
                 self.console.print(line, highlight=False, soft_wrap=True)
 
 
-def print_report(board: RunSummary, folder: Path, console: Console) -> None:
-    """Prints the final table and what it says, and writes both to ``report.html``."""
+def print_report(summary: RunSummary, folder: Path, console: Console) -> None:
+    """Print the final table and the conclusions from it, and write both to ``report.html``."""
     page = Console(record=True, width=120, file=io.StringIO())
     for target in (console, page):
-        target.print(_final_table(board))
-        for line in _findings(board):
+        target.print(_final_table(summary))
+        for line in _conclusions(summary):
             target.print(line, highlight=False)
     page.save_html(str(folder / "report.html"))
     console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)
 
 
-def _headline(board: RunSummary) -> Text:
-    if board.baseline:
-        return Text(f"{board.federation}: baseline, every site alone, round {board.round} of {board.rounds}")
-    phase = f"round {board.round} of {board.rounds}" if board.round else "sites are joining"
-    note = f" ({board.note})" if board.note else ""
-    return Text(f"{board.federation}: {board.method} on {board.model}, {phase}{note}")
+def _headline(summary: RunSummary) -> Text:
+    if summary.baseline:
+        return Text(f"{summary.federation}: baseline (each site alone), round {summary.round} of {summary.rounds}")
+    phase = f"round {summary.round} of {summary.rounds}" if summary.round else "waiting for sites to join"
+    note = f" ({summary.note})" if summary.note else ""
+    return Text(f"{summary.federation}: {summary.method} on {summary.model}, {phase}{note}")
 
 
-def _progress_table(board: RunSummary) -> Table:
+def _progress_table(summary: RunSummary) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("site", "round", "loss", *EVAL_MODES, "sent", "seconds"):
         table.add_column(name, justify="left" if name == "site" else "right")
-    for row in board.rows.values():
-        metrics = [_number(row.metric(c)) for c in EVAL_MODES]
-        cells = [
-            row.site,
-            str(row.round or ""),
-            _number(row.loss),
-            *metrics,
-            _bytes(row.bytes_up),
-            f"{row.seconds:.0f}",
-        ]
+    for row in summary.rows.values():
+        metrics = [_number(row.metric(mode)) for mode in EVAL_MODES]
+        progress = [row.site, str(row.round or ""), _number(row.loss)]
+        cells = [*progress, *metrics, _bytes(row.bytes_up), f"{row.seconds:.0f}"]
         table.add_row(*cells, style="yellow" if row.failures else None)
     return table
 
 
-def _line(board: RunSummary, event: Event) -> str | None:
+def _line(summary: RunSummary, event: Event) -> str | None:
     name = event["event"]
-    who = "alone: " if event.get("baseline") else ""
+    prefix = "alone: " if event.get("baseline") else ""
     if name == "started":
-        return f"{who}{event['federation']}: {event['method']} on {event['model']}, {len(event['sites'])} sites"
+        return f"{prefix}{event['federation']}: {event['method']} on {event['model']}, {len(event['sites'])} sites"
     if name == "resumed":
-        return f"{who}going on after round {event['round']} of {board.rounds}"
+        return f"{prefix}resuming after round {event['round']} of {summary.rounds}"
     if name == "round":
-        losses = [r.loss for r in board.rows.values() if r.loss is not None]
+        losses = [r.loss for r in summary.rows.values() if r.loss is not None]
         loss = f", loss {sum(losses) / len(losses):.3f}" if losses else ""
-        personal = board.mean("personal") if not who else None
+        personal = summary.mean("personal") if not prefix else None
         metric = f", personal {personal:.3f}" if personal is not None else ""
         sites = f"{len(event['admitted'])} sites"
-        return f"{who}round {event['round']}/{board.rounds}: {sites}{loss}{metric}, {event['seconds']:.1f} s"
-    if name in ("waiting", "restarted", "late", "closing", "moving"):
-        return f"{who}{note_of(event)}"
+        return f"{prefix}round {event['round']}/{summary.rounds}: {sites}{loss}{metric}, {event['seconds']:.1f} s"
+    if name in NOTED:
+        return f"{prefix}{note_of(event)}"
     if name in ("refused", "failed"):
-        site = event.get("site") or "a node"
+        site = event.get("site") or "unknown node"
         reason = str(event["reason"]).removeprefix(f"site {site}: ")
-        return f"{who}round {event['round']}: {site} left out: {reason}"
+        return f"{prefix}round {event['round']}: {site} left out: {reason}"
     return None
 
 
-def _final_table(board: RunSummary) -> Table:
-    tasks = sorted({row.task for row in board.rows.values() if row.task})
-    kinds = [PRIMARY_METRICS[task] + (" (lower is better)" if task in LOWER_IS_BETTER else "") for task in tasks]
+def _final_table(summary: RunSummary) -> Table:
+    tasks = sorted({row.task for row in summary.rows.values() if row.task})
+    metrics = [PRIMARY_METRICS[task] + (" (lower is better)" if task in LOWER_IS_BETTER else "") for task in tasks]
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        title=f"{board.federation}: {', '.join(kinds)}",
+        title=f"{summary.federation}: {', '.join(metrics)}",
         title_justify="left",
         pad_edge=False,
     )
-    shown = [c for c in COLUMNS if c != "alone" or board.baseline]
-    right = ("rows", *shown, "sent", "recv", "sec", "cut", "drop")
+    shown = [c for c in COLUMNS if c != "alone" or summary.baseline]
     table.add_column("site", no_wrap=True)
-    for name in right:
+    for name in ("rows", *shown, "sent", "recv", "sec", "cut", "drop"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in board.rows.values():
+    for row in summary.rows.values():
         table.add_row(*_cells(row, shown))
-    means = [_number(board.mean(c)) for c in shown]
+    means = [_number(summary.mean(c)) for c in shown]
     if any(means):
         table.add_section()
         table.add_row("mean", "", *means, style="bold")
@@ -138,45 +132,62 @@ def _cells(row: SiteSummary, shown: list[str]) -> list[str]:
     return [row.site, f"{row.train}+{row.test}", *metrics, *traffic, *counts]
 
 
-def _findings(board: RunSummary) -> list[RenderableType]:
-    lines: list[RenderableType] = [
-        f"rows: training+test. base: the bare model; shared: the shared adapter only (both with a head fitted to the "
-        f"site's training rows where heads are personal); personal: the site's own model"
-        f"{'; alone: the same steps without the others' if board.baseline else ''}. sent and recv by the site; cut: "
-        f"longer than max_length; drop: nothing to learn from. {board.seconds:.0f} s in all."
-    ]
-    if board.moved:
+def _conclusions(summary: RunSummary) -> list[RenderableType]:
+    """The lines below the final table."""
+    lines: list[RenderableType] = [_legend(summary)]
+    if summary.source_federation:
         lines.append(
-            f"The rows are written texts with the answers of {board.moved}'s models, some of them held out for these "
-            "figures; what the sites once trained on was not read."
+            f"The rows are generated texts, labelled by the models from {summary.source_federation}; some of them were "
+            "held out for these metrics. The original training data was not read."
         )
-    if board.residual is not None:
-        lines.append(f"mean(B)·mean(A) was {board.residual:.1%} away from mean(BA) in the last round.")
-    pairs = [(r.metric("personal"), r.metric("alone"), r.task) for r in board.rows.values()]
-    judged = [(_better(p, a, task), p - a) for p, a, task in pairs if p is not None and a is not None]
-    if judged:
-        wins, losses = (sum(sign == s for sign, _ in judged) for s in (1, -1))
-        mean = sum(sign * abs(gap) for sign, gap in judged) / len(judged)  # above zero: better
-        most = len(judged) / 2
-        verdict = _VERDICTS[(wins > most and mean > 0) - (losses > most and mean < 0)]
+    if summary.residual is not None:
+        lines.append(f"In the last round mean(B)·mean(A) differed from mean(BA) by {summary.residual:.1%}.")
+    lines += _comparison(summary)
+    base, personal, tasks = summary.mean("base"), summary.mean("personal"), [row.task for row in summary.rows.values()]
+    if base is not None and personal is not None and _better(personal, base, tasks[0]) < 0:
         lines.append(
-            f"{verdict}: personal is better than training alone at {wins} of {len(judged)} sites, worse at {losses} "
-            f"(on average {abs(mean):.3f} {'better' if mean > 0 else 'worse'}; one seed)."
+            "The personal models are worse than the base model. Train for more steps or change the learning rate."
         )
-    base, personal = board.mean("base"), board.mean("personal")
-    if base is not None and personal is not None and _better(personal, base, next(iter(board.rows.values())).task) < 0:
-        lines.append("The personal models are behind the bare model: train longer, or at another learning rate.")
-    for row in board.rows.values():
+    for row in summary.rows.values():
         lines += [f"{row.site} was left out of round {t}: {reason}" for t, reason in row.failures.items()]
-        lines += [f"{row.site} had lost its personal state in round {t} and started anew" for t in row.fresh]
-    lines += board.failures
+        lines += [
+            f"{row.site} had lost its personal state in round {t} and started from the shared adapter."
+            for t in row.fresh
+        ]
+    lines += summary.failures
     return lines
 
 
+def _legend(summary: RunSummary) -> str:
+    alone = "; alone: trained for the same steps without the other sites" if summary.baseline else ""
+    return (
+        "rows: training + test. base: the base model; shared: with the shared adapter (where heads are personal, both "
+        "with a head fitted to the site's training rows); personal: the site's own model"
+        f"{alone}. sent, recv: bytes sent and received by the site; sec: seconds of its work; cut: rows longer than "
+        f"max_length; drop: rows without anything to learn from. Total time: {summary.seconds:.0f} s."
+    )
+
+
+def _comparison(summary: RunSummary) -> list[str]:
+    """One line that compares personal models with the baseline; none without a baseline."""
+    pairs = [(r.metric("personal"), r.metric("alone"), r.task) for r in summary.rows.values()]
+    gaps = [(_better(p, a, task), p - a) for p, a, task in pairs if p is not None and a is not None]
+    if not gaps:
+        return []
+    wins, losses = (sum(sign == s for sign, _ in gaps) for s in (1, -1))
+    mean = sum(sign * abs(gap) for sign, gap in gaps) / len(gaps)  # positive: personal is better
+    half = len(gaps) / 2
+    verdict = _VERDICTS[(wins > half and mean > 0) - (losses > half and mean < 0)]
+    return [
+        f"{verdict}: personal is better than training alone at {wins} of {len(gaps)} sites and worse at {losses} "
+        f"(on average {abs(mean):.3f} {'better' if mean > 0 else 'worse'}; one seed)."
+    ]
+
+
 _VERDICTS = {
-    1: "Collaboration shows",
-    0: "Whether collaboration helps is not clear here",
-    -1: "Collaboration does not show",
+    1: "Collaboration helps",
+    0: "It is not clear whether collaboration helps",
+    -1: "Collaboration does not help",
 }
 
 

@@ -1,4 +1,40 @@
-"""The append-only event log of a run (``events.jsonl``), and how to write, read and follow it."""
+"""The event log of a run: ``events.jsonl``, one JSON object per line, append-only. All reports are made from it.
+
+Every event has ``time`` (seconds since 1970) and ``event``, its name. ``round`` counts from 1. Replies and failures
+of the finalization have the last round + 1; failures while sites join have the round of the last checkpoint, or 0.
+Numbers that JSON cannot represent (NaN, infinity) are null.
+
+=================  ====================================================================================================
+event              fields
+=================  ====================================================================================================
+started            A coordinator process began: federation, method, model, rounds, sites (names in roster order),
+                   recipe (hash of all settings that can change a result).
+resumed            It continues from a checkpoint: round (of the checkpoint).
+transfer_started   Sites that join write and label texts for the new base model: source_federation, sites.
+site_ready         A site has its texts for the transfer: site.
+waiting            Too few sites. While joining: when ("join"), quorum, present, missing (names).
+                   After a round without quorum, which is repeated: when ("server.quorum at round 3"), reason.
+joined             A site was admitted: site, task, train, test (examples), truncated, dropped (of these).
+agreed             What all sites have in common is fixed: weights ("tokens", "examples" or "uniform"), pins
+                   (fingerprints of the base model, tokenizer and chat template).
+round_started      round, sites (sampled for this round).
+reply              A reply was admitted: round, site, kind ("train" or "finalize"), metrics (by name, for example
+                   personal.accuracy), terms (loss terms trained on), fresh (the site had lost its personal state),
+                   bytes_down, bytes_up (payload), seconds (of work at the site).
+failed             A site sent an error or no reply: round, site, reason.
+refused            A reply or a joining site was refused: round, site, field, expected, found, reason.
+late               A reply came after its round had ended and was ignored: round, site, reason.
+round              A round ended with its quorum: round, admitted (sites), weights (by site), residual (relative
+                   distance of mean(B)·mean(A) from mean(BA), or null), seconds.
+finalizing         Sites personalize on the final adapter and evaluate: round (the last), sites, prepares (whether
+                   they also prepare a later transfer).
+finalized          round (the last), sites (that replied).
+finished           The run has ended: seconds (of this process).
+stopped            The coordinator stopped on request; the same command continues the run.
+run_failed         The coordinator process ended with an error: reason, final (false if the supervisor retries).
+restarted          The supervisor restarted a component: what ("superlink" or "run"), reason (of a run).
+=================  ====================================================================================================
+"""
 
 from __future__ import annotations
 
@@ -14,34 +50,43 @@ from ...common.errors import ColoraError, QuorumError
 
 
 class EventRecorder:
-    """Tells events, and remembers what went wrong until a quorum is reached."""
+    """Emits events, and keeps the failures since the last quorum for the error message of the next one."""
 
     def __init__(self, events: EventLog) -> None:
         self.events = events
         self.failures: list[str] = []
 
     def emit(self, event: str, **fields: Any) -> None:
-        """One event."""
+        """Emit one event."""
         self.events.emit(event, **fields)
 
     def failed(self, t: int, site: str, reason: str | None) -> None:
-        """A site gave no answer, or an error, in round ``t``."""
+        """Record that a site sent an error or no reply in round ``t``."""
         self.failures.append(f"{site}: {reason}")
         self.emit("failed", round=t, site=site, reason=reason)
 
     def refused(self, t: int, error: ColoraError) -> None:
-        """What a site sent in round ``t`` does not count."""
+        """Record that a reply or a joining site was refused in round ``t``."""
         self.failures.append(str(error))
-        about = {key: getattr(error, key) for key in ("site", "field", "expected", "found")}
-        self.emit("refused", round=t, **about, reason=str(error))
+        details = {key: getattr(error, key) for key in ("site", "field", "expected", "found")}
+        self.emit("refused", round=t, **details, reason=str(error))
 
     def require_quorum(self, quorum: int, present: list[str], when: str) -> None:
-        """Raises QuorumError with the first trouble where too few sites are present."""
+        """Check that enough sites are present at ``when``: "join", "round 3" or "finalize".
+
+        Raises QuorumError, which quotes the first failure since the last quorum.
+        """
         if len(present) < quorum:
-            why = f"; first trouble: {self.failures[0]}" if self.failures else ""
-            where = f"see events.jsonl and log.txt in {self.events.path.parent}"
-            found = f"{len(present)} ({', '.join(present) or 'none'}){why}; {where}"
-            raise QuorumError(f"server.quorum at {when}", f"at least {quorum} sites", found)
+            names = f" ({', '.join(present)})" if present else ""
+            counts = f"at least {quorum} sites are required, {len(present)} took part{names}"
+            first = f" First failure: {self.failures[0].rstrip('.')}." if self.failures else ""
+            raise QuorumError(
+                f"server.quorum at {when}",
+                f"at least {quorum} sites",
+                f"{len(present)}{names}",
+                message=f"The quorum was not reached at {when}: {counts}.{first}",
+                hint=f"See events.jsonl and log.txt in {self.events.path.parent}.",
+            )
         self.failures.clear()
 
 
@@ -50,7 +95,7 @@ Listener = Callable[[Event], None]
 
 
 class EventLog:
-    """Appends events to a file and hands them to a listener. A line cut off by a crash is dropped at opening."""
+    """Appends events to a file and passes them to a listener. A partial last line (of a crash) is removed first."""
 
     def __init__(self, path: Path, listener: Listener | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +107,7 @@ class EventLog:
                 os.truncate(path, end)
 
     def emit(self, event: str, **fields: Any) -> None:
-        """Writes one event with the time; numbers that JSON lacks (NaN, infinity) become null."""
+        """Write one event with the current time."""
         record = {"time": round(time.time(), 3), "event": event, **_finite(fields)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -71,7 +116,7 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[Event]:
-    """All whole events of a file, oldest first."""
+    """Return all complete events of a file, oldest first; none if there is no file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -79,13 +124,13 @@ def read_events(path: Path) -> list[Event]:
 
 
 class EventTail:
-    """Reads a file that others append to: each call returns the whole events that came since the last."""
+    """Follows a file that another process appends to, from its present end."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._offset = path, path.stat().st_size if path.exists() else 0
 
     def new(self) -> list[Event]:
-        """What came since; a line that is still being written waits."""
+        """Return the complete events since the last call. A partial last line is left for the next call."""
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:

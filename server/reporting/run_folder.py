@@ -1,4 +1,4 @@
-"""``runs/<federation>/``: what lies where, and whether a folder may be used for a recipe."""
+"""The run folder ``runs/<federation>/``: its files, and checks that it can be used for a recipe."""
 
 from __future__ import annotations
 
@@ -11,78 +11,91 @@ from ...common.config.schema import Recipe, to_dict
 from ...common.errors import ConfigError, StateError
 from .events import Event, read_events
 
+# Files that may exist before the recipe, which is written last when a run is prepared.
 STARTED = {"sites", "roster.json", "sites/data", "sites/site.toml", "logs", "server.lock", "flower"}
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``runs/<federation>/``: the recipe as it ran, events, checkpoints, sites, the baseline and the report."""
+    """Paths of a run folder: recipe, roster, events, checkpoints, sites, baseline and report."""
 
     path: Path
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe."""
+        """The recipe with all overrides applied."""
         return self.path / "recipe.toml"
 
     @property
     def roster(self) -> Path:
-        """Names of the sites in order, and the round that each joins in."""
+        """The names of the sites in order, each with its first round, as JSON."""
         return self.path / "roster.json"
 
     @property
     def stop(self) -> Path:
-        """A file that asks the coordinator to stop after the round."""
+        """While this file exists, the coordinator stops after the current round."""
         return self.path / "stop"
 
     @property
     def baseline(self) -> Path:
-        """The folder of the local-only federation."""
+        """The run folder of the local-only baseline."""
         return self.path / "baseline"
 
     def events(self) -> list[Event]:
-        """What happened, the baseline's events marked ``baseline``."""
-        own, base = (read_events(folder / "events.jsonl") for folder in (self.path, self.baseline))
-        return own + [{**event, "baseline": True} for event in base]
+        """Return all events; the baseline's have ``baseline`` set to True."""
+        main, baseline = (read_events(folder / "events.jsonl") for folder in (self.path, self.baseline))
+        return main + [{**event, "baseline": True} for event in baseline]
 
     def check_new(self) -> None:
-        """A new or empty folder, or one in which a start was cut off. Raises StateError."""
-        wanted = "a new or empty folder"
+        """Check that the folder is new or empty, or that only a start was interrupted in it. Raises StateError."""
+        where, expected, hint = f"--out {self.path}", "a new or empty folder", "Choose another --out."
         if self.recipe.exists():
+            name = load_recipe(self.recipe).name
             raise StateError(
-                f"--out {self.path}", "a new folder, or --resume", f"a run of {load_recipe(self.recipe).name!r}"
+                where,
+                "a new folder",
+                f"a run of {name!r}",
+                message=f"{where} already holds a run of {name!r}.",
+                hint="Continue it with --resume, or choose another --out.",
             )
         if self.path.is_file():
-            raise StateError(f"--out {self.path}", wanted, "a file")
+            raise StateError(where, expected, "a file", message=f"{where} is a file, not a folder.", hint=hint)
         if self.path.exists() and not self._unfinished_start():
-            raise StateError(f"--out {self.path}", wanted, "other files")
+            raise StateError(where, expected, "other files", message=f"{where} contains other files.", hint=hint)
 
     def check_same(self, recipe: Recipe) -> None:
-        """The folder holds this very recipe. Raises ConfigError with what differs."""
-        there = load_recipe(self.recipe)
-        if there.identity != recipe.identity:
-            raise ConfigError(f"--resume {self.path}", "the recipe that the run began with", _difference(there, recipe))
+        """Check that the folder holds a run of this recipe. Raises ConfigError, which names what differs."""
+        stored = load_recipe(self.recipe)
+        if stored.identity != recipe.identity:
+            difference = _difference(stored, recipe)
+            raise ConfigError(
+                f"--resume {self.path}",
+                "the recipe that the run began with",
+                difference,
+                message=f"The recipe differs from that of the run in {self.path}: {difference}.",
+                hint="Undo the change, or choose another --out.",
+            )
 
     def _unfinished_start(self) -> bool:
-        """A start that was killed while it wrote the sites' rows: nothing but those is there."""
-        entries = {entry.name for entry in self.path.iterdir()} | {
-            f"sites/{e.name}" for e in self.path.glob("sites/*/*")
-        }
+        """Whether a run was interrupted while it was prepared, before its recipe was written."""
+        entries = {entry.name for entry in self.path.iterdir()}
+        entries |= {f"sites/{entry.name}" for entry in self.path.glob("sites/*/*")}
         return all(entry in STARTED or entry.startswith((".", "sites/.")) for entry in entries)
 
 
-def _difference(there: Recipe, here: Recipe) -> str:
-    a, b = _flat(to_dict(there)), _flat(to_dict(here))
-    free = ("simulation", "description")  # as in Recipe.identity
-    keys = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not k.startswith(free))
-    return ", ".join(f"{k} = {b.get(k)!r} instead of {a.get(k)!r}" for k in keys[:3])
+def _difference(stored: Recipe, given: Recipe) -> str:
+    """Describe the first three keys that differ and matter to a result."""
+    old, new = _flat(to_dict(stored)), _flat(to_dict(given))
+    ignored = ("simulation", "description")  # as in Recipe.identity
+    keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not k.startswith(ignored))
+    return ", ".join(f"{k} = {new.get(k)!r} instead of {old.get(k)!r}" for k in keys[:3])
 
 
 def _flat(value: Any, path: str = "") -> dict[str, object]:
-    """Values by dotted key; ``[[site]]`` tables by their names, and the list of names as ``site``."""
+    """Flatten to values by dotted key; ``[[site]]`` tables are keyed by name, and ``site`` is the list of names."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        named = {table["name"]: table for table in value}
-        return {path: list(named), **_flat(named, path)}
+        by_name = {table["name"]: table for table in value}
+        return {path: list(by_name), **_flat(by_name, path)}
     if isinstance(value, dict):
         return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{path}.{key}" if path else key).items()}
     return {path: value}

@@ -1,4 +1,4 @@
-"""What the events add up to: one row a site. The live table and the final report read it."""
+"""Summary of a run's events, with one entry per site. The live table, the report and ``colora status`` use it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from ...common.dataset import PRIMARY_METRICS
 from .events import Event
 
 Metrics = Mapping[str, float | None]
-_SLOW = "minutes a site without a GPU"
+_SLOW = "takes minutes per site without a GPU"
 
 
 @dataclass
 class SiteSummary:
-    """One site so far. Metrics are by composition: ``base``, ``shared``, ``personal``, and ``alone``."""
+    """The results of one site so far.
+
+    ``metrics`` and ``alone`` (those of the baseline) map names such as ``personal.accuracy`` to values.
+    """
 
     site: str
     task: str = ""
@@ -23,27 +26,27 @@ class SiteSummary:
     test: int = 0
     truncated: int = 0
     dropped: int = 0
-    metrics: dict[str, float | None] = field(default_factory=dict)  # "personal.accuracy"
+    metrics: dict[str, float | None] = field(default_factory=dict)
     alone: dict[str, float | None] = field(default_factory=dict)
     round: int = 0
     loss: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
-    failures: dict[int, str] = field(default_factory=dict)  # round → why it was left out
-    fresh: list[int] = field(default_factory=list)  # rounds in which its personal state was missing
+    failures: dict[int, str] = field(default_factory=dict)  # round → why its reply was left out
+    fresh: list[int] = field(default_factory=list)  # rounds in which it had lost its personal state
 
-    def metric(self, composition: str) -> float | None:
+    def metric(self, mode: str) -> float | None:
         """The task's primary metric of ``base``, ``shared``, ``personal`` or ``alone``; None if not measured."""
         name = PRIMARY_METRICS.get(self.task, "")
-        if composition == "alone":
+        if mode == "alone":
             return self.alone.get(f"personal.{name}")
-        return self.metrics.get(f"{composition}.{name}")
+        return self.metrics.get(f"{mode}.{name}")
 
 
 @dataclass
 class RunSummary:
-    """A federation and its local-only baseline, told by their events in order."""
+    """A federation and its local-only baseline, built up from their events in order."""
 
     federation: str = ""
     method: str = ""
@@ -51,138 +54,158 @@ class RunSummary:
     rounds: int = 0
     round: int = 0
     residual: float | None = None
-    baseline: bool = False  # the baseline is running, or ran
+    baseline: bool = False  # whether the baseline has started
     seconds: float = 0.0
-    moved: str = ""  # the federation that these sites had before
-    note: str = ""  # what is out of the ordinary now
-    awaits: str = ""  # the event by which a site says that it has done what takes minutes: prepared, or written
-    ready: list[str] = field(default_factory=list)  # those that have, of so many:
-    awaited: int = 0
-    rows: dict[str, SiteSummary] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)  # of nodes that are no known site
-    replies: dict[tuple[bool, str, int], Event] = field(default_factory=dict)
+    source_federation: str = ""  # of a transfer: the federation in which the sites trained before
+    note: str = ""  # the current unusual condition, in words
+    ready_event: str = ""  # the event by which a site reports the end of work that takes minutes; empty for none
+    ready: list[str] = field(default_factory=list)  # sites that have reported it
+    expected_ready: int = 0  # number of sites that will
+    rows: dict[str, SiteSummary] = field(default_factory=dict)  # by site, in roster order
+    failures: list[str] = field(default_factory=list)  # of nodes that are not a known site
+    replies: dict[tuple[bool, str, int], Event] = field(default_factory=dict)  # by (baseline, site, round)
 
     def update(self, event: Event) -> None:
-        """Takes in one event; a round that was done again after a restart counts once."""
+        """Process one event. A round that was repeated after a restart counts once."""
         baseline = bool(event.get("baseline"))
         handler = _HANDLERS.get((event["event"], baseline)) or _HANDLERS.get((event["event"], None))
         if handler:
             handler(self, event)
 
     def site(self, site: str) -> SiteSummary:
-        """A site's row, new at the first call."""
+        """Return a site's summary, creating it on first use."""
         return self.rows.setdefault(site, SiteSummary(site))
 
-    def mean(self, composition: str) -> float | None:
-        """The mean primary metric over sites; None where sites have different metrics or none."""
-        values = [row.metric(composition) for row in self.rows.values()]
+    def mean(self, mode: str) -> float | None:
+        """The mean primary metric over sites; None if tasks differ or nothing was measured."""
+        values = [row.metric(mode) for row in self.rows.values()]
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if known and len({r.task for r in self.rows.values() if r.task}) == 1 else None
 
 
 def summarize(events: Iterable[Event]) -> RunSummary:
-    """The board after these events."""
-    board = RunSummary()
+    """Build the summary of these events."""
+    summary = RunSummary()
     for event in events:
-        board.update(event)
-    return board
+        summary.update(event)
+    return summary
 
 
 def note_of(event: Event) -> str:
-    """What a waiting, restarted, late, moving or closing event says, in words."""
-    if event["event"] == "moving":
-        return f"{len(event['sites'])} sites write texts and answer them as they did in {event['of']}: {_SLOW}"
-    if event["event"] == "closing":
-        more = f", and prepare a later move: {_SLOW}" if event["prepares"] else ""
-        return f"closing: {len(event['sites'])} sites personalise and measure{more}"
-    if event["event"] == "restarted":
-        return f"the {event['what']} was started again" + (f": {event['reason']}" if event.get("reason") else "")
-    if event["event"] == "late":
-        return f"round {event['round']}: {event['site']} {event['reason']}"
-    if event.get("missing"):
-        here = len(event["present"])
-        return f"waiting for {', '.join(event['missing'])}: {here} here, {event['quorum']} needed"
-    return f"waiting: {event['reason']}"
+    """Describe a waiting, restarted, late, transfer_started or finalizing event in words."""
+    return _NOTES[event["event"]](event)
 
 
-def _noted(board: RunSummary, event: Event) -> None:
-    board.note = note_of(event)
+def _transfer_note(event: Event) -> str:
+    sites, source = len(event["sites"]), event["source_federation"]
+    return f"{sites} sites generate texts and label them with their models from {source} ({_SLOW})"
 
 
-def _moving(board: RunSummary, event: Event) -> None:
-    _noted(board, event)
-    board.awaits, board.ready, board.awaited, board.moved = "met", [], len(event["sites"]), event["of"]
+def _finalizing_note(event: Event) -> str:
+    prepare = f", and prepare a later transfer ({_SLOW})" if event["prepares"] else ""
+    return f"finalizing: {len(event['sites'])} sites personalize and evaluate{prepare}"
 
 
-def _closing(board: RunSummary, event: Event) -> None:
-    _noted(board, event)
-    board.awaits, board.ready, board.awaited = "reply" if event["prepares"] else "", [], len(event["sites"])
+def _restarted_note(event: Event) -> str:
+    return f"restarted the {event['what']}" + (f": {event['reason']}" if event.get("reason") else "")
 
 
-def _ready(board: RunSummary, event: Event) -> None:
-    if event["event"] == board.awaits and event["site"] not in board.ready:
-        board.ready.append(event["site"])
-        board.note = f"{len(board.ready)} of {board.awaited} sites are ready"
+def _waiting_note(event: Event) -> str:
+    if not event.get("missing"):
+        return f"waiting: {event['reason']}"
+    return f"waiting for {', '.join(event['missing'])}: {len(event['present'])} online, {event['quorum']} needed"
 
 
-def _started(board: RunSummary, event: Event) -> None:
-    board.federation, board.method, board.model = event["federation"], event["method"], event["model"]
-    board.rounds, board.awaits = event["rounds"], ""
+_NOTES: dict[str, Callable[[Event], str]] = {
+    "transfer_started": _transfer_note,
+    "finalizing": _finalizing_note,
+    "restarted": _restarted_note,
+    "late": lambda event: f"round {event['round']}: {event['site']} {event['reason']}",
+    "waiting": _waiting_note,
+}
+
+
+def _set_note(summary: RunSummary, event: Event) -> None:
+    summary.note = note_of(event)
+
+
+def _transfer_started(summary: RunSummary, event: Event) -> None:
+    _set_note(summary, event)
+    summary.ready_event, summary.ready, summary.expected_ready = "site_ready", [], len(event["sites"])
+    summary.source_federation = event["source_federation"]
+
+
+def _finalizing(summary: RunSummary, event: Event) -> None:
+    _set_note(summary, event)
+    summary.ready_event = "reply" if event["prepares"] else ""
+    summary.ready, summary.expected_ready = [], len(event["sites"])
+
+
+def _ready(summary: RunSummary, event: Event) -> None:
+    if event["event"] == summary.ready_event and event["site"] not in summary.ready:
+        summary.ready.append(event["site"])
+        summary.note = f"{len(summary.ready)} of {summary.expected_ready} sites are ready"
+
+
+def _started(summary: RunSummary, event: Event) -> None:
+    summary.federation, summary.method, summary.model = event["federation"], event["method"], event["model"]
+    summary.rounds, summary.ready_event = event["rounds"], ""
     for site in event["sites"]:
-        board.site(site)
+        summary.site(site)
 
 
-def _baseline_started(board: RunSummary, event: Event) -> None:
-    board.baseline, board.round, board.awaits = True, 0, ""
+def _baseline_started(summary: RunSummary, event: Event) -> None:
+    summary.baseline, summary.round, summary.ready_event = True, 0, ""
 
 
-def _joined(board: RunSummary, event: Event) -> None:
-    row = board.site(event["site"])
+def _joined(summary: RunSummary, event: Event) -> None:
+    row = summary.site(event["site"])
     for name in ("task", "train", "test", "truncated", "dropped"):
         setattr(row, name, event[name])
 
 
-def _round_started(board: RunSummary, event: Event) -> None:
-    board.round, board.note, board.awaits = event["round"], "", ""
+def _round_started(summary: RunSummary, event: Event) -> None:
+    summary.round, summary.note, summary.ready_event = event["round"], "", ""
 
 
-def _round(board: RunSummary, event: Event) -> None:
-    board.round, board.residual = event["round"], event.get("residual")
+def _round(summary: RunSummary, event: Event) -> None:
+    summary.round, summary.residual = event["round"], event.get("residual")
 
 
-def _reply(board: RunSummary, event: Event) -> None:
-    row, key = board.site(event["site"]), (False, event["site"], event["round"])
-    before = board.replies.get(key)
-    board.replies[key] = event
+def _reply(summary: RunSummary, event: Event) -> None:
+    row, key = summary.site(event["site"]), (False, event["site"], event["round"])
+    before = summary.replies.get(key)
+    summary.replies[key] = event
     for name in ("bytes_up", "bytes_down", "seconds"):
         setattr(row, name, getattr(row, name) + event[name] - (before[name] if before else 0))
     row.metrics.update(event["metrics"])
-    row.failures.pop(event["round"], None)  # asked again after a restart, and admitted
+    row.failures.pop(event["round"], None)  # its round was repeated, and now it is admitted
     if event.get("fresh") and event["round"] not in row.fresh:
         row.fresh.append(event["round"])
-    row.round = min(event["round"], board.rounds)
+    row.round = min(event["round"], summary.rounds)
     row.loss = event["metrics"].get("train.loss", row.loss)
-    _ready(board, event)
+    _ready(summary, event)
 
 
-def _baseline_reply(board: RunSummary, event: Event) -> None:
-    row = board.site(event["site"])
+def _baseline_reply(summary: RunSummary, event: Event) -> None:
+    row = summary.site(event["site"])
     row.alone.update(event["metrics"])
-    row.loss, row.round = event["metrics"].get("train.loss", row.loss), min(event["round"], board.rounds)
+    row.loss, row.round = event["metrics"].get("train.loss", row.loss), min(event["round"], summary.rounds)
 
 
-def _trouble(board: RunSummary, event: Event) -> None:
+def _left_out(summary: RunSummary, event: Event) -> None:
     site = event.get("site")
-    if site in board.rows:
-        board.rows[site].failures.setdefault(event["round"], str(event["reason"]).removeprefix(f"site {site}: "))
+    if site in summary.rows:
+        summary.rows[site].failures.setdefault(event["round"], str(event["reason"]).removeprefix(f"site {site}: "))
     else:
-        board.failures.append(f"{site or 'a node'}: {event['reason']}")
+        summary.failures.append(f"{site or 'unknown node'}: {event['reason']}")
 
 
-def _finished(board: RunSummary, event: Event) -> None:
-    board.seconds += event["seconds"]
+def _finished(summary: RunSummary, event: Event) -> None:
+    summary.seconds += event["seconds"]
 
 
+# By event and by whether it is the baseline's (None: either).
 _HANDLERS: dict[tuple[str, bool | None], Callable[[RunSummary, Any], None]] = {
     ("started", False): _started,
     ("started", True): _baseline_started,
@@ -191,13 +214,13 @@ _HANDLERS: dict[tuple[str, bool | None], Callable[[RunSummary, Any], None]] = {
     ("round", False): _round,
     ("reply", False): _reply,
     ("reply", True): _baseline_reply,
-    ("refused", None): _trouble,
-    ("failed", None): _trouble,
+    ("refused", None): _left_out,
+    ("failed", None): _left_out,
     ("finished", None): _finished,
-    ("waiting", None): _noted,
-    ("restarted", None): _noted,
-    ("late", None): _noted,
-    ("closing", None): _closing,
-    ("moving", False): _moving,
-    ("met", False): _ready,
+    ("waiting", None): _set_note,
+    ("restarted", None): _set_note,
+    ("late", None): _set_note,
+    ("finalizing", None): _finalizing,
+    ("transfer_started", False): _transfer_started,
+    ("site_ready", False): _ready,
 }

@@ -1,1 +1,1 @@
-"""The rounds: sampling, dispatch, admission, aggregation and checkpoints."""
+"""The rounds of a federation: registration, sampling, dispatch, admission, aggregation and checkpoints."""

@@ -1,4 +1,4 @@
-"""What a reply, and a site that joins, must be to count. Every refusal names the site, the field and both values."""
+"""Admission checks on joining sites and on their replies. Each refusal names site, field, expected and found value."""
 
 from __future__ import annotations
 
@@ -11,31 +11,35 @@ from ...common.errors import RefusedError
 from ...common.protocol.types import PROTOCOL, Arrays, SiteInfo, TrainReply, TrainRequest, check_arrays, check_metrics
 
 Layout = Mapping[str, tuple[int, ...]]
-MAX_TERMS = 10**12  # loss terms of one round; more is a broken count
-PINNED = ("model", "tokenizer", "chat_template")
+MAX_TERMS = 10**12  # largest accepted count of loss terms or examples in one round
+PINNED = ("model", "tokenizer", "chat_template")  # fingerprints in SiteInfo that all sites must have in common
 
 
-def admit_reply(reply: TrainReply, site: str, order: TrainRequest, layout: Layout, max_update_norm: float) -> None:
-    """Checks one reply against the order that it answers. Raises RefusedError.
+def admit_reply(reply: TrainReply, site: str, request: TrainRequest, layout: Layout, max_update_norm: float) -> None:
+    """Check a reply against the request that it answers.
 
-    ``layout`` has the arrays that must come: all shared ones after training, none at the close.
+    ``layout`` maps the names of the expected arrays to their shapes: all shared arrays for a training request, none
+    for a finalize request. Raises RefusedError.
     """
-    for field, expected in (("site", site), ("federation", order.federation), ("round", order.round)):
+    for field, expected in (("site", site), ("federation", request.federation), ("round", request.round)):
         if getattr(reply, field) != expected:
             raise RefusedError(field, str(expected), getattr(reply, field), site=site)
-    if reply.key != order.key:
-        raise RefusedError("order", order.key, reply.key, site=site)
+    if reply.key != request.key:
+        raise RefusedError("request key", request.key, reply.key, site=site)
     check_arrays(reply.shared, layout, site)
     check_metrics(reply.metrics, site)
-    if order.kind == "train":
+    if request.kind == "train":
         for field in ("terms", "examples"):
             if not 0 < getattr(reply, field) <= MAX_TERMS:
                 raise RefusedError(field, f"1 to {MAX_TERMS}", getattr(reply, field), site=site)
-    check_values(reply.shared, order.shared, max_update_norm, site)
+    check_values(reply.shared, request.shared, max_update_norm, site)
 
 
 def check_values(arrays: Arrays, previous: Arrays, max_update_norm: float, site: str) -> None:
-    """Finite everywhere, and not further than ``max_update_norm`` (Frobenius, all arrays) from what was sent."""
+    """Check that all values are finite and that the update is not too large.
+
+    The update norm is the Frobenius norm of ``arrays - previous`` over all arrays. Raises RefusedError.
+    """
     squares = 0.0
     for key, array in arrays.items():
         if not np.isfinite(array).all():
@@ -45,11 +49,18 @@ def check_values(arrays: Arrays, previous: Arrays, max_update_norm: float, site:
         raise RefusedError("update norm", f"at most {max_update_norm:g}", f"{squares**0.5:g}", site=site)
 
 
-def admit_site(description: SiteInfo, expected: Mapping[str, object]) -> None:
-    """Checks a joining site against the federation's pinned fingerprints, layout and protocol. Raises RefusedError."""
-    found = dataclasses.asdict(description)
+def admit_site(info: SiteInfo, expected: Mapping[str, object]) -> None:
+    """Check a joining site's protocol version, fingerprints and layout against ``expected``. Raises RefusedError."""
+    actual = dataclasses.asdict(info)
     for field, value in {"protocol": PROTOCOL, **expected}.items():
-        if found[field] != value:
-            raise RefusedError(field, str(value)[:16], str(found[field])[:16], site=description.site)
-    if description.train < 1 and description.test < 1:
-        raise RefusedError("train", "examples to train or to measure on", description.train, site=description.site)
+        if actual[field] != value:
+            raise RefusedError(field, str(value)[:16], str(actual[field])[:16], site=info.site)
+    if info.train < 1 and info.test < 1:
+        raise RefusedError(
+            "train",
+            "at least one training or test example",
+            info.train,
+            site=info.site,
+            message="The site has no training examples and no test examples.",
+            hint="Check the [data] table of its site file.",
+        )

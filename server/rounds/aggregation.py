@@ -1,10 +1,15 @@
-"""Aggregation as pure functions on named fp32 arrays. A new rule is one function and one row of ``RULES``."""
+"""Aggregation as pure functions on named fp32 arrays.
+
+A round takes two steps: an aggregator (``AGGREGATORS``) makes one set of arrays from the admitted updates, and a server
+optimiser (``SERVER_OPTIMIZERS``) makes S_t from S_{t-1} and these arrays. A new rule is one function and one row.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
@@ -14,15 +19,29 @@ from threadpoolctl import ThreadpoolController
 from ...common.config.schema import ServerSettings
 
 Arrays = dict[str, np.ndarray]
-SMALL = 10**9  # multiplications; in a smaller product BLAS threads cost more than they save
+SMALL = 10**9  # multiplications; for a smaller product BLAS threads cost more than they save
 
 
 @dataclass(frozen=True)
 class WeightedUpdate:
-    """One admitted update: what it weighs, and its arrays."""
+    """One admitted update: its weight, and the site's shared arrays after training."""
 
     weight: float
     arrays: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """What an aggregator or a server optimiser reads besides the updates.
+
+    ``arrays`` are what the same aggregator or optimiser returned as its own in the round before. The checkpoint keeps
+    them; they are empty in the first round.
+    """
+
+    round: int
+    previous: Mapping[str, np.ndarray]  # S_{t-1}
+    settings: ServerSettings
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 WEIGHTS: dict[str, Callable[[int, int], float]] = {
@@ -32,10 +51,33 @@ WEIGHTS: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def weighted_mean(updates: Iterable[WeightedUpdate]) -> Arrays:
-    """Σ p_k S_k with p_k = weight_k / Σ weight, folded in the order given, one update in memory at a time.
+# --- aggregators ----------------------------------------------------------------------------------------------------
 
-    Sums are in double precision; a fixed order makes them repeat to the bit.
+
+@dataclass(frozen=True)
+class Aggregator:
+    """An aggregation rule: ``(updates, state) -> (shared, arrays of its own)``.
+
+    A rule streams unless ``needs_all`` is set: it receives an iterator and keeps one update in memory at a time. A rule
+    with ``needs_all`` receives a list. Its arrays are read from disk one at a time, so a coordinate-wise rule holds one
+    array of every site.
+    """
+
+    rule: Callable[[Iterable[WeightedUpdate], RoundState], tuple[Arrays, Arrays]]
+    needs_all: bool = False
+    averages: bool = False  # returns the weighted mean of A and of B, so the product residual has a meaning
+
+
+def aggregate(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arrays, Arrays]:
+    """Apply the aggregator that the settings name. Returns the shared arrays and the aggregator's own."""
+    aggregator = AGGREGATORS[state.settings.aggregator]
+    return aggregator.rule(list(updates) if aggregator.needs_all else updates, state)
+
+
+def weighted_mean(updates: Iterable[WeightedUpdate]) -> Arrays:
+    """Σ p_k S_k with p_k = weight_k / Σ weight, in the given order with one update in memory at a time.
+
+    Sums are in double precision. A fixed order of the updates gives bit-identical results.
     """
     total, sums, dtypes = 0.0, {}, {}
     for update in updates:
@@ -47,91 +89,126 @@ def weighted_mean(updates: Iterable[WeightedUpdate]) -> Arrays:
     return {key: (value / total).astype(dtypes[key]) for key, value in sums.items()}
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A server optimiser: (previous, mean, memory, settings with lr, round) → (next, memory)."""
-
-    step: Callable[[Arrays, Arrays, Arrays, ServerSettings, float, int], tuple[Arrays, Arrays]]
-    lr: float  # used where the recipe names none; Flower's defaults
+def _mean(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arrays, Arrays]:
+    """The weighted mean of FedAvg (McMahan et al. 2017)."""
+    return weighted_mean(updates), {}
 
 
-def apply_rule(
-    previous: Arrays, mean: Arrays, memory: Arrays, settings: ServerSettings, round_number: int
-) -> tuple[Arrays, Arrays]:
-    """S_t and the optimiser's memory from S_{t-1} and the weighted mean of what the sites made of it."""
-    rule = RULES[settings.optimizer]
-    return rule.step(previous, mean, memory, settings, settings.lr or rule.lr, round_number)
+def _median(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arrays, Arrays]:
+    """The coordinate-wise median without weights (Yin et al. 2018): fewer than half of the sites cannot move it."""
+    return _per_coordinate(list(updates), lambda values: np.median(values, axis=0)), {}
 
 
-def _mean(
-    previous: Arrays, mean: Arrays, memory: Arrays, s: ServerSettings, lr: float, t: int
-) -> tuple[Arrays, Arrays]:
-    """FedAvg (McMahan et al. 2017); with lr ≠ 1 a step of that length towards the mean."""
-    if lr == 1.0:
-        return mean, {}
-    return {k: x + np.float32(lr) * (mean[k] - x) for k, x in previous.items()}, {}
+def _trimmed_mean(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arrays, Arrays]:
+    """The coordinate-wise mean without weights, without the smallest and the largest values (Yin et al. 2018).
+
+    A fraction ``server.trim`` of the K values is left out on each side, at least one where K ≥ 3.
+    """
+    given = list(updates)
+    cut = trimmed_per_side(len(given), state.settings.trim)
+    return _per_coordinate(given, lambda values: np.sort(values, axis=0)[cut : len(given) - cut].mean(axis=0)), {}
 
 
-def _momentum(
-    previous: Arrays, mean: Arrays, memory: Arrays, s: ServerSettings, lr: float, t: int
-) -> tuple[Arrays, Arrays]:
-    """FedAvgM (Hsu et al. 2019): v ← β v + (S_{t-1} − mean); S_t = S_{t-1} − lr · v."""
-    beta = np.float32(s.momentum)
-    v = {k: (beta * memory[f"v/{k}"] if memory else 0) + (x - mean[k]) for k, x in previous.items()}
-    return {k: x - np.float32(lr) * v[k] for k, x in previous.items()}, {f"v/{k}": a for k, a in v.items()}
+def trimmed_per_side(count: int, fraction: float) -> int:
+    """How many of ``count`` values a trimmed mean leaves out on each side; at least one value remains."""
+    return 0 if count < 3 else min(max(1, math.floor(fraction * count + 1e-9)), (count - 1) // 2)
 
 
-def _first_moment(previous: Arrays, mean: Arrays, memory: Arrays, s: ServerSettings) -> tuple[Arrays, Arrays, Arrays]:
-    delta = {k: mean[k] - x for k, x in previous.items()}
-    b1 = np.float32(s.beta_1)
-    m = {k: b1 * memory.get(f"m/{k}", np.zeros_like(d)) + (1 - b1) * d for k, d in delta.items()}
-    return delta, m, {k: memory.get(f"v/{k}", np.zeros_like(d)) for k, d in delta.items()}
+def _per_coordinate(updates: list[WeightedUpdate], reduce: Callable[[np.ndarray], np.ndarray]) -> Arrays:
+    """Reduce the double-precision values (sites, …) of each array, one array in memory at a time."""
+    stacked = ((key, [update.arrays[key] for update in updates]) for key in updates[0].arrays)
+    return {key: reduce(np.stack(each).astype(np.float64)).astype(each[0].dtype) for key, each in stacked}
 
 
-def _adam(
-    previous: Arrays, mean: Arrays, memory: Arrays, s: ServerSettings, lr: float, t: int
-) -> tuple[Arrays, Arrays]:
-    """FedAdam (Reddi et al. 2021) with Flower's bias-corrected rate."""
-    delta, m, v = _first_moment(previous, mean, memory, s)
-    b2 = np.float32(s.beta_2)
-    v = {k: b2 * v[k] + (1 - b2) * d**2 for k, d in delta.items()}
-    rate = np.float32(lr * np.sqrt(1 - s.beta_2 ** (t + 1.0)) / (1 - s.beta_1 ** (t + 1.0)))
-    return _adaptive_step(previous, m, v, rate, s)
-
-
-def _yogi(
-    previous: Arrays, mean: Arrays, memory: Arrays, s: ServerSettings, lr: float, t: int
-) -> tuple[Arrays, Arrays]:
-    """FedYogi (Reddi et al. 2021)."""
-    delta, m, v = _first_moment(previous, mean, memory, s)
-    b2 = np.float32(s.beta_2)
-    v = {k: v[k] - (1 - b2) * d**2 * np.sign(v[k] - d**2) for k, d in delta.items()}
-    return _adaptive_step(previous, m, v, np.float32(lr), s)
-
-
-def _adaptive_step(
-    previous: Arrays, m: Arrays, v: Arrays, rate: np.floating, s: ServerSettings
-) -> tuple[Arrays, Arrays]:
-    new = {k: x + rate * m[k] / (np.sqrt(v[k]) + np.float32(s.tau)) for k, x in previous.items()}
-    return new, {f"m/{k}": a for k, a in m.items()} | {f"v/{k}": a for k, a in v.items()}
-
-
-RULES: dict[str, Rule] = {
-    "mean": Rule(_mean, 1.0),
-    "momentum": Rule(_momentum, 1.0),
-    "adam": Rule(_adam, 0.1),
-    "yogi": Rule(_yogi, 0.01),
+AGGREGATORS: dict[str, Aggregator] = {
+    "mean": Aggregator(_mean, averages=True),
+    "median": Aggregator(_median, needs_all=True),
+    "trimmed_mean": Aggregator(_trimmed_mean, needs_all=True),
 }
 
 
-def product_residual(updates: list[WeightedUpdate], mean: Mapping[str, np.ndarray]) -> float:
-    """How far the mean of the factors is from the mean of the products.
+# --- server optimisers ----------------------------------------------------------------------------------------------
 
-    √(Σ_layers ‖Σ p_k B_k A_k − B̄ Ā‖²_F ÷ Σ_layers ‖Σ p_k B_k A_k‖²_F): 0 when averaging A and B apart loses nothing.
-    Computed through Gram matrices of size (K·r)² where these take fewer steps than the products.
+
+@dataclass(frozen=True)
+class ServerOptimizer:
+    """A server optimiser: ``(aggregated, state, lr) -> (S_t, arrays of its own)``."""
+
+    step: Callable[[Arrays, RoundState, float], tuple[Arrays, Arrays]]
+    lr: float  # used where the recipe sets none; Flower's defaults
+
+
+def apply_optimizer(aggregated: Arrays, state: RoundState) -> tuple[Arrays, Arrays]:
+    """Apply the server optimiser that the settings name. Returns S_t and the optimiser's own arrays."""
+    optimizer = SERVER_OPTIMIZERS[state.settings.optimizer]
+    return optimizer.step(aggregated, state, state.settings.lr or optimizer.lr)
+
+
+def _replace(aggregated: Arrays, state: RoundState, lr: float) -> tuple[Arrays, Arrays]:
+    """S_t is the aggregate; with lr ≠ 1 it is a step of that length towards the aggregate."""
+    if lr == 1.0:
+        return aggregated, {}
+    return {k: x + np.float32(lr) * (aggregated[k] - x) for k, x in state.previous.items()}, {}
+
+
+def _momentum(aggregated: Arrays, state: RoundState, lr: float) -> tuple[Arrays, Arrays]:
+    """FedAvgM (Hsu et al. 2019): v ← β v + (S_{t-1} − aggregate); S_t = S_{t-1} − lr · v."""
+    beta, old, previous = np.float32(state.settings.momentum), state.arrays, state.previous
+    v = {k: (beta * old[f"v/{k}"] if old else 0) + (x - aggregated[k]) for k, x in previous.items()}
+    return {k: x - np.float32(lr) * v[k] for k, x in previous.items()}, {f"v/{k}": a for k, a in v.items()}
+
+
+def _adam(aggregated: Arrays, state: RoundState, lr: float) -> tuple[Arrays, Arrays]:
+    """FedAdam (Reddi et al. 2021) with Flower's bias-corrected rate."""
+    s, t = state.settings, state.round
+    delta, m, v = _first_moment(aggregated, state)
+    b2 = np.float32(s.beta_2)
+    v = {k: b2 * v[k] + (1 - b2) * d**2 for k, d in delta.items()}
+    rate = np.float32(lr * np.sqrt(1 - s.beta_2 ** (t + 1.0)) / (1 - s.beta_1 ** (t + 1.0)))
+    return _adaptive_step(state, m, v, rate)
+
+
+def _yogi(aggregated: Arrays, state: RoundState, lr: float) -> tuple[Arrays, Arrays]:
+    """FedYogi (Reddi et al. 2021)."""
+    delta, m, v = _first_moment(aggregated, state)
+    b2 = np.float32(state.settings.beta_2)
+    v = {k: v[k] - (1 - b2) * d**2 * np.sign(v[k] - d**2) for k, d in delta.items()}
+    return _adaptive_step(state, m, v, np.float32(lr))
+
+
+def _first_moment(aggregated: Arrays, state: RoundState) -> tuple[Arrays, Arrays, Arrays]:
+    """The change since S_{t-1}, its updated first moment, and the old second moment."""
+    old, b1 = state.arrays, np.float32(state.settings.beta_1)
+    delta = {k: aggregated[k] - x for k, x in state.previous.items()}
+    m = {k: b1 * old.get(f"m/{k}", np.zeros_like(d)) + (1 - b1) * d for k, d in delta.items()}
+    return delta, m, {k: old.get(f"v/{k}", np.zeros_like(d)) for k, d in delta.items()}
+
+
+def _adaptive_step(state: RoundState, m: Arrays, v: Arrays, rate: np.floating) -> tuple[Arrays, Arrays]:
+    tau = np.float32(state.settings.tau)
+    new = {k: x + rate * m[k] / (np.sqrt(v[k]) + tau) for k, x in state.previous.items()}
+    return new, {f"m/{k}": a for k, a in m.items()} | {f"v/{k}": a for k, a in v.items()}
+
+
+SERVER_OPTIMIZERS: dict[str, ServerOptimizer] = {
+    "mean": ServerOptimizer(_replace, 1.0),
+    "momentum": ServerOptimizer(_momentum, 1.0),
+    "adam": ServerOptimizer(_adam, 0.1),
+    "yogi": ServerOptimizer(_yogi, 0.01),
+}
+
+
+# --- diagnostics ----------------------------------------------------------------------------------------------------
+
+
+def product_residual(updates: list[WeightedUpdate], mean: Mapping[str, np.ndarray]) -> float:
+    """The relative distance between the product of the mean factors and the mean of the products.
+
+    √(Σ_layers ‖Σ p_k B_k A_k − B̄ Ā‖²_F ÷ Σ_layers ‖Σ p_k B_k A_k‖²_F). It is 0 where averaging A and B separately loses
+    nothing. Gram matrices of size (K·r)² replace the products where they take fewer operations.
     """
     total = sum(update.weight for update in updates)
-    off, whole = 0.0, 0.0
+    difference, whole = 0.0, 0.0
     for a_key, b_key in _pairs(mean):
         b = [update.weight / total * _scaled(update.arrays, b_key) for update in updates]
         a = [update.arrays[a_key].astype(np.float64) for update in updates]
@@ -139,8 +216,8 @@ def product_residual(updates: list[WeightedUpdate], mean: Mapping[str, np.ndarra
         squares = _dense_squares if products.product_is_cheaper else _gram_squares
         of_products, of_difference = squares(products, Factors(_scaled(mean, b_key), mean[a_key].astype(np.float64)))
         whole += of_products
-        off += of_difference
-    return float(np.sqrt(max(off, 0.0) / whole)) if whole else 0.0
+        difference += of_difference
+    return float(np.sqrt(max(difference, 0.0) / whole)) if whole else 0.0
 
 
 class Factors(NamedTuple):
@@ -151,7 +228,7 @@ class Factors(NamedTuple):
 
     @property
     def product_is_cheaper(self) -> bool:
-        """Whether n is so large that the product itself takes fewer steps than two Gram matrices of n²."""
+        """Whether the product itself takes fewer operations than two Gram matrices of size n²."""
         d_out, n, d_in = *self.left.shape, self.right.shape[1]
         return n * (d_out + d_in) > 2 * d_out * d_in
 
@@ -160,12 +237,12 @@ def _dense_squares(products: Factors, mean: Factors) -> tuple[float, float]:
     """‖P‖²_F and ‖P − M‖²_F."""
     with _threads(products):
         whole = products.left @ products.right
-        off = whole - mean.left @ mean.right
-        return float(np.vdot(whole, whole)), float(np.vdot(off, off))
+        difference = whole - mean.left @ mean.right
+        return float(np.vdot(whole, whole)), float(np.vdot(difference, difference))
 
 
 def _gram_squares(products: Factors, mean: Factors) -> tuple[float, float]:
-    """The same as sums of ⟨l_i r_i, l_j r_j⟩ over the rank-one terms of P, and of P − M."""
+    """‖P‖²_F and ‖P − M‖²_F as sums of ⟨l_i r_i, l_j r_j⟩ over the rank-one terms of P, and of P − M."""
     left, right = np.hstack([products.left, -mean.left]), np.vstack([products.right, mean.right])
     with _threads(products):
         terms = (left.T @ left) * (right @ right.T)
@@ -174,18 +251,19 @@ def _gram_squares(products: Factors, mean: Factors) -> tuple[float, float]:
 
 
 def _pairs(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
+    """The names of A and B of every adapted layer, in name order."""
     for a_key in sorted(key for key in arrays if ".lora_A." in key):
         yield a_key, a_key.replace(".lora_A.", ".lora_B.")
 
 
 def _scaled(arrays: Mapping[str, np.ndarray], b_key: str) -> np.ndarray:
-    """A factor B in double precision, with MultiLoRA's scales (n, d_out) in it where there are some."""
+    """Factor B in double precision, multiplied by MultiLoRA's scales (n, d_out) where they exist."""
     b, scale = arrays[b_key].astype(np.float64), arrays.get(b_key.replace(".lora_B.weight", ".lora_scale"))
     return b if scale is None else (b.reshape(len(b), len(scale), -1) * scale.T[:, :, None]).reshape(b.shape)
 
 
 def _threads(factors: Factors) -> AbstractContextManager[object]:
-    """Small products stay on one thread: on a busy machine several wait for each other."""
+    """Limit small products to one BLAS thread: on a busy machine several threads wait for each other."""
     threads = 1 if factors.left.shape[1] * max(factors.left.size, factors.right.size) < SMALL else None
     return _blas().limit(limits=threads, user_api="blas")
 

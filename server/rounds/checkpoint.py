@@ -1,4 +1,4 @@
-"""The coordinator's state, one safetensors file a round, written whole or not at all."""
+"""Checkpoints: the coordinator's state after each round as one safetensors file, written atomically."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from ...common.config.schema import Recipe, to_json
 from ...common.errors import StateError
 from ...common.models.saved import FINGERPRINTS, SHARED, ModelMetadata
 
-OPTIMIZER_STATE = "memory/"
-MAX_CHECKPOINTS = 3  # checkpoints that stay on disk
+OPTIMIZER_STATE, AGGREGATOR_STATE = "memory/", "aggregator/"  # prefixes of array names in the file
+MAX_CHECKPOINTS = 3  # newest checkpoints kept on disk
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """Where a federation stands after ``round``. ``admitted`` is each site's last round that counted."""
+    """The state of a federation after ``round``. ``admitted`` is each site's last round whose reply was admitted."""
 
     round: int
     shared: Mapping[str, np.ndarray]
-    optimizer_state: Mapping[str, np.ndarray] = field(default_factory=dict)  # of the server optimiser
+    optimizer_state: Mapping[str, np.ndarray] = field(default_factory=dict)  # of the server optimizer
+    aggregator_state: Mapping[str, np.ndarray] = field(default_factory=dict)  # of the aggregator
     admitted: Mapping[str, int] = field(default_factory=dict)
     pins: Mapping[str, str] = field(default_factory=dict)  # fingerprints that every site must have
-    weights: str = ""  # how updates are weighed, chosen at the first join
+    weights: str = ""  # how updates are weighted, decided at the first join
     finalized: bool = False
-    task: str = ""  # of all sites; empty where they have different ones
+    task: str = ""  # of all sites; empty if they have different tasks
 
 
 class Checkpoints:
@@ -40,26 +41,41 @@ class Checkpoints:
         self.plan = to_json(recipe.plan)
 
     def latest(self) -> ServerState | None:
-        """The newest state, or None. Raises StateError when it belongs to another federation or recipe."""
+        """Return the newest state, or None. Raises StateError if it belongs to another federation or recipe."""
         paths = sorted(self.folder.glob("round-*.safetensors"))
         if not paths:
             return None
         arrays, meta = load_arrays(paths[-1])
-        for name, mine in self.identity.items():
-            if meta[name] != mine:
-                raise StateError(f"{paths[-1]}: {name}", mine, meta[name])
-        shared, memory = (
-            {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in (SHARED, OPTIMIZER_STATE)
+        for name, expected in self.identity.items():
+            if meta[name] != expected:
+                raise StateError(
+                    f"{paths[-1]}: {name}",
+                    expected,
+                    meta[name],
+                    message=f"{paths[-1]} belongs to another {name}: {meta[name]}, not {expected}.",
+                    hint="Use the recipe that the run began with, or another run folder.",
+                )
+        shared, optimizer_state, aggregator_state = (
+            {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)}
+            for p in (SHARED, OPTIMIZER_STATE, AGGREGATOR_STATE)
         )
         return ServerState(
-            meta["round"], shared, memory, meta["admitted"], meta["pins"], meta["weights"], meta["closed"], meta["task"]
+            meta["round"],
+            shared,
+            optimizer_state,
+            aggregator_state,
+            meta["admitted"],
+            meta["pins"],
+            meta["weights"],
+            meta["closed"],
+            meta["task"],
         )
 
     def write(self, state: ServerState) -> None:
-        """Puts a state on disk and deletes all but the newest few."""
-        arrays = {SHARED + k: v for k, v in state.shared.items()} | {
-            OPTIMIZER_STATE + k: v for k, v in state.optimizer_state.items()
-        }
+        """Write a state and delete all but the newest checkpoints."""
+        arrays = {SHARED + k: v for k, v in state.shared.items()}
+        arrays |= {OPTIMIZER_STATE + k: v for k, v in state.optimizer_state.items()}
+        arrays |= {AGGREGATOR_STATE + k: v for k, v in state.aggregator_state.items()}
         meta = {
             **self.identity,
             "round": state.round,
@@ -68,29 +84,30 @@ class Checkpoints:
             "weights": state.weights,
             "closed": state.finalized,
             "task": state.task,
-            "card": dataclasses.asdict(self._card(state)),
+            "card": dataclasses.asdict(self._metadata(state)),
         }
         save_arrays(self.folder / f"round-{state.round:06d}.safetensors", arrays, meta)
         for path in sorted(self.folder.glob("round-*.safetensors"))[:-MAX_CHECKPOINTS]:
             path.unlink(missing_ok=True)
 
-    def _card(self, state: ServerState) -> ModelMetadata:
-        prints = {name: state.pins[name] for name in FINGERPRINTS if name in state.pins}
-        return ModelMetadata(self.identity["federation"], state.round, self.plan, task=state.task, fingerprint=prints)
+    def _metadata(self, state: ServerState) -> ModelMetadata:
+        fingerprint = {name: state.pins[name] for name in FINGERPRINTS if name in state.pins}
+        federation = self.identity["federation"]
+        return ModelMetadata(federation, state.round, self.plan, task=state.task, fingerprint=fingerprint)
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What the newest checkpoint says, without its arrays. ``written`` is seconds since 1970."""
+    """The newest checkpoint without its arrays. ``written`` is in seconds since 1970."""
 
     round: int
     admitted: Mapping[str, int]
-    closed: bool
+    finalized: bool
     written: float
 
 
 def latest_checkpoint_info(folder: Path) -> CheckpointInfo | None:
-    """The newest checkpoint of any federation in ``folder``, also while another process goes on writing there."""
+    """Describe the newest checkpoint in ``folder``, of any federation; another process may be writing there."""
     while paths := sorted(folder.glob("round-*.safetensors")):
         try:
             _, meta = load_arrays(paths[-1], prefix=" ")

@@ -1,4 +1,4 @@
-"""Asking sites and waiting for their answers: again after an error or a restart, never beyond the deadline."""
+"""Dispatch of requests to sites: collect replies until the deadline, and resend after an error or a reconnection."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from ...common.protocol.flower_messages import SITE_FAILED
 from ..flower_compat import ErrorCode
 from .registry import NodeRegistry
 
-SITES_FAULT = frozenset({SITE_FAILED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION})  # any other error is the platform's
-PAUSE, LOOK = 1.0, 1.0  # seconds
+# Errors that a site caused; all others come from Flower's infrastructure.
+SITE_ERRORS = frozenset({SITE_FAILED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION})
+RETRY_PAUSE = 1.0  # seconds before a request is resent after an error (deployed); doubled for each error of the site
+REFRESH_INTERVAL = 1.0  # seconds between two checks of which nodes are online (deployed)
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """``timeout`` seconds for all answers (None: no limit), ``attempts`` a site, a look every ``interval`` seconds.
+    """When requests are resent and for how long replies are awaited.
 
-    ``deployed`` is for sites in processes of their own, where messages get lost: a site that came back is asked again
-    at once, one that is silent after ``silence`` seconds (then twice that, and so on), and the platform's errors do
-    not count as attempts. All that is free of harm, since rounds are idempotent.
+    ``timeout``: seconds for all replies, None for no limit. ``attempts``: errors of a site before it is given up.
+    ``interval``: seconds between two polls for replies. ``deployed``: sites are separate processes and messages can be
+    lost, so a site that reconnected is asked again at once, a site without a reply after ``silence`` seconds (doubled
+    each time), and infrastructure errors do not count as attempts. Resending is safe because rounds are idempotent.
     """
 
     timeout: float | None
@@ -36,50 +39,50 @@ class RetryPolicy:
 
 @dataclass
 class PendingReply:
-    """One site's unanswered question."""
+    """The state of one site's request."""
 
     message: Callable[[], Message]
-    due: float | None = 0.0  # when to send it (again); None: it is under way
+    due: float | None = 0.0  # monotonic time at which to send the request; None while it is in flight
     tries: int = 0
     errors: int = 0
-    newest: str = ""  # id of the last message, the only one whose error counts
-    presence: object = None  # of the site when it was asked
+    newest: str = ""  # id of the last message; errors of earlier ones are ignored
+    presence: object = None  # the site's presence token when the request was sent
     sent: float = 0.0
     silence: float = 0.0
 
 
 class Dispatcher:
-    """Asks on one grid; what comes after its question was given up is told as late and ignored."""
+    """Sends requests over a grid. Replies that arrive after their round ended are reported as late and ignored."""
 
-    def __init__(self, grid: Grid, roll: NodeRegistry, patience: RetryPolicy, tell_late: Callable[[str], None]) -> None:
-        self._grid, self._roll, self._patience, self._tell_late = grid, roll, patience, tell_late
+    def __init__(self, grid: Grid, registry: NodeRegistry, policy: RetryPolicy, on_late: Callable[[str], None]) -> None:
+        self._grid, self._registry, self._policy, self._on_late = grid, registry, policy, on_late
         self._late: dict[str, str] = {}  # message id → site
-        self._looked = 0.0
-        self._pull: BackgroundPull | None = None  # under way
+        self._refreshed = 0.0
+        self._pull: BackgroundPull | None = None  # in flight
 
     def dispatch(
-        self, questions: Mapping[str, Callable[[], Message]], enough: Callable[[], bool] = lambda: False
+        self, requests: Mapping[str, Callable[[], Message]], enough: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[str, Message]]:
-        """Yields (site, answer) as answers come; an answer may be an error after the last attempt.
+        """Send all requests and yield (site, reply) as replies arrive; a reply may be the error of the last attempt.
 
-        A message that was claimed is never delivered again by Flower, so every attempt is a new one. Sites that do not
-        answer in time are not yielded, nor are absent ones once there are ``enough`` answers without them.
+        Flower delivers a message only once, so each attempt builds a new message. Sites without a reply in time are
+        not yielded, nor are offline sites once ``enough()`` holds without them.
         """
-        ends = None if self._patience.timeout is None else time.monotonic() + self._patience.timeout
-        waiting = {site: PendingReply(message) for site, message in questions.items()}
+        deadline = None if self._policy.timeout is None else time.monotonic() + self._policy.timeout
+        waiting = {site: PendingReply(message) for site, message in requests.items()}
         sent: dict[str, str] = {}  # message id → site
-        while waiting and (ends is None or time.monotonic() < ends):
+        while waiting and (deadline is None or time.monotonic() < deadline):
             self._send(waiting, sent)
-            answers = self._take(sent)
-            for site, message in answers:
-                if site in waiting and not self._again(waiting[site], message):
+            replies = self._take(sent)
+            for site, message in replies:
+                if site in waiting and not self._retry(waiting[site], message):
                     del waiting[site]
                     sent = {message_id: other for message_id, other in sent.items() if other != site}
                     yield site, message
-            if not answers:
-                if self._patience.deployed and self._look(waiting, enough):
+            if not replies:
+                if self._policy.deployed and self._refresh(waiting, enough):
                     break
-                time.sleep(self._patience.interval)
+                time.sleep(self._policy.interval)
         self._late |= {message_id: site for message_id, site in sent.items() if site in waiting}
         self._pull = None
 
@@ -89,53 +92,53 @@ class Dispatcher:
             if pending.due is None or pending.due > now:
                 continue
             pending.due, pending.sent, pending.tries = None, now, pending.tries + 1
-            pending.presence = self._roll.presence(site)
-            pending.silence = pending.silence * 2 or self._patience.silence
+            pending.presence = self._registry.presence(site)
+            pending.silence = pending.silence * 2 or self._policy.silence
             for message_id in self._grid.push_messages([pending.message()]):
                 sent[message_id], pending.newest = site, message_id
 
     def _take(self, sent: dict[str, str]) -> list[tuple[str, Message]]:
-        answers = []
-        for message in self._pulled([*sent, *self._late]):
+        replies = []
+        for message in self._pull_messages([*sent, *self._late]):
             message_id = message.metadata.reply_to_message_id
-            if late := self._late.pop(message_id, None):
+            if late_site := self._late.pop(message_id, None):
                 if not message.has_error():
-                    self._tell_late(late)
+                    self._on_late(late_site)
             elif site := sent.pop(message_id, None):
-                answers.append((site, message))
-        return answers
+                replies.append((site, message))
+        return replies
 
-    def _pulled(self, message_ids: list[str]) -> list[Message]:
-        """What has come. With sites that may die, in a thread of its own: see :class:`Pull`."""
-        if not self._patience.deployed:
+    def _pull_messages(self, message_ids: list[str]) -> list[Message]:
+        """Return the replies that have arrived. Deployed, pull in a thread: see :class:`BackgroundPull`."""
+        if not self._policy.deployed:
             return list(self._grid.pull_messages(message_ids))
         self._pull = self._pull or BackgroundPull(self._grid, message_ids)
-        if not self._pull.wait(self._patience.interval):
+        if not self._pull.wait(self._policy.interval):
             return []
         pull, self._pull = self._pull, None
         return pull.result()
 
-    def _again(self, pending: PendingReply, message: Message) -> bool:
-        """Whether an answer is an error after which the site is asked again."""
+    def _retry(self, pending: PendingReply, message: Message) -> bool:
+        """Whether a reply is an error after which the request is sent again."""
         if not message.has_error():
             return False
-        if message.metadata.reply_to_message_id != pending.newest:  # lost with a process that died; asked again since
+        if message.metadata.reply_to_message_id != pending.newest:  # of a lost message that was resent since
             return True
-        if self._patience.deployed and message.error.code not in SITES_FAULT:
-            pending.due = time.monotonic() + PAUSE
+        if self._policy.deployed and message.error.code not in SITE_ERRORS:
+            pending.due = time.monotonic() + RETRY_PAUSE
             return True
         pending.errors += 1
-        pending.due = time.monotonic() + (PAUSE * 2**pending.errors if self._patience.deployed else 0)
-        return pending.errors < self._patience.attempts
+        pending.due = time.monotonic() + (RETRY_PAUSE * 2**pending.errors if self._policy.deployed else 0)
+        return pending.errors < self._policy.attempts
 
-    def _look(self, waiting: Mapping[str, PendingReply], enough: Callable[[], bool]) -> bool:
-        """Asks those again that came back or are silent; True when only absent sites are left and none is needed."""
+    def _refresh(self, waiting: Mapping[str, PendingReply], enough: Callable[[], bool]) -> bool:
+        """Schedule requests to reconnected and silent sites again; True when the missing sites are not needed."""
         now = time.monotonic()
-        if now < self._looked + LOOK:
+        if now < self._refreshed + REFRESH_INTERVAL:
             return False
-        self._looked = now
-        self._roll.refresh()
-        presences = {site: self._roll.presence(site) for site in waiting}
+        self._refreshed = now
+        self._registry.refresh()
+        presences = {site: self._registry.presence(site) for site in waiting}
         back = {s for s, p in waiting.items() if presences[s] is not None and presences[s] != p.presence}
         stuck = bool(back) and self._pull is not None
         if stuck:
@@ -147,31 +150,31 @@ class Dispatcher:
 
 
 class BackgroundPull:
-    """One question to the grid for answers, which may take minutes.
+    """A call of ``grid.pull_messages`` in a thread of its own, because it can block for minutes.
 
-    Of a site that died while it sent its answer, Flower tells that there is one, and then waits for its parts for as
-    long as their upload may take. Whoever asks can leave such a pull alone and ask the sites again.
+    When a site dies while it sends its reply, Flower announces the reply and then waits for its missing parts until
+    their upload times out. The dispatcher can abandon such a pull and send the requests again.
     """
 
     def __init__(self, grid: Grid, message_ids: list[str]) -> None:
-        self._found: list[Message] = []
+        self._messages: list[Message] = []
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._work, args=(grid, message_ids), daemon=True)
         self._thread.start()
 
     def _work(self, grid: Grid, message_ids: list[str]) -> None:
         try:
-            self._found = list(grid.pull_messages(message_ids))
-        except Exception as error:  # whatever it is, it belongs to who asked
+            self._messages = list(grid.pull_messages(message_ids))
+        except Exception as error:  # any error is raised again by result()
             self._error = error
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended; waits for that, ``seconds`` at most."""
+        """Wait for the pull to end, ``seconds`` at most; return whether it has."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def result(self) -> list[Message]:
-        """The answers. Raises what the grid raised."""
+        """Return the replies, or raise the error that the grid raised."""
         if self._error:
             raise self._error
-        return self._found
+        return self._messages

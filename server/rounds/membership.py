@@ -1,4 +1,4 @@
-"""Who takes part: the sites that were met, judged by what all of them must have in common."""
+"""Membership of a federation: which connected sites fit what all sites must have in common."""
 
 from __future__ import annotations
 
@@ -13,27 +13,33 @@ from .admission import admit_site
 from .registry import ConnectedSite, NodeRegistry
 from .run_options import RunOptions, StopRequested
 
-GRACE = 30.0  # seconds for sites that are here to introduce themselves once there is a quorum without them
-TOLD = ("site", "task", "train", "test", "truncated", "dropped")
+GRACE = 30.0  # seconds to wait for further join replies once the quorum has joined (deployed)
+JOINED_FIELDS = ("site", "task", "train", "test", "truncated", "dropped")  # of SiteInfo, in the event `joined`
 
 
 class Membership:
-    """``sites`` are those that fit. Who comes later, or comes back, is judged when it does."""
+    """The admitted sites, by name in ``sites``. Sites that connect later, or reconnect, are checked when they do."""
 
-    def __init__(self, roll: NodeRegistry, names: Sequence[str], chronicle: EventRecorder, conduct: RunOptions) -> None:
-        self.registry, self.names, self.chronicle, self.conduct = roll, names, chronicle, conduct
+    def __init__(
+        self, registry: NodeRegistry, names: Sequence[str], recorder: EventRecorder, options: RunOptions
+    ) -> None:
+        self.registry, self.names, self.recorder, self.options = registry, names, recorder, options
         self.sites: dict[str, ConnectedSite] = {}
-        self._judged: dict[str, ConnectedSite] = {}
-        self._common: dict[str, str] = {}
+        self._checked: dict[str, ConnectedSite] = {}
+        self._expected: dict[str, str] = {}
         self._missing: list[str] | None = None
 
     def wait_for_quorum(self, quorum: int, timeout: float | None) -> list[SiteInfo]:
-        """Descriptions, once enough sites have introduced themselves and nobody who is here is still asked."""
+        """Wait until enough sites have joined and no join request is open; return their descriptions.
+
+        A simulation waits ``timeout`` seconds at most for open join requests and never for offline sites. Raises
+        StopRequested.
+        """
         began = time.monotonic()
-        limit = GRACE if self.conduct.deployed else timeout or float("inf")
+        limit = GRACE if self.options.deployed else timeout or float("inf")
         self.registry.refresh()
-        while self.conduct.deployed and len(self.registry.connected) < quorum:
-            self._tell(0)
+        while self.options.deployed and len(self.registry.connected) < quorum:
+            self._report_failures(0)
             self._wait(quorum, list(self.registry.connected))
             self.registry.refresh()
         while self.registry.asking and time.monotonic() < began + limit:
@@ -42,55 +48,58 @@ class Membership:
         return [self.registry.connected[name].info for name in self.names if name in self.registry.connected]
 
     def pin(self, pins: dict[str, str], layout: str, quorum: int, t: int) -> None:
-        """From now on sites are judged by these fingerprints and this layout. Raises QuorumError, Stopped."""
-        self._common = {**pins, "layout": layout}
+        """Check all sites against these fingerprints and this layout from now on.
+
+        Raises QuorumError when too few sites fit (a deployed coordinator waits for more), or StopRequested.
+        """
+        self._expected = {**pins, "layout": layout}
         self.update(t)
-        while len(self.sites) < quorum and self.conduct.deployed:
+        while len(self.sites) < quorum and self.options.deployed:
             self._wait(quorum, list(self.sites))
             self.update(t)
-        self.chronicle.require_quorum(quorum, list(self.sites), "join")
+        self.recorder.require_quorum(quorum, list(self.sites), "join")
 
     def update(self, t: int) -> None:
-        """Takes in the sites that came, or came back, since; waits for none."""
+        """Admit sites that connected or reconnected since the last call, without waiting."""
         self.registry.refresh()
         self.admit(t)
 
     def can_train(self, site: str) -> bool:
-        """Whether a site is here and learns; one with no examples to train on is asked at the close only."""
+        """Whether a site is admitted and has training examples. A site without any only evaluates at the end."""
         return site in self.sites and self.sites[site].info.train > 0
 
     def admit(self, t: int) -> None:
-        """Admits to the federation who fits it, and tells who does not."""
-        self._tell(t)
+        """Check the sites that the registry has found, admit those that fit, and record the others as refused."""
+        self._report_failures(t)
         for name in self.names:
-            present = self.registry.connected.get(name)
-            if present is None or present is self._judged.get(name):
+            connected = self.registry.connected.get(name)
+            if connected is None or connected is self._checked.get(name):
                 continue
-            self._judged[name] = present
+            self._checked[name] = connected
             self.sites.pop(name, None)
             try:
-                admit_site(present.info, self._common)
+                admit_site(connected.info, self._expected)
             except RefusedError as error:
-                self.chronicle.refused(t, error)
+                self.recorder.refused(t, error)
                 continue
-            self.sites[name] = present
-            told = dataclasses.asdict(present.info)
-            self.chronicle.emit("joined", **{key: told[key] for key in TOLD})
+            self.sites[name] = connected
+            info = dataclasses.asdict(connected.info)
+            self.recorder.emit("joined", **{key: info[key] for key in JOINED_FIELDS})
 
-    def _tell(self, t: int) -> None:
+    def _report_failures(self, t: int) -> None:
         for name, reason in self.registry.failures:
-            self.chronicle.failed(t, name, reason)
+            self.recorder.failed(t, name, reason)
         for error in self.registry.refusals:
-            self.chronicle.refused(t, error)
+            self.recorder.refused(t, error)
         self.registry.failures.clear()
         self.registry.refusals.clear()
 
     def _wait(self, quorum: int, present: list[str]) -> None:
-        """A second of patience, told once for each set of missing sites. Raises Stopped."""
-        if self.conduct.should_stop():
+        """Sleep for a second; record the missing sites when they change. Raises StopRequested."""
+        if self.options.should_stop():
             raise StopRequested
         missing = [name for name in self.names if name not in present]
         if self._missing != missing:
             self._missing = missing
-            self.chronicle.emit("waiting", when="join", quorum=quorum, present=present, missing=missing)
+            self.recorder.emit("waiting", when="join", quorum=quorum, present=present, missing=missing)
         time.sleep(1.0)

@@ -1,4 +1,4 @@
-"""Who is here: every node of the grid is asked who it is, and bound to the site that it may speak for."""
+"""The registry of connected nodes: each node is asked which site it is, and may only be the site of its key."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ...common.errors import ColoraError, RefusedError
 from ...common.protocol import flower_messages as messages
 from ...common.protocol.types import SiteInfo
 
-AGAIN = 30.0  # seconds after which a site that failed to introduce itself is asked once more
+REJOIN_INTERVAL = 30.0  # seconds before a node whose join requests all failed is asked again
 
 
 @dataclass(frozen=True)
 class ConnectedSite:
-    """A site as it introduced itself, on the node it did so from, which came at ``since``."""
+    """A site that has joined: its node, the time at which the node became active, and the site's description."""
 
     node: int
     since: str
@@ -36,7 +36,7 @@ class ConnectedSite:
 
 @dataclass(frozen=True)
 class JoinQuery:
-    """How a node is asked who it is, and how often when its answer is an error."""
+    """Builds the join request for a node id; a node that answers with an error is asked ``attempts`` times."""
 
     message: Callable[[int], Message]
     attempts: int
@@ -44,134 +44,149 @@ class JoinQuery:
 
 @dataclass
 class PendingJoin:
-    """A question to a node that is here: who are you?"""
+    """The state of a node's join request."""
 
     since: str
     tries: int = 0
-    due: float = 0.0  # when to ask (again); infinity: under way, or answered
+    due: float = 0.0  # monotonic time of the next request; infinity while one is in flight and after the reply
 
 
 class NodeRegistry:
-    """Meets nodes without ever waiting for one. ``welcome`` judges who came, and raises RefusedError.
+    """Binds nodes to sites without blocking.
 
-    Nodes that registered by a key carry the name that the key belongs to, and can speak for no other site. With a
-    ``memory`` (a file) a coordinator that starts again need not ask those that stayed. ``heard`` is told
-    each site's name when it is met.
+    Nodes that registered with a key have the name of the key's owner and cannot join as another site. With
+    ``cache_file`` the registry survives a restart of the coordinator: nodes that stayed connected are not asked again.
+    ``on_join`` is called with a site's name when the site joins.
     """
 
     def __init__(
         self,
         grid: Grid,
         names: Collection[str],
-        inquiry: JoinQuery,
-        memory: Path | None = None,
-        heard: Callable[[str], None] | None = None,
+        query: JoinQuery,
+        cache_file: Path | None = None,
+        on_join: Callable[[str], None] | None = None,
     ) -> None:
-        self._grid, self._names, self._inquiry, self._memory = grid, names, inquiry, memory
-        self._heard = heard or (lambda site: None)
-        self._known = _recall(memory) if memory else {}
+        self._grid, self._names, self._query, self._cache_file = grid, names, query, cache_file
+        self._on_join = on_join or (lambda site: None)
+        self._cached = _read_cache(cache_file) if cache_file else {}
         self.connected: dict[str, ConnectedSite] = {}
-        self.failures: list[tuple[str, str | None]] = []  # (node or site, reason), for the caller to tell and clear
-        self.refusals: list[ColoraError] = []
-        self._here: dict[int, PendingJoin] = {}
-        self._registered: dict[int, str] = {}
+        self.failures: list[tuple[str, str | None]] = []  # (node or site, reason); the caller reports and clears them
+        self.refusals: list[ColoraError] = []  # likewise
+        self._online: dict[int, PendingJoin] = {}
+        self._key_owners: dict[int, str] = {}  # node → name of its registered key, empty without keys
         self._pending: dict[str, int] = {}  # message id → node
 
     @property
     def asking(self) -> int:
-        """How many nodes have yet to answer who they are."""
-        return sum(node in self._here for node in self._pending.values())
+        """Number of online nodes that have not answered their join request."""
+        return sum(node in self._online for node in self._pending.values())
 
     def presence(self, site: str) -> object:
-        """Something true that is another thing after the site has gone and come back; None while it is away."""
-        present = self.connected.get(site)
-        there = self._here.get(present.node) if present else None
-        return (present.node, there.since) if present and there else None
+        """An opaque token that changes when the site reconnects; None while it is offline."""
+        connected = self.connected.get(site)
+        online = self._online.get(connected.node) if connected else None
+        return (connected.node, online.since) if connected and online else None
 
     def refresh(self) -> list[ConnectedSite]:
-        """Asks who is new or came back, takes in what was answered, and returns the sites that were met just now."""
+        """Send join requests to new and reconnected nodes, process replies, and return the sites that just joined."""
         now = time.monotonic()
         nodes = {int(node.node_id): node for node in self._grid.get_nodes()}
-        self._here = {node: intro for node, intro in self._here.items() if node in nodes}
-        for node, info in nodes.items():
-            self._registered[node] = info.name
-            there = self._here.get(node)
-            if there is None or there.since != info.last_activated_at:
-                there = self._here[node] = PendingJoin(info.last_activated_at)
-                known = self._known.get(node)
-                if known and known.since == there.since and known.site in self._names:
-                    self.connected[known.site], there.due = known, float("inf")
-                    self._heard(known.site)
-            if there.due <= now:
-                self._ask(node, there)
-        return self._take_answers()
+        self._online = {node: pending for node, pending in self._online.items() if node in nodes}
+        for node, node_info in nodes.items():
+            self._key_owners[node] = node_info.name
+            pending = self._online.get(node)
+            if pending is None or pending.since != node_info.last_activated_at:
+                pending = self._online[node] = PendingJoin(node_info.last_activated_at)
+                cached = self._cached.get(node)
+                if cached and cached.since == pending.since and cached.site in self._names:
+                    self.connected[cached.site], pending.due = cached, float("inf")
+                    self._on_join(cached.site)
+            if pending.due <= now:
+                self._send(node, pending)
+        return self._take_replies()
 
-    def _ask(self, node: int, there: PendingJoin) -> None:
-        there.tries, there.due = there.tries + 1, float("inf")
-        for message_id in self._grid.push_messages([self._inquiry.message(node)]):
+    def _send(self, node: int, pending: PendingJoin) -> None:
+        pending.tries, pending.due = pending.tries + 1, float("inf")
+        for message_id in self._grid.push_messages([self._query.message(node)]):
             self._pending[message_id] = node
 
-    def _take_answers(self) -> list[ConnectedSite]:
-        found = []
-        while answers := list(self._grid.pull_messages(list(self._pending))) if self._pending else []:
-            for message in answers:
+    def _take_replies(self) -> list[ConnectedSite]:
+        joined = []
+        while replies := list(self._grid.pull_messages(list(self._pending))) if self._pending else []:
+            for message in replies:
                 node = self._pending.pop(message.metadata.reply_to_message_id)
-                there = self._here.get(node)
-                if there and (present := self._present(node, there, message)):
-                    found.append(present)
-        return found
+                pending = self._online.get(node)
+                if pending and (site := self._connect(node, pending, message)):
+                    joined.append(site)
+        return joined
 
-    def _present(self, node: int, there: PendingJoin, message: Message) -> ConnectedSite | None:
-        name = self._registered.get(node) or f"node {node}"
+    def _connect(self, node: int, pending: PendingJoin, message: Message) -> ConnectedSite | None:
+        """Process a node's reply; None when it is an error or refused."""
+        name = self._key_owners.get(node) or f"node {node}"
         if message.has_error():
-            if there.tries < self._inquiry.attempts:
-                self._ask(node, there)
+            if pending.tries < self._query.attempts:
+                self._send(node, pending)
             else:
-                there.tries, there.due = 0, time.monotonic() + AGAIN
+                pending.tries, pending.due = 0, time.monotonic() + REJOIN_INTERVAL
                 self.failures.append((name, message.error.reason))
             return None
         try:
-            present = ConnectedSite(node, there.since, messages.site_info_from(message))
-            self._check_name(present)
+            connected = ConnectedSite(node, pending.since, messages.site_info_from(message))
+            self._check_name(connected)
         except RefusedError as error:
             self.refusals.append(error if error.site else error.at_site(name))
             return None
-        self.connected[present.site] = present
-        self._heard(present.site)
-        self._remember()
-        return present
+        self.connected[connected.site] = connected
+        self._on_join(connected.site)
+        self._write_cache()
+        return connected
 
-    def _remember(self) -> None:
-        if self._memory:
-            told = [dataclasses.asdict(present) for present in self.connected.values()]
-            write_atomically(self._memory, json.dumps(told).encode(), lasting=False)
+    def _write_cache(self) -> None:
+        if self._cache_file:
+            entries = [dataclasses.asdict(connected) for connected in self.connected.values()]
+            write_atomically(self._cache_file, json.dumps(entries).encode(), lasting=False)
 
-    def _check_name(self, present: ConnectedSite) -> None:
-        registered = self._registered.get(present.node)
-        if registered in self._names and present.site != registered:
-            raise RefusedError("site", f"the name of its key, {registered}", present.site, site=registered)
-        if present.site not in self._names:
-            raise RefusedError("site", "a name of the roster", present.site)
+    def _check_name(self, connected: ConnectedSite) -> None:
+        """Refuse a name that is not the key owner's, and one that is not in the roster."""
+        owner = self._key_owners.get(connected.node)
+        if owner and connected.site != owner:
+            raise RefusedError(
+                "site",
+                f"the name of its key, {owner}",
+                connected.site,
+                site=owner,
+                message=f"The node with the key of {owner!r} tried to join as {connected.site!r}.",
+                hint="Check name and [coordinator] key in the site file.",
+            )
+        if connected.site not in self._names:
+            raise RefusedError(
+                "site",
+                "a name of the roster",
+                connected.site,
+                message=f"{connected.site!r} is not a name of the roster.",
+                hint="Check name in the site file, and the [[site]] tables of the recipe.",
+            )
 
 
-def _recall(memory: Path) -> dict[int, ConnectedSite]:
-    """Who was met before, by node; nobody where the file is missing or from another version."""
+def _read_cache(path: Path) -> dict[int, ConnectedSite]:
+    """Sites by node, as an earlier process wrote them; empty if the file is missing or of another version."""
     try:
-        told = json.loads(memory.read_text())
-        found = [ConnectedSite(each["node"], each["since"], SiteInfo(**each["description"])) for each in told]
+        entries = json.loads(path.read_text())
+        sites = [ConnectedSite(entry["node"], entry["since"], SiteInfo(**entry["info"])) for entry in entries]
     except (OSError, ValueError, TypeError, KeyError):
         return {}
-    return {present.node: present for present in found}
+    return {connected.node: connected for connected in sites}
 
 
-def wait_for_nodes(grid: Grid, wanted: int, patience: float = 60.0, pause: float = 0.5) -> None:
-    """Returns once ``wanted`` nodes are there, or once some are there and no more came within a ``pause`` (seconds).
+def wait_for_nodes(grid: Grid, count: int, timeout: float = 60.0, pause: float = 0.5) -> None:
+    """Block until ``count`` nodes are online, or some are and no more appeared within ``pause`` seconds.
 
-    Flower's simulation runtime starts the ServerApp before it has registered its nodes.
+    Flower's simulation runtime starts the ServerApp before it registers its nodes. ``timeout`` is in seconds.
     """
-    ends, before = time.monotonic() + patience, -1
-    while (count := len(list(grid.get_node_ids()))) < wanted and time.monotonic() < ends:
-        if count and count == before:
+    deadline, before = time.monotonic() + timeout, -1
+    while (online := len(list(grid.get_node_ids()))) < count and time.monotonic() < deadline:
+        if online and online == before:
             return
-        before = count
+        before = online
         time.sleep(pause)

@@ -1,4 +1,4 @@
-"""What a run needs beside its recipe: roster, stop signal, retries and replay."""
+"""What a run needs besides its recipe: the roster, a stop signal, retries and a replay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..reporting.events import read_events
 
 @dataclass(frozen=True)
 class Run:
-    """One federation: what it does, whose sites, in order, and its folder."""
+    """One federation: its recipe, its sites in order, and its run folder."""
 
     recipe: Recipe
     roster: tuple[RosterEntry, ...]
@@ -22,7 +22,7 @@ class Run:
 
 @dataclass(frozen=True)
 class RosterEntry:
-    """A site of the roster: its name and the first round that asks it."""
+    """A site of the roster: its name and the first round that it takes part in."""
 
     site: str
     from_round: int = 1
@@ -30,9 +30,9 @@ class RosterEntry:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a federation's log says of who counted: ``admitted`` sites by round (the close is the last round + 1).
+    """The admitted sites of an earlier run, by round (finalization is the last round + 1), and its weighting.
 
-    A run in which only those are asked comes to the same bits.
+    A run that asks only these sites produces the same bits from the same data.
     """
 
     admitted: Mapping[int, Sequence[str]]
@@ -41,10 +41,11 @@ class Replay:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a federation is led.
+    """How a federation is run.
 
-    ``deployed``: with sites in processes of their own; too few of them are waited for, and what fails is tried again.
-    ``stop`` is asked between rounds.
+    ``deployed``: sites are separate processes, so the coordinator waits for missing sites and retries failed rounds.
+    ``should_stop`` is called between rounds and while waiting. ``replay`` limits each round to the sites of an earlier
+    run.
     """
 
     deployed: bool = False
@@ -53,15 +54,21 @@ class RunOptions:
 
 
 class StopRequested(Exception):
-    """Somebody asked the federation to stop while it waited."""
+    """The federation was asked to stop. It can be continued from its last checkpoint."""
 
 
 def read_replay(path: Path) -> Replay:
-    """What an ``events.jsonl`` says of who counted; of a round done again, the last time. StateError."""
+    """Read who was admitted from an ``events.jsonl``; of a repeated round, the last attempt. Raises StateError."""
     events = read_events(path)
-    agreed = [event["weights"] for event in events if event["event"] == "agreed"]
+    weights = [event["weights"] for event in events if event["event"] == "agreed"]
     admitted = {event["round"]: event["admitted"] for event in events if event["event"] == "round"}
-    closed = {event["round"] + 1: event["sites"] for event in events if event["event"] == "closed"}
-    if not agreed or not closed:
-        raise StateError(f"--replay {path}", "the events.jsonl of a federation that has ended", "no end")
-    return Replay({**admitted, **closed}, agreed[0])
+    finalized = {event["round"] + 1: event["sites"] for event in events if event["event"] == "finalized"}
+    if not weights or not finalized:
+        raise StateError(
+            f"--replay {path}",
+            "the events.jsonl of a finished federation",
+            "no event `finalized`",
+            message=f"--replay {path} is not the event log of a finished federation.",
+            hint="Use the events.jsonl of a run that has ended.",
+        )
+    return Replay({**admitted, **finalized}, weights[0])

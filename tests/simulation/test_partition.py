@@ -94,7 +94,7 @@ def test_iid_parts_differ_by_one_row_at_most(sites: int) -> None:
 
 
 def test_a_column_makes_one_site_of_each_value_with_its_rows(source: str) -> None:
-    sites = {site.plan.name: site for site in split(source, by="column", column="region")}
+    sites = {site.settings.name: site for site in split(source, by="column", column="region")}
     assert list(sites) == sorted({row["region"] for row in ROWS})
     for name, site in sites.items():
         assert sorted(all_texts([site])) == sorted(row["text"] for row in ROWS if row["region"] == name)

@@ -8,6 +8,7 @@ import pytest
 
 from colora.common.config.loader import recipe_from
 from colora.common.methods import METHODS
+from colora.common.protocol.codec import CODECS
 from colora.server.reporting.summary import summarize
 from colora.simulation.run import simulate
 
@@ -21,6 +22,21 @@ def test_every_method_runs_to_its_end_and_reports_every_site(tiny_recipe: dict, 
         assert row.metric("personal") is not None
         assert (row.metric("shared") is not None) == METHODS[method].shares
         assert not row.failures
+
+
+def test_a_codec_of_half_the_bits_sends_half_the_bytes_and_trains_as_well(tiny_recipe: dict, tmp_path: Path) -> None:
+    sent: dict[str, int] = {}
+    losses: dict[str, float] = {}
+    adapter = {**tiny_recipe["adapter"], "rank": 16}
+    for codec in CODECS:
+        recipe = recipe_from({**tiny_recipe, "adapter": adapter, "communication": {"codec": codec}})
+        board = summarize(simulate(recipe, tmp_path / codec, resume=False).events())
+        assert not any(row.failures for row in board.rows.values())
+        sent[codec] = sum(row.bytes_up for row in board.rows.values())
+        losses[codec] = sum(row.metrics["personal.loss"] or 0 for row in board.rows.values()) / len(board.rows)
+    for codec in ("fp16", "bf16"):
+        assert 0.5 < sent[codec] / sent["safetensors"] < 0.6  # the rest is names, metrics and settings
+        assert losses[codec] == pytest.approx(losses["safetensors"], abs=0.01)
 
 
 def test_generation_sites_report_text_metrics(generation_recipe: dict, tmp_path: Path) -> None:

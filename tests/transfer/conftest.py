@@ -1,4 +1,4 @@
-"""A tiny causal model that knows yes and no, and a writer that needs no model."""
+"""A tiny causal model that knows yes and no, and a stand-in generator that needs no model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SPECIAL = ["[PAD]", "[UNK]", "<end>", "yes", "no", "Is", "the", "above", "questi
 
 
 @pytest.fixture(scope="session")
-def speaking_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def generating_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama of width 16 whose vocabulary has yes and no."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("speaking-llama")
+    folder = tmp_path_factory.mktemp("generating-llama")
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -40,29 +40,29 @@ def speaking_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def replace_writer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Takes the place of the writing model; returns the numbers of its calls. Its words are of the alphabet's end."""
+def replace_generator(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Replace the generator by random words from the end of the alphabet, and return the list of its call numbers."""
     calls: list[int] = []
 
-    def write(base: Any, seeds: Sequence[str], settings: Any, seed: int, call: int) -> Iterator[str]:
+    def generate(base: Any, seeds: Sequence[str], settings: Any, seed: int, call: int) -> Iterator[str]:
         calls.append(call)
         rng = random.Random(seed_from(seed, call))
-        for _ in range(settings.batch):
+        for _ in range(settings.batch_size):
             yield " ".join(rng.choices("stuvwxyz", k=6))
 
-    monkeypatch.setattr(preparation, "generate_texts", write)
-    monkeypatch.setattr(synthesis, "generate_texts", write)
+    monkeypatch.setattr(preparation, "generate_texts", generate)
+    monkeypatch.setattr(synthesis, "generate_texts", generate)
     return calls
 
 
 @pytest.fixture
-def writer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The stand-in for the writing model, for one test."""
-    return replace_writer(monkeypatch)
+def generator_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The call numbers of the stand-in generator, which is in place for one test."""
+    return replace_generator(monkeypatch)
 
 
 def prepare_run(raw: dict, folder: Path) -> Path:
-    """The folder of a run whose sites prepared by the stand-in, for several tests: each takes a copy."""
+    """Run a recipe with the stand-in generator and return the run folder, which tests copy."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        replace_writer(monkeypatch)
+        replace_generator(monkeypatch)
         return simulate(recipe_from(raw), folder, resume=False).path

@@ -1,4 +1,4 @@
-"""The discriminator: trained on inputs alone, and the rule p(yes) > p(no)."""
+"""The discriminator is trained on inputs only, and accepts a text iff p(yes) > p(no)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from colora.client.training.adapted_model import attach_adapters
 from colora.client.training.state_store import StateStore
 from colora.client.training.trainer import Trainer
 from colora.common.config.loader import recipe_from
-from colora.common.config.schema import ModelSettings, Plan, TransferSettings
+from colora.common.config.schema import (
+    DiscriminatorSettings,
+    ModelSettings,
+    Plan,
+    TransferGeneratorSettings,
+    TransferSettings,
+)
 from colora.common.dataset import Row, SiteDataset
 from colora.common.errors import ColoraError, DataError, ModelError, StateError
 from colora.common.models.base_model import BaseModel, load_base_model
@@ -22,18 +28,23 @@ from colora.simulation.run import simulate
 from colora.transfer.discriminator import Discriminator, question
 from colora.transfer.preparation import generator_settings, match_lengths, prepare
 
-SETTINGS = TransferSettings(prepare=True, about="tiny", rank=4, lr=0.05, steps=60, batch=8)
+SETTINGS = TransferSettings(
+    prepare=True,
+    dataset_name="tiny",
+    generator=TransferGeneratorSettings(batch_size=8),
+    discriminator=DiscriminatorSettings(rank=4, lr=0.05, steps=60),
+)
 REAL = [f"a b c d {word} f" for word in "abcdefghijkl"]
 FALSE = [f"s t u v {word} z" for word in "stuvwxyzqpon"]
 
 
 @pytest.fixture
-def base(speaking_llama: Path) -> BaseModel:
+def base(generating_llama: Path) -> BaseModel:
     torch.set_num_threads(1)
-    return load_base_model(ModelSettings(str(speaking_llama), max_length=32), generates=True)
+    return load_base_model(ModelSettings(str(generating_llama), max_length=32), generates=True)
 
 
-def made(base: BaseModel, source: Path) -> Discriminator:
+def make(base: BaseModel, source: Path) -> Discriminator:
     return Discriminator(base, ModelSettings(str(source), max_length=32), SETTINGS, "tiny", seed=1)
 
 
@@ -41,49 +52,57 @@ def site_of(rows: Sequence[Row], task: Literal["classification", "generation"] =
     return SiteDataset("ada", task, rows, ())
 
 
-def test_it_keeps_by_p_yes_above_p_no_under_its_own_lora(base: BaseModel, speaking_llama: Path) -> None:
-    tokenizer, model, each = base.tokenizer, base.language_model, []
+def test_it_accepts_a_text_iff_p_yes_exceeds_p_no_under_its_lora(base: BaseModel, generating_llama: Path) -> None:
+    tokenizer, model, expected = base.tokenizer, base.language_model, []
     assert model is not None
     yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
-    with made(base, speaking_llama).attached() as found:
-        found.fit(REAL[:8], FALSE[:8])
-        kept = found.accepts(REAL + FALSE)
-        for text in REAL + FALSE:  # the oracle: one text at a time, the whole softmax
+    with make(base, generating_llama).attached() as discriminator:
+        discriminator.fit(REAL[:8], FALSE[:8])
+        kept = discriminator.accepts(REAL + FALSE)
+        for text in REAL + FALSE:  # reference: one text at a time, with the full softmax
             with torch.no_grad():
                 ids = tokenizer([question(text, "tiny")], return_tensors="pt", return_token_type_ids=False)
                 last = model(**ids).logits[0, -1].softmax(-1)
-            each.append(bool(last[yes] > last[no]))
-    assert kept == each
+            expected.append(bool(last[yes] > last[no]))
+    assert kept == expected
     assert kept[:8] == [True] * 8
     assert kept[12:20] == [False] * 8
-    assert sum(kept[8:12]) - sum(kept[20:]) >= 3, "and it goes beyond what it has seen"
+    assert sum(kept[8:12]) - sum(kept[20:]) >= 3, "it generalises to new texts"
 
 
-def test_its_values_come_back_and_it_leaves_the_model_as_it_was(base: BaseModel, speaking_llama: Path) -> None:
+def test_its_values_can_be_restored_and_the_model_is_unchanged(base: BaseModel, generating_llama: Path) -> None:
     assert base.language_model is not None
     ids = torch.tensor([[12, 13, 14]])
     before = base.language_model(ids).logits
-    with made(base, speaking_llama).attached() as found:
-        found.fit(REAL[:8], FALSE[:8])
-        kept, values = found.accepts(REAL + FALSE), found.values()
+    with make(base, generating_llama).attached() as discriminator:
+        discriminator.fit(REAL[:8], FALSE[:8])
+        kept, values = discriminator.accepts(REAL + FALSE), discriminator.values()
     assert torch.equal(base.language_model(ids).logits, before)
-    with made(base, speaking_llama).attached() as again:
-        assert again.accepts(REAL + FALSE) != kept, "without its values it knows nothing"
-    with made(base, speaking_llama).attached(values) as again:
+    with make(base, generating_llama).attached() as again:
+        assert again.accepts(REAL + FALSE) != kept, "initial values give other verdicts"
+    with make(base, generating_llama).attached(values) as again:
         assert again.accepts(REAL + FALSE) == kept
 
 
-def test_values_of_another_form_are_refused(base: BaseModel, speaking_llama: Path) -> None:
-    with made(base, speaking_llama).attached() as found:
-        values = found.values()
-    narrow = Discriminator(base, found.plan.model, replace(SETTINGS, rank=1), "tiny", seed=1)
-    words = r"transfer, the discriminator that was kept: expected .*lora_A.* \(1, 16\), found .* \(4, 16\)"
+def test_values_of_other_shapes_are_refused(base: BaseModel, generating_llama: Path) -> None:
+    with make(base, generating_llama).attached() as discriminator:
+        values = discriminator.values()
+    narrow = Discriminator(
+        base,
+        discriminator.plan.model,
+        replace(SETTINGS, discriminator=replace(SETTINGS.discriminator, rank=1)),
+        "tiny",
+        seed=1,
+    )
+    words = r"The saved discriminator does not fit .* expected .*lora_A.* \(1, 16\), found .* \(4, 16\)"
     with pytest.raises(StateError, match=words), narrow.attached(values):
         pass
 
 
-def test_the_discriminator_reads_no_answers(base: BaseModel, speaking_llama: Path, writer: list[int]) -> None:
-    model = ModelSettings(str(speaking_llama), max_length=32)
+def test_the_discriminator_reads_no_answers(
+    base: BaseModel, generating_llama: Path, generator_calls: list[int]
+) -> None:
+    model = ModelSettings(str(generating_llama), max_length=32)
     plan = Plan("tiny", 1, model, transfer=SETTINGS)
     rows = [{"prompt": text, "completion": f"answer {i % 2}"} for i, text in enumerate(REAL)]
     inputs = [{"prompt": row["prompt"]} for row in rows]
@@ -95,72 +114,80 @@ def test_the_discriminator_reads_no_answers(base: BaseModel, speaking_llama: Pat
         assert torch.equal(value, without.discriminator[key])
 
 
-def test_seeds_are_of_as_many_labels_as_they_can_be(base: BaseModel, speaking_llama: Path, writer: list[int]) -> None:
-    plan = Plan("tiny", 1, ModelSettings(str(speaking_llama), max_length=32), transfer=replace(SETTINGS, seeds=3))
-    plan = replace(plan, transfer=replace(plan.transfer, generator=str(speaking_llama)))
+def test_seeds_cover_as_many_labels_as_possible(
+    base: BaseModel, generating_llama: Path, generator_calls: list[int]
+) -> None:
+    plan = Plan("tiny", 1, ModelSettings(str(generating_llama), max_length=32), transfer=replace(SETTINGS, seeds=3))
+    plan = replace(
+        plan, transfer=replace(plan.transfer, generator=TransferGeneratorSettings(model=str(generating_llama)))
+    )
     rows = [{"text": text, "label": "rare" if i < 2 else "often"} for i, text in enumerate(REAL)]
     drawn = [prepare(base, plan, site_of(rows, "classification"), seed).seeds for seed in range(4)]
     assert all(len(set(seeds) & set(REAL[:2])) in (1, 2) for seeds in drawn)
-    assert len(set(drawn)) > 1, "and yet at random"
+    assert len(set(drawn)) > 1, "drawn at random"
 
 
-def test_where_a_text_was_cut_off_is_no_clue(base: BaseModel) -> None:
+def test_truncated_inputs_have_the_lengths_of_generated_texts(base: BaseModel) -> None:
     long, short = [f"a b c d e f g h {word} j k l" for word in "abcdefgh"], ["a b", "c d e"]
     cut = match_lengths(base.tokenizer, [*long, *short], ["s t u", "v w x y z"], 12, 0)
     assert {len(text.split()) for text in cut[:-2]} == {3, 5}
     assert all(whole.startswith(text) for whole, text in zip(long, cut, strict=False))
-    assert cut[-2:] == short, "these end by themselves"
+    assert cut[-2:] == short, "these were not truncated"
 
 
-def test_what_cannot_be_prepared_is_said(
-    base: BaseModel, tiny_llama: Path, speaking_llama: Path, writer: list[int]
+def test_errors_of_a_preparation(
+    base: BaseModel, tiny_llama: Path, generating_llama: Path, generator_calls: list[int]
 ) -> None:
     silent = load_base_model(ModelSettings(str(tiny_llama), max_length=32), generates=True)
-    words = "a vocabulary with yes and no as single tokens"
-    with pytest.raises(ModelError, match=words), made(silent, tiny_llama).attached() as mute:
+    words = "needs yes and no as single tokens"
+    with pytest.raises(ModelError, match=words), make(silent, tiny_llama).attached() as mute:
         mute.fit(REAL, FALSE)
-    plan = Plan("tiny", 1, ModelSettings(str(speaking_llama), max_length=32), transfer=SETTINGS)
-    with pytest.raises(DataError, match=r"transfer.seeds: expected 5 different texts to choose from, found 2"):
+    plan = Plan("tiny", 1, ModelSettings(str(generating_llama), max_length=32), transfer=SETTINGS)
+    with pytest.raises(DataError, match=r"transfer.seeds needs 5 different texts, but the site has only 2"):
         prepare(base, plan, site_of([{"prompt": "a b"}, {"prompt": "a  b"}, {"prompt": "c d"}]), 0)
-    with pytest.raises(ModelError, match=r"transfer.generator: expected a causal model that writes texts"):
+    with pytest.raises(ModelError, match=r"transfer.generator.model is not set"):
         generator_settings(plan, "classification")
 
 
-def test_what_will_not_be_prepared_is_said_before_the_first_round(
-    tiny_recipe: dict, tiny_bert: Path, tiny_llama: Path, speaking_llama: Path, tmp_path: Path
+def test_errors_of_a_preparation_come_before_the_first_round(
+    tiny_recipe: dict, tiny_bert: Path, tiny_llama: Path, generating_llama: Path, tmp_path: Path
 ) -> None:
     for i, (generator, more, words) in enumerate(
         [
-            (None, {}, "transfer.generator: expected a causal model that writes texts, .* found nothing"),
+            (None, {}, "transfer.generator.model is not set"),
             (
                 str(tiny_llama),
                 {},
-                "transfer.generator: expected a vocabulary with yes and no as single tokens .*filter = none",
+                "transfer.generator.model: .*needs yes and no as single tokens.*transfer.filter",
             ),
             (
                 str(tiny_llama),
                 {"filter": "none", "seeds": 40},
-                "site ada: transfer.seeds: expected 40 different texts .* found 12",
+                "site ada: transfer.seeds needs 40 different texts, but the site has only 12",
             ),
-            (str(tmp_path / "nothing"), {"filter": "none"}, "transfer.generator: expected .*nothing"),
-            (str(tiny_bert), {"filter": "none"}, "transfer.generator: expected a causal .*, which is a BertModel"),
-            (str(speaking_llama), {"target_modules": ["c_attn"]}, "c_attn"),
+            (str(tmp_path / "nothing"), {"filter": "none"}, "transfer.generator.model.*nothing"),
+            (
+                str(tiny_bert),
+                {"filter": "none"},
+                "transfer.generator.model.*BertModel",
+            ),
+            (str(generating_llama), {"discriminator": {"target_modules": ["c_attn"]}}, "c_attn"),
         ]
     ):
-        transfer = {"prepare": True, **({"generator": generator} if generator else {}), **more}
+        transfer = {"prepare": True, **({"generator": {"model": generator}} if generator else {}), **more}
         recipe = recipe_from({**tiny_recipe, "transfer": transfer})
         with pytest.raises(ColoraError, match=words):
             simulate(recipe, tmp_path / str(i), resume=False)
         assert not list((tmp_path / str(i)).rglob("round-*"))
-    with pytest.raises(ModelError, match=r"model.source: expected .*, found .* which is a BertModel"):
+    with pytest.raises(ModelError, match=r"model.source.*BertModel"):
         load_base_model(ModelSettings(str(tiny_bert)), generates=True)
 
 
-def test_a_site_says_so_when_it_joins(tiny_bert: Path, tmp_path: Path) -> None:
+def test_a_site_without_a_generator_cannot_join(tiny_bert: Path, tmp_path: Path) -> None:
     plan = Plan("tiny", 1, ModelSettings(str(tiny_bert), max_length=8), transfer=SETTINGS)
     rows = SiteDataset("ada", "classification", [{"text": "a b", "label": "x"}], (), ("x", "y"))
     trainer = Trainer(
         attach_adapters(load_base_model(plan.model, generates=False), plan), rows, StateStore(tmp_path, "tiny")
     )
-    with pytest.raises(ModelError, match=r"transfer.generator: expected a causal model that writes"):
+    with pytest.raises(ModelError, match=r"transfer.generator.model is not set"):
         trainer.site_info()

@@ -1,4 +1,4 @@
-"""The tuned writer: it learns the site's texts in preparation, and a transfer writes with what it learnt."""
+"""The tuned generator is trained on the site's texts in preparation, and a transfer generates with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
-from colora.client.artifacts.transfer import carried_artifacts, synthetic_rows, transfer, transfer_plan
+from colora.client.artifacts.synthetic_data import carried_artifacts, synthetic_rows
+from colora.client.artifacts.transfer import transfer, transfer_plan
 from colora.client.training.adapted_model import attach_adapters
 from colora.client.training.state_store import StateStore
 from colora.client.training.trainer import Trainer
@@ -21,10 +22,12 @@ from colora.common.adapters.initialization import initial_shared_state
 from colora.common.adapters.inject import ADAPTER, activate
 from colora.common.config.schema import (
     AdapterSettings,
+    DiscriminatorSettings,
     ModelSettings,
     Plan,
     PrivateSettings,
     TrainSettings,
+    TransferGeneratorSettings,
     TransferSettings,
     to_json,
 )
@@ -36,23 +39,25 @@ from colora.common.protocol.types import TrainRequest
 from colora.transfer import preparation, synthesis
 from colora.transfer.preparation import prepare
 from colora.transfer.sampling import list_prompt
-from colora.transfer.tuned_generator import TunedGenerator, lists
+from colora.transfer.tuned_generator import TunedGenerator, list_rows
 from tests.conftest import write_tiny_recipe
 from tests.transfer.conftest import prepare_run
 
-SETTINGS = TransferSettings(prepare=True, writer="tuned", writer_steps=20, writer_lr=0.02)
+SETTINGS = TransferSettings(
+    prepare=True, generator=TransferGeneratorSettings(mode="tuned", tuning_steps=20, tuning_lr=0.02)
+)
 TEXTS = [f"a b c {word} e f" for word in "abcdefghijkl"]
-NEXT = "a b c"  # how each of them goes on after its number
+NEXT = "a b c"  # how each text begins
 
 
 @pytest.fixture
-def base(speaking_llama: Path) -> BaseModel:
+def base(generating_llama: Path) -> BaseModel:
     torch.set_num_threads(1)
-    return load_base_model(ModelSettings(str(speaking_llama)), generates=True)
+    return load_base_model(ModelSettings(str(generating_llama)), generates=True)
 
 
-def test_lists_are_what_the_writer_is_asked_to_go_on_with_and_take_every_text_in_turn() -> None:
-    rows = list(islice(lists(TEXTS, 4, 3), 6))
+def test_lists_begin_like_the_prompt_and_use_every_text_in_turn() -> None:
+    rows = list(islice(list_rows(TEXTS, 4, 3), 6))
     listed = [[line.partition(". ")[2] for line in f"1.{row['completion']}".split("\n")] for row in rows]
     for row, items in zip(rows, listed, strict=True):
         assert len(set(items)) == 4
@@ -60,12 +65,12 @@ def test_lists_are_what_the_writer_is_asked_to_go_on_with_and_take_every_text_in
     seen = list(chain(*listed))
     assert sorted(seen[:12]) == sorted(seen[12:]) == TEXTS
     assert seen[:12] != seen[12:]
-    assert list(islice(lists(TEXTS, 4, 4), 6)) != rows
-    assert all(len(row["completion"].split("\n")) == 5 for row in islice(lists(TEXTS, 5, 0), 9))
+    assert list(islice(list_rows(TEXTS, 4, 4), 6)) != rows
+    assert all(len(row["completion"].split("\n")) == 5 for row in islice(list_rows(TEXTS, 5, 0), 9))
 
 
 def likelihood(base: BaseModel, text: str, before: str) -> float:
-    """log p of a text's tokens after others, by the model as it stands."""
+    """Return log p of a text's tokens after ``before``, under the model with its active adapters."""
     assert base.language_model is not None
     start, ids = (base.tokenizer(words, add_special_tokens=False)["input_ids"] for words in (before, text))
     with torch.no_grad():
@@ -73,75 +78,85 @@ def likelihood(base: BaseModel, text: str, before: str) -> float:
     return sum(float(logits[len(start) + i - 1, token]) for i, token in enumerate(ids))
 
 
-def test_it_writes_more_like_the_texts_it_learnt_and_leaves_the_model_as_it_was(
-    base: BaseModel, speaking_llama: Path
-) -> None:
+def test_its_texts_become_more_likely_and_the_model_is_unchanged(base: BaseModel, generating_llama: Path) -> None:
     prompt = list_prompt(TEXTS[:2])
     bare = likelihood(base, NEXT, prompt), likelihood(base, "x y z", prompt)
-    with TunedGenerator(base, ModelSettings(str(speaking_llama)), SETTINGS, 1).attached() as writer:
-        assert likelihood(base, NEXT, prompt) == bare[0], "at first it is the bare model"
-        writer.fit(TEXTS, seeds=2)
+    with TunedGenerator(base, ModelSettings(str(generating_llama)), SETTINGS, 1).attached() as tuned:
+        assert likelihood(base, NEXT, prompt) == bare[0], "initially it is the bare model"
+        tuned.fit(TEXTS, seeds=2)
         learnt = likelihood(base, NEXT, prompt), likelihood(base, "x y z", prompt)
-        values = writer.values()
+        values = tuned.values()
     mine, foreign = learnt[0] - bare[0], learnt[1] - bare[1]
-    assert mine > foreign + 0.4, "much, for a model whose untrained output layer can hardly prefer a word"
+    assert mine > foreign + 0.4, "a lot for a model with a random output layer"
     assert (likelihood(base, NEXT, prompt), likelihood(base, "x y z", prompt)) == bare
-    with TunedGenerator(base, ModelSettings(str(speaking_llama)), SETTINGS, 2).attached(values):
+    with TunedGenerator(base, ModelSettings(str(generating_llama)), SETTINGS, 2).attached(values):
         assert likelihood(base, NEXT, prompt) == learnt[0]
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch, writer: list[int]) -> list[dict[str, torch.Tensor]]:
-    """B of every LoRA that acted on the model, for each call of the stand-in for the writer."""
+def active_loras(monkeypatch: pytest.MonkeyPatch, generator_calls: list[int]) -> list[dict[str, torch.Tensor]]:
+    """B of every active LoRA, for each call of the stand-in generator."""
     calls: list[dict[str, torch.Tensor]] = []
     stand_in = synthesis.generate_texts
 
-    def write(base: BaseModel, seeds: Sequence[str], settings: Any, seed: int, call: int) -> Iterator[str]:
-        calls.append(dict(acting(base)))
+    def generate(base: BaseModel, seeds: Sequence[str], settings: Any, seed: int, call: int) -> Iterator[str]:
+        calls.append(dict(lora_b_of(base)))
         yield from stand_in(base, seeds, settings, seed, call)
 
-    monkeypatch.setattr(synthesis, "generate_texts", write)
-    monkeypatch.setattr(preparation, "generate_texts", write)
+    monkeypatch.setattr(synthesis, "generate_texts", generate)
+    monkeypatch.setattr(preparation, "generate_texts", generate)
     return calls
 
 
-def acting(base: BaseModel) -> Iterator[tuple[str, torch.Tensor]]:
+def lora_b_of(base: BaseModel) -> Iterator[tuple[str, torch.Tensor]]:
     for name, layer in base.backbone.named_modules():
         if isinstance(layer, LoraLayer):
             for adapter in layer.active_adapters:
                 yield f"{name} {adapter}", layer.lora_B[adapter].weight.detach().clone()
 
 
-def test_what_is_prepared_does_not_hang_on_the_adapters_beside_it(
-    speaking_llama: Path, heard: list[dict[str, torch.Tensor]]
+def test_a_preparation_does_not_depend_on_the_federations_adapters(
+    generating_llama: Path, active_loras: list[dict[str, torch.Tensor]]
 ) -> None:
-    model = ModelSettings(str(speaking_llama), max_length=32)
-    settings = replace(SETTINGS, writer_steps=3, steps=3, rank=4, batch=8)
+    model = ModelSettings(str(generating_llama), max_length=32)
+    settings = replace(
+        SETTINGS,
+        generator=replace(SETTINGS.generator, tuning_steps=3, batch_size=8),
+        discriminator=DiscriminatorSettings(steps=3, rank=4),
+    )
     plan = Plan("tiny", 1, model, adapter=AdapterSettings(4, target_modules=("q_proj", "v_proj")), transfer=settings)
     site = SiteDataset("ada", "generation", [{"prompt": text, "completion": "x"} for text in TEXTS], ())
     alone = prepare(load_base_model(model, generates=True), plan, site, 7)
-    bench = attach_adapters(load_base_model(model, generates=True), plan)
-    bench.private_adapter(PrivateSettings("multilora"))
+    model_with_adapters = attach_adapters(load_base_model(model, generates=True), plan)
+    model_with_adapters.private_adapter(PrivateSettings("multilora"))
     with torch.no_grad():
-        for parameter in bench.adapter.values():
+        for parameter in model_with_adapters.adapter.values():
             parameter.normal_()
-    activate(bench.base.backbone, [ADAPTER])
-    for _ in range(2):  # the sites of a simulation take turns on one model
-        beside = prepare(bench.base, plan, site, 7)
-        for key, value in {**alone.writer, **alone.discriminator}.items():
-            assert torch.equal(value, {**beside.writer, **beside.discriminator}[key])
-    assert heard
-    for found in heard:  # what the discriminator is to reject was written with what had been learnt
-        assert all(name.endswith(" writer") for name in found)
-        assert sum(bool(value.any()) for value in found.values()) == len(alone.writer) // 2 > 4, "all linear layers"
+    activate(model_with_adapters.base.backbone, [ADAPTER])
+    for _ in range(2):  # the sites of a simulation share one model
+        beside = prepare(model_with_adapters.base, plan, site, 7)
+        for key, value in {**alone.tuned_generator, **alone.discriminator}.items():
+            assert torch.equal(value, {**beside.tuned_generator, **beside.discriminator}[key])
+    assert active_loras
+    for lora_b in active_loras:  # the discriminator's negatives come from the tuned generator
+        assert all(name.endswith(" writer") for name in lora_b)
+        assert sum(bool(value.any()) for value in lora_b.values()) == len(alone.tuned_generator) // 2 > 4, (
+            "all linear layers"
+        )
 
 
 @pytest.fixture(scope="module")
-def federation(tiny_bert: Path, speaking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that prepared with a tuned writer, ada's rows deleted."""
+def federation(tiny_bert: Path, generating_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that prepared with a tuned generator, with ada's rows deleted."""
     folder = tmp_path_factory.mktemp("federation")
-    transfer = {"prepare": True, "generator": str(speaking_llama), "writer": "tuned", "writer_steps": 3, "samples": 8}
-    raw = write_tiny_recipe(tiny_bert, folder) | {"transfer": {**transfer, "filter": "none", "rank": 4}}
+    transfer = {
+        "prepare": True,
+        "filter": "none",
+        "samples": 8,
+        "generator": {"model": str(generating_llama), "mode": "tuned", "tuning_steps": 3},
+        "discriminator": {"rank": 4},
+    }
+    raw = write_tiny_recipe(tiny_bert, folder) | {"transfer": transfer}
     run = prepare_run(raw, folder / "run")
     shutil.rmtree(run / "sites" / "ada" / "data")
     shutil.rmtree(folder / "rows")
@@ -149,71 +164,73 @@ def federation(tiny_bert: Path, speaking_llama: Path, tmp_path_factory: pytest.T
 
 
 @pytest.fixture
-def prepared(federation: Path, tmp_path: Path, writer: list[int]) -> SavedModel:
-    """ada after that federation."""
+def prepared(federation: Path, tmp_path: Path, generator_calls: list[int]) -> SavedModel:
+    """ada's model after that run."""
     return read_saved_model(shutil.copytree(federation, tmp_path / "run") / "sites" / "ada")
 
 
-@pytest.mark.parametrize("override", ["transfer.samples=8", "transfer.rank=2"])
-def test_a_transfer_writes_with_what_was_learnt_and_the_next_one_as_well(
-    prepared: SavedModel, tiny_bert: Path, tmp_path: Path, heard: list[dict[str, torch.Tensor]], override: str
+@pytest.mark.parametrize("override", ["transfer.samples=8", "transfer.discriminator.rank=2"])
+def test_a_transfer_and_the_next_one_use_the_tuned_generator(
+    prepared: SavedModel, tiny_bert: Path, tmp_path: Path, active_loras: list[dict[str, torch.Tensor]], override: str
 ) -> None:
     other = shutil.copytree(tiny_bert, tmp_path / "other")
     transfer(prepared, transfer_plan(prepared, str(other), (override,)), tmp_path / "out")
     kept = {key: torch.as_tensor(value) for key, value in prepared.tuned_generator.items() if "lora_B" in key}
-    assert heard
-    for found in heard:
-        assert len(found) == len(kept) > 4
-        assert all(any(torch.equal(value, other) for other in kept.values()) for value in found.values())
-    heard.clear()
-    moved = read_saved_model(tmp_path / "out")
-    if override.startswith("transfer.rank"):
-        assert {value.shape[0] for key, value in moved.writer.items() if "lora_A" in key} == {2}, "trained anew"
+    assert active_loras
+    for lora_b in active_loras:
+        assert len(lora_b) == len(kept) > 4
+        assert all(any(torch.equal(value, other) for other in kept.values()) for value in lora_b.values())
+    active_loras.clear()
+    transferred = read_saved_model(tmp_path / "out")
+    if override.startswith("transfer.discriminator.rank"):
+        assert {value.shape[0] for key, value in transferred.tuned_generator.items() if "lora_A" in key} == {2}, (
+            "trained again"
+        )
         return
-    assert {k: v.tobytes() for k, v in moved.writer.items()} == {
+    assert {k: v.tobytes() for k, v in transferred.tuned_generator.items()} == {
         k: v.tobytes() for k, v in prepared.tuned_generator.items()
     }
-    transfer(moved, transfer_plan(moved, str(tiny_bert)), tmp_path / "back")
-    assert heard
-    assert all(len(found) == len(kept) for found in heard)
+    transfer(transferred, transfer_plan(transferred, str(tiny_bert)), tmp_path / "back")
+    assert active_loras
+    assert all(len(lora_b) == len(kept) for lora_b in active_loras)
 
 
-def test_another_writer_needs_no_lora_and_a_tuned_one_does(
-    prepared: SavedModel, tiny_bert: Path, tmp_path: Path, heard: list[dict[str, torch.Tensor]]
+def test_another_mode_needs_no_lora_and_tuned_mode_does(
+    prepared: SavedModel, tiny_bert: Path, tmp_path: Path, active_loras: list[dict[str, torch.Tensor]]
 ) -> None:
     other = shutil.copytree(tiny_bert, tmp_path / "other")
-    plain = transfer_plan(prepared, str(other), ("transfer.writer=source",))
+    plain = transfer_plan(prepared, str(other), ("transfer.generator.mode=source",))
     assert synthetic_rows(prepared, plain, tmp_path / "plain")
-    assert heard
-    assert not any(heard), "the bare model writes"
+    assert active_loras
+    assert not any(active_loras), "the bare model generates"
     kept = carried_artifacts(prepared, plain)
     assert kept
-    assert not kept.tuned_generator, "and what is not asked for is not kept on"
-    untuned = replace(prepared, writer={})
-    with pytest.raises(StateError, match=r"expected a tuned writer \(transfer.writer as it was prepared\), found none"):
+    assert not kept.tuned_generator, "it is not carried to the next transfer"
+    untuned = replace(prepared, tuned_generator={})
+    with pytest.raises(StateError, match=r"has no tuned generator"):
         transfer(untuned, transfer_plan(untuned, str(other)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_preparation_that_fails_leaves_the_shared_adapter_on(
-    base: BaseModel, speaking_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, generating_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next order, of this site or of another one on the same model, trains as if nothing had happened."""
-    model = ModelSettings(str(speaking_llama), max_length=32, device="cpu")
+    """The next request, of this site or another one on the same model, is not affected."""
+    model = ModelSettings(str(generating_llama), max_length=32, device="cpu")
     adapter = AdapterSettings(4, target_modules=("q_proj", "v_proj"))
-    settings = TransferSettings(prepare=True, about="tiny", steps=3)
+    settings = TransferSettings(prepare=True, dataset_name="tiny", discriminator=DiscriminatorSettings(steps=3))
     plan = Plan("town", 1, model, adapter=adapter, train=TrainSettings(steps=1, final_steps=1), transfer=settings)
     site = SiteDataset("ada", "generation", [{"prompt": text, "completion": "x"} for text in TEXTS], ())
-    bench = attach_adapters(base, plan)
-    trainer = Trainer(bench, site, StateStore(tmp_path, plan.name))
+    model_with_adapters = attach_adapters(base, plan)
+    trainer = Trainer(model_with_adapters, site, StateStore(tmp_path, plan.name))
     shared = initial_shared_state(plan, 0)
     reply = trainer.handle(TrainRequest(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False))
-    close = TrainRequest(plan.name, 2, "finalize", 1, to_json(plan), reply.shared, evaluate=False)
+    final = TrainRequest(plan.name, 2, "finalize", 1, to_json(plan), reply.shared, evaluate=False)
     monkeypatch.setattr(preparation, "generate_texts", lambda *args: iter(()))
-    with pytest.raises(ModelError, match=r"model.source: .* found no text that is new"):
-        trainer.handle(close)
-    assert [name for name, _ in acting(base)], "the shared adapter"
+    with pytest.raises(ModelError, match=r"model.source: .* generated no new text"):
+        trainer.handle(final)
+    assert [name for name, _ in lora_b_of(base)], "the shared adapter"
     monkeypatch.setattr(preparation, "generate_texts", lambda *args: iter(["s t u", "v w x", "x y z"]))
-    trainer.handle(close)
+    trainer.handle(final)
     assert trainer.transfer_artifacts
     assert trainer.transfer_artifacts.discriminator

@@ -1,1 +1,1 @@
-"""The only public port: Flower's Fleet API."""
+"""The gateway: the coordinator's public port, which forwards only SuperNode calls to the SuperLink."""

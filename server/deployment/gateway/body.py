@@ -1,4 +1,4 @@
-"""Bodies of requests on their way through the gate: bounded, and never whole in memory when they are large."""
+"""Request bodies: limited in size, buffered when small and streamed when large."""
 
 from __future__ import annotations
 
@@ -7,37 +7,39 @@ from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 
-KEPT = 1 << 20  # bytes of a body that are kept in memory, so that it can be sent again
-MOST = 64 << 20  # bytes of a body; Flower sends chunks of 5 MiB
-PATIENCE = 25.0  # seconds for the next bytes from either side; SuperNode gives up after 30
+BUFFER_SIZE = 1 << 20  # bytes; a body up to this size is buffered, so that it can be sent again
+MAX_BODY = 64 << 20  # bytes; Flower sends chunks of 5 MiB
+READ_TIMEOUT = 25.0  # seconds for the next bytes from either side; SuperNode gives up after 30
 
 
 class TooLarge(Exception):
-    """A body beyond the bound."""
+    """A body is larger than :data:`MAX_BODY`."""
 
 
 class Body:
-    """A request's body: whole in memory when it is small, else a stream that can go through once."""
+    """A request's body: buffered if it is small, else a stream that can be read once."""
 
     def __init__(self, request: Request) -> None:
         declared = request.headers.get("content-length")
-        self.length = int(declared) if declared is not None else None  # None: chunked
-        self.head, self.whole, self.spent = b"", False, False
+        self.length = int(declared) if declared is not None else None  # bytes; None: chunked
+        self.head = b""  # what is buffered
+        self.whole = False  # whether that is the complete body
+        self.spent = False  # whether the stream has been read from
         self._chunks, self._seen = request.stream().__aiter__(), 0
 
     async def begin(self) -> None:
-        """Reads as much as is kept in memory. Raises TooLarge, TimeoutError or ClientDisconnect."""
-        if self.length is not None and self.length > MOST:
+        """Fill the buffer. Raises TooLarge, TimeoutError or ClientDisconnect."""
+        if self.length is not None and self.length > MAX_BODY:
             raise TooLarge
         head = bytearray()
-        while len(head) <= KEPT and not self.whole:
+        while len(head) <= BUFFER_SIZE and not self.whole:
             chunk = await self._next()
             self.whole = chunk is None
             head += chunk or b""
         self.head = bytes(head)
 
     def content(self) -> bytes | AsyncIterator[bytes]:
-        """What to send upstream."""
+        """The content to send upstream: bytes or a stream."""
         return self.head if self.whole else in_batches(self._rest())
 
     async def _rest(self) -> AsyncIterator[bytes]:
@@ -47,20 +49,20 @@ class Body:
             yield chunk
 
     async def _next(self) -> bytes | None:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(READ_TIMEOUT):
             chunk = await anext(self._chunks, None)
         self._seen += len(chunk or b"")
-        if self._seen > MOST:
+        if self._seen > MAX_BODY:
             raise TooLarge
         return chunk
 
 
 async def in_batches(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The same bytes in fewer chunks: each costs the SuperLink's layers of middleware more than its bytes do."""
+    """Join chunks to larger ones, since the SuperLink's middleware has a high cost per chunk."""
     batch = bytearray()
     async for chunk in chunks:
         batch += chunk
-        if len(batch) >= KEPT:
+        if len(batch) >= BUFFER_SIZE:
             yield bytes(batch)
             batch.clear()
     if batch:

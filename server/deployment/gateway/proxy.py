@@ -1,13 +1,16 @@
-"""The gate on the public port: only what SuperNodes need of Flower's SuperLink comes through.
+"""The gateway's ASGI app: it forwards the calls that SuperNodes need to Flower's SuperLink, and nothing else.
 
-The SuperLink answers everything on one port, and its Control and Runtime APIs ask for no credentials: whoever reaches
-them ships code to every site. So it listens on loopback, and this ASGI app stands before it. It knows a closed list of
-paths, compares them byte by byte and asks the SuperLink for its own spelling of them, never for the caller's.
+The SuperLink serves all its APIs on one port. Its Control and Runtime APIs need no credentials, and whoever reaches
+them can ship code to every site. The SuperLink therefore listens on loopback only, behind this app, which knows a
+closed list of paths. It compares paths byte by byte, and requests its own constant from the SuperLink, never the
+caller's spelling.
 
-It also keeps three things short. A SuperLink that is being restarted costs seconds instead of SuperNode's growing
-delays: requests are held until it is back. And a message reaches an idle SuperNode at once instead of at its next
-question three seconds later: a pull that finds nothing is repeated here. So is one for a part of a message that is
-still on its way to the SuperLink.
+The gateway also shortens delays:
+
+- While the SuperLink restarts, requests are held, which takes seconds instead of SuperNode's growing retry delays.
+- A pull that finds no message is repeated here, so an idle SuperNode receives a message at once and not up to three
+  seconds later.
+- A pull of a message part that is still being uploaded is repeated here in the same way.
 """
 
 from __future__ import annotations
@@ -28,13 +31,13 @@ from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 from ....common.errors import StateError
-from .body import KEPT, MOST, PATIENCE, Body, TooLarge, in_batches
+from .body import BUFFER_SIZE, MAX_BODY, READ_TIMEOUT, Body, TooLarge, in_batches
 
-RETRY = 0.2  # seconds between two tries to reach the SuperLink
-BURST = 1.0  # seconds between two times that news for one wakes all
+RETRY_INTERVAL = 0.2  # seconds between two attempts to reach the SuperLink
+WAKE_INTERVAL = 1.0  # minimum seconds between two times at which a message for one node wakes all pulls
 
 HEALTH = b"/health"
-SENT = frozenset(
+FORWARDED = frozenset(  # request headers; all others are dropped
     name.encode()
     for name in (
         "content-type",
@@ -47,52 +50,58 @@ SENT = frozenset(
         "flwr-component-name",
     )
 )
-RETURNED = ("content-type", "flwr-version-incompatibility-message")
+RETURNED = (  # response headers; all others are dropped
+    "content-type",
+    "flwr-version-incompatibility-message",
+)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the Fleet API. ``again``: sending it twice does what sending it once does, or harms nobody."""
+    """One call of the Fleet API. ``idempotent`` calls can be sent again when the connection breaks."""
 
-    again: bool = True
-    hold: float = 25.0  # seconds at most that it waits for the SuperLink
+    idempotent: bool = True
+    hold: float = 25.0  # maximum seconds for which it is held while the SuperLink is down
 
 
 PULL, OBJECT = b"/v1/fleet/pull-messages", b"/v1/fleet/pull-object"
 CALLS = {
-    # A second activation is refused, and SuperNode exits on that; so its own retry decides.
-    b"/v1/fleet/activate-node": Call(again=False),
-    b"/v1/fleet/deactivate-node": Call(again=False, hold=3.0),  # a SuperNode on its way out
-    b"/v1/fleet/send-node-heartbeat": Call(hold=3.0),  # SuperNode waits 5 s for it
-    # A message whose answer got lost is lost, asked again or not: the coordinator orders anew.
+    # A second activation is refused and SuperNode exits on that, so the retry is left to SuperNode.
+    b"/v1/fleet/activate-node": Call(idempotent=False),
+    b"/v1/fleet/deactivate-node": Call(idempotent=False, hold=3.0),  # sent when a SuperNode exits
+    b"/v1/fleet/send-node-heartbeat": Call(hold=3.0),  # SuperNode's timeout is 5 s
+    # If the response is lost, so is its message; the coordinator then sends another one.
     PULL: Call(),
-    b"/v1/fleet/push-messages": Call(),  # the SuperLink knows a reply by its id
+    b"/v1/fleet/push-messages": Call(),  # replies have ids
     b"/v1/fleet/get-run": Call(),
     b"/v1/fleet/get-fab": Call(),
-    b"/v1/fleet/push-object": Call(),  # objects are named by their hash
+    b"/v1/fleet/push-object": Call(),  # objects are named by their hashes
     OBJECT: Call(),
     b"/v1/fleet/confirm-message-received": Call(),
 }
-# In the form of Flower's errors, whose SuperNode says it to its owner; Flower's own answer does not tell why.
+# In the format of Flower's errors, so that SuperNode shows it. The SuperLink's own response has no reason.
 UNKNOWN_KEY = {"code": 2004, "detail": "This key is not registered with the coordinator."}
-REGISTRATION = {b"/v1/fleet/register-node": Call(again=False), b"/v1/fleet/unregister-node": Call(again=False)}
+REGISTRATION = {
+    b"/v1/fleet/register-node": Call(idempotent=False),
+    b"/v1/fleet/unregister-node": Call(idempotent=False),
+}
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """The SuperLink behind the gate.
+    """The SuperLink behind the gateway, and the timing in seconds.
 
-    ``registration`` lets nodes register themselves, which SuperNodes without a key do; only for ``--insecure``.
-    Seconds: ``hold`` while the SuperLink is away, ``linger`` over a pull that finds nothing, ``pause`` between two
-    questions for one node or object. The pause grows with those that wait, so that all pulls together, and all objects
-    together, ask ``rate`` questions a second (each costs the SuperLink 12 ms of CPU), but not beyond ``slowest``:
-    SuperNode by itself asks every 3 s.
+    ``registration`` lets nodes register themselves, as SuperNodes without a key do; for ``--insecure`` only.
+    ``hold``: for how long requests are held while the SuperLink is down. ``linger``: for how long an empty pull is
+    repeated. ``pause``: between two repetitions for one node or object. The pause grows with the number of waiting
+    calls, so that all pulls together, and all objects together, cause at most ``rate`` requests per second (each takes
+    12 ms of the SuperLink's CPU time). It does not grow beyond ``slowest``; SuperNode alone would pull every 3 s.
     """
 
     url: str  # https://127.0.0.1:PORT
     ca: Path | None = None  # PEM; needed for https
     registration: bool = False
-    keys: frozenset[str] | None = None  # registered public keys, as SuperNodes send them; None: any
+    keys: frozenset[str] | None = None  # registered public keys as SuperNodes send them; None accepts any
     hold: float = 25.0
     linger: float = 20.0
     pause: float = 0.1
@@ -101,46 +110,46 @@ class Upstream:
 
 
 def make_gateway(upstream: Upstream) -> Starlette:
-    """The gate as an ASGI app. Raises StateError when the CA certificate cannot be read."""
-    passage = FleetProxy(upstream)
+    """Build the gateway's ASGI app. Raises StateError if the CA certificate cannot be read."""
+    proxy = FleetProxy(upstream)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        async with passage.client:
+        async with proxy.client:
             yield
 
-    app = Starlette(routes=[Mount("", app=passage)], lifespan=lifespan)
-    app.state.passage = passage
+    app = Starlette(routes=[Mount("", app=proxy)], lifespan=lifespan)
+    app.state.proxy = proxy
     return app
 
 
 class FleetProxy:
-    """Compares, holds and forwards. One for all requests, in one event loop."""
+    """Filters, holds and forwards requests. One instance serves all requests in one event loop."""
 
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
         self.calls = CALLS | (REGISTRATION if upstream.registration else {})
         self.client = httpx.AsyncClient(
             verify=_trust(upstream),
-            trust_env=False,  # no proxy stands between two processes of one machine
-            timeout=httpx.Timeout(PATIENCE, connect=2.0),
+            trust_env=False,  # no proxy between two processes of one machine
+            timeout=httpx.Timeout(READ_TIMEOUT, connect=2.0),
             # The SuperLink closes idle connections after 5 s.
             limits=httpx.Limits(max_connections=256, max_keepalive_connections=32, keepalive_expiry=2.0),
-            headers={"accept-encoding": "identity", "user-agent": "colora-gate"},
+            headers={"accept-encoding": "identity", "user-agent": "colora-gateway"},
         )
-        self.waiting: dict[tuple[str, bytes], object] = {}  # nodes whose pull found nothing yet → the pull
-        self.awaited = 0  # objects that are asked for
-        self.news, self.last_news = asyncio.Event(), 0.0
-        self.held = False  # the SuperLink counts as away although it may answer
+        self.waiting: dict[tuple[str, bytes], object] = {}  # node → its latest empty pull
+        self.waiting_objects = 0  # pulls of objects that are still being uploaded
+        self.wake, self.last_wake = asyncio.Event(), 0.0
+        self.held = False  # hold requests even if the SuperLink answers
         self.stopping = False
 
     def stop(self) -> None:
-        """Lets everything that is held or lingers answer now."""
+        """End all held and repeated requests now."""
         self.stopping = True
-        self.news.set()
+        self.wake.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
+        """Serve one request."""
         async with AsyncExitStack() as stack:
             request = Request(scope, receive)
             try:
@@ -148,9 +157,9 @@ class FleetProxy:
             except ClientDisconnect:
                 return
             except TooLarge:
-                response = _refuse(413, f"a body of more than {MOST} bytes")
+                response = _refuse(413, f"the body has more than {MAX_BODY} bytes")
             except TimeoutError:
-                response = _refuse(408, "no more of the body came")
+                response = _refuse(408, "timeout while reading the body")
             await response(scope, receive, send)
 
     async def _answer(self, request: Request, stack: AsyncExitStack) -> Response:
@@ -164,131 +173,132 @@ class FleetProxy:
             return JSONResponse(UNKNOWN_KEY, 400, {"connection": "close"})
         body = Body(request)
         await body.begin()
-        asked = HeldRequest(request, body, path.decode(), call, time.monotonic() + min(call.hold, self.upstream.hold))
-        ways = {PULL: self._pull, OBJECT: self._object}
-        return await ways.get(path, self._reach)(asked, stack)
+        held = HeldRequest(request, body, path.decode(), call, time.monotonic() + min(call.hold, self.upstream.hold))
+        handlers = {PULL: self._pull, OBJECT: self._pull_object}
+        return await handlers.get(path, self._send)(held, stack)
 
-    async def _pull(self, asked: HeldRequest, stack: AsyncExitStack) -> Response:
-        """Asks until there is a message; a later pull of the same node ends this one, whose caller must be gone."""
-        name, me = (asked.request.headers.get("flwr-public-key", ""), asked.body.head), object()
-        ends = time.monotonic() + self.upstream.linger
+    async def _pull(self, held: HeldRequest, stack: AsyncExitStack) -> Response:
+        """Repeat a pull until there is a message. A later pull of the same node ends it: its caller must be gone."""
+        node, me = (held.request.headers.get("flwr-public-key", ""), held.body.head), object()
+        deadline = time.monotonic() + self.upstream.linger
         try:
-            answer = await self._reach(asked, stack)
-            if is_empty(answer):  # so the SuperLink knows the node by its signature
-                self.waiting[name] = me
+            answer = await self._send(held, stack)
+            if is_empty(answer):  # the SuperLink has verified the node's signature
+                self.waiting[node] = me
             while is_empty(answer):
                 pause = self._pause(len(self.waiting))
-                if time.monotonic() + pause > ends:
+                if time.monotonic() + pause > deadline:
                     return answer
-                await self._rest(pause)
-                if self.waiting.get(name) is not me or await self._pointless(asked):
+                await self._sleep(pause)
+                if self.waiting.get(node) is not me or await self._is_abandoned(held):
                     return answer
-                answer = await self._reach(asked, stack)
+                answer = await self._send(held, stack)
         finally:
-            if self.waiting.get(name) is me:
-                del self.waiting[name]
+            if self.waiting.get(node) is me:
+                del self.waiting[node]
         if answer.status_code == 200:
-            self._tell()
+            self._wake_all()
         return answer
 
-    async def _object(self, asked: HeldRequest, stack: AsyncExitStack) -> Response:
-        """Asks until a part of a message that is still on its way has come: SuperNode by itself waits 1 s, 2 s, 4 s."""
-        ends = time.monotonic() + self.upstream.linger
-        self.awaited += 1
+    async def _pull_object(self, held: HeldRequest, stack: AsyncExitStack) -> Response:
+        """Repeat a pull until the object has been uploaded. SuperNode alone would retry after 1 s, 2 s, 4 s."""
+        deadline = time.monotonic() + self.upstream.linger
+        self.waiting_objects += 1
         try:
-            while is_on_its_way(answer := await self._reach(asked, stack)):
-                pause = self._pause(self.awaited)
-                if time.monotonic() + pause > ends or await self._pointless(asked):
+            while is_incomplete(answer := await self._send(held, stack)):
+                pause = self._pause(self.waiting_objects)
+                if time.monotonic() + pause > deadline or await self._is_abandoned(held):
                     break
                 await asyncio.sleep(pause)
             return answer
         finally:
-            self.awaited -= 1
+            self.waiting_objects -= 1
 
     def _pause(self, waiting: int) -> float:
         return max(self.upstream.pause, min(waiting / self.upstream.rate, self.upstream.slowest))
 
-    def _tell(self) -> None:
-        """One node has a message, so others are likely to have theirs: they ask now, however long their pause."""
-        if time.monotonic() - self.last_news > BURST:
-            self.last_news = time.monotonic()
-            self.news.set()
-            self.news = asyncio.Event()
+    def _wake_all(self) -> None:
+        """Repeat all waiting pulls now: when one node has a message, the others are likely to have one too."""
+        if time.monotonic() - self.last_wake > WAKE_INTERVAL:
+            self.last_wake = time.monotonic()
+            self.wake.set()
+            self.wake = asyncio.Event()
 
-    async def _rest(self, seconds: float) -> None:
+    async def _sleep(self, seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
-                await self.news.wait()
+                await self.wake.wait()
         except TimeoutError:
             pass
 
-    async def _pointless(self, asked: HeldRequest) -> bool:
-        """Whether nobody waits for the answer any more, as far as can be known without eating up the body."""
-        return self.stopping or (asked.body.whole and await asked.request.is_disconnected())
+    async def _is_abandoned(self, held: HeldRequest) -> bool:
+        """Whether the caller is gone, as far as can be known without consuming the body, or the gateway stops."""
+        return self.stopping or (held.body.whole and await held.request.is_disconnected())
 
-    async def _reach(self, asked: HeldRequest, stack: AsyncExitStack) -> Response:
-        """Forwards, and holds while the SuperLink is away and trying again is safe."""
+    async def _send(self, held: HeldRequest, stack: AsyncExitStack) -> Response:
+        """Forward a request; hold and repeat it while the SuperLink is down and sending it again is safe."""
         while True:
             try:
                 if not self.held:
-                    return await self._forward(asked, stack)
+                    return await self._forward(held, stack)
                 safe = True
             except (httpx.ConnectError, httpx.ConnectTimeout):
-                safe = not asked.body.spent  # nothing was sent yet
+                safe = not held.body.spent  # nothing has been sent
             except httpx.TimeoutException:
-                return _refuse(504, "the SuperLink does not answer")
+                return _refuse(504, "the SuperLink did not respond in time")
             except httpx.TransportError:
-                safe = asked.call.again and not asked.body.spent
-            if not safe or time.monotonic() + RETRY > asked.ends or await self._pointless(asked):
-                return _refuse(503, "the SuperLink is away")
-            await asyncio.sleep(RETRY)
+                safe = held.call.idempotent and not held.body.spent
+            if not safe or time.monotonic() + RETRY_INTERVAL > held.deadline or await self._is_abandoned(held):
+                return _refuse(503, "the SuperLink is down")
+            await asyncio.sleep(RETRY_INTERVAL)
 
-    async def _forward(self, asked: HeldRequest, stack: AsyncExitStack) -> Response:
-        headers = [(name, value) for name, value in asked.request.scope["headers"] if name in SENT]
-        if not asked.body.whole and asked.body.length is not None:
-            headers.append((b"content-length", str(asked.body.length).encode()))
-        content = asked.body.content()
-        request = self.client.build_request("POST", self.upstream.url + asked.path, headers=headers, content=content)
+    async def _forward(self, held: HeldRequest, stack: AsyncExitStack) -> Response:
+        headers = [(name, value) for name, value in held.request.scope["headers"] if name in FORWARDED]
+        if not held.body.whole and held.body.length is not None:
+            headers.append((b"content-length", str(held.body.length).encode()))
+        content = held.body.content()
+        request = self.client.build_request("POST", self.upstream.url + held.path, headers=headers, content=content)
         answer = await self.client.send(request, stream=True)
-        kept = {name: answer.headers[name] for name in RETURNED if name in answer.headers}
+        returned = {name: answer.headers[name] for name in RETURNED if name in answer.headers}
         length = answer.headers.get("content-length")
-        if length is not None and int(length) <= KEPT:
+        if length is not None and int(length) <= BUFFER_SIZE:
             try:
-                return Response(b"".join([chunk async for chunk in answer.aiter_raw()]), answer.status_code, kept)
+                return Response(b"".join([chunk async for chunk in answer.aiter_raw()]), answer.status_code, returned)
             finally:
                 await answer.aclose()
         stack.push_async_callback(answer.aclose)
         if length is not None:
-            kept["content-length"] = length
-        return StreamingResponse(in_batches(answer.aiter_raw()), answer.status_code, kept)
+            returned["content-length"] = length
+        return StreamingResponse(in_batches(answer.aiter_raw()), answer.status_code, returned)
 
 
 @dataclass(frozen=True)
 class HeldRequest:
-    """A request on its way through: ``ends`` is when it is held no longer (monotonic seconds)."""
+    """A request that is being forwarded. It is held until ``deadline`` (monotonic seconds)."""
 
     request: Request
     body: Body
     path: str
     call: Call
-    ends: float
+    deadline: float
 
 
 def is_empty(answer: Response) -> bool:
-    """Whether a pull found nothing. A PullMessagesResponse without any field is no bytes at all in protobuf.
+    """Whether a pull found no message: a PullMessagesResponse without fields has no bytes in protobuf.
 
-    Anything else goes to the SuperNode as it is, so a Flower that says "nothing" in another way costs time only.
+    Any other response is returned to the SuperNode unchanged. If Flower encoded "no message" in another way, only time
+    would be lost.
     """
     return answer.status_code == 200 and not isinstance(answer, StreamingResponse) and not answer.body
 
 
-def is_on_its_way(answer: Response) -> bool:
-    """Whether an object was announced and has not come yet: of a PullObjectResponse, ``object_found`` alone is set."""
+def is_incomplete(answer: Response) -> bool:
+    """Whether an object is still being uploaded: only ``object_found`` is set in the PullObjectResponse."""
     return answer.status_code == 200 and not isinstance(answer, StreamingResponse) and answer.body == b"\x08\x01"
 
 
-def _refuse(status: int, why: str) -> Response:
-    return PlainTextResponse(why, status, {"connection": "close"})
+def _refuse(status: int, reason: str) -> Response:
+    return PlainTextResponse(reason, status, {"connection": "close"})
 
 
 def _trust(upstream: Upstream) -> ssl.SSLContext | bool:
@@ -297,4 +307,5 @@ def _trust(upstream: Upstream) -> ssl.SSLContext | bool:
     try:
         return ssl.create_default_context(cafile=upstream.ca)
     except (OSError, ssl.SSLError) as error:
-        raise StateError(str(upstream.ca), "a CA certificate (PEM)", error) from None
+        message = f"The CA certificate {upstream.ca} cannot be read: {error}."
+        raise StateError(str(upstream.ca), "a CA certificate (PEM)", error, message=message) from None

@@ -1,4 +1,4 @@
-"""The gate as a service: a socket, TLS, and uvicorn in a thread of its own."""
+"""The gateway as a service: a socket, TLS, and uvicorn in a thread."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import uvicorn
 from ....common.errors import StateError
 from .proxy import FleetProxy, Upstream, make_gateway
 
-SILENT = 60  # above logging.CRITICAL: what callers send must not reach the coordinator's terminal
-STARTUP = 10.0  # seconds
-CROWD = 1024  # connections; more are answered 503, which a SuperNode retries
+LOG_LEVEL = 60  # above logging.CRITICAL: nothing that callers send may reach the coordinator's terminal
+STARTUP_TIMEOUT = 10.0  # seconds, also for the shutdown
+MAX_CONNECTIONS = 1024  # further ones receive status 503, after which a SuperNode retries
 
 
 @dataclass(frozen=True)
 class ListenAddress:
-    """Where the gate stands. Port 0 takes a free one; without a certificate it speaks plain HTTP."""
+    """The address to listen on. Port 0 picks a free port. Without a certificate the gateway speaks plain HTTP."""
 
     host: str
     port: int
@@ -29,68 +29,74 @@ class ListenAddress:
 
 
 class GatewayServer:
-    """A context manager: inside it the gate is open at ``host`` and ``port``.
+    """Runs the gateway as a context manager; ``host`` and ``port`` are set while it is open.
 
-    It installs no signal handlers and prints nothing. Leaving it answers what is held and closes the port.
+    It installs no signal handlers and prints nothing. On exit it answers held requests and closes the port.
     """
 
-    def __init__(self, door: ListenAddress, upstream: Upstream) -> None:
+    def __init__(self, listen: ListenAddress, upstream: Upstream) -> None:
         app = make_gateway(upstream)
         config = uvicorn.Config(
             app,
             loop="asyncio",
-            http="h11",  # strict, and the same wherever it runs
+            http="h11",  # strict, and the same on every platform
             ws="none",
             lifespan="on",
             log_config=None,
-            log_level=SILENT,
+            log_level=LOG_LEVEL,
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=CROWD,
-            timeout_keep_alive=30,  # longer than SuperNode keeps an idle connection
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=30,  # seconds; longer than SuperNode keeps an idle connection
             timeout_graceful_shutdown=3,
-            ssl_certfile=door.certificate,
-            ssl_keyfile=door.key,
+            ssl_certfile=listen.certificate,
+            ssl_keyfile=listen.key,
         )
         try:
             config.load()
         except (OSError, ssl.SSLError) as error:
-            raise StateError(str(door.certificate), f"a certificate that fits {door.key}", error) from None
-        self.door = door
-        self.server = _Server(config, app.state.passage)
-        self.thread = threading.Thread(target=self._run, name="colora-gate", daemon=True)
+            raise StateError(
+                str(listen.certificate),
+                f"a certificate that fits {listen.key}",
+                error,
+                message=f"The certificate {listen.certificate} cannot be used with the key {listen.key}: {error}.",
+            ) from None
+        self.listen = listen
+        self.server = _Server(config, app.state.proxy)
+        self.thread = threading.Thread(target=self._run, name="colora-gateway", daemon=True)
 
     def __enter__(self) -> GatewayServer:
-        self.socket = _listen(self.door)
+        self.socket = _bind(self.listen)
         self.host, self.port = self.socket.getsockname()[:2]
         self.thread.start()
-        if not self.server.open.wait(STARTUP) or not self.server.started:
+        if not self.server.open.wait(STARTUP_TIMEOUT) or not self.server.started:
             self.__exit__()
-            raise StateError(f"gate on {self.address}", "an open port", "that it did not start")
+            message = f"The gateway did not start on {self.address}."
+            raise StateError(f"gateway on {self.address}", "a running gateway", "none", message=message)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.server.should_exit = True
-        self.thread.join(STARTUP)
+        self.thread.join(STARTUP_TIMEOUT)
         self.socket.close()
 
     def hold(self) -> None:
-        """From now on requests wait as if the SuperLink were away: it may answer before it knows its sites' keys."""
-        self.server.passage.held = True
+        """Hold all requests, even if the SuperLink answers: it may not have its sites' keys yet."""
+        self.server.proxy.held = True
 
     def release(self) -> None:
-        """Lets them through again."""
-        self.server.passage.held = False
+        """Forward requests again."""
+        self.server.proxy.held = False
 
     @property
     def address(self) -> str:
-        """``host:port`` as it listens."""
+        """``host:port`` of the open socket."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
     def alive(self) -> bool:
-        """Whether it still serves."""
+        """Whether the server thread is running."""
         return self.thread.is_alive()
 
     def _run(self) -> None:
@@ -98,11 +104,11 @@ class GatewayServer:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn's server, which says when it is open and lets held requests answer before it waits for them."""
+    """Uvicorn's server, with an event for the end of its startup; at shutdown it first releases held requests."""
 
-    def __init__(self, config: uvicorn.Config, passage: FleetProxy) -> None:
+    def __init__(self, config: uvicorn.Config, proxy: FleetProxy) -> None:
         super().__init__(config)
-        self.passage, self.open = passage, threading.Event()
+        self.proxy, self.open = proxy, threading.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
@@ -111,21 +117,23 @@ class _Server(uvicorn.Server):
             self.open.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.passage.stop()
+        self.proxy.stop()
         await super().shutdown(sockets)
 
 
-def _listen(door: ListenAddress) -> socket.socket:
-    """A bound socket. Raises StateError when the port is taken, or the address is not this machine's."""
+def _bind(listen: ListenAddress) -> socket.socket:
+    """Open a listening socket. Raises StateError if the port is in use or the address is not this machine's."""
     listener = None
     try:
-        family, kind, _, _, place = socket.getaddrinfo(door.host, door.port, type=socket.SOCK_STREAM)[0]
+        family, kind, _, _, address = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
+        listener.bind(address)
         listener.listen()
     except OSError as error:
         if listener:
             listener.close()
-        raise StateError(f"{door.host}:{door.port}", "a free port of this machine", error.strerror or error) from None
+        where, reason = f"{listen.host}:{listen.port}", error.strerror or error
+        message, hint = f"Cannot listen on {where}: {reason}.", "Choose another --host or --port."
+        raise StateError(where, "a free port of this machine", reason, message=message, hint=hint) from None
     return listener

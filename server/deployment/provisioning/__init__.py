@@ -1,1 +1,1 @@
-"""Keys, certificates and site files."""
+"""Provisioning: keys, certificates and site files for a coordinator and its sites."""

@@ -1,4 +1,4 @@
-"""Keys and certificates as PEM: a certificate authority, what it signs, and the keys that sites are known by."""
+"""A certificate authority, the certificates that it signs, and the keys that identify sites."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-YEARS = 10
+YEARS = 10  # for which an authority is valid
 SERVER, CLIENT = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
 
 
@@ -33,43 +33,43 @@ class Pair:
 
 
 class Authority:
-    """A certificate authority (ECDSA P-384) for servers and clients, not for further authorities."""
+    """A certificate authority (ECDSA P-384) that signs certificates of servers and clients, not of authorities."""
 
     def __init__(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
         self.certificate, self.key = certificate, key
 
     @classmethod
-    def new(cls, what: str) -> Authority:
-        """Made now, for ten years. Its name ends with chance: two of one name would be mistaken for each other."""
+    def new(cls, name: str) -> Authority:
+        """Create an authority that is valid for ten years. A random suffix keeps its name unique."""
         key = _new_key()
-        name = _name(f"{what[:50]} {secrets.token_hex(4)}", "authority")
-        ends = _now().replace(microsecond=0) + datetime.timedelta(days=365 * YEARS + 2)
-        builder = _begin(name, name, key, ends).add_extension(_AUTHORITY, critical=True)
+        subject = _name(f"{name[:50]} {secrets.token_hex(4)}", "authority")
+        expires = _now().replace(microsecond=0) + datetime.timedelta(days=365 * YEARS + 2)
+        builder = _builder(subject, subject, key, expires).add_extension(_AUTHORITY, critical=True)
         builder = builder.add_extension(_usage(certificates=True), critical=True)
         return cls(builder.sign(key, hashes.SHA384()), key)
 
     @classmethod
     def read(cls, pair: Pair) -> Authority:
-        """The one that was written as ``pair``. Raises ValueError where this is none, or the two do not fit."""
+        """Load an authority. Raises ValueError if certificate or key is invalid or they do not belong together."""
         certificate, key = x509.load_pem_x509_certificate(pair.certificate), load_pem_private_key(pair.key, None)
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-            raise ValueError("the key is not the certificate's")
+            raise ValueError("the key does not belong to the certificate")
         return cls(certificate, key)
 
     @property
     def pair(self) -> Pair:
-        """To be written."""
+        """The authority's certificate and key."""
         return Pair(self.certificate.public_bytes(Encoding.PEM), _pem(self.key))
 
-    def sign(self, what: str, owner: str, usage: x509.ObjectIdentifier, hosts: Sequence[str] = ()) -> Pair:
-        """A certificate and key for ``owner``, which last as long as the authority.
+    def sign(self, unit: str, owner: str, usage: x509.ObjectIdentifier, hosts: Sequence[str] = ()) -> Pair:
+        """Create a key and a certificate that is valid as long as the authority.
 
-        ``what`` and ``owner`` (64 characters at most) are for people; programs compare ``hosts``, names and IP
+        ``unit`` and ``owner`` (at most 64 characters) are informative. TLS clients check ``hosts``: host names and IP
         addresses.
         """
         key = _new_key()
-        ends = self.certificate.not_valid_after_utc
-        builder = _begin(_name(owner, what), self.certificate.subject, key, ends, issuer=self.key)
+        expires = self.certificate.not_valid_after_utc
+        builder = _builder(_name(owner, unit), self.certificate.subject, key, expires, issuer=self.key)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         builder = builder.add_extension(_usage(certificates=False), critical=True)
         builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
@@ -79,7 +79,7 @@ class Authority:
 
 
 def hosts_of(certificate: bytes) -> set[str]:
-    """The names and addresses that a PEM certificate is for. Raises ValueError where it is none."""
+    """Return the host names and IP addresses of a PEM certificate. Raises ValueError if it is invalid."""
     extensions = x509.load_pem_x509_certificate(certificate).extensions
     try:
         names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -89,7 +89,7 @@ def hosts_of(certificate: bytes) -> set[str]:
 
 
 def new_site_key(comment: str) -> tuple[bytes, bytes]:
-    """(private, public) of an ECDSA P-384 key in OpenSSH's form, which Flower's SuperNode authentication reads."""
+    """Create an ECDSA P-384 key pair (private, public) in OpenSSH format, as Flower's node authentication needs."""
     key = _new_key()
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
@@ -99,15 +99,15 @@ def new_site_key(comment: str) -> tuple[bytes, bytes]:
 _AUTHORITY = x509.BasicConstraints(ca=True, path_length=0)
 
 
-def _begin(
+def _builder(
     subject: x509.Name,
     issuer_name: x509.Name,
     key: ec.EllipticCurvePrivateKey,
-    ends: datetime.datetime,
+    expires: datetime.datetime,
     *,
     issuer: ec.EllipticCurvePrivateKey | None = None,
 ) -> x509.CertificateBuilder:
-    """What all certificates have; valid since yesterday, for clocks that are behind."""
+    """Set the fields common to all certificates. They are valid from yesterday, for clocks that are slow."""
     signer = (issuer or key).public_key()
     return (
         x509.CertificateBuilder()
@@ -116,7 +116,7 @@ def _begin(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(_now() - datetime.timedelta(days=1))
-        .not_valid_after(ends)
+        .not_valid_after(expires)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer), critical=False)
     )

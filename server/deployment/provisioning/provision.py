@@ -1,11 +1,14 @@
-"""``colora provision``: keys, certificates and site files for a coordinator and its sites, from a list of names.
+"""``colora provision``: writes keys, certificates and site files for a coordinator and its sites.
 
-    keys/ca.crt ca.key                                                  the authority, which signs later sites too
-    keys/coordinator/ca.crt server.crt server.key sites/NAME.pub        for the coordinator
-    keys/sites/NAME/site.toml ca.crt site.key                           for one site
-    keys/sites/NAME/link/ca.crt trainer.crt trainer.key node.crt node.key    between its trainer and its SuperNode
+    keys/ca.crt ca.key                        the certificate authority, which also signs sites that are added later
+    keys/coordinator/                         for the coordinator:
+        ca.crt server.crt server.key              its TLS certificate
+        sites/NAME.pub                            the sites' public keys
+    keys/sites/NAME/                          for one site:
+        site.toml ca.crt site.key                 its site file, the authority's certificate and its key
+        link/ca.crt trainer.crt trainer.key node.crt node.key    TLS between its trainer and its SuperNode
 
-The authority of a site's link is its own, and its key is thrown away: nobody can make a third certificate.
+Each site's link has an authority of its own. Its private key is not stored, so no further certificates can be signed.
 """
 
 from __future__ import annotations
@@ -26,46 +29,52 @@ from ....common.config.schema import STRICT, Name, parse
 from ....common.errors import ConfigError, StateError
 from .certificates import CLIENT, SERVER, Authority, Pair, hosts_of, new_site_key
 
-ALWAYS = ("localhost", "127.0.0.1")  # where the gate reaches the SuperLink, and trials reach the coordinator
+LOCAL_HOSTS = ("localhost", "127.0.0.1")  # in each server certificate: the gateway and local trials use them
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
 
 
 @dataclass(frozen=True, config=STRICT)
 class CoordinatorPlan:
-    """Where sites find the coordinator, and what else it is called."""
+    """The address at which sites reach the coordinator, and its other names."""
 
     address: str  # host:port
-    names: tuple[str, ...] = ()  # further host names and IP addresses
+    names: tuple[str, ...] = ()  # further host names and IP addresses of the coordinator
 
 
 @dataclass(frozen=True, config=STRICT)
 class KeyHolder:
-    """A site that gets a key."""
+    """A site that receives a key."""
 
     name: Name
 
 
 @dataclass(frozen=True, config=STRICT)
 class KeyPlan:
-    """The TOML file of ``colora provision``."""
+    """The input of ``colora provision``, a TOML file."""
 
     coordinator: CoordinatorPlan
     site: tuple[KeyHolder, ...] = ()
 
 
 def provision(plan: Path, out: Path, *, add: bool = False) -> list[str]:
-    """Writes the folder ``out``, or with ``add`` the sites that it lacks, and returns the names of the new ones.
+    """Write the folder ``out``, or with ``add`` the sites that it lacks, and return the names of the new sites.
 
-    The folder, or each added site, appears whole or not at all; nothing that exists is written again. Raises
-    ConfigError for the plan, StateError for what lies on disk.
+    The folder, or each added site, is written completely or not at all, and existing files are never overwritten.
+    Raises ConfigError for the plan and StateError for files on disk.
     """
     keys = read_plan(plan)
     if add:
         return _add(keys, out)
     if out.exists() or out.is_symlink():
-        raise StateError(str(out), "a folder that is not there yet (--add adds new sites to one)", "one that is")
+        raise StateError(
+            str(out),
+            "a new folder",
+            "an existing path",
+            message=f"{out} already exists.",
+            hint="Choose another --out, or use --add to add new sites to it.",
+        )
     authority, names = Authority.new("colora"), [site.name for site in keys.site]
-    with _aside(out.parent, out.name) as folder:
+    with _staging_folder(out.parent, out.name) as folder:
         _write_pair(folder, "ca", authority.pair)
         coordinator, sites = _folder(folder / "coordinator"), _folder(folder / "sites")
         public = _folder(coordinator / "sites")
@@ -74,33 +83,35 @@ def provision(plan: Path, out: Path, *, add: bool = False) -> list[str]:
         write_public(coordinator / "ca.crt", authority.pair.certificate)
         for name in names:
             write_public(public / f"{name}.pub", _make_site(sites / name, name, keys, authority))
-        _appear(folder, out)
+        _move_into_place(folder, out)
     return names
 
 
 def read_plan(path: Path) -> KeyPlan:
-    """Raises ConfigError naming the key."""
+    """Read and check the input file. Raises ConfigError."""
     keys = parse(KeyPlan, read_toml(path))
     hosts_for(keys.coordinator)
     if not keys.site:
-        raise ConfigError("site", "[[site]] tables with a name each", "none")
-    names = [site.name.casefold() for site in keys.site]  # hosts and some file systems know no capitals
+        message, hint = "The file names no sites.", "Add a [[site]] table with a name for each site."
+        raise ConfigError("site", "[[site]] tables", "none", message=message, hint=hint)
+    names = [site.name.casefold() for site in keys.site]  # host names and some file systems ignore case
     twice = next((site.name for site in keys.site if names.count(site.name.casefold()) > 1), None)
     if twice:
-        raise ConfigError("site.name", "a name of its own for every site, capitals aside", f"{twice!r} twice")
+        message = f"site.name: {twice!r} is used more than once; upper and lower case count as the same."
+        raise ConfigError("site.name", "a unique name for each site", f"{twice!r} twice", message=message)
     return keys
 
 
 def hosts_for(coordinator: CoordinatorPlan) -> tuple[str, ...]:
-    """All that the coordinator's certificate is for. Raises ConfigError."""
+    """Return all host names and IP addresses of the coordinator's certificate. Raises ConfigError."""
     for name in coordinator.names:
         _check_host(name, "coordinator.names", name)
-    named = (host_of(coordinator.address), *coordinator.names)
-    return tuple(dict.fromkeys((*map(_plain, named), *ALWAYS)))
+    hosts = (host_of(coordinator.address), *coordinator.names)
+    return tuple(dict.fromkeys((*map(_normalized, hosts), *LOCAL_HOSTS)))
 
 
 def host_of(address: str) -> str:
-    """The host of ``host:port`` or ``[IPv6]:port``. Raises ConfigError."""
+    """Return the host of ``host:port`` or ``[IPv6]:port``. Raises ConfigError."""
     host, _, port = address.rpartition(":")
     if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError("coordinator.address", "host:port", repr(address))
@@ -112,11 +123,11 @@ def host_of(address: str) -> str:
     return host
 
 
-def _check_host(host: str, key: str, found: str) -> None:
-    numbers = host.rpartition(".")[2].isdigit()  # as in a mistyped IP address
-    if not _is_ip(host) and (numbers or not HOST.fullmatch(host)):
-        wanted = "a host name (other letters than ASCII as xn--…) or an IP address"
-        raise ConfigError(key, f"host:port with {wanted}" if key.endswith("address") else wanted, repr(found))
+def _check_host(host: str, key: str, value: str) -> None:
+    numeric = host.rpartition(".")[2].isdigit()  # as in a mistyped IP address
+    if not _is_ip(host) and (numeric or not HOST.fullmatch(host)):
+        expected = "a host name (ASCII, non-ASCII names in their xn-- form) or an IP address"
+        raise ConfigError(key, f"host:port with {expected}" if key.endswith("address") else expected, repr(value))
 
 
 def _is_ip(host: str) -> bool:
@@ -126,28 +137,33 @@ def _is_ip(host: str) -> bool:
         return False
 
 
-def _plain(host: str) -> str:
+def _normalized(host: str) -> str:
     return str(ipaddress.ip_address(host)) if _is_ip(host) else host.lower()
 
 
 def _add(keys: KeyPlan, out: Path) -> list[str]:
-    """A site is known when it has its folder, which may have gone to the site, or its public key."""
+    """Add the sites that have no public key yet. A site's folder may be gone, since it is handed to the site."""
     authority = _authority_of(out, keys)
     sites, public = out / "sites", out / "coordinator" / "sites"
     known = {path.stem.casefold() for path in public.glob("*.pub")}
     new = [site.name for site in keys.site if site.name.casefold() not in known]
-    here = {path.name.casefold() for path in sites.glob("*")}
-    orphan = next((name for name in new if name.casefold() in here), None)
+    folders = {path.name.casefold() for path in sites.glob("*")}
+    orphan = next((name for name in new if name.casefold() in folders), None)
     if orphan:
-        wanted = f"{public / orphan}.pub beside it (delete the folder for a new key, or leave the site out)"
-        raise StateError(str(sites / orphan), wanted, "no such file")
+        raise StateError(
+            str(sites / orphan),
+            str(public / f"{orphan}.pub"),
+            "no such file",
+            message=f"{sites / orphan} exists, but its public key {public / orphan}.pub does not.",
+            hint="Delete the folder to create a new key, or remove the site from the list.",
+        )
     if not new:
         return []
-    with _aside(out, "new") as folder:
-        made = [(name, _make_site(folder / name, name, keys, authority)) for name in new]
-        _folder(sites, there=True)
-        for name, key in made:
-            _appear(folder / name, sites / name)
+    with _staging_folder(out, "new") as folder:
+        created = [(name, _make_site(folder / name, name, keys, authority)) for name in new]
+        _folder(sites, exist_ok=True)
+        for name, key in created:
+            _move_into_place(folder / name, sites / name)
             try:
                 write_public(public / f"{name}.pub", key)
             except StateError:
@@ -157,43 +173,53 @@ def _add(keys: KeyPlan, out: Path) -> list[str]:
 
 
 def _authority_of(out: Path, keys: KeyPlan) -> Authority:
-    """The one in ``out``. The coordinator's certificate must be for the address that new sites are told."""
+    """Load the authority in ``out``. The coordinator's certificate must cover the address that new sites receive."""
+    hint = "Use the folder that colora provision wrote."
     try:
         authority = Authority.read(Pair((out / "ca.crt").read_bytes(), (out / "ca.key").read_bytes()))
         served = hosts_of((out / "coordinator" / "server.crt").read_bytes())
     except OSError as error:
-        found = f"{error.strerror}: {error.filename}"
-        raise StateError(str(out), "a folder that colora provision wrote", found) from None
+        reason = f"{error.strerror}: {error.filename}"
+        message = f"{out} is not a complete folder of keys: {reason}."
+        raise StateError(str(out), "a folder of keys", reason, message=message, hint=hint) from None
     except (ValueError, TypeError) as error:
-        raise StateError(str(out), "ca.crt and ca.key as colora provision writes them", error) from None
+        message = f"ca.crt and ca.key in {out} cannot be used: {error}."
+        raise StateError(str(out), "a certificate authority", error, message=message, hint=hint) from None
     missing = [host for host in hosts_for(keys.coordinator) if host not in served]
     if missing:
-        wanted = f"names that {out / 'coordinator' / 'server.crt'} is for ({', '.join(sorted(served))})"
-        raise ConfigError("coordinator", wanted, f"also {missing[0]}")
+        certificate, names = out / "coordinator" / "server.crt", ", ".join(sorted(served))
+        raise ConfigError(
+            "coordinator",
+            f"names in {names}",
+            missing[0],
+            message=f"coordinator: {missing[0]} is not a name of the certificate {certificate} ({names}).",
+            hint="Use one of its names, or provision a new folder.",
+        )
     return authority
 
 
 def _make_site(folder: Path, name: str, keys: KeyPlan, authority: Authority) -> bytes:
-    """A site's whole folder; returns its public key."""
+    """Create a site's folder and return its public key."""
     _folder(folder)
     private, public = new_site_key(name)
     write_private(folder / "site.key", private)
     write_public(folder / "ca.crt", authority.pair.certificate)
     write_public(folder / "site.toml", SITE.format(name=name, address=keys.coordinator.address).encode())
-    link, own = _folder(folder / "link"), Authority.new(f"link of {name}")
-    write_public(link / "ca.crt", own.pair.certificate)
-    _write_pair(link, "trainer", own.sign("trainer", name, SERVER, (*ALWAYS, "trainer", f"trainer-{name}".lower())))
-    _write_pair(link, "node", own.sign("node", name, CLIENT))
+    link, link_authority = _folder(folder / "link"), Authority.new(f"link of {name}")
+    write_public(link / "ca.crt", link_authority.pair.certificate)
+    hosts = (*LOCAL_HOSTS, "trainer", f"trainer-{name}".lower())  # the last two are containers
+    _write_pair(link, "trainer", link_authority.sign("trainer", name, SERVER, hosts))
+    _write_pair(link, "node", link_authority.sign("node", name, CLIENT))
     return public
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """For the owner's eyes: mode 0600, from the first byte on."""
+    """Write a file that only its owner can read (mode 0600 from its creation)."""
     write_atomically(path, data)
 
 
 def write_public(path: Path, data: bytes) -> None:
-    """For anybody who may enter the folder."""
+    """Write a file that everyone with access to its folder can read (mode 0644)."""
     write_atomically(path, data)
     path.chmod(0o644)
 
@@ -203,45 +229,49 @@ def _write_pair(folder: Path, name: str, pair: Pair) -> None:
     write_private(folder / f"{name}.key", pair.key)
 
 
-def _folder(path: Path, *, there: bool = False) -> Path:
-    path.mkdir(mode=0o700, exist_ok=there)
+def _folder(path: Path, *, exist_ok: bool = False) -> Path:
+    path.mkdir(mode=0o700, exist_ok=exist_ok)
     return path
 
 
 @contextmanager
-def _aside(parent: Path, name: str) -> Iterator[Path]:
-    """A private folder beside the goal, on its disk; gone at the end with what was not renamed away."""
+def _staging_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A temporary folder on the target's file system. What has not been moved out of it is deleted at the end."""
     folder = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{name}."))
         yield folder
     except OSError as error:
-        raise StateError(str(parent), "room and permission to write", error.strerror or error) from None
+        reason = error.strerror or error
+        message = f"Cannot write to {parent}: {reason}."
+        raise StateError(str(parent), "a folder that can be written to", reason, message=message) from None
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _appear(made: Path, goal: Path) -> None:
-    if goal.exists():
-        raise StateError(str(goal), "a name that is free", "something that was put there meanwhile")
-    made.rename(goal)
+def _move_into_place(folder: Path, target: Path) -> None:
+    if target.exists():
+        message = f"{target} was created by another process in the meantime."
+        raise StateError(str(target), "a path that does not exist", "an existing path", message=message)
+    folder.rename(target)
 
 
 SITE = """\
-# Site {name}. Relative paths start at this file's folder; site.key is the site's alone.
+# The site file of {name}. Relative paths start at this folder. Keep site.key secret.
 #
-#   colora client site.toml --check     says what is still missing
-#   colora client site.toml             serves the federation
+#   colora client site.toml --check     checks the setup
+#   colora client site.toml             takes part in the federation
 
 name = "{name}"
+# on_unprepared = "wait"           # in a transfer, if this site prepared nothing: "wait", "evaluate" or "retrain"
 
 [data]
-source = ""                        # FILL IN: "rows.csv" (.jsonl .tsv .parquet), asset:NAME/SPLIT, or a hub data set id
-# test_source = "test.csv"         # unset: a quarter of the rows is held out (test_fraction)
-# task = "classification"          # or "generation", with columns prompt and completion
-# text = "text"                    # the columns
+source = ""                        # REQUIRED: "rows.csv" (.jsonl .tsv .parquet), asset:NAME/SPLIT, or a hub data set id
+# test_source = "test.csv"         # default: a quarter of the rows is held out (test_fraction)
+# task = "classification"          # or "generation", with the columns prompt and completion
+# text = "text"                    # column names
 # label = "label"
 
 [coordinator]
@@ -249,27 +279,27 @@ address = "{address}"
 ca = "ca.crt"
 key = "site.key"
 
-[trainer]                          # the process that holds the base model, the data and the personal state
+[trainer]                          # the process that has the base model, the data and the personal state
 # listen = "unix:state/trainer.sock"   # or HOST:PORT between containers, with TLS by the certificates in link/
 # state = "state"
 # device = "auto"                  # or "cpu", "cuda:0"
-# threads = 4                      # unset: all cores
-# precision = "int4"               # of the base model, instead of the recipe's: for a small GPU
+# threads = 4                      # default: all cores
+# precision = "int4"               # of the base model, instead of the recipe's; for a small GPU
 # gradient_checkpointing = true
-# micro_batch = 2                  # examples at once; unset: as many as fit
+# micro_batch = 2                  # examples per forward pass; default: as many as fit
 
-[allow]                            # what the coordinator may ask; most that is left out may be anything
+[allow]                            # limits for the coordinator's requests; most unset keys allow everything
 # federations = ["my-federation"]
 # models = ["sentence-transformers/all-MiniLM-L6-v2"]
-# methods = ["colora"]             # "colora+head" lets a recipe share the head as well, which only this line can
+# methods = ["colora"]             # "colora+head" also allows a recipe to share the head; forbidden by default
 # max_rank = 16
-# max_steps = 100                  # optimiser steps in one round
-# max_seconds = 600                # of training in one round
-# max_tokens = 256                 # of one text
+# max_steps = 100                  # optimizer steps per round
+# max_seconds = 600                # training time per round
+# max_tokens = 256                 # per text
 # precision = ["fp32"]
-# max_seeds = 5                    # of its texts that it keeps for a move to a new base model; 0: no such move
-# tuned_writer = false             # true: it may keep a LoRA that writes like its texts as well, and may repeat them
+# max_seeds = 5                    # examples that are kept for a transfer to a new base model; 0 forbids transfers
+# tuned_generator = false          # true: may also keep a LoRA that imitates this site's texts and may repeat them
 
-# [private]                        # an adapter of this site's own beside the shared one, instead of the recipe's
+# [private]                        # a private adapter of this site, instead of the recipe's
 # kind = "multilora"               # or "lora"
 """

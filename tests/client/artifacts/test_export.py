@@ -61,54 +61,55 @@ TEXTS = ["red a b", "blue cat dog c d e f", "x"]
 
 @dataclass
 class Trained:
-    """A site after one round and the close, its trainer still in memory."""
+    """A site after one round and the final personalisation, with its trainer in memory."""
 
     name: str
     saved: SavedModel
     trainer: Trainer
 
     def answers(self) -> list:
-        """``colora predict``'s: the numbers of labels, or completions."""
+        """Return what ``colora predict`` returns: label indices, or completions."""
         labels = self.saved.metadata.labels
         if labels:
             return [labels.index(p["label"]) for p in Predictor(self.saved).predict([{"text": t} for t in TEXTS])]
         return [p["completion"] for p in Predictor(self.saved).predict([{"prompt": t} for t in TEXTS])]
 
     def job(self, name: str, folder: Path, base: str | None) -> dict:
-        """An order to the stock process: this model, exported to ``folder``."""
+        """Describe this model, exported to ``folder``, as a job for the stock process."""
         tokens = self.saved.plan.evaluation.max_new_tokens
         labels = len(self.saved.metadata.labels)
         return {"name": name, "folder": str(folder), "base": base, "labels": labels, "tokens": tokens}
 
     def logits(self) -> np.ndarray:
-        """Of the personalised model, one text at a time."""
+        """Return the personalised model's logits, computed one text at a time."""
         task, tokenizer = self.trainer.task, self.trainer.model.base.tokenizer
         self.trainer.load(dict(self.saved.shared), {k: torch.as_tensor(v) for k, v in self.saved.personal.items()})
         task.module.eval()
-        found = []
+        rows = []
         with torch.no_grad():
             for text in TEXTS:
                 out = task.module(**tokenizer([text], return_tensors="pt", return_token_type_ids=False)).logits
-                found.append(out.numpy().reshape(-1, out.shape[-1])[-1])
-        return np.concatenate(found)
+                rows.append(out.numpy().reshape(-1, out.shape[-1])[-1])
+        return np.concatenate(rows)
 
 
 def train(raw: dict, folder: Path, name: str) -> Trained:
-    """The first site of a recipe through one round and the close, without Flower."""
+    """Train the first site of a recipe for one round and the final personalisation, without Flower."""
     recipe = recipe_from(raw)
     plan, site = recipe.plan, recipe.site[0]
     generates = site.data.task == "generation"
-    bench = attach_adapters(load_base_model(plan.model, generates=generates), plan)
+    model = attach_adapters(load_base_model(plan.model, generates=generates), plan)
     rows = load_site_rows(SiteSettings(site.name, site.data), recipe.seed)
-    trainer = Trainer(bench, rows, StateStore(folder, plan.name))
+    trainer = Trainer(model, rows, StateStore(folder, plan.name))
     shared = initial_shared_state(plan, len(rows.labels))
     reply = trainer.handle(TrainRequest(plan.name, 1, "train", 0, to_json(plan), shared, False))
-    order = TrainRequest(plan.name, 2, "finalize", 1, to_json(plan), dict(reply.shared), True)
-    trainer.handle(order)
+    final = TrainRequest(plan.name, 2, "finalize", 1, to_json(plan), dict(reply.shared), True)
+    trainer.handle(final)
     return Trained(name, read_saved_model(folder), trainer)
 
 
 def varied(raw: dict, method: str, private: str) -> dict:
+    """Return the recipe with this method and private adapter."""
     steps = {**raw["train"], "steps": 8, "final_steps": 8, "lr": 0.05, "private_lr": 0.05}
     table = {"kind": private, "rank": 2, "modules": 3, "alpha": 5.0, "target_modules": ["value", "v_proj", "o_proj"]}
     return {**raw, "method": {"name": method}, "private": table, "train": steps}
@@ -116,7 +117,7 @@ def varied(raw: dict, method: str, private: str) -> dict:
 
 @dataclass(frozen=True)
 class Answered:
-    """Logits, and labels or greedy completions, by the names of the jobs."""
+    """Logits, and label indices or greedy completions, by job name."""
 
     logits: dict[str, np.ndarray]
     answers: dict[str, list]
@@ -124,7 +125,7 @@ class Answered:
 
 @dataclass
 class Stock:
-    """A process that cannot import colora and says what the model of every job says."""
+    """A process that cannot import colora and runs the model of every job."""
 
     folder: Path
     process: subprocess.Popen[str]
@@ -132,16 +133,16 @@ class Stock:
     def __call__(self, jobs: list[dict]) -> Answered:
         assert self.process.stdin
         assert self.process.stdout
-        todo, out = self.folder / "jobs.json", self.folder / "logits.npz"
-        todo.write_text(json.dumps({"jobs": jobs, "texts": TEXTS, "out": str(out)}))
-        print(todo, file=self.process.stdin, flush=True)
+        work, out = self.folder / "jobs.json", self.folder / "logits.npz"
+        work.write_text(json.dumps({"jobs": jobs, "texts": TEXTS, "out": str(out)}))
+        print(work, file=self.process.stdin, flush=True)
         assert "done\n" in self.process.stdout, (self.folder / "errors").read_text()[-3000:]
         return Answered(dict(np.load(out)), json.loads(out.with_suffix(".json").read_text()))
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
-    """One process for all tests; its folder of packages has everything that is installed but colora."""
+    """One process for all tests; its packages are all installed ones except colora."""
     folder = tmp_path_factory.mktemp("stock")
     packages = folder / "packages"
     packages.mkdir()
@@ -182,27 +183,29 @@ def test_each_method_with_each_private_adapter_is_what_stock_peft_loads(
     for kind, method, private in cases:
         name = f"{kind}-{method}-{private}"
         case = train(varied(raws[kind], method, private), tmp_path / "states" / name, name)
-        ours[case.name], said = case.logits(), case.answers()
+        ours[case.name], predictions = case.logits(), case.answers()
         for merge in (False, True):
             out = tmp_path / "out" / f"{case.name}{'-merged' if merge else ''}"
             export(case.saved, out, merge=merge)
             base = None if merge else case.saved.plan.model.source
             jobs.append(case.job(out.name, out, base))
-            ours[out.name], answers[out.name] = ours[case.name], said
-    everything = stock(jobs)
-    assert everything.answers == answers
-    assert len({str(said) for said in answers.values()}) > len(cases) // 7, "and they are not all the same"
-    found = everything.logits
-    assert len(found) == len(cases) * 2
-    worst = {name: float(np.abs(found[name] - ours[name]).max()) for name in found}
+            ours[out.name], answers[out.name] = ours[case.name], predictions
+    result = stock(jobs)
+    assert result.answers == answers
+    assert len({str(predictions) for predictions in answers.values()}) > len(cases) // 7, (
+        "the answers differ between methods"
+    )
+    logits = result.logits
+    assert len(logits) == len(cases) * 2
+    worst = {name: float(np.abs(logits[name] - ours[name]).max()) for name in logits}
     assert max(worst.values()) < CLOSE, sorted(worst.items(), key=lambda item: -item[1])[:5]
     bare = stock([{**job, "bare": True} for job in jobs if job["base"]]).logits
-    moved = [float(np.abs(bare[name] - ours[name]).max()) for name in bare if not name.startswith("classification")]
-    assert min(moved) > 100 * CLOSE, "and the adapters do something"
+    effect = [float(np.abs(bare[name] - ours[name]).max()) for name in bare if not name.startswith("classification")]
+    assert min(effect) > 100 * CLOSE, "the adapters have an effect"
 
 
-def test_architectures_with_heads_of_their_own(tiny_recipe: dict, tmp_path: Path, stock: Stock) -> None:
-    """RoBERTa's head is a module of modules, DistilBERT has two, GPT-2 no padding token and turned weights."""
+def test_architectures_with_other_heads(tiny_recipe: dict, tmp_path: Path, stock: Stock) -> None:
+    """RoBERTa's head has submodules, DistilBERT has two heads, GPT-2 has transposed weights and no padding token."""
     tokenizer, jobs, ours = Path(tiny_recipe["model"]["source"]), [], {}
     for name, (kind, sizes, targets) in ARCHITECTURES.items():
         place = tmp_path / name
@@ -223,8 +226,8 @@ def test_architectures_with_heads_of_their_own(tiny_recipe: dict, tmp_path: Path
         assert np.abs(logits - ours[name]).max() < CLOSE, name
 
 
-def test_weights_that_the_source_lacks_go_with_the_adapter(tiny_recipe: dict, tmp_path: Path, stock: Stock) -> None:
-    """A BERT without a pooler, and a LoRA on the pooler as well: elsewhere it would be drawn anew."""
+def test_weights_that_the_source_lacks_are_exported(tiny_recipe: dict, tmp_path: Path, stock: Stock) -> None:
+    """A BERT without a pooler, with a LoRA on the pooler: Transformers would initialise the pooler at random."""
     source, place = Path(tiny_recipe["model"]["source"]), tmp_path / "model"
     shutil.copytree(source, place)
     weights = {k: v for k, v in load_file(place / "model.safetensors").items() if "pooler" not in k}
@@ -240,8 +243,8 @@ def test_weights_that_the_source_lacks_go_with_the_adapter(tiny_recipe: dict, tm
         assert np.abs(logits - case.logits()).max() < CLOSE, name
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own, about transformers
-def test_the_cards_own_lines_load_it_and_equal_models_give_equal_files(tiny_recipe: dict, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from PEFT, about Transformers
+def test_the_model_cards_code_loads_it_and_equal_models_give_equal_files(tiny_recipe: dict, tmp_path: Path) -> None:
     case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "state", "a")
     export(case.saved, tmp_path / "out")
     export(case.saved, tmp_path / "again")
@@ -266,7 +269,7 @@ def test_the_cards_own_lines_load_it_and_equal_models_give_equal_files(tiny_reci
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("part", ["shared", "personal"])
-def test_the_lines_of_a_part_load_it_too(tiny_recipe: dict, tmp_path: Path, part: Any) -> None:
+def test_the_model_cards_code_loads_a_part(tiny_recipe: dict, tmp_path: Path, part: Any) -> None:
     case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "state", "a")
     export(case.saved, tmp_path / "out", part)
     text = (tmp_path / "out" / "README.md").read_text()
@@ -279,13 +282,13 @@ def test_the_lines_of_a_part_load_it_too(tiny_recipe: dict, tmp_path: Path, part
         assert torch.equal(found[0] @ found[1], b @ a), layer
 
 
-def test_what_all_sites_share_names_no_site(tiny_recipe: dict, tmp_path: Path) -> None:
+def test_an_export_of_the_shared_part_names_no_site(tiny_recipe: dict, tmp_path: Path) -> None:
     case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "state", "a")
     export(case.saved, tmp_path / "out", "shared")
     text = (tmp_path / "out" / "README.md").read_text()
     for secret in ("ada", *case.saved.metadata.labels, "accuracy"):
         assert not re.search(rf"\b{secret}\b", text), secret
-    with pytest.raises(ColoraError, match="found what the site made of it in round 1"):
+    with pytest.raises(ColoraError, match="the site's own version of the shared adapter, from round 1"):
         export(read_saved_model(case.trainer.store.path(1)), tmp_path / "no", "shared")
 
 
@@ -310,7 +313,7 @@ def test_real_models_as_well(
         assert np.abs(logits - ours).max() < CLOSE * max(1.0, np.abs(ours).max()), name
 
 
-def test_what_all_share_and_what_a_site_adds_make_the_whole(tiny_recipe: dict, tmp_path: Path) -> None:
+def test_the_shared_and_the_personal_part_sum_to_the_whole(tiny_recipe: dict, tmp_path: Path) -> None:
     for method in METHODS:
         saved = train(varied(tiny_recipe, method, "multilora"), tmp_path / method, method).saved
         whole, personal = compose(saved), compose(saved, "personal")
@@ -327,35 +330,37 @@ def test_predictions_are_those_of_the_stock_model(tiny_recipe: dict, generation_
     case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "a", "a")
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)))
-    rows, cut = predict_file(case.saved, source, DataSettings(), batch_size=1)
+    rows, truncated = predict_file(case.saved, source, DataSettings(), batch_size=1)
     logits = torch.as_tensor(case.logits()).reshape(len(TEXTS), -1).softmax(-1)
     for i, row in enumerate(rows):
         assert (row["id"], row["text"]) == (i, TEXTS[i])
         assert row["label"] == case.saved.metadata.labels[int(logits[i].argmax())]
         assert list(row["probabilities"].values()) == pytest.approx(logits[i].tolist(), abs=1e-6)
-    assert cut == 0
-    talk = train(varied(generation_recipe, "colora", "lora"), tmp_path / "b", "b")
+    assert truncated == 0
+    generator = train(varied(generation_recipe, "colora", "lora"), tmp_path / "b", "b")
     source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
-    rows, _ = predict_file(talk.saved, source, DataSettings(), batch_size=2)
-    talk.trainer.load(dict(talk.saved.shared), {k: torch.as_tensor(v) for k, v in talk.saved.personal.items()})
-    tokenizer = talk.trainer.model.base.tokenizer
-    assert [r["completion"] for r in rows] == talk.trainer.task.answers([tokenizer(t)["input_ids"] for t in TEXTS])  # type: ignore[attr-defined]
+    rows, _ = predict_file(generator.saved, source, DataSettings(), batch_size=2)
+    generator.trainer.load(
+        dict(generator.saved.shared), {k: torch.as_tensor(v) for k, v in generator.saved.personal.items()}
+    )
+    tokenizer = generator.trainer.model.base.tokenizer
+    assert [r["completion"] for r in rows] == generator.trainer.task.answers([tokenizer(t)["input_ids"] for t in TEXTS])  # type: ignore[attr-defined]
 
 
-def test_what_cannot_be_exported_is_said(tiny_recipe: dict, tmp_path: Path) -> None:
+def test_errors_of_an_export(tiny_recipe: dict, tmp_path: Path) -> None:
     saved = train(varied(tiny_recipe, "colora", "none"), tmp_path / "a", "a").saved
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     for arguments, words in (
-        ({"out": tmp_path / "full"}, "expected a new or empty folder, found other files"),
-        ({"out": tmp_path / "n", "part": "shared", "merge": True}, "the whole model, without --only"),
+        ({"out": tmp_path / "full"}, "--out .* is not empty"),
+        ({"out": tmp_path / "n", "part": "shared", "merge": True}, "cannot be combined with --only shared"),
     ):
         with pytest.raises(ColoraError, match=words):
             export(saved, **arguments)
     alone = train(varied(tiny_recipe, "local", "none"), tmp_path / "b", "b").saved
-    with pytest.raises(ColoraError, match="a method with shared adapter values"):
+    with pytest.raises(ColoraError, match="has no shared values"):
         export(alone, tmp_path / "n", "shared")
-    with pytest.raises(ColoraError, match="a run, a site's folder"):
+    with pytest.raises(ColoraError, match="nowhere"):
         read_saved_model(tmp_path / "nowhere")
     assert not (tmp_path / "n").exists()
 
@@ -370,5 +375,5 @@ def test_a_changed_base_model_is_refused(tiny_recipe: dict, tmp_path: Path) -> N
     Predictor(saved)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "more": 1}))
-    with pytest.raises(ColoraError, match="model: expected the one with fingerprint"):
+    with pytest.raises(ColoraError, match="fingerprint"):
         Predictor(saved)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from colora.client.deployment.clientapp_main import CLIENT_APP
 from colora.client.deployment.supernode import COMMANDS
+from colora.client.flower_compat import CLIENT_APP
 from colora.common.processes.supervised import _called, _path
 
 LOOK = """

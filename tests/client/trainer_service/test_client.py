@@ -223,6 +223,7 @@ def test_the_app_of_a_flower_bundle_answers_through_the_connection(
     assert messages.site_info_from(joined).site == "ada"
     request = running_site.request(plan)
     asked = messages.train_message(request, messages.pack_arrays(request.shared), 2)
-    assert running_site.equal(messages.reply_from(app(asked, context)), running_site.expected(plan, request)[0])
+    reply = messages.reply_from(app(asked, context), request)
+    assert running_site.equal(reply, running_site.expected(plan, request)[0])
     refused = app(messages.join_message("elsewhere", to_json(plan), 2), context)
     assert refused.error.reason == "RefusedError: federation"

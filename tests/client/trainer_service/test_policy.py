@@ -31,9 +31,10 @@ EVERYTHING = {
     "max_tokens": 128,
     "precision": ["fp32"],
     "max_seeds": 5,
-    "tuned_writer": True,
+    "tuned_generator": True,
 }
-PREPARE = {"prepare": True, "steps": 20, "generator": "asset:minilm-l6"}
+GENERATOR = {"model": "asset:minilm-l6"}
+PREPARE = {"prepare": True, "discriminator": {"steps": 20}, "generator": GENERATOR}
 ALTERNATING = {"schedule": "alternating", "personal_steps": 2, "shared_steps": 3, "steps": 99}
 
 
@@ -48,9 +49,10 @@ def test_a_site_without_limits_allows_any_model_rank_and_steps() -> None:
 
 def test_what_lies_on_every_limit_is_allowed() -> None:
     assert set(EVERYTHING) == {f.name for f in fields(AllowSettings)}
-    ask(EVERYTHING, transfer={**PREPARE, "writer": "tuned", "writer_steps": 20})
-    ask({"max_steps": 20, "max_seeds": 0}, transfer={"steps": 10**6, "writer_steps": 10**6})  # nothing is prepared
-    ask({"max_steps": 20}, transfer={**PREPARE, "steps": 10**6, "writer_steps": 10**6, "filter": "none"})
+    ask(EVERYTHING, transfer={**PREPARE, "generator": {**GENERATOR, "mode": "tuned", "tuning_steps": 20}})
+    many = {"discriminator": {"steps": 10**6}, "generator": {**GENERATOR, "tuning_steps": 10**6}}
+    ask({"max_steps": 20, "max_seeds": 0}, transfer=many)  # nothing is prepared
+    ask({"max_steps": 20}, transfer={**many, "prepare": True, "filter": "none"})
     ask({}, transfer=PREPARE)
 
 
@@ -67,33 +69,33 @@ def test_what_lies_on_every_limit_is_allowed() -> None:
         ({"max_seeds": 0}, {"transfer": PREPARE}, "transfer.seeds: expected at most 0 (allow.max_seeds), found 5"),
         (
             {},
-            {"transfer": {**PREPARE, "writer": "tuned"}},
-            "transfer.writer: expected target or source (or true in allow.tuned_writer), found tuned",
+            {"transfer": {**PREPARE, "generator": {"mode": "tuned"}}},
+            "transfer.generator.mode: expected target or source (or true in allow.tuned_generator), found tuned",
         ),
         (
             {},
-            {"transfer": {"of": "north-sea", "writer": "tuned"}},
-            "transfer.writer: expected target or source (or true in allow.tuned_writer), found tuned",
+            {"transfer": {"source_federation": "north-sea", "generator": {"mode": "tuned"}}},
+            "transfer.generator.mode: expected target or source (or true in allow.tuned_generator), found tuned",
         ),
         (
             {"models": ["asset:minilm-l6"]},
-            {"transfer": {**PREPARE, "generator": "smollm2"}},
-            "transfer.generator: expected one of asset:minilm-l6 (allow.models), found 'smollm2'",
+            {"transfer": {**PREPARE, "generator": {"model": "smollm2"}}},
+            "transfer.generator.model: expected one of asset:minilm-l6 (allow.models), found 'smollm2'",
         ),
         (
             {"max_rank": 8},
-            {"transfer": {**PREPARE, "rank": 9}},
-            "transfer.rank: expected at most 8 (allow.max_rank), found 9",
+            {"transfer": {**PREPARE, "discriminator": {"rank": 9}}},
+            "transfer.discriminator.rank: expected at most 8 (allow.max_rank), found 9",
         ),
         (
             {"max_steps": 20},
-            {"transfer": {**PREPARE, "steps": 21}},
-            "transfer.steps: expected at most 20 (allow.max_steps), found 21",
+            {"transfer": {**PREPARE, "discriminator": {"steps": 21}}},
+            "transfer.discriminator.steps: expected at most 20 (allow.max_steps), found 21",
         ),
         (
-            {"max_steps": 20, "tuned_writer": True},
-            {"transfer": {**PREPARE, "writer": "tuned", "writer_steps": 21}},
-            "transfer.writer_steps: expected at most 20 (allow.max_steps), found 21",
+            {"max_steps": 20, "tuned_generator": True},
+            {"transfer": {**PREPARE, "generator": {**GENERATOR, "mode": "tuned", "tuning_steps": 21}}},
+            "transfer.generator.tuning_steps: expected at most 20 (allow.max_steps), found 21",
         ),
         ({"max_steps": 19}, {}, "train.final_steps: expected at most 19 (allow.max_steps), found 20"),
         (

@@ -125,13 +125,13 @@ def test_what_is_no_plan_of_a_safe_name_touches_nothing(
 
 def test_a_site_that_kept_nothing_does_in_a_moved_federation_as_its_file_says(site_setup: SiteSetup) -> None:
     site, plan = load_site(site_setup.configure().file), site_setup.plan("town-on-another")
-    plan = dataclasses.replace(plan, transfer=dataclasses.replace(plan.transfer, of="town"))
+    plan = dataclasses.replace(plan, transfer=dataclasses.replace(plan.transfer, source_federation="town"))
 
     def trainer(choice: str) -> Trainer:
         session = TrainerSession(dataclasses.replace(site, on_unprepared=choice))  # type: ignore[arg-type]
         return session.trainer(accepted(session, plan))
 
-    with pytest.raises(StateError, match="seeds that the site kept"):
+    with pytest.raises(StateError, match="kept no seeds"):
         trainer("wait")
     assert trainer("retrain").site_info().train > 0
     evaluating = trainer("evaluate")

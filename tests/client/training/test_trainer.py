@@ -18,6 +18,7 @@ from colora.client.training import trainer as trainer_module
 from colora.client.training.adapted_model import AdaptedModel, attach_adapters
 from colora.client.training.state_store import PersonalState, StateStore
 from colora.client.training.trainer import Trainer
+from colora.client.training.update_pipeline import update_norm
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.atomic_io import load_arrays
 from colora.common.config.loader import load_site, recipe_from
@@ -256,6 +257,21 @@ def test_the_same_order_gives_the_stored_reply_and_no_training(town: Town, monke
         site.handle(order(plan, 2, first.shared))
 
 
+def test_a_clipped_reply_is_stored_and_repeated_as_it_was_sent(town: Town) -> None:
+    """The personal state is that of an unclipped site: only what is sent is scaled."""
+    plan, free = town.plan(max_update_norm=0.01), town.plan()
+    start = initial_shared_state(plan)
+    site, unclipped = town.site(plan), town.site(free, at="free")
+    first, whole = site.handle(order(plan, 1, start)), unclipped.handle(order(free, 1, start))
+    assert 0 < update_norm(first.shared, start) <= 0.01 < update_norm(whole.shared, start)
+    assert first.metrics["update.scale"] == pytest.approx(0.01 / update_norm(whole.shared, start), rel=1e-4)
+    assert "update.scale" not in whole.metrics
+    assert same(state(site, 1).tensors, state(unclipped, 1).tensors)
+    again = Trainer(site.model, site.task.rows, StateStore(site.store.folder, plan.name)).handle(order(plan, 1, start))
+    assert same(again.shared, first.shared)
+    assert again.metrics == first.metrics
+
+
 @pytest.mark.parametrize("what", ["shared", "plan", "evaluate"])
 def test_a_round_asked_again_with_other_content_is_trained_again_from_the_base(town: Town, what: str) -> None:
     """The coordinator went back to a checkpoint: the first try leaves no trace."""
@@ -343,7 +359,7 @@ def test_a_state_of_another_federation_or_plan_is_never_loaded(town: Town) -> No
     site, start = town.site(plan), initial_shared_state(plan)
     site.handle(order(plan, 1, start))
     stranger = Trainer(site.model, site.task.rows, StateStore(site.store.folder, "elsewhere"))
-    with pytest.raises(StateError, match="a state of federation elsewhere, found town"):
+    with pytest.raises(StateError, match="belongs to federation town, not to elsewhere"):
         stranger.handle(order(plan, 2, start))
     with pytest.raises(RefusedError, match="personal state"):
         site.load(start, {"no.such.lora_core": torch.eye(4)})

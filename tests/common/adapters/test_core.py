@@ -25,6 +25,7 @@ from colora.common.models.base_model import load_base_model
 
 RANK, ALPHA, D_IN, D_OUT = 3, 6.0, 7, 5
 FORMS = tuple(CORE_FORMS)
+SMALL = AdapterSettings(RANK, ALPHA, target_modules=("query",))
 TIGHT = 1e-10  # double precision: a wrong formula is off by far more
 
 
@@ -198,9 +199,21 @@ def test_dropout_acts_on_the_input_of_a_in_training_alone() -> None:
     assert not torch.equal(loud, quiet)
 
 
-def test_a_method_without_core_has_no_core_parameter() -> None:
-    keys = attach(Toy(), AdapterSettings(RANK, target_modules=("query",)), METHODS["fedit"])
-    assert {group_of(key) for key in keys} == {"A", "B"}
+@pytest.mark.parametrize("method", [MethodSettings("fedit"), MethodSettings("colora", core="absent")])
+def test_a_method_without_core_is_plain_lora(method: MethodSettings) -> None:
+    """No core is attached, whether the method has none or the recipe drops it."""
+    torch.manual_seed(0)
+    model: Any = Toy()
+    parameters = {group_of(key): p for key, p in attach(model, SMALL, method.row()).items()}
+    assert set(parameters) == {"A", "B"}
+    model.double()
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.copy_(draw(*parameter.shape))
+    x = draw(4, D_IN)
+    delta = SMALL.alpha / RANK * parameters["B"] @ parameters["A"]
+    expected = model.query.get_base_layer()(x) + x @ delta.T
+    torch.testing.assert_close(model.query(x), expected, rtol=0, atol=TIGHT)
 
 
 def test_a_rank_beyond_the_layer_and_unknown_targets_are_refused_by_name() -> None:

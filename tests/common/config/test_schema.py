@@ -31,7 +31,7 @@ FULL: dict[str, Any] = {
     "seed": -3,
     "model": {"source": "m", "revision": "v1", "max_length": 9, "device": "cpu"},
     "adapter": {"rank": 3, "alpha": 1.5, "dropout": 0.1, "target_modules": "q|v", "core": "diagonal", "rslora": True},
-    "method": {"name": "fedit", "A": "frozen", "core": "personal"},
+    "method": {"name": "fedit", "A": "frozen", "core": "absent"},
     "train": {
         "schedule": "alternating",
         "personal_steps": 4,
@@ -162,9 +162,18 @@ def test_a_method_without_moves_is_its_row_in_the_table(name: str) -> None:
     assert MethodSettings(name).row() == METHODS[name]
 
 
-def test_a_recipe_moves_groups_of_a_method() -> None:
+def test_a_recipe_changes_the_roles_of_groups() -> None:
     row = MethodSettings("colora", B="personal", core="absent", head="shared").row()
     assert (row.A, row.B, row.core, row.head) == (SHARED, PERSONAL, ABSENT, SHARED)
+
+
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.core is ABSENT])
+def test_a_core_cannot_be_added_to_a_method_without_cores(name: str) -> None:
+    with pytest.raises(ConfigError, match="has no core") as caught:
+        recipe_from({**SMALL, "method": {"name": name, "core": "personal"}})
+    assert caught.value.field == "method.core"
+    assert caught.value.hint == "Remove method.core, or choose a method that has one: colora."
+    assert recipe_from({**SMALL, "method": {"name": name, "core": "absent"}}).row() == METHODS[name]
 
 
 def test_steps_add_up() -> None:
@@ -190,7 +199,7 @@ def test_a_head_is_fitted_where_asked_and_in_a_move_and_only_where_it_is_the_sit
     assert recipe_from({**SMALL, "train": fitted}).probes_head
     assert not with_base_model(recipe_from({**SMALL, "train": anyhow}), "other").probes_head
     assert not with_base_model(recipe_from({**SMALL, "method": shared}), "other").probes_head
-    with pytest.raises(ConfigError, match=r"train.head_init: expected random .*, found probe"):
+    with pytest.raises(ConfigError, match=r'train.head_init = "probe" needs personal heads'):
         recipe_from({**SMALL, "train": fitted, "method": shared})
 
 

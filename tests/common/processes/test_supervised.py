@@ -73,7 +73,8 @@ def test_killing_a_child_takes_its_whole_group(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own leash")
 def test_a_child_dies_with_its_parent_however_that_dies(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from colora.common.processes.supervised import SupervisedProcess, Command\n"
+        "import sys, time; from pathlib import Path\n"
+        "from colora.common.processes.supervised import SupervisedProcess, Command\n"
         f"c = SupervisedProcess(Command('x', (sys.executable, '-c', {SLEEP!r}), Path(sys.argv[1])))\n"
         "c.start(); print(c.pid, flush=True); time.sleep(60)"
     )

@@ -11,8 +11,9 @@ import torch
 
 from colora.client.data.selection import load_site_rows
 from colora.client.training.adapted_model import attach_adapters
+from colora.client.training.schedule import phases
 from colora.client.training.state_store import StateStore
-from colora.client.training.trainer import Trainer, phases
+from colora.client.training.trainer import Trainer
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
 from colora.common.config.schema import to_json
@@ -97,7 +98,7 @@ def test_a_private_adapter_goes_on_as_it_began(tiny_recipe: dict, tmp_path: Path
         StateStore(tmp_path, recipe.name),
     )
     order = TrainRequest(recipe.name, 2, "train", 1, to_json(recipe.plan), initial_shared_state(recipe.plan, 0), False)
-    with pytest.raises(RefusedError, match=r"site ada: private: expected .*rank 4.*round 1.* found .*rank 2"):
+    with pytest.raises(RefusedError, match=r"site ada: The private adapter is .*rank 2.*state of round 1 has .*rank 4"):
         other.handle(order)
 
 

@@ -1,4 +1,4 @@
-"""How a run stands: a simulated run's folder cut off where the test wants it, fake health services, real pids."""
+"""Status of a run: the folder of a simulated run with its events truncated, fake health services and real pids."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FINISHED: list[Path] = []
 
 @pytest.fixture
 def run(tiny_recipe: dict, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of a finished run; it is simulated once."""
+    """A copy of a finished run, which is simulated once."""
     if not FINISHED:
         FINISHED.append(simulate(recipe_from(tiny_recipe), tmp_path_factory.mktemp("once") / "run", resume=False).path)
     return shutil.copytree(FINISHED[0], tmp_path / "runs" / "tiny")
@@ -43,7 +43,7 @@ def run(tiny_recipe: dict, tmp_path: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def serve_health() -> Iterator[Health]:
-    """Starts health services that say what the test wants."""
+    """Starts health services with a given state."""
     servers = []
 
     def start(serving: bool = True) -> str:
@@ -62,7 +62,7 @@ def serve_health() -> Iterator[Health]:
 
 
 def cut(run: Path, after: str, *more: dict, checkpoint: int | None = None) -> float:
-    """Leaves the events up to the first ``after``, then ``more``; and no checkpoint later than said. The last time."""
+    """Truncate the events after the first ``after``, append ``more``, and delete later checkpoints; the last time."""
     events = read_events(run / "events.jsonl")
     last = next(i for i, event in enumerate(events) if event["event"] == after)
     kept = events[: last + 1] + [{"time": events[last]["time"], **event} for event in more]
@@ -88,12 +88,12 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
-def test_a_closed_run_is_healthy_and_told_in_full(run: Path) -> None:
+def test_a_finished_run_is_healthy_and_complete(run: Path) -> None:
     status = run_status(run)
-    assert (status.phase, status.round, status.rounds, status.healthy) == ("closed", 2, 2, True)
+    assert (status.phase, status.round, status.rounds, status.healthy) == ("finished", 2, 2, True)
     assert (status.federation, status.method) == ("tiny", "colora")
     assert status.checkpoint is not None
-    assert (status.checkpoint.round, status.checkpoint.closed) == (2, True)
+    assert (status.checkpoint.round, status.checkpoint.finalized) == (2, True)
     assert [site.site for site in status.sites] == SITES
     for site in status.sites:
         assert site.admitted == 2
@@ -104,7 +104,7 @@ def test_a_closed_run_is_healthy_and_told_in_full(run: Path) -> None:
 
 
 def _lists(value: dict) -> dict:
-    """JSON has no tuples."""
+    """Convert lists to tuples, which JSON does not have."""
     return {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
 
 
@@ -123,15 +123,15 @@ def _lists(value: dict) -> dict:
         ("round_started", [{"event": "joined", "site": "cyd", **dict.fromkeys(["task"], "classification")}], None, ""),
         ("reply", [], "training", ""),
         ("round", [], "training", ""),
-        ("round", [{"event": "round_started", "round": 2}, {"event": "round", "round": 2}], "closing", ""),
+        ("round", [{"event": "round_started", "round": 2}, {"event": "round", "round": 2}], "finalizing", ""),
         ("round", [{"event": "waiting", "when": "round 2", "reason": "two of three"}], "waiting", "two of three"),
-        ("round", [{"event": "broken", "reason": "quorum", "final": False}], "waiting", "quorum"),
-        ("round", [{"event": "broken", "reason": "bad", "final": True}], "not running", "bad"),
-        ("round", [{"event": "stopped"}], "not running", "stopped: the same command goes on"),
+        ("round", [{"event": "run_failed", "reason": "quorum", "final": False}], "waiting", "quorum"),
+        ("round", [{"event": "run_failed", "reason": "bad", "final": True}], "not running", "bad"),
+        ("round", [{"event": "stopped"}], "not running", "stopped on request; the same command continues the run"),
         ("round", [{"event": "restarted", "what": "run"}], "training", ""),
     ],
 )
-def test_the_phase_is_what_the_events_say(run: Path, after: str, more: list[dict], phase: str, about: str) -> None:
+def test_the_phase_follows_from_the_events(run: Path, after: str, more: list[dict], phase: str, about: str) -> None:
     counts = {"task": "classification", "train": 1, "test": 1, "truncated": 0, "dropped": 0}
     more = [{**counts, **event} if event["event"] == "joined" else event for event in more]
     now = cut(run, after, *more, checkpoint=1)
@@ -140,7 +140,7 @@ def test_the_phase_is_what_the_events_say(run: Path, after: str, more: list[dict
     assert status.healthy == (status.phase != "not running")
 
 
-def test_a_new_start_joins_again_and_says_where_it_goes_on(run: Path) -> None:
+def test_a_restarted_run_is_joining_and_names_its_checkpoint(run: Path) -> None:
     started = read_events(run / "events.jsonl")[0]
     now = cut(run, "round", started, {"event": "resumed", "round": 1}, checkpoint=1)
     status = run_status(run, now + 1)
@@ -148,69 +148,69 @@ def test_a_new_start_joins_again_and_says_where_it_goes_on(run: Path) -> None:
     assert (status.checkpoint and status.checkpoint.round, status.round) == (1, 1)
 
 
-def test_a_site_in_trouble_is_named_with_its_reason(run: Path) -> None:
-    trouble = {"event": "failed", "round": 2, "site": "bob", "reason": "no answer within 5 s"}
-    now = cut(run, "round", {"event": "round_started", "round": 2}, trouble, checkpoint=1)
+def test_a_failed_site_is_reported_with_its_reason(run: Path) -> None:
+    failed = {"event": "failed", "round": 2, "site": "bob", "reason": "no answer within 5 s"}
+    now = cut(run, "round", {"event": "round_started", "round": 2}, failed, checkpoint=1)
     bob = run_status(run, now + 7).sites[1]
     assert bob.failures == {2: "no answer within 5 s"}
     assert bob.admitted == 1
     assert bob.seen is not None
-    assert bob.seen > 7  # since its reply: that it failed is no sign of it
+    assert bob.seen > 7  # since its reply; a failure is not a message of the site
 
 
 @pytest.mark.parametrize(("after", "patience"), [("joined", 120), ("round_started", 3600)])
-def test_a_run_without_events_for_long_stands_still(run: Path, after: str, patience: float) -> None:
+def test_a_run_without_events_for_long_is_unhealthy(run: Path, after: str, patience: float) -> None:
     now = cut(run, after)
     write_services(run / "services.json", {"pids": {"server": os.getpid()}})
     assert run_status(run, now + patience - 10).healthy
     late = run_status(run, now + patience + 200)
-    assert "nothing has happened for" in late.problems[0]
+    assert "no event for" in late.problems[0]
 
 
-def test_services_and_processes_are_looked_at(run: Path, serve_health: Health) -> None:
+def test_services_and_processes_are_checked(run: Path, serve_health: Health) -> None:
     now = cut(run, "round_started")
-    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream("http://127.0.0.1:9")) as gate:
-        told = {"gate": gate.address, "superlink_health": serve_health(), "pids": {"server": os.getpid()}}
-        write_services(run / "services.json", told)
+    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream("http://127.0.0.1:9")) as gateway:
+        services = {"gateway": gateway.address, "superlink_health": serve_health(), "pids": {"server": os.getpid()}}
+        write_services(run / "services.json", services)
         status = run_status(run, now + 1)
         assert status.healthy
         assert {service.name: service.state for service in status.services} == {
-            "gate": "serving",
+            "gateway": "serving",
             "superlink": "serving",
         }
         assert [(process.name, process.alive) for process in status.processes] == [("server", True)]
 
 
-def test_what_is_down_is_named(run: Path, serve_health: Health) -> None:
+def test_services_that_are_down_are_named(run: Path, serve_health: Health) -> None:
     now = cut(run, "round_started")
-    gate, sick = f"127.0.0.1:{free_port()}", serve_health(False)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+    gateway, superlink = f"127.0.0.1:{free_port()}", serve_health(False)
+    exited = subprocess.Popen([sys.executable, "-c", ""])
+    exited.wait()
     write_services(
         run / "services.json",
-        {"gate": gate, "superlink_health": sick, "pids": {"server": os.getpid(), "superlink": gone.pid}},
+        {"gateway": gateway, "superlink_health": superlink, "pids": {"server": os.getpid(), "superlink": exited.pid}},
     )
     status = run_status(run, now + 1)
     assert status.problems == (
-        f"gate at {gate} is down",
-        f"superlink at {sick} is not serving",
-        f"superlink (process {gone.pid}) is gone",
+        f"gateway at {gateway} is down",
+        f"superlink at {superlink} is not serving",
+        f"superlink (process {exited.pid}) has exited",
     )
     assert status.phase == "training"
 
 
-def test_a_run_whose_coordinator_is_gone_does_not_run(run: Path) -> None:
-    """The pid is this test's, which is alive; but the file is older than this process, so it meant another one."""
+def test_a_run_whose_coordinator_has_exited_is_not_running(run: Path) -> None:
+    """The pid is this process's, which is alive, but the file is older, so it refers to an earlier process."""
     now = cut(run, "round_started")
     write_services(run / "services.json", {"pids": {"server": os.getpid()}})
     os.utime(run / "services.json", (1e9, 1e9))
     status = run_status(run, now + 1)
     assert (status.phase, status.healthy) == ("not running", False)
-    assert status.problems[0] == "the run stands still: training when it was last heard of"
+    assert status.problems[0] == "not running: it was last training"
 
 
-def test_a_closed_run_needs_no_services(run: Path) -> None:
-    write_services(run / "services.json", {"gate": f"127.0.0.1:{free_port()}", "pids": {"server": None}})
+def test_a_finished_run_needs_no_services(run: Path) -> None:
+    write_services(run / "services.json", {"gateway": f"127.0.0.1:{free_port()}", "pids": {"server": None}})
     status = run_status(run)
     assert status.healthy
     assert status.services == status.processes == ()
@@ -224,19 +224,25 @@ def test_a_run_that_has_only_been_prepared_is_joining(run: Path) -> None:
     assert [site.site for site in status.sites] == SITES
 
 
-def test_the_page_says_what_matters(run: Path) -> None:
+def test_the_page_shows_progress_and_failures(run: Path) -> None:
     now = cut(
         run, "round", {"event": "failed", "round": 2, "site": "bob", "reason": "gone [away]\x1b[2J"}, checkpoint=1
     )
     console = Console(record=True, width=160, file=(run / "page").open("w"))
     show_run(run_status(run, now + 5), console)
     page = console.export_text()
-    for words in ("round 1 of 2, training", "checkpoint: round 1", "ada", "round 2: gone [away]", "last event 5 s ago"):
+    for words in (
+        "round 1 of 2, training",
+        "checkpoint: round 1",
+        "ada",
+        "round 2: gone [away]",
+        "last event: 5 s ago",
+    ):
         assert words in page
     assert "\x1b" not in page
 
 
-def test_the_newest_run_is_the_one_where_something_happened_last(run: Path) -> None:
+def test_the_newest_run_is_the_one_that_changed_last(run: Path) -> None:
     other = shutil.copytree(run, run.parent / "other")
     (run.parent / "no run").mkdir()
     for folder, when in ((run, 2e9), (other, 1e9)):
@@ -245,7 +251,7 @@ def test_the_newest_run_is_the_one_where_something_happened_last(run: Path) -> N
     assert newest_run(run.parent) == run
     os.utime(other / "events.jsonl", (3e9, 3e9))
     assert newest_run(run.parent) == other
-    with pytest.raises(StateError, match="RUN: expected a run folder"):
+    with pytest.raises(StateError, match="There is no run in"):
         newest_run(run / "sites")
 
 
@@ -254,8 +260,8 @@ def test_the_commands_exit_codes_and_its_json(run: Path, command: Callable[..., 
     code, out, err = command(folder=home)
     assert (code, err) == (0, "")
     assert "tiny: colora" in out
-    told = json.loads(command(str(run), "--json", folder=home)[1])
-    assert (told["kind"], told["version"], told["phase"], told["healthy"]) == ("run", 1, "closed", True)
+    status = json.loads(command(str(run), "--json", folder=home)[1])
+    assert (status["kind"], status["version"], status["phase"], status["healthy"]) == ("run", 1, "finished", True)
     cut(run, "round", {"event": "stopped"}, checkpoint=1)
     code, out, _ = command(str(run), "--json", folder=home)
     assert (code, json.loads(out)["phase"]) == (1, "not running")

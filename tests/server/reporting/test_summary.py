@@ -1,4 +1,4 @@
-"""What the events add up to."""
+"""Summaries of events, and the lines that are printed for them."""
 
 from __future__ import annotations
 
@@ -30,40 +30,43 @@ START = [
 ]
 
 
-def test_a_round_that_was_done_again_after_a_restart_counts_once() -> None:
-    board = summarize([*START, reply("ada", 1), reply("ada", 1), reply("ada", 2)])
-    assert (board.rows["ada"].bytes_up, board.rows["ada"].bytes_down, board.rows["ada"].seconds) == (20, 40, 2.0)
+def test_a_round_that_is_repeated_after_a_restart_counts_once() -> None:
+    summary = summarize([*START, reply("ada", 1), reply("ada", 1), reply("ada", 2)])
+    assert (summary.rows["ada"].bytes_up, summary.rows["ada"].bytes_down, summary.rows["ada"].seconds) == (20, 40, 2.0)
 
 
-def test_a_trouble_that_a_later_answer_mended_is_taken_back() -> None:
+def test_a_failure_is_removed_when_a_later_reply_is_admitted() -> None:
     failed = event("failed", site="ada", round=1, reason="RuntimeError")
     assert summarize([*START, failed]).rows["ada"].failures == {1: "RuntimeError"}
     assert summarize([*START, failed, reply("ada", 1)]).rows["ada"].failures == {}
 
 
-def test_a_node_that_could_not_join_is_told_and_leaves_the_means_alone() -> None:
+def test_a_node_that_could_not_join_is_reported_and_does_not_change_the_means() -> None:
     failed = event("failed", site="node 3", round=0, reason="RuntimeError")
     replies = [reply("ada", 1, personal__accuracy=0.5), reply("bob", 1, personal__accuracy=1.0)]
-    board = summarize([*START, failed, *replies])
-    assert board.mean("personal") == 0.75
-    assert board.failures == ["node 3: RuntimeError"]
+    summary = summarize([*START, failed, *replies])
+    assert summary.mean("personal") == 0.75
+    assert summary.failures == ["node 3: RuntimeError"]
 
 
-def test_who_is_ready_is_told_while_sites_do_what_takes_minutes(capsys: pytest.CaptureFixture[str]) -> None:
-    screen = LiveDisplay(Console(force_terminal=False, width=200))
-    moving = event("moving", of="old", sites=["ada", "bob"])
-    closing = event("closing", round=2, sites=["ada", "bob"], prepares=True)
-    met = [event("met", site=site) for site in ("ada", "bob", "bob")]
+def test_ready_sites_are_counted_while_sites_generate_or_prepare(capsys: pytest.CaptureFixture[str]) -> None:
+    display = LiveDisplay(Console(force_terminal=False, width=200))
+    transfer = event("transfer_started", source_federation="old", sites=["ada", "bob"])
+    finalizing = event("finalizing", round=2, sites=["ada", "bob"], prepares=True)
+    ready = [event("site_ready", site=site) for site in ("ada", "bob", "bob")]
     start, *joined = START
-    for each in (start, moving, *met, *joined, event("round_started", round=1, sites=[]), reply("ada", 1), closing):
-        screen(each)
-    for each in (met[0], reply("bob", 3), {**met[0], "baseline": True}, start, met[0]):  # it came back: no sign of this
-        screen(each)
+    started = event("round_started", round=1, sites=[])
+    for each in (start, transfer, *ready, *joined, started, reply("ada", 1), finalizing):
+        display(each)
+    # `site_ready` after a reconnection does not count while replies are awaited
+    for each in (ready[0], reply("bob", 3), {**ready[0], "baseline": True}, start, ready[0]):
+        display(each)
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "2 sites write texts and answer them as they did in old: minutes a site without a GPU",
+        "2 sites generate texts and label them with their models from old (takes minutes per site without a GPU)",
         "1 of 2 sites are ready (ada)",
         "2 of 2 sites are ready (bob)",
-        "closing: 2 sites personalise and measure, and prepare a later move: minutes a site without a GPU",
+        "finalizing: 2 sites personalize and evaluate, and prepare a later transfer "
+        "(takes minutes per site without a GPU)",
         "1 of 2 sites are ready (bob)",
         "f: colora on m, 2 sites",
     ]
@@ -71,6 +74,6 @@ def test_who_is_ready_is_told_while_sites_do_what_takes_minutes(capsys: pytest.C
 
 def test_the_baseline_fills_the_column_alone_and_nothing_else() -> None:
     alone = {**reply("ada", 1, personal__accuracy=0.25), "baseline": True}
-    board = summarize([*START, reply("ada", 1, personal__accuracy=0.5), alone])
-    assert (board.rows["ada"].metric("personal"), board.rows["ada"].metric("alone")) == (0.5, 0.25)
-    assert board.rows["ada"].bytes_up == 10
+    summary = summarize([*START, reply("ada", 1, personal__accuracy=0.5), alone])
+    assert (summary.rows["ada"].metric("personal"), summary.rows["ada"].metric("alone")) == (0.5, 0.25)
+    assert summary.rows["ada"].bytes_up == 10

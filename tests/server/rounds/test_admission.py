@@ -1,4 +1,4 @@
-"""Every way a reply can fail to count, and that each refusal names site, field, what was expected and what came."""
+"""All refusals of replies and joining sites; each names the site, the field, the expected and the found value."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from colora.server.rounds.admission import MAX_TERMS, PINNED, admit_reply, admit
 LAYOUT = {"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)}
 SENT = {key: np.ones(shape, np.float32) for key, shape in LAYOUT.items()}
 TRAIN = TrainRequest("fed", 7, "train", 6, "{}", SENT, True)
-CLOSE = dataclasses.replace(TRAIN, kind="finalize")
+FINALIZE = dataclasses.replace(TRAIN, kind="finalize")
 GOOD = TrainReply("ada", "fed", 7, TRAIN.key, {key: value + 1 for key, value in SENT.items()}, terms=40, examples=8)
 BOUND = 10.0  # the good update's norm is √14 = 3.74
 
 
 def put(key: str, value: Any) -> Callable[[TrainReply], TrainReply]:
-    """The reply with one of its arrays replaced, added, or (None) taken away."""
+    """Replace, add or (None) remove one array of the reply."""
     shared = {k: v for k, v in {**GOOD.shared, key: value}.items() if v is not None}
     return lambda reply: dataclasses.replace(reply, shared=shared)
 
 
 def with_value(value: float) -> Callable[[TrainReply], TrainReply]:
-    """The reply with one number of B replaced."""
+    """Replace one value of B."""
     array = GOOD.shared["q.lora_B.weight"].copy()
     array[3, 1] = value
     return put("q.lora_B.weight", array)
 
 
-def say(**fields: Any) -> Callable[[TrainReply], TrainReply]:
+def with_fields(**fields: Any) -> Callable[[TrainReply], TrainReply]:
     return lambda reply: dataclasses.replace(reply, **fields)
 
 
@@ -48,7 +48,7 @@ REFUSALS: dict[str, tuple[Callable[[TrainReply], TrainReply], str, str, str]] = 
         "also head.classifier.weight",
     ),
     "a missing array": (put(B, None), "arrays", B, "no such array"),
-    "no arrays at all": (say(shared={}), "arrays", A, "no such array"),
+    "no arrays at all": (with_fields(shared={}), "arrays", A, "no such array"),
     "a transposed array": (put(A, np.ones((3, 2), np.float32)), A, "shape (2, 3)", "(3, 2)"),
     "a flat array": (put(A, np.ones(6, np.float32)), A, "shape (2, 3)", "(6,)"),
     "a scalar that would broadcast": (put(A, np.float32(1).reshape(())), A, "shape (2, 3)", "()"),
@@ -59,17 +59,22 @@ REFUSALS: dict[str, tuple[Callable[[TrainReply], TrainReply], str, str, str]] = 
     "NaN": (with_value(float("nan")), B, "finite values", "NaN or infinity"),
     "infinity": (with_value(float("inf")), B, "finite values", "NaN or infinity"),
     "minus infinity": (with_value(float("-inf")), B, "finite values", "NaN or infinity"),
-    "no terms": (say(terms=0), "terms", f"1 to {MAX_TERMS}", "0"),
-    "negative terms": (say(terms=-5), "terms", f"1 to {MAX_TERMS}", "-5"),
-    "absurdly many terms": (say(terms=MAX_TERMS + 1), "terms", f"1 to {MAX_TERMS}", str(MAX_TERMS + 1)),
-    "no examples": (say(examples=0), "examples", f"1 to {MAX_TERMS}", "0"),
-    "absurdly many examples": (say(examples=2 * MAX_TERMS), "examples", f"1 to {MAX_TERMS}", str(2 * MAX_TERMS)),
+    "no terms": (with_fields(terms=0), "terms", f"1 to {MAX_TERMS}", "0"),
+    "negative terms": (with_fields(terms=-5), "terms", f"1 to {MAX_TERMS}", "-5"),
+    "far too many terms": (with_fields(terms=MAX_TERMS + 1), "terms", f"1 to {MAX_TERMS}", str(MAX_TERMS + 1)),
+    "no examples": (with_fields(examples=0), "examples", f"1 to {MAX_TERMS}", "0"),
+    "absurdly many examples": (
+        with_fields(examples=2 * MAX_TERMS),
+        "examples",
+        f"1 to {MAX_TERMS}",
+        str(2 * MAX_TERMS),
+    ),
     "a step too far": (with_value(12.0), "update norm", "at most 10", "11.5758"),  # √(13·1² + 11²) = √134
     "one number of 1e30": (with_value(1e30), "update norm", "at most 10", "1e+30"),
-    "another site's name": (say(site="bob"), "site", "ada", "bob"),
-    "another federation": (say(federation="feud"), "federation", "fed", "feud"),
-    "the round before": (say(round=6), "round", "7", "6"),
-    "another order of this round": (say(key="0" * 32), "order", TRAIN.key, "0" * 32),
+    "another site's name": (with_fields(site="bob"), "site", "ada", "bob"),
+    "another federation": (with_fields(federation="feud"), "federation", "fed", "feud"),
+    "the round before": (with_fields(round=6), "round", "7", "6"),
+    "another request of this round": (with_fields(key="0" * 32), "request key", TRAIN.key, "0" * 32),
 }
 
 
@@ -88,31 +93,31 @@ def test_each_refusal_names_site_field_expected_and_found(name: str) -> None:
 
 
 def test_the_norm_is_of_the_update_over_all_arrays_and_its_bound_is_met_exactly() -> None:
-    """Every one of the 6 + 8 numbers moved by 1: the norm is √14."""
+    """Each of the 6 + 8 values changes by 1, so the norm is √14."""
     admit_reply(GOOD, "ada", TRAIN, LAYOUT, 14**0.5 + 1e-9)
     with pytest.raises(RefusedError, match=r"update norm: expected at most 3\.74, found 3\.74166"):
         admit_reply(GOOD, "ada", TRAIN, LAYOUT, 3.74)
-    large = {key: value + 1e6 for key, value in SENT.items()}  # large values are no large update
-    order = dataclasses.replace(TRAIN, shared=large)
-    reply = dataclasses.replace(GOOD, shared=large, key=order.key)
-    admit_reply(reply, "ada", order, LAYOUT, 1e-3)
+    large = {key: value + 1e6 for key, value in SENT.items()}  # large values, but a small update
+    request = dataclasses.replace(TRAIN, shared=large)
+    reply = dataclasses.replace(GOOD, shared=large, key=request.key)
+    admit_reply(reply, "ada", request, LAYOUT, 1e-3)
 
 
-def test_a_closing_reply_needs_no_terms_and_carries_no_array() -> None:
-    closing = dataclasses.replace(GOOD, key=CLOSE.key, shared={}, terms=0, examples=0)
-    admit_reply(closing, "ada", CLOSE, {}, BOUND)
+def test_a_finalize_reply_needs_no_terms_and_carries_no_array() -> None:
+    final = dataclasses.replace(GOOD, key=FINALIZE.key, shared={}, terms=0, examples=0)
+    admit_reply(final, "ada", FINALIZE, {}, BOUND)
     with pytest.raises(RefusedError, match=r"site ada: arrays: expected the shared groups only, found also q\.lora_A"):
-        admit_reply(dataclasses.replace(closing, shared=GOOD.shared), "ada", CLOSE, {}, BOUND)
+        admit_reply(dataclasses.replace(final, shared=GOOD.shared), "ada", FINALIZE, {}, BOUND)
 
 
 def test_a_method_that_shares_nothing_is_admitted_with_nothing() -> None:
-    order = dataclasses.replace(TRAIN, shared={})
-    admit_reply(dataclasses.replace(GOOD, shared={}, key=order.key), "ada", order, {}, BOUND)
+    request = dataclasses.replace(TRAIN, shared={})
+    admit_reply(dataclasses.replace(GOOD, shared={}, key=request.key), "ada", request, {}, BOUND)
 
 
-@pytest.mark.parametrize("field", ["federation", "round", "phase", "admitted", "plan", "evaluate", "shared"])
-def test_every_part_of_an_order_is_part_of_its_key(field: str) -> None:
-    """A reply to an order that differs anywhere is a reply to another order."""
+@pytest.mark.parametrize("field", ["federation", "round", "kind", "admitted_round", "plan", "evaluate", "shared"])
+def test_every_field_of_a_request_is_part_of_its_key(field: str) -> None:
+    """The key identifies a request: changing any field changes it; the order of the arrays does not matter."""
     other = {
         "federation": "g",
         "round": 8,
@@ -138,7 +143,7 @@ def test_a_site_with_the_federations_base_model_may_join() -> None:
 
 
 @pytest.mark.parametrize("field", ["model", "tokenizer", "chat_template", "layout"])
-def test_another_fingerprint_may_not_join(field: str) -> None:
+def test_a_site_with_another_fingerprint_may_not_join(field: str) -> None:
     with pytest.raises(RefusedError) as caught:
         admit_site(dataclasses.replace(SITE, **{field: "x" * 64}), PINS)
     error = caught.value
@@ -149,6 +154,6 @@ def test_another_fingerprint_may_not_join(field: str) -> None:
 def test_another_protocol_or_an_empty_site_may_not_join() -> None:
     with pytest.raises(RefusedError, match=f"site ada: protocol: expected {PROTOCOL}, found {PROTOCOL + 1}"):
         admit_site(dataclasses.replace(SITE, protocol=PROTOCOL + 1), PINS)
-    with pytest.raises(RefusedError, match="site ada: train: expected examples to train or to measure on, found 0"):
+    with pytest.raises(RefusedError, match="site ada: The site has no training examples and no test examples"):
         admit_site(dataclasses.replace(SITE, train=0, test=0), PINS)
     admit_site(dataclasses.replace(SITE, train=0), PINS)

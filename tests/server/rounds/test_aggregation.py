@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,16 @@ from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
 from colora.common.config.schema import ServerSettings
 from colora.server.rounds import aggregation
 from colora.server.rounds.aggregation import (
-    RULES,
+    AGGREGATORS,
+    SERVER_OPTIMIZERS,
     WEIGHTS,
     Factors,
+    RoundState,
     WeightedUpdate,
-    apply_rule,
+    aggregate,
+    apply_optimizer,
     product_residual,
+    trimmed_per_side,
     weighted_mean,
 )
 from colora.simulation.local_grid import LocalGrid
@@ -35,7 +39,7 @@ def arrays(seed: int, size: float = 1.0) -> Arrays:
 
 
 def updates(seed: int, around: Arrays, weights: tuple[int, ...] = (3, 5, 2)) -> list[WeightedUpdate]:
-    """What sites of these weights might have made of ``around``."""
+    """Updates of sites with these weights: ``around`` with noise."""
     noise = [arrays(100 * seed + k, 0.1) for k in range(len(weights))]
     return [WeightedUpdate(w, {k: around[k] + n[k] for k in SHAPES}) for w, n in zip(weights, noise, strict=True)]
 
@@ -69,7 +73,7 @@ def test_the_mean_of_equal_updates_is_that_update_to_the_bit() -> None:
 
 
 def test_a_fixed_order_repeats_the_sum_to_the_bit_and_sums_are_double() -> None:
-    """In single precision 1e8 + 1 − 1e8 is 0; the fold keeps the 1."""
+    """In single precision 1e8 + 1 − 1e8 is 0; in double precision the 1 remains."""
     many = updates(1, arrays(0), tuple(range(1, 30)))
     first, second = weighted_mean(many), weighted_mean(iter(many))
     assert all(first[key].tobytes() == second[key].tobytes() for key in SHAPES)
@@ -78,7 +82,7 @@ def test_a_fixed_order_repeats_the_sum_to_the_bit_and_sums_are_double() -> None:
 
 
 def test_the_mean_holds_one_update_at_a_time() -> None:
-    """It takes a generator and never looks back: rounds fit in memory whatever the number of sites."""
+    """It consumes a generator: memory does not grow with the number of sites."""
     alive: list[int] = []
 
     class Fleeting(dict):
@@ -98,14 +102,120 @@ def test_weights_are_what_they_say() -> None:
     assert {name: weigh(70, 4) for name, weigh in WEIGHTS.items()} == {"tokens": 70.0, "examples": 4.0, "uniform": 1.0}
 
 
+# --- aggregators -----------------------------------------------------------------------------------------------------
+
+
+def combine(name: str, given: Iterable[WeightedUpdate], **settings: Any) -> Arrays:
+    """The shared arrays that an aggregator makes of updates of round 1."""
+    shared, _ = aggregate(given, RoundState(1, arrays(0), ServerSettings(aggregator=name, **settings)))  # type: ignore[arg-type]
+    return shared
+
+
+def test_the_default_aggregator_is_the_weighted_mean_to_the_bit() -> None:
+    given = updates(1, arrays(0))
+    found, mean = combine(ServerSettings().aggregator, iter(given)), weighted_mean(given)
+    assert all(found[key].tobytes() == mean[key].tobytes() for key in SHAPES)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_identical_updates_give_that_update_to_the_bit(name: str) -> None:
+    for count in (1, 2, 3, 4, 12):
+        found = combine(name, [WeightedUpdate(k + 0.1, arrays(0)) for k in range(count)])
+        assert all(np.array_equal(found[key], value) for key, value in arrays(0).items())
+        assert all(value.dtype == np.float32 for value in found.values())
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_an_aggregator_of_a_method_without_shared_groups_returns_nothing(name: str) -> None:
+    assert combine(name, [WeightedUpdate(1.0, {}), WeightedUpdate(2.0, {})]) == {}
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_only_a_rule_that_needs_all_updates_holds_more_than_one(name: str) -> None:
+    """The iterator counts how many updates exist at the moment when it makes the next one."""
+    alive: set[int] = set()
+    most = 0
+
+    class Counted(dict):
+        def __init__(self, k: int) -> None:
+            super().__init__(x=np.array([k], np.float32))
+            self.k = k
+            alive.add(k)
+
+        def __del__(self) -> None:
+            alive.discard(self.k)
+
+    def stream() -> Iterator[WeightedUpdate]:
+        nonlocal most
+        for k in range(9):
+            most = max(most, len(alive))
+            yield WeightedUpdate(1.0, Counted(k))
+
+    assert combine(name, stream())["x"].tolist() == [4.0]
+    assert (most > 1) is AGGREGATORS[name].needs_all
+
+
+def one_value(*values: float) -> list[WeightedUpdate]:
+    """Updates of one number each, with different weights."""
+    return [WeightedUpdate(1.0 + k, {"x": np.array([v], np.float32)}) for k, v in enumerate(values)]
+
+
+ROBUST = [name for name, row in AGGREGATORS.items() if not row.averages]
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_a_robust_rule_does_not_depend_on_the_order_or_the_weights(name: str) -> None:
+    given = updates(1, arrays(0), (1, 2, 3, 4, 5))
+    equal = [WeightedUpdate(1.0, update.arrays) for update in reversed(given)]
+    one, other = combine(name, given), combine(name, equal)
+    assert all(one[key].tobytes() == other[key].tobytes() for key in SHAPES)
+
+
+@pytest.mark.parametrize("name", ROBUST)
+@pytest.mark.parametrize("sites", [3, 4, 7])
+@pytest.mark.parametrize("wild", [-1e30, -9.0, 1e30])
+def test_one_wild_site_cannot_leave_the_range_of_the_others(name: str, sites: int, wild: float) -> None:
+    """The mean of the same updates leaves it everywhere."""
+    honest = updates(1, arrays(0), (1,) * (sites - 1))
+    wild_update = WeightedUpdate(1e6, {key: np.full(shape, wild, np.float32) for key, shape in SHAPES.items()})
+    given = [honest[0], wild_update, *honest[1:]]
+    for key, value in combine(name, given).items():
+        stacked = np.stack([update.arrays[key] for update in honest])
+        assert (stacked.min(0) <= value).all()
+        assert (value <= stacked.max(0)).all()
+        mean = weighted_mean(given)[key]
+        assert ((mean < stacked.min(0)) | (mean > stacked.max(0))).all()
+
+
+def test_the_median_by_hand() -> None:
+    assert combine("median", one_value(5, -100, 2))["x"].tolist() == [2.0]
+    assert combine("median", one_value(5, -100, 2, 4))["x"].tolist() == [3.0]  # (2 + 4) / 2
+    given = [WeightedUpdate(1.0, {"x": np.array(v, np.float32)}) for v in ([1, 9], [2, 8], [3, 70])]
+    assert combine("median", given)["x"].tolist() == [2.0, 9.0]  # each coordinate by itself
+
+
+def test_the_trimmed_mean_by_hand() -> None:
+    assert combine("trimmed_mean", one_value(6, -100, 2))["x"].tolist() == [2.0]  # one on each side
+    assert combine("trimmed_mean", one_value(9, 2, 4, 3, -5))["x"].tolist() == [3.0]  # (2 + 3 + 4) / 3
+    assert combine("trimmed_mean", one_value(9, 2, 4, 3, -5), trim=0.4)["x"].tolist() == [3.0]  # the median
+    assert combine("trimmed_mean", one_value(1, 4))["x"].tolist() == [2.5]  # too few to trim
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "expected"),
+    [(1, 0.1, 0), (2, 0.4, 0), (3, 0.0, 1), (10, 0.1, 1), (30, 0.1, 3), (10, 0.3, 3), (4, 0.49, 1), (100, 0.49999, 49)],
+)
+def test_a_trimmed_mean_trims_the_fraction_but_never_everything(count: int, fraction: float, expected: int) -> None:
+    assert trimmed_per_side(count, fraction) == expected
+
+
 # --- server optimisers against Flower's -----------------------------------------------------------------------------
 
 
 def flower(strategy: Any, start: Arrays, rounds: list[list[WeightedUpdate]]) -> list[Arrays]:
-    """What a strategy of Flower's makes of the same replies, round after round."""
-
+    """The results of one of Flower's strategies on the same replies, round after round."""
     grid = LocalGrid(ClientApp(), 3)
-    now, found = ArrayRecord({k: Array(v) for k, v in start.items()}), []
+    now, results = ArrayRecord({k: Array(v) for k, v in start.items()}), []
     for t, replies in enumerate(rounds, 1):
         strategy.configure_train(t, now, ConfigRecord(), grid)
         messages = []
@@ -116,8 +226,8 @@ def flower(strategy: Any, start: Arrays, rounds: list[list[WeightedUpdate]]) -> 
             grid.push_messages([question])
             messages.append(Message(content, reply_to=question))
         now, _ = strategy.aggregate_train(t, messages)
-        found.append({k: array.numpy() for k, array in now.items()})
-    return found
+        results.append({k: array.numpy() for k, array in now.items()})
+    return results
 
 
 MINE_AND_FLOWERS: dict[str, tuple[dict[str, float], Callable[..., Any], dict[str, float]]] = {
@@ -140,7 +250,7 @@ MINE_AND_FLOWERS: dict[str, tuple[dict[str, float], Callable[..., Any], dict[str
 
 
 @pytest.mark.parametrize("name", MINE_AND_FLOWERS)
-def test_every_rule_equals_flowers_strategy_over_three_rounds(name: str) -> None:
+def test_every_optimiser_equals_flowers_strategy_over_three_rounds(name: str) -> None:
     """Defaults included: our table's rate is Flower's."""
     own, strategy, theirs = MINE_AND_FLOWERS[name]
     settings = ServerSettings(optimizer=name.split("-")[0], **own)  # type: ignore[arg-type]
@@ -148,46 +258,46 @@ def test_every_rule_equals_flowers_strategy_over_three_rounds(name: str) -> None
     rounds = [updates(t, start) for t in (1, 2, 3)]
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     expected = flower(strategy(min_train_nodes=3, min_available_nodes=3, **theirs), start, rounds)
-    now, memory = start, {}
+    now, own = start, {}
     for t, replies in enumerate(rounds, 1):
         before = now
-        now, memory = apply_rule(now, weighted_mean(replies), memory, settings, t)
+        now, own = apply_optimizer(weighted_mean(replies), RoundState(t, now, settings, own))
         for key in SHAPES:
             np.testing.assert_allclose(now[key], expected[t - 1][key], rtol=0, atol=2e-6)
             assert now[key].dtype == np.float32
             assert np.abs(now[key] - before[key]).max() > 1e-4
 
 
-def test_the_plain_mean_is_the_mean_and_keeps_no_memory() -> None:
+def test_the_plain_mean_is_the_mean_and_has_no_state() -> None:
     start = arrays(0)
     mean = weighted_mean(updates(1, start))
-    now, memory = apply_rule(start, mean, {}, ServerSettings(), 1)
+    now, own = apply_optimizer(mean, RoundState(1, start, ServerSettings()))
     assert all(now[key].tobytes() == mean[key].tobytes() for key in SHAPES)
-    assert memory == {}
+    assert own == {}
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_no_news_changes_nothing(rule: str) -> None:
-    """Sites that return what they got leave every rule where it is, and nothing is divided by zero."""
+@pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
+def test_an_unchanged_aggregate_changes_nothing(optimizer: str) -> None:
+    """Sites that return what they received leave every optimiser at its place, and nothing is divided by zero."""
     start = arrays(0)
-    settings = ServerSettings(optimizer=rule)  # type: ignore[arg-type]
-    now, memory = apply_rule(start, start, {}, settings, 1)
-    now, _ = apply_rule(now, start, memory, settings, 2)
+    settings = ServerSettings(optimizer=optimizer)  # type: ignore[arg-type]
+    now, own = apply_optimizer(start, RoundState(1, start, settings))
+    now, _ = apply_optimizer(start, RoundState(2, now, settings, own))
     assert all(np.array_equal(now[key], start[key]) for key in SHAPES)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_rules_leave_their_inputs_alone(rule: str) -> None:
-    start, settings = arrays(0), ServerSettings(optimizer=rule)  # type: ignore[arg-type]
+@pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
+def test_optimisers_leave_their_inputs_alone(optimizer: str) -> None:
+    start, settings = arrays(0), ServerSettings(optimizer=optimizer)  # type: ignore[arg-type]
     mean = weighted_mean(updates(1, start))
-    _, memory = apply_rule(start, mean, {}, settings, 1)
-    kept = {key: value.copy() for key, value in memory.items()}
-    apply_rule(start, mean, memory, settings, 2)
+    _, own = apply_optimizer(mean, RoundState(1, start, settings))
+    copies = {key: value.copy() for key, value in own.items()}
+    apply_optimizer(mean, RoundState(2, start, settings, own))
     assert all(np.array_equal(start[key], value) for key, value in arrays(0).items())
-    assert all(np.array_equal(memory[key], value) for key, value in kept.items())
+    assert all(np.array_equal(own[key], value) for key, value in copies.items())
 
 
-# --- what averaging A and B apart loses -----------------------------------------------------------------------------
+# --- what averaging A and B separately loses ------------------------------------------------------------------------
 
 
 def dense_residual(given: list[WeightedUpdate], mean: Arrays) -> float:
@@ -221,7 +331,7 @@ def test_small_and_large_products_are_computed_in_the_cheaper_way_with_one_resul
 
 
 def test_the_residual_of_opposite_sites_by_hand() -> None:
-    """B = ±1, A = ±1: every product is 1 and every mean is 0, so all is lost; with A fixed nothing is."""
+    """B = ±1, A = ±1: every product is 1 and every mean is 0, so everything is lost. With A fixed nothing is."""
 
     def site(a: float, b: float) -> WeightedUpdate:
         one = {"q.lora_A.weight": np.array([[a]], np.float32), "q.lora_B.weight": np.array([[b]], np.float32)}

@@ -1,4 +1,4 @@
-"""A coordinator whose sites are processes of their own: who comes and goes, what gets lost, what is asked again."""
+"""A deployed coordinator: sites that connect and disconnect, lost messages and resent requests."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from colora.common.config.loader import recipe_from
 from colora.common.config.schema import Recipe
 from colora.common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
 from colora.server.reporting.events import Event, EventLog, read_events
-from colora.server.rounds import dispatch as asking
-from colora.server.rounds import membership as members
+from colora.server.rounds import dispatch, membership
 from colora.server.rounds.checkpoint import Checkpoints, ServerState
 from colora.server.rounds.run_options import RosterEntry, RunOptions, StopRequested, read_replay
 from colora.server.rounds.strategy import AdapterStrategy
@@ -33,17 +32,17 @@ NAMES = ("ada", "bob", "cyd")
 
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second of patience is a hundredth here."""
+    """Make every wait a hundred times shorter."""
     wait = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: wait(seconds / 100))
-    monkeypatch.setattr(asking, "PAUSE", 0.01)
-    monkeypatch.setattr(asking, "LOOK", 0.0)
-    monkeypatch.setattr(members, "GRACE", 0.5)
+    monkeypatch.setattr(dispatch, "RETRY_PAUSE", 0.01)
+    monkeypatch.setattr(dispatch, "REFRESH_INTERVAL", 0.0)
+    monkeypatch.setattr(membership, "GRACE", 0.5)
 
 
 @dataclass
-class Pretender:
-    """A site that adds its own constant to what it gets."""
+class FakeSite:
+    """A fake site whose training adds a constant to the shared adapter."""
 
     name: str
     layout: str
@@ -58,21 +57,23 @@ class Pretender:
             self.name, PROTOCOL, self.model, "tokenizer", "template", self.layout, "regression", self.train, 5, 0, 0
         )
 
-    def handle(self, order: TrainRequest) -> TrainReply:
-        self.rounds.append(order.round)
-        moved = {k: v + (1 + NAMES.index(self.name)) * order.round for k, v in order.shared.items()}
-        shared = {} if order.kind == "finalize" else {k: v.astype("float32") for k, v in moved.items()}
-        return TrainReply(self.name, order.federation, order.round, order.key, shared, 10, 5, {"personal.loss": 1})
+    def handle(self, request: TrainRequest) -> TrainReply:
+        self.rounds.append(request.round)
+        trained = {k: v + (1 + NAMES.index(self.name)) * request.round for k, v in request.shared.items()}
+        shared = {} if request.kind == "finalize" else {k: v.astype("float32") for k, v in trained.items()}
+        return TrainReply(
+            self.name, request.federation, request.round, request.key, shared, 10, 5, {"personal.loss": 1}
+        )
 
 
-class Street(LocalGrid):
-    """Nodes with names that come and go; ``swallow`` loses orders to a node, ``errors`` answers them with error codes.
+class FakeGrid(LocalGrid):
+    """A grid with named nodes. Requests to nodes in ``swallow`` are lost; ``errors`` are error codes to answer with.
 
-    ``later`` are things that happen once a condition holds.
+    ``later`` has (condition, action) pairs; an action runs once when its condition holds.
     """
 
-    def __init__(self, sites: list[Pretender]) -> None:
-        def connect(context: Context) -> Pretender:
+    def __init__(self, sites: list[FakeSite]) -> None:
+        def connect(context: Context) -> FakeSite:
             return sites[int(context.node_config["partition-id"])]
 
         super().__init__(make_app(connect), len(sites))
@@ -118,42 +119,42 @@ def recipe(rounds: int = 3, **server: Any) -> Recipe:
     return recipe_from({**raw, "site": sites, "server": {"quorum": 3, "retry_interval": 0.1, **server}})
 
 
-def pretenders(settings: Recipe) -> list[Pretender]:
+def fake_sites(settings: Recipe) -> list[FakeSite]:
     layout = hash_layout({key: value.shape for key, value in initial_shared_state(settings.plan).items()})
-    return [Pretender(name, layout) for name in NAMES]
+    return [FakeSite(name, layout) for name in NAMES]
 
 
-def lead(settings: Recipe, street: Street, folder: Path, conduct: RunOptions | None = None) -> ServerState:
+def run(settings: Recipe, grid: FakeGrid, folder: Path, options: RunOptions | None = None) -> ServerState:
     events = EventLog(folder / "events.jsonl")
-    conduct = conduct or RunOptions(deployed=True)
-    strategy = AdapterStrategy(settings, tuple(map(RosterEntry, NAMES)), events, folder / "spool", conduct)
-    return train_federation(street, strategy, Checkpoints(folder / "checkpoints", settings))
+    options = options or RunOptions(deployed=True)
+    strategy = AdapterStrategy(settings, tuple(map(RosterEntry, NAMES)), events, folder / "spool", options)
+    return train_federation(grid, strategy, Checkpoints(folder / "checkpoints", settings))
 
 
-def told(folder: Path, kind: str) -> list[Event]:
+def recorded(folder: Path, kind: str) -> list[Event]:
     return [event for event in read_events(folder / "events.jsonl") if event["event"] == kind]
 
 
 def test_a_message_that_is_lost_with_its_site_is_asked_again_when_the_site_is_back(tmp_path: Path) -> None:
     settings = recipe()
-    sites = pretenders(settings)
-    street = Street(sites)
-    street.swallow.add(2)
+    sites = fake_sites(settings)
+    grid = FakeGrid(sites)
+    grid.swallow.add(2)
 
     def back() -> None:
-        street.swallow.clear()
-        street.since[2] = "tuesday"
+        grid.swallow.clear()
+        grid.since[2] = "tuesday"
 
-    street.later.append((lambda: bool(street.lost), back))
-    assert lead(settings, street, tmp_path).finalized
-    assert [event["admitted"] for event in told(tmp_path, "round")] == [list(NAMES)] * 3
+    grid.later.append((lambda: bool(grid.lost), back))
+    assert run(settings, grid, tmp_path).finalized
+    assert [event["admitted"] for event in recorded(tmp_path, "round")] == [list(NAMES)] * 3
     assert sites[1].introduced == 2
 
 
 def test_an_error_for_a_message_that_was_asked_again_since_asks_nobody_a_third_time(tmp_path: Path) -> None:
     settings = recipe()
 
-    class Slow(Street):
+    class Slow(FakeGrid):
         pushed, given_up = 0, float("inf")
 
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -162,33 +163,33 @@ def test_an_error_for_a_message_that_was_asked_again_since_asks_nobody_a_third_t
             return super().push_messages(asked)
 
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            if self.pushed == 2 and self.lost:  # Flower gives the lost one up only now
+            if self.pushed == 2 and self.lost:  # Flower reports the lost request only now
                 self.given_up = time.monotonic()
                 return [self._answer(self.lost.pop())]
-            if self.pushed == 2 and time.monotonic() < self.given_up + 0.3:  # and the other one is worked on
+            if self.pushed == 2 and time.monotonic() < self.given_up + 0.3:  # while the site works on the other one
                 return []
             return super().pull_messages(message_ids)
 
-    street = Slow(pretenders(settings))
-    street.swallow.add(2)
-    street.errors[2] = [ErrorCode.MESSAGE_UNAVAILABLE]
+    grid = Slow(fake_sites(settings))
+    grid.swallow.add(2)
+    grid.errors[2] = [ErrorCode.MESSAGE_UNAVAILABLE]
 
     def back() -> None:
-        street.swallow.clear()
-        street.since[2] = "tuesday"
+        grid.swallow.clear()
+        grid.since[2] = "tuesday"
 
-    street.later.append((lambda: bool(street.lost), back))
-    assert lead(settings, street, tmp_path).finalized
-    assert street.errors[2] == []
-    assert street.pushed == 2
+    grid.later.append((lambda: bool(grid.lost), back))
+    assert run(settings, grid, tmp_path).finalized
+    assert grid.errors[2] == []
+    assert grid.pushed == 2
 
 
 def test_an_answer_that_never_comes_whole_holds_up_nobody_once_its_site_is_back(tmp_path: Path) -> None:
-    """Flower waits minutes for the parts of an answer whose sender died, and with it for all that came together."""
+    """Flower waits minutes for the parts of a reply whose sender died, and delays replies that came with it."""
     settings = recipe()
     release, stuck = threading.Event(), threading.Event()
 
-    class Half(Street):
+    class Half(FakeGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
             answers = super().pull_messages(message_ids)
             if not stuck.is_set() and any(a.metadata.group_id == "2" for a in answers):
@@ -196,51 +197,51 @@ def test_an_answer_that_never_comes_whole_holds_up_nobody_once_its_site_is_back(
                 release.wait(20)
             return answers
 
-    street = Half(pretenders(settings))
-    street.later.append((stuck.is_set, lambda: street.since.update({2: "tuesday"})))
-    assert lead(settings, street, tmp_path).finalized
+    grid = Half(fake_sites(settings))
+    grid.later.append((stuck.is_set, lambda: grid.since.update({2: "tuesday"})))
+    assert run(settings, grid, tmp_path).finalized
     assert stuck.is_set()
-    assert [event["admitted"] for event in told(tmp_path, "round")] == [list(NAMES)] * 3
+    assert [event["admitted"] for event in recorded(tmp_path, "round")] == [list(NAMES)] * 3
     release.set()
 
 
 def test_a_silent_site_is_asked_again_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = recipe()
-    street = Street(pretenders(settings))
-    street.swallow.add(1)
-    street.later.append((lambda: bool(street.lost), street.swallow.clear))
-    monkeypatch.setattr(asking.RetryPolicy.__init__, "__defaults__", (False, 0.1, 0.2))  # the last: silence
-    assert lead(settings, street, tmp_path).finalized
+    grid = FakeGrid(fake_sites(settings))
+    grid.swallow.add(1)
+    grid.later.append((lambda: bool(grid.lost), grid.swallow.clear))
+    monkeypatch.setattr(dispatch.RetryPolicy.__init__, "__defaults__", (False, 0.1, 0.2))  # the last is ``silence``
+    assert run(settings, grid, tmp_path).finalized
 
 
 def test_the_platforms_errors_are_no_attempts_but_a_sites_own_are(tmp_path: Path) -> None:
     settings = recipe(max_attempts=2)
-    street = Street(pretenders(settings))
-    street.errors[3] = [ErrorCode.NODE_UNAVAILABLE] * 7
-    assert lead(settings, street, tmp_path).finalized
-    assert told(tmp_path, "failed") == []
-    street = Street(pretenders(settings))
-    street.errors[3] = [ErrorCode.CLIENT_APP_RAISED_EXCEPTION] * 3  # one round fails, and is tried again
-    assert lead(settings, street, tmp_path / "b").finalized
-    assert [event["round"] for event in told(tmp_path / "b", "failed")] == [1]
-    assert len(told(tmp_path / "b", "waiting")) == 1
+    grid = FakeGrid(fake_sites(settings))
+    grid.errors[3] = [ErrorCode.NODE_UNAVAILABLE] * 7
+    assert run(settings, grid, tmp_path).finalized
+    assert recorded(tmp_path, "failed") == []
+    grid = FakeGrid(fake_sites(settings))
+    grid.errors[3] = [ErrorCode.CLIENT_APP_RAISED_EXCEPTION] * 3  # one round fails and is repeated
+    assert run(settings, grid, tmp_path / "b").finalized
+    assert [event["round"] for event in recorded(tmp_path / "b", "failed")] == [1]
+    assert len(recorded(tmp_path / "b", "waiting")) == 1
 
 
 def test_it_waits_for_its_quorum_and_takes_in_who_comes_late(tmp_path: Path) -> None:
     settings = recipe(rounds=4, quorum=2)
-    sites = pretenders(settings)
-    street = Street(sites)
-    late = street.since.pop(3), street.since.pop(2)
-    street.later.append((lambda: bool(told(tmp_path, "waiting")), lambda: street.since.update({2: late[1]})))
-    street.later.append((lambda: len(told(tmp_path, "round")) >= 2, lambda: street.since.update({3: late[0]})))
-    assert lead(settings, street, tmp_path).finalized
-    assert told(tmp_path, "waiting")[0]["missing"] == ["bob", "cyd"]
-    admitted = [event["admitted"] for event in told(tmp_path, "round")]
+    sites = fake_sites(settings)
+    grid = FakeGrid(sites)
+    late = grid.since.pop(3), grid.since.pop(2)
+    grid.later.append((lambda: bool(recorded(tmp_path, "waiting")), lambda: grid.since.update({2: late[1]})))
+    grid.later.append((lambda: len(recorded(tmp_path, "round")) >= 2, lambda: grid.since.update({3: late[0]})))
+    assert run(settings, grid, tmp_path).finalized
+    assert recorded(tmp_path, "waiting")[0]["missing"] == ["bob", "cyd"]
+    admitted = [event["admitted"] for event in recorded(tmp_path, "round")]
     assert admitted[0] == ["ada", "bob"]
     assert admitted[-1] == list(NAMES)
-    again = lead(
+    again = run(
         settings,
-        Street(pretenders(settings)),
+        FakeGrid(fake_sites(settings)),
         tmp_path / "again",
         RunOptions(replay=read_replay(tmp_path / "events.jsonl")),
     )
@@ -252,72 +253,88 @@ def test_it_waits_for_its_quorum_and_takes_in_who_comes_late(tmp_path: Path) -> 
 
 def test_who_is_offline_is_not_waited_for_once_there_is_a_quorum(tmp_path: Path) -> None:
     settings = recipe(quorum=2)
-    street = Street(pretenders(settings))
-    street.swallow.add(3)
-    street.later.append((lambda: bool(street.lost), lambda: street.since.pop(3)))
-    assert lead(settings, street, tmp_path).finalized
-    assert told(tmp_path, "round")[0]["admitted"] == ["ada", "bob"]
-    assert told(tmp_path, "failed")[0]["reason"] == "not there"
+    grid = FakeGrid(fake_sites(settings))
+    grid.swallow.add(3)
+    grid.later.append((lambda: bool(grid.lost), lambda: grid.since.pop(3)))
+    assert run(settings, grid, tmp_path).finalized
+    assert recorded(tmp_path, "round")[0]["admitted"] == ["ada", "bob"]
+    assert recorded(tmp_path, "failed")[0]["reason"] == "not there"
 
 
 def test_a_site_without_examples_to_train_on_is_asked_at_the_close_only(tmp_path: Path) -> None:
     settings = recipe(quorum=2)
-    sites = pretenders(settings)
+    sites = fake_sites(settings)
     sites[2].train = 0
-    assert lead(settings, Street(sites), tmp_path).finalized
-    assert [event["admitted"] for event in told(tmp_path, "round")] == [["ada", "bob"]] * 3
+    assert run(settings, FakeGrid(sites), tmp_path).finalized
+    assert [event["admitted"] for event in recorded(tmp_path, "round")] == [["ada", "bob"]] * 3
     assert [site.rounds for site in sites] == [[1, 2, 3, 4], [1, 2, 3, 4], [4]]
 
 
 def test_a_coordinator_that_starts_again_does_not_ask_those_who_stayed(tmp_path: Path) -> None:
     settings = recipe()
-    sites = pretenders(settings)
+    sites = fake_sites(settings)
     stops = iter([False, False, True, True, True])
     with pytest.raises(StopRequested):
-        lead(settings, Street(sites), tmp_path, RunOptions(deployed=True, should_stop=lambda: next(stops)))
-    street = Street(sites)
-    street.since[2] = "tuesday"
-    assert lead(settings, street, tmp_path).finalized
+        run(settings, FakeGrid(sites), tmp_path, RunOptions(deployed=True, should_stop=lambda: next(stops)))
+    grid = FakeGrid(sites)
+    grid.since[2] = "tuesday"
+    assert run(settings, grid, tmp_path).finalized
     assert [site.introduced for site in sites] == [1, 2, 1]
     assert sites[0].rounds == [1, 2, 3, 4]
 
 
 def test_a_key_speaks_for_its_own_site_only(tmp_path: Path) -> None:
     settings = recipe(quorum=2)
-    sites = pretenders(settings)
-    street = Street(sites)
+    sites = fake_sites(settings)
+    grid = FakeGrid(sites)
     sites[2].name = "ada"
-    assert lead(settings, street, tmp_path).finalized
-    (refused,) = told(tmp_path, "refused")
+    assert run(settings, grid, tmp_path).finalized
+    (refused,) = recorded(tmp_path, "refused")
     assert (refused["site"], refused["expected"], refused["found"]) == ("cyd", "the name of its key, cyd", "ada")
+
+
+def test_a_key_outside_the_roster_cannot_join_as_a_site_of_the_roster(tmp_path: Path) -> None:
+    settings = recipe(quorum=2)
+    sites = fake_sites(settings)
+    grid = FakeGrid(sites)
+    grid.keys[3] = "eve"
+    sites[2].name = "bob"
+    assert run(settings, grid, tmp_path).finalized
+    (refused,) = recorded(tmp_path, "refused")
+    assert (refused["site"], refused["expected"], refused["found"]) == ("eve", "the name of its key, eve", "bob")
+    assert "'eve'" in refused["reason"]
+    assert "'bob'" in refused["reason"]
+    assert [event["admitted"] for event in recorded(tmp_path, "round")] == [["ada", "bob"]] * 3
+    assert sites[1].rounds == [1, 2, 3, 4]
+    assert sites[2].rounds == []
 
 
 def test_a_site_that_comes_back_as_another_one_is_left_out(tmp_path: Path) -> None:
     settings = recipe(quorum=2)
-    sites = pretenders(settings)
-    street = Street(sites)
+    sites = fake_sites(settings)
+    grid = FakeGrid(sites)
 
     def changed() -> None:
-        sites[1].model, street.since[2] = "another", "tuesday"
+        sites[1].model, grid.since[2] = "another", "tuesday"
 
-    street.later.append((lambda: len(told(tmp_path, "round")) == 1, changed))
-    assert lead(settings, street, tmp_path).finalized
-    assert [event["admitted"] for event in told(tmp_path, "round")][1:] == [["ada", "cyd"]] * 2
-    assert told(tmp_path, "refused")[0]["field"] == "model"
+    grid.later.append((lambda: len(recorded(tmp_path, "round")) == 1, changed))
+    assert run(settings, grid, tmp_path).finalized
+    assert [event["admitted"] for event in recorded(tmp_path, "round")][1:] == [["ada", "cyd"]] * 2
+    assert recorded(tmp_path, "refused")[0]["field"] == "model"
 
 
 def test_a_late_answer_is_told_and_ignored(tmp_path: Path) -> None:
     settings = recipe(quorum=2, timeout=0.3)
-    street = Street(pretenders(settings))
-    street.swallow.add(3)
+    grid = FakeGrid(fake_sites(settings))
+    grid.swallow.add(3)
 
     def found_again() -> None:
-        street.swallow.clear()
-        message = street.lost.pop()
-        street._waiting[message.metadata.message_id] = message
+        grid.swallow.clear()
+        message = grid.lost.pop()
+        grid._waiting[message.metadata.message_id] = message
 
-    street.later.append((lambda: len(told(tmp_path, "round")) == 1, found_again))
-    state = lead(settings, street, tmp_path)
-    assert [event["site"] for event in told(tmp_path, "late")] == ["cyd"]
-    assert told(tmp_path, "round")[0]["admitted"] == ["ada", "bob"]
+    grid.later.append((lambda: len(recorded(tmp_path, "round")) == 1, found_again))
+    state = run(settings, grid, tmp_path)
+    assert [event["site"] for event in recorded(tmp_path, "late")] == ["cyd"]
+    assert recorded(tmp_path, "round")[0]["admitted"] == ["ada", "bob"]
     assert state.admitted["cyd"] == 4

@@ -17,10 +17,10 @@ from flwr.clientapp import ClientApp
 from colora.client.client_app import make_app
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
-from colora.common.config.schema import Recipe
+from colora.common.config.schema import CommunicationSettings, Recipe
 from colora.common.errors import DataError, QuorumError, StateError
 from colora.common.protocol import flower_messages as messages
-from colora.common.protocol.codec import DEFAULT
+from colora.common.protocol.codec import DEFAULT, as_received
 from colora.common.protocol.types import PROTOCOL, Arrays, SiteInfo, TrainReply, TrainRequest, hash_layout
 from colora.common.seeds import seed_from
 from colora.server.reporting.events import Event, EventLog, read_events
@@ -200,7 +200,7 @@ def test_a_site_is_asked_from_its_first_round_on(hall: Hall) -> None:
     hall.run(settings, sites, roster=roster)
     asked = {site.name: [order.round for order in site.asked if order.kind == "train"] for site in sites}
     assert asked == {"ada": [1, 2, 3, 4], "bob": [1, 2, 3, 4], "cyd": [3, 4], "dee": []}
-    assert sites[2].asked[0].admitted == 0
+    assert sites[2].asked[0].admitted_round == 0
     assert [order.kind for order in sites[3].asked] == ["finalize"]  # it still gets the adapter to personalise on
 
 
@@ -271,7 +271,7 @@ def test_another_base_model_is_refused_after_a_restart_too(hall: Hall) -> None:
     changed = hall.sites(settings)
     for site in changed:
         site.about = {"model": "another"}
-    with pytest.raises(QuorumError, match="quorum at join"):
+    with pytest.raises(QuorumError, match="quorum was not reached at join"):
         hall.run(settings, changed)
     assert {e["site"] for e in hall.events("refused")} == set(NAMES)
 
@@ -279,7 +279,8 @@ def test_another_base_model_is_refused_after_a_restart_too(hall: Hall) -> None:
 def test_too_few_sites_at_the_start_stop_before_anything_is_written(hall: Hall) -> None:
     settings = recipe(quorum=4)
     with pytest.raises(
-        QuorumError, match=r"server\.quorum at join: expected at least 4 sites, found 3 \(ada, bob, cyd\)"
+        QuorumError,
+        match=r"quorum was not reached at join: at least 4 sites are required, 3 took part \(ada, bob, cyd\)",
     ):
         hall.run(settings, hall.sites(settings)[:3])
     assert not (hall.folder / "checkpoints").exists()
@@ -333,6 +334,22 @@ def test_one_nan_update_does_not_poison_the_mean(hall: Hall) -> None:
     assert len([order for order in sites[2].asked if order.kind == "train"]) == 1  # a refusal is no failure
 
 
+def test_the_median_ignores_one_wild_site_and_reports_no_residual(hall: Hall) -> None:
+    """The expected state is the median of what the four sites returned."""
+
+    def wild(site: Pretender, order: TrainRequest, reply: TrainReply) -> TrainReply:
+        return dataclasses.replace(reply, shared={k: v + 100 for k, v in reply.shared.items()})
+
+    settings = recipe(rounds=1, aggregator="median")
+    state = hall.run(settings, hall.sites(settings, {"cyd": wild}))
+    before = initial_shared_state(settings.plan)
+    order = TrainRequest("fed", 1, "train", 0, "{}", before, True)
+    for key in before:
+        returned = [trained(name, order)[key] + (100 if name == "cyd" else 0) for name in NAMES]
+        np.testing.assert_array_equal(state.shared[key], np.median(returned, axis=0).astype(np.float32))
+    assert [event["residual"] for event in hall.events("round")] == [None]
+
+
 def test_a_failing_site_is_asked_again_and_then_counts(hall: Hall, tmp_path: Path) -> None:
     """Two errors and a third answer: as if nothing had been."""
 
@@ -383,7 +400,7 @@ def test_a_silent_site_costs_the_deadline_and_is_named(hall: Hall) -> None:
     settings = recipe(rounds=1, timeout=0.3)
     hall.run(settings, grid=Deaf)
     assert hall.admitted == {1: ["ada", "cyd", "dee"]}
-    assert [(e["site"], e["reason"]) for e in hall.events("failed")] == [("bob", "no answer within 0.3 s")] * 2
+    assert [(e["site"], e["reason"]) for e in hall.events("failed")] == [("bob", "no reply within 0.3 s")] * 2
 
 
 def rewritten(change: Callable[[RecordDict], None], sites: Sequence[Pretender]) -> ClientApp:
@@ -487,7 +504,9 @@ def test_a_missing_quorum_stops_and_the_last_checkpoint_stays(hall: Hall) -> Non
     settings = recipe(quorum=3)
     with pytest.raises(QuorumError) as caught:
         hall.run(settings, hall.sites(settings, dict.fromkeys(("ada", "dee"), crash_in(3))))
-    assert str(caught.value).startswith("server.quorum at round 3: expected at least 3 sites, found 2 (bob, cyd)")
+    assert str(caught.value).startswith(
+        "The quorum was not reached at round 3: at least 3 sites are required, 2 took part (bob, cyd)"
+    )
     state = hall.latest(settings)
     assert (state.round, state.finalized) == (2, False)
     assert dict(state.admitted) == dict.fromkeys(NAMES, 2)
@@ -521,6 +540,22 @@ def test_a_restarted_coordinator_ends_with_the_same_bits(hall: Hall, tmp_path: P
         assert found.admitted == expected.admitted
     assert bool(expected.optimizer_state) == (optimizer != "mean")
     assert hall.admitted == calm.admitted
+
+
+@pytest.mark.parametrize("codec", ["fp16", "bf16"])
+def test_a_restarted_coordinator_ends_with_the_same_bits_in_a_lossy_codec(
+    hall: Hall, tmp_path: Path, codec: Any
+) -> None:
+    """S_t is what the sites receive: the checkpoint holds it, and its encoding changes nothing any more."""
+    settings = dataclasses.replace(recipe(optimizer="adam"), communication=CommunicationSettings(codec))
+    expected = Hall(tmp_path / "calm").run(settings)
+    with pytest.raises(QuorumError):
+        hall.run(settings, hall.sites(settings, dict.fromkeys(NAMES, crash_in(3))))
+    sites = hall.sites(settings)
+    assert same(hall.run(settings, sites).shared, expected.shared)
+    assert same(as_received(codec, expected.shared), expected.shared)
+    assert same(sites[0].asked[-1].shared, expected.shared)
+    assert not same(Hall(tmp_path / "fp32").run(recipe(optimizer="adam")).shared, expected.shared)
 
 
 def test_without_its_memory_a_server_optimiser_ends_elsewhere(hall: Hall, tmp_path: Path) -> None:
@@ -616,7 +651,7 @@ def test_a_metric_that_is_not_on_the_list_is_refused(hall: Hall) -> None:
 
 def test_a_close_without_quorum_is_asked_again_after_a_restart(hall: Hall) -> None:
     settings = recipe(rounds=2, quorum=3, max_attempts=1)
-    with pytest.raises(QuorumError, match="at close"):
+    with pytest.raises(QuorumError, match="at finalize"):
         hall.run(settings, hall.sites(settings, {name: crash_in(3) for name in ("ada", "bob")}))
     assert not hall.latest(settings).finalized
     assert hall.run(settings).finalized

@@ -1,4 +1,4 @@
-"""What comes through the gate, what does not, what is held; the SuperLink here is a fake that notes what it sees."""
+"""Which requests the gateway forwards, refuses, holds and repeats, before a fake SuperLink that records requests."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from colora.server.deployment.gateway import proxy as rules
-from colora.server.deployment.gateway.proxy import CALLS, PULL, REGISTRATION, SENT, Upstream
+from colora.server.deployment.gateway import proxy
+from colora.server.deployment.gateway.proxy import CALLS, FORWARDED, PULL, REGISTRATION, Upstream
 from colora.server.deployment.gateway.server import GatewayServer, ListenAddress
 
 GET_RUN, PULLS = "/v1/fleet/get-run", PULL.decode()
-Answer = tuple[int, bytes] | None  # None: hangs up without a word
+Answer = tuple[int, bytes] | None  # None: closes the connection without a response
 PLAIN = ssl.create_default_context()  # once: a client that is given none reads all certificates of the system
 
 
@@ -33,7 +33,7 @@ class Seen:
 
 @dataclass
 class SuperLink:
-    """A plain HTTP server that notes every request and answers what ``answer`` says."""
+    """A plain HTTP server that records every request and responds with ``answer(request)``."""
 
     port: int = 0
     answer: Callable[[Seen], Answer] = lambda _: (200, b"done")
@@ -57,17 +57,17 @@ class SuperLink:
                 with link.news:
                     link.seen.append(seen)
                     link.news.notify_all()
-                said = link.answer(seen)
-                if said is None:
+                answer = link.answer(seen)
+                if answer is None:
                     self.close_connection = True
                     return
-                self.send_response(said[0])
+                self.send_response(answer[0])
                 self.send_header("content-type", "application/protobuf")
                 self.send_header("connection", "keep-alive")
                 self.send_header("x-inside", "private")
-                self.send_header("content-length", str(len(said[1])))
+                self.send_header("content-length", str(len(answer[1])))
                 self.end_headers()
-                self.wfile.write(said[1])
+                self.wfile.write(answer[1])
 
             def _body(self) -> bytes:
                 if "content-length" in self.headers:
@@ -106,16 +106,16 @@ def superlink() -> Iterator[SuperLink]:
 
 
 @pytest.fixture
-def gate(superlink: SuperLink) -> Iterator[GatewayServer]:
+def gateway(superlink: SuperLink) -> Iterator[GatewayServer]:
     with GatewayServer(
         ListenAddress("127.0.0.1", 0), Upstream(f"http://127.0.0.1:{superlink.port}", hold=2.0, linger=1.5)
-    ) as gate:
-        yield gate
+    ) as gateway:
+        yield gateway
 
 
-def raw(gate: GatewayServer, request: bytes) -> list[bytes]:
-    """The status lines of what comes back on one connection; the request ends by asking to close it."""
-    with socket.create_connection(("127.0.0.1", gate.port), 10) as connection:
+def raw(gateway: GatewayServer, request: bytes) -> list[bytes]:
+    """Send a raw request, which closes its connection, and return the status lines of the responses."""
+    with socket.create_connection(("127.0.0.1", gateway.port), 10) as connection:
         connection.sendall(request)
         answer = b""
         while chunk := connection.recv(65536):
@@ -126,12 +126,12 @@ def raw(gate: GatewayServer, request: bytes) -> list[bytes]:
 def line(start: str, *headers: str, body: bytes = b"") -> bytes:
     own = [] if any(h.lower().startswith(("content-length", "transfer")) for h in headers) else [len(body)]
     lengths = [f"Content-Length: {n}" for n in own]
-    return "\r\n".join([start, "Host: gate", "Connection: close", *headers, *lengths, "", ""]).encode() + body
+    return "\r\n".join([start, "Host: gateway", "Connection: close", *headers, *lengths, "", ""]).encode() + body
 
 
-def post(gate: GatewayServer, path: str, body: bytes | Iterator[bytes] = b"x", **more: object) -> httpx.Response:
+def post(gateway: GatewayServer, path: str, body: bytes | Iterator[bytes] = b"x", **more: object) -> httpx.Response:
     with httpx.Client(trust_env=False, timeout=30, verify=PLAIN) as client:
-        return client.post(f"http://{gate.address}{path}", content=body, **more)  # type: ignore[arg-type]
+        return client.post(f"http://{gateway.address}{path}", content=body, **more)  # type: ignore[arg-type]
 
 
 def free_port() -> int:
@@ -140,24 +140,24 @@ def free_port() -> int:
         return finder.getsockname()[1]
 
 
-# --- what comes through --------------------------------------------------------------------------------------------
+# --- forwarded ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [path.decode() for path in CALLS])
-def test_fleet_calls_come_through_unchanged(gate: GatewayServer, superlink: SuperLink, path: str) -> None:
-    answer = post(gate, path, b"\x00\x01payload")
+def test_fleet_calls_come_through_unchanged(gateway: GatewayServer, superlink: SuperLink, path: str) -> None:
+    answer = post(gateway, path, b"\x00\x01payload")
     assert (answer.status_code, answer.content) == (200, b"done")
     assert [(seen.line, seen.body) for seen in superlink.seen] == [(f"POST {path} HTTP/1.1", b"\x00\x01payload")]
 
 
-def test_only_needed_headers_go_in_and_out(gate: GatewayServer, superlink: SuperLink) -> None:
-    wanted = {name.decode(): f"value of {name.decode()}" for name in SENT}
+def test_only_needed_headers_go_in_and_out(gateway: GatewayServer, superlink: SuperLink) -> None:
+    allowed = {name.decode(): f"value of {name.decode()}" for name in FORWARDED}
     extra = {"x-forwarded-for": "1.2.3.4", "flwr-task-token": "t", "cookie": "c", "te": "trailers", "upgrade": "h2c"}
-    answer = post(gate, GET_RUN, headers=wanted | extra | {"connection": "keep-alive, flwr-x", "flwr-x": "1"})
+    answer = post(gateway, GET_RUN, headers=allowed | extra | {"connection": "keep-alive, flwr-x", "flwr-x": "1"})
     given = superlink.seen[0].headers
-    assert {name: given[name] for name in wanted} == wanted
+    assert {name: given[name] for name in allowed} == allowed
     framing = {"host", "connection", "accept-encoding", "user-agent", "content-length"}
-    assert set(given) == set(wanted) | framing
+    assert set(given) == set(allowed) | framing
     assert given["connection"] == "keep-alive"
     assert given["host"] == f"127.0.0.1:{superlink.port}"
     assert "x-inside" not in answer.headers
@@ -165,7 +165,7 @@ def test_only_needed_headers_go_in_and_out(gate: GatewayServer, superlink: Super
 
 
 def test_the_lists_are_what_flowers_client_sends() -> None:
-    """Oracle: Flower's own client with its own interceptors, on a transport that notes the request."""
+    """Oracle: Flower's own client with its own interceptors, on a transport that records the request."""
     from cryptography.hazmat.primitives.asymmetric import ec
     from flwr.proto import fleet_pb2
     from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
@@ -180,48 +180,48 @@ def test_the_lists_are_what_flowers_client_sends() -> None:
 
     key = ec.generate_private_key(ec.SECP384R1())
     interceptors = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())]
-    with FleetHttpClient("http://gate", interceptors=interceptors) as client:
+    with FleetHttpClient("http://gateway", interceptors=interceptors) as client:
         client._client = httpx.Client(transport=httpx.MockTransport(note))
         calls = [name for name in vars(FleetHttpClient) if name[0].isupper()]
         for name in calls:
             getattr(client, name)(fleet_pb2.PullMessagesRequest())
     assert {request.url.raw_path for request in seen} == set(CALLS) | set(REGISTRATION)
     transport = {"host", "accept-encoding", "connection", "user-agent", "content-length"}
-    assert {name for request in seen for name in request.headers} - transport == {name.decode() for name in SENT}
+    assert {name for request in seen for name in request.headers} - transport == {name.decode() for name in FORWARDED}
 
 
-def test_registration_comes_through_only_when_it_is_open(gate: GatewayServer, superlink: SuperLink) -> None:
-    assert post(gate, "/v1/fleet/register-node").status_code == 404
+def test_registration_comes_through_only_when_it_is_open(gateway: GatewayServer, superlink: SuperLink) -> None:
+    assert post(gateway, "/v1/fleet/register-node").status_code == 404
     assert superlink.seen == []
     url = f"http://127.0.0.1:{superlink.port}"
     with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(url, registration=True)) as open_gate:
         assert post(open_gate, "/v1/fleet/register-node").status_code == 200
 
 
-def test_large_bodies_stream_both_ways(gate: GatewayServer, superlink: SuperLink) -> None:
+def test_large_bodies_stream_both_ways(gateway: GatewayServer, superlink: SuperLink) -> None:
     body = bytes(range(256)) * (5 << 12)  # 5 MiB, Flower's chunk
     superlink.answer = lambda seen: (200, seen.body[::-1])
-    answer = post(gate, "/v1/fleet/push-object", body)
+    answer = post(gateway, "/v1/fleet/push-object", body)
     assert answer.content == body[::-1]
     assert superlink.seen[0].headers["content-length"] == str(len(body))
-    chunked = post(gate, "/v1/fleet/push-object", (body[i : i + 65536] for i in range(0, len(body), 65536)))
+    chunked = post(gateway, "/v1/fleet/push-object", (body[i : i + 65536] for i in range(0, len(body), 65536)))
     assert chunked.content == body[::-1]
 
 
-def test_errors_of_the_superlink_come_through(gate: GatewayServer, superlink: SuperLink) -> None:
+def test_errors_of_the_superlink_come_through(gateway: GatewayServer, superlink: SuperLink) -> None:
     superlink.answer = lambda _: (401, b'{"detail":"no"}')
-    assert (post(gate, PULLS).status_code, post(gate, GET_RUN).status_code) == (401, 401)
+    assert (post(gateway, PULLS).status_code, post(gateway, GET_RUN).status_code) == (401, 401)
     assert len(superlink.seen) == 2
 
 
-def test_health_is_the_gates_own(gate: GatewayServer, superlink: SuperLink) -> None:
-    assert raw(gate, line("GET /health HTTP/1.1")) == [b"HTTP/1.1 200 OK"]
+def test_health_is_answered_by_the_gateway(gateway: GatewayServer, superlink: SuperLink) -> None:
+    assert raw(gateway, line("GET /health HTTP/1.1")) == [b"HTTP/1.1 200 OK"]
     for start in ("POST /health HTTP/1.1", "GET /health/ HTTP/1.1", "GET /health?x HTTP/1.1", "HEAD /health HTTP/1.1"):
-        assert raw(gate, line(start)) == [b"HTTP/1.1 404 Not Found"], start
+        assert raw(gateway, line(start)) == [b"HTTP/1.1 404 Not Found"], start
     assert superlink.seen == []
 
 
-# --- what does not -------------------------------------------------------------------------------------------------
+# --- refused --------------------------------------------------------------------------------------------------------
 
 SECRET = [
     "/v1/control/start-run",
@@ -257,7 +257,7 @@ SPELLINGS = {
     "query after": "{0}?x=1",
     "fragment": "/v1/fleet/get-run#{0}",
     "absolute": "http://127.0.0.1{0}",
-    "absolute with user": "http://gate@127.0.0.1{0}",
+    "absolute with user": "http://gateway@127.0.0.1{0}",
     "no slash": "v1/{1}",
     "backslash": "/v1\\{1}",
     "trailing slash": "{0}/",
@@ -267,11 +267,11 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
 def test_nothing_but_the_fleet_comes_through_in_any_spelling(
-    gate: GatewayServer, superlink: SuperLink, spelling: str
+    gateway: GatewayServer, superlink: SuperLink, spelling: str
 ) -> None:
     for path in SECRET:
         target = spelling.format(path, path.removeprefix("/v1/").lstrip("/"), path.upper())
-        statuses = raw(gate, line(f"POST {target} HTTP/1.1", "Content-Type: application/protobuf", body=b"\x0a"))
+        statuses = raw(gateway, line(f"POST {target} HTTP/1.1", "Content-Type: application/protobuf", body=b"\x0a"))
         assert statuses == [b"HTTP/1.1 404 Not Found"], target
     assert superlink.seen == []
 
@@ -279,30 +279,30 @@ def test_nothing_but_the_fleet_comes_through_in_any_spelling(
 @pytest.mark.parametrize(
     "target", [f"{GET_RUN}/", f"/{GET_RUN}", GET_RUN.upper(), f"{GET_RUN}?a=1", "/v1/fleet/get%2Drun"]
 )
-def test_known_paths_in_other_spellings_are_unknown(gate: GatewayServer, superlink: SuperLink, target: str) -> None:
-    assert raw(gate, line(f"POST {target} HTTP/1.1")) == [b"HTTP/1.1 404 Not Found"]
+def test_known_paths_in_other_spellings_are_unknown(gateway: GatewayServer, superlink: SuperLink, target: str) -> None:
+    assert raw(gateway, line(f"POST {target} HTTP/1.1")) == [b"HTTP/1.1 404 Not Found"]
     assert superlink.seen == []
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "post"])
-def test_other_methods_are_unknown(gate: GatewayServer, superlink: SuperLink, method: str) -> None:
+def test_other_methods_are_unknown(gateway: GatewayServer, superlink: SuperLink, method: str) -> None:
     for target in (GET_RUN, "/v1/control/start-run", "*", "127.0.0.1:443"):
-        assert raw(gate, line(f"{method} {target} HTTP/1.1")) == [b"HTTP/1.1 404 Not Found"], target
+        assert raw(gateway, line(f"{method} {target} HTTP/1.1")) == [b"HTTP/1.1 404 Not Found"], target
     override = line(f"GET {GET_RUN} HTTP/1.1", "X-HTTP-Method-Override: POST")
-    assert raw(gate, override) == [b"HTTP/1.1 404 Not Found"]
+    assert raw(gateway, override) == [b"HTTP/1.1 404 Not Found"]
     assert superlink.seen == []
 
 
-def test_no_upgrade_comes_through(gate: GatewayServer, superlink: SuperLink) -> None:
+def test_no_upgrade_comes_through(gateway: GatewayServer, superlink: SuperLink) -> None:
     upgrade = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: eA==")
     for target in ("/v1/control/stream-logs", GET_RUN, "/"):
-        start = f"GET {target} HTTP/1.1\r\nHost: gate\r\n"
-        assert raw(gate, (start + "\r\n".join(upgrade) + "\r\n\r\n").encode()) == [b"HTTP/1.1 404 Not Found"]
+        start = f"GET {target} HTTP/1.1\r\nHost: gateway\r\n"
+        assert raw(gateway, (start + "\r\n".join(upgrade) + "\r\n\r\n").encode()) == [b"HTTP/1.1 404 Not Found"]
     assert superlink.seen == []
 
 
 INNER = b"POST /v1/control/start-run HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-KEEP = f"POST {GET_RUN} HTTP/1.1\r\nHost: gate\r\n".encode()
+KEEP = f"POST {GET_RUN} HTTP/1.1\r\nHost: gateway\r\n".encode()
 
 
 @pytest.mark.parametrize(
@@ -321,10 +321,10 @@ KEEP = f"POST {GET_RUN} HTTP/1.1\r\nHost: gate\r\n".encode()
     ],
 )
 def test_no_request_hides_in_another(
-    gate: GatewayServer, superlink: SuperLink, request_: bytes, statuses: list[int]
+    gateway: GatewayServer, superlink: SuperLink, request_: bytes, statuses: list[int]
 ) -> None:
-    """Bodies are framed anew: what a hidden request would need is a body that two readers end differently."""
-    found = [int(status.split()[1]) for status in raw(gate, request_)]
+    """The gateway frames bodies itself. Smuggling needs a body that two parsers end at different places."""
+    found = [int(status.split()[1]) for status in raw(gateway, request_)]
     assert found == statuses or (400 in statuses and found in ([400], [501])), found
     assert {seen.line for seen in superlink.seen} <= {f"POST {GET_RUN} HTTP/1.1"}
     assert len(superlink.seen) == statuses.count(200)
@@ -333,28 +333,30 @@ def test_no_request_hides_in_another(
         assert len(seen.body) == int(seen.headers["content-length"])
 
 
-def test_large_requests_are_refused(gate: GatewayServer, superlink: SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("colora.server.deployment.gateway.body.MOST", 3 << 20)
+def test_large_requests_are_refused(
+    gateway: GatewayServer, superlink: SuperLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("colora.server.deployment.gateway.body.MAX_BODY", 3 << 20)
     declared = line(f"POST {GET_RUN} HTTP/1.1", f"Content-Length: {(3 << 20) + 1}")
-    assert raw(gate, declared)[0].startswith(b"HTTP/1.1 413 ")
+    assert raw(gateway, declared)[0].startswith(b"HTTP/1.1 413 ")
     assert superlink.seen == []
     chunks = (b"\0" * (1 << 18) for _ in range(40))
-    with contextlib.suppress(httpx.TransportError):  # cut off while it was still sending
-        assert post(gate, GET_RUN, chunks).status_code == 413
-    assert superlink.seen == []  # what began to stream never became a whole request
-    assert post(gate, GET_RUN, b"small").status_code == 200
+    with contextlib.suppress(httpx.TransportError):  # the connection is closed while it sends
+        assert post(gateway, GET_RUN, chunks).status_code == 413
+    assert superlink.seen == []  # the streamed request was never completed
+    assert post(gateway, GET_RUN, b"small").status_code == 200
 
 
-# --- holding -------------------------------------------------------------------------------------------------------
+# --- held -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_request_is_held_until_the_superlink_is_back() -> None:
     port = free_port()
-    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(f"http://127.0.0.1:{port}", hold=15.0)) as gate:
+    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(f"http://127.0.0.1:{port}", hold=15.0)) as gateway:
         answers: list[httpx.Response] = []
         bodies = {GET_RUN: b"small", "/v1/fleet/push-object": b"l" * (3 << 20), "/v1/fleet/activate-node": b"a"}
         callers = [
-            threading.Thread(target=lambda p=p, b=b: answers.append(post(gate, p, b))) for p, b in bodies.items()
+            threading.Thread(target=lambda p=p, b=b: answers.append(post(gateway, p, b))) for p, b in bodies.items()
         ]
         for caller in callers:
             caller.start()
@@ -368,24 +370,24 @@ def test_a_request_is_held_until_the_superlink_is_back() -> None:
     assert sorted(len(seen.body) for seen in link.seen) == [1, 5, 3 << 20]
 
 
-def test_a_gate_can_hold_although_the_superlink_answers(gate: GatewayServer, superlink: SuperLink) -> None:
-    """It would refuse a SuperNode whose key it is still to be told, and SuperNode exits on that."""
-    gate.hold()
+def test_requests_can_be_held_although_the_superlink_answers(gateway: GatewayServer, superlink: SuperLink) -> None:
+    """Before its keys are registered, the SuperLink refuses SuperNodes, which then exit."""
+    gateway.hold()
     answers: list[int] = []
-    caller = threading.Thread(target=lambda: answers.append(post(gate, "/v1/fleet/activate-node").status_code))
+    caller = threading.Thread(target=lambda: answers.append(post(gateway, "/v1/fleet/activate-node").status_code))
     caller.start()
     caller.join(0.5)
     assert (answers, superlink.seen) == ([], [])
-    gate.release()
+    gateway.release()
     caller.join(5)
     assert (answers, len(superlink.seen)) == ([200], 1)
 
 
 @pytest.mark.parametrize("path", [GET_RUN, PULLS])
 def test_it_is_held_no_longer_than_said(path: str) -> None:
-    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(f"http://127.0.0.1:{free_port()}", hold=0.5)) as gate:
+    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(f"http://127.0.0.1:{free_port()}", hold=0.5)) as gateway:
         began = time.monotonic()
-        assert post(gate, path).status_code == 503
+        assert post(gateway, path).status_code == 503
         assert time.monotonic() - began < 3
 
 
@@ -394,29 +396,29 @@ def test_heartbeats_are_held_for_less_than_supernode_waits() -> None:
     from flwr.supernode.fleet_http_client import FleetHttpClient
 
     assert CALLS[b"/v1/fleet/send-node-heartbeat"].hold + 1 < HEARTBEAT_CALL_TIMEOUT
-    with FleetHttpClient("http://gate") as client:
+    with FleetHttpClient("http://gateway") as client:
         waits = client._client.timeout.read
     assert waits is not None
-    assert max(call.hold for call in CALLS.values()) + rules.RETRY < waits
+    assert max(call.hold for call in CALLS.values()) + proxy.RETRY_INTERVAL < waits
     assert Upstream("").linger < Upstream("").hold < waits
 
 
-def test_what_may_not_happen_twice_is_sent_once(gate: GatewayServer, superlink: SuperLink) -> None:
-    """The fake hangs up after reading the request, so nobody knows whether it acted on it."""
+def test_what_may_not_happen_twice_is_sent_once(gateway: GatewayServer, superlink: SuperLink) -> None:
+    """The fake closes the connection after reading the request, so its outcome is unknown."""
     superlink.answer = lambda _: None
-    assert post(gate, "/v1/fleet/activate-node").status_code == 503
+    assert post(gateway, "/v1/fleet/activate-node").status_code == 503
     assert len(superlink.seen) == 1
-    assert post(gate, "/v1/fleet/push-object", b"s" * (2 << 20)).status_code == 503  # a stream is gone
+    assert post(gateway, "/v1/fleet/push-object", b"s" * (2 << 20)).status_code == 503  # a stream cannot be read again
     assert len(superlink.seen) == 2
 
 
-def test_what_may_happen_twice_is_sent_again(gate: GatewayServer, superlink: SuperLink) -> None:
+def test_what_may_happen_twice_is_sent_again(gateway: GatewayServer, superlink: SuperLink) -> None:
     superlink.answer = lambda _: None if len(superlink.seen) < 3 else (200, b"third")
-    assert post(gate, "/v1/fleet/push-messages", b"same").content == b"third"
+    assert post(gateway, "/v1/fleet/push-messages", b"same").content == b"third"
     assert [seen.body for seen in superlink.seen] == [b"same"] * 3
 
 
-# --- lingering -----------------------------------------------------------------------------------------------------
+# --- repeated -------------------------------------------------------------------------------------------------------
 
 
 def test_an_empty_pull_is_no_bytes_in_flowers_own_words() -> None:
@@ -424,99 +426,99 @@ def test_an_empty_pull_is_no_bytes_in_flowers_own_words() -> None:
     from flwr.proto.message_pb2 import Message
     from starlette.responses import Response
 
-    assert rules.is_empty(Response(PullMessagesResponse(messages_list=[], message_object_trees=[]).SerializeToString()))
-    assert not rules.is_empty(Response(PullMessagesResponse(messages_list=[Message()]).SerializeToString()))
-    assert not rules.is_empty(Response(PullMessagesResponse(reconnect=Reconnect()).SerializeToString()))
-    assert not rules.is_empty(Response(b"", 401))
+    assert proxy.is_empty(Response(PullMessagesResponse(messages_list=[], message_object_trees=[]).SerializeToString()))
+    assert not proxy.is_empty(Response(PullMessagesResponse(messages_list=[Message()]).SerializeToString()))
+    assert not proxy.is_empty(Response(PullMessagesResponse(reconnect=Reconnect()).SerializeToString()))
+    assert not proxy.is_empty(Response(b"", 401))
 
 
-def test_a_pull_lingers_until_there_is_a_message(gate: GatewayServer, superlink: SuperLink) -> None:
+def test_a_pull_lingers_until_there_is_a_message(gateway: GatewayServer, superlink: SuperLink) -> None:
     superlink.answer = lambda _: (200, b"message" if len(superlink.seen) == 5 else b"")
-    assert post(gate, PULLS, b"node", headers={"flwr-signature": "s"}).content == b"message"
+    assert post(gateway, PULLS, b"node", headers={"flwr-signature": "s"}).content == b"message"
     assert {(seen.body, seen.headers["flwr-signature"]) for seen in superlink.seen} == {(b"node", "s")}
     assert len(superlink.seen) == 5
-    assert not gate.server.passage.waiting
+    assert not gateway.server.proxy.waiting
 
 
 def test_an_object_on_its_way_is_told_from_others_in_flowers_own_words() -> None:
     from flwr.proto.message_pb2 import PullObjectResponse
     from starlette.responses import Response
 
-    def told(**fields: object) -> bool:
-        return rules.is_on_its_way(Response(PullObjectResponse(**fields).SerializeToString()))
+    def incomplete(**fields: object) -> bool:
+        return proxy.is_incomplete(Response(PullObjectResponse(**fields).SerializeToString()))
 
-    assert told(object_found=True, object_available=False)
-    assert not told(object_found=True, object_available=True, object_content=b"x")
-    assert not told(object_found=False, object_available=False)
+    assert incomplete(object_found=True, object_available=False)
+    assert not incomplete(object_found=True, object_available=True, object_content=b"x")
+    assert not incomplete(object_found=False, object_available=False)
 
 
-def test_a_pull_of_an_object_lingers_until_it_has_come(gate: GatewayServer, superlink: SuperLink) -> None:
+def test_a_pull_of_an_object_lingers_until_it_has_come(gateway: GatewayServer, superlink: SuperLink) -> None:
     superlink.answer = lambda _: (200, b"\x08\x01\x10\x01" if len(superlink.seen) == 4 else b"\x08\x01")
     began = time.monotonic()
-    assert post(gate, "/v1/fleet/pull-object", b"id").content == b"\x08\x01\x10\x01"
+    assert post(gateway, "/v1/fleet/pull-object", b"id").content == b"\x08\x01\x10\x01"
     assert time.monotonic() - began < 1.0  # SuperNode by itself: 1 + 2 + 4 s
     assert [seen.body for seen in superlink.seen] == [b"id"] * 4
     superlink.answer = lambda _: (200, b"\x08\x01")
-    assert post(gate, "/v1/fleet/pull-object", b"id").content == b"\x08\x01"  # not for ever: SuperNode asks again
-    assert gate.server.passage.awaited == 0
+    assert post(gateway, "/v1/fleet/pull-object", b"id").content == b"\x08\x01"  # SuperNode then repeats the pull
+    assert gateway.server.proxy.waiting_objects == 0
 
 
-def test_a_pull_ends_empty_when_there_is_none(gate: GatewayServer, superlink: SuperLink) -> None:
+def test_a_pull_ends_empty_when_there_is_none(gateway: GatewayServer, superlink: SuperLink) -> None:
     superlink.answer = lambda _: (200, b"")
     began = time.monotonic()
-    answer = post(gate, PULLS)
+    answer = post(gateway, PULLS)
     assert (answer.status_code, answer.content) == (200, b"")
     assert 1.0 < time.monotonic() - began < 5.0
-    assert len(superlink.seen) <= 16  # 1.5 s at one in 0.1 s, and the first
+    assert len(superlink.seen) <= 16  # every 0.1 s for 1.5 s, and the first
 
 
-def test_nothing_is_asked_for_a_caller_that_is_gone(gate: GatewayServer, superlink: SuperLink) -> None:
-    """A message that is claimed for nobody is lost. The third question would have found one."""
+def test_nothing_is_asked_for_a_caller_that_is_gone(gateway: GatewayServer, superlink: SuperLink) -> None:
+    """A message that is pulled for a caller that is gone is lost."""
     superlink.answer = lambda _: (200, b"" if len(superlink.seen) < 8 else b"message")
-    with socket.create_connection(("127.0.0.1", gate.port)) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
         connection.sendall(line(f"POST {PULLS} HTTP/1.1", body=b"node"))
         assert superlink.wait_for(2)
     assert not superlink.wait_for(5, seconds=1.0)
-    assert not gate.server.passage.waiting
+    assert not gateway.server.proxy.waiting
 
 
-def test_a_later_pull_of_the_same_node_ends_the_earlier(gate: GatewayServer, superlink: SuperLink) -> None:
+def test_a_later_pull_of_the_same_node_ends_the_earlier(gateway: GatewayServer, superlink: SuperLink) -> None:
     superlink.answer = lambda _: (200, b"")
     answers: list[float] = []
     began = time.monotonic()
-    first = threading.Thread(target=lambda: (post(gate, PULLS, b"n"), answers.append(time.monotonic() - began)))
+    first = threading.Thread(target=lambda: (post(gateway, PULLS, b"n"), answers.append(time.monotonic() - began)))
     first.start()
     assert superlink.wait_for(2)
-    threading.Thread(target=post, args=(gate, PULLS, b"other"), daemon=True).start()
+    threading.Thread(target=post, args=(gateway, PULLS, b"other"), daemon=True).start()
     assert superlink.wait_for(6)
-    assert answers == []  # another node's pull ends nobody's
-    post(gate, PULLS, b"n")
+    assert answers == []  # a pull of another node does not end this one
+    post(gateway, PULLS, b"n")
     first.join(5)
     assert answers[0] < 1.4
 
 
-def test_a_pull_that_the_superlink_refuses_ends_nobody_elses(gate: GatewayServer, superlink: SuperLink) -> None:
-    """Otherwise anybody with a site's public key could keep its messages waiting."""
+def test_a_pull_that_the_superlink_refuses_ends_nobody_elses(gateway: GatewayServer, superlink: SuperLink) -> None:
+    """Otherwise anyone with a site's public key could delay its messages."""
     superlink.answer = lambda seen: (200, b"") if seen.headers.get("flwr-signature") == "good" else (401, b"no")
     answers: list[float] = []
     began, key = time.monotonic(), {"flwr-public-key": "k"}
-    mine = lambda: post(gate, PULLS, b"n", headers=key | {"flwr-signature": "good"})  # noqa: E731
+    mine = lambda: post(gateway, PULLS, b"n", headers=key | {"flwr-signature": "good"})  # noqa: E731
     first = threading.Thread(target=lambda: (mine(), answers.append(time.monotonic() - began)))
     first.start()
     assert superlink.wait_for(2)
-    assert post(gate, PULLS, b"n", headers=key | {"flwr-signature": "forged"}).status_code == 401
+    assert post(gateway, PULLS, b"n", headers=key | {"flwr-signature": "forged"}).status_code == 401
     first.join(5)
     assert answers[0] > 1.0
 
 
 def test_a_pull_goes_on_when_the_superlink_comes_back(superlink: SuperLink) -> None:
-    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(f"http://127.0.0.1:{superlink.port}")) as gate:
+    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(f"http://127.0.0.1:{superlink.port}")) as gateway:
         superlink.answer = lambda _: (200, b"")
         answers: list[bytes] = []
-        caller = threading.Thread(target=lambda: answers.append(post(gate, PULLS).content))
+        caller = threading.Thread(target=lambda: answers.append(post(gateway, PULLS).content))
         caller.start()
         assert superlink.wait_for(2)
-        superlink.answer = lambda _: None  # connections that it still has die too
+        superlink.answer = lambda _: None  # open connections are closed too
         superlink.stop()
         caller.join(0.6)
         assert answers == []
@@ -528,11 +530,11 @@ def test_a_pull_goes_on_when_the_superlink_comes_back(superlink: SuperLink) -> N
 
 
 def test_many_idle_nodes_ask_no_more_than_the_rate(superlink: SuperLink) -> None:
-    """50 nodes at one question in 0.1 s each would be 500 a second."""
+    """50 nodes with one request per 0.1 s each would cause 500 requests per second."""
     superlink.answer = lambda _: (200, b"")
     url, began = f"http://127.0.0.1:{superlink.port}", time.monotonic()
-    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(url, linger=3.0, rate=20.0)) as gate:
-        callers = [threading.Thread(target=post, args=(gate, PULLS, b"%d" % n)) for n in range(50)]
+    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(url, linger=3.0, rate=20.0)) as gateway:
+        callers = [threading.Thread(target=post, args=(gateway, PULLS, b"%d" % n)) for n in range(50)]
         for caller in callers:
             caller.start()
         for caller in callers:
@@ -542,21 +544,22 @@ def test_many_idle_nodes_ask_no_more_than_the_rate(superlink: SuperLink) -> None
 
 
 def test_news_for_one_node_wakes_all(superlink: SuperLink) -> None:
-    """A round's messages go to all sites at once; nobody then waits out a long pause."""
+    """A round's messages go to all sites at once, so no pull should wait for its pause to end."""
     there = threading.Event()
     superlink.answer = lambda _: (200, b"message" if there.is_set() else b"")
     url = f"http://127.0.0.1:{superlink.port}"
-    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(url, rate=2.0, slowest=6.0)) as gate:
+    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(url, rate=2.0, slowest=6.0)) as gateway:
         answers: list[bytes] = []
         callers = [
-            threading.Thread(target=lambda n=n: answers.append(post(gate, PULLS, b"%d" % n).content)) for n in range(12)
+            threading.Thread(target=lambda n=n: answers.append(post(gateway, PULLS, b"%d" % n).content))
+            for n in range(12)
         ]
-        for caller in callers:  # 12 nodes at 2 questions a second: a pause of 6 s
+        for caller in callers:  # 12 nodes at 2 requests per second: a pause of 6 s
             caller.start()
         assert superlink.wait_for(12)
         there.set()
         began = time.monotonic()
-        answers.append(post(gate, PULLS, b"new").content)
+        answers.append(post(gateway, PULLS, b"new").content)
         for caller in callers:
             caller.join(5)
         assert answers == [b"message"] * 13

@@ -1,4 +1,4 @@
-"""The gate as a service: port, TLS, silence, a clean end; and before a real SuperLink (slow)."""
+"""The gateway as a service: port, TLS, no output, clean shutdown; and in front of a real SuperLink (slow)."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ def write_certificate(folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def health(gate: GatewayServer, **how: object) -> httpx.Response:
-    scheme = "https" if gate.door.certificate else "http"
-    return httpx.get(f"{scheme}://{gate.address}/health", trust_env=False, **how)  # type: ignore[arg-type]
+def health(gateway: GatewayServer, **how: object) -> httpx.Response:
+    scheme = "https" if gateway.listen.certificate else "http"
+    return httpx.get(f"{scheme}://{gateway.address}/health", trust_env=False, **how)  # type: ignore[arg-type]
 
 
-def test_a_taken_port_is_said_so() -> None:
+def test_a_port_in_use_is_reported() -> None:
     with (
-        GatewayServer(HERE, NOWHERE) as gate,
-        pytest.raises(StateError, match=f"127.0.0.1:{gate.port}: expected a free port"),
+        GatewayServer(HERE, NOWHERE) as gateway,
+        pytest.raises(StateError, match=f"Cannot listen on 127.0.0.1:{gateway.port}: Address already in use"),
     ):
-        GatewayServer(ListenAddress("127.0.0.1", gate.port), NOWHERE).__enter__()
+        GatewayServer(ListenAddress("127.0.0.1", gateway.port), NOWHERE).__enter__()
 
 
-def test_an_address_of_another_machine_is_said_so() -> None:
-    with pytest.raises(StateError, match="expected a free port of this machine"):
+def test_an_address_of_another_machine_is_reported() -> None:
+    with pytest.raises(StateError, match=r"Cannot listen on 192\.0\.2\.1:0: Cannot assign requested address"):
         GatewayServer(ListenAddress("192.0.2.1", 0), NOWHERE).__enter__()
 
 
@@ -74,35 +74,35 @@ def test_certificates_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     certificate, key = write_certificate(tmp_path)
     (tmp_path / "other").mkdir()
     foreign = write_certificate(tmp_path / "other")[1]
-    with pytest.raises(StateError, match=r"server\.crt: expected a certificate that fits .*other"):
+    with pytest.raises(StateError, match=r"certificate .*server\.crt cannot be used with the key .*other"):
         GatewayServer(ListenAddress("127.0.0.1", 0, certificate, foreign), NOWHERE)
     with pytest.raises(StateError, match="none"):
         GatewayServer(ListenAddress("127.0.0.1", 0, tmp_path / "none", key), NOWHERE)
-    with pytest.raises(StateError, match=r"server\.key: expected a CA certificate"):
+    with pytest.raises(StateError, match=r"CA certificate .*server\.key cannot be read"):
         GatewayServer(HERE, Upstream("https://127.0.0.1:9", ca=key))
 
 
 def test_it_ends_cleanly_and_the_port_is_free_again() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with GatewayServer(HERE, NOWHERE) as gate:
-        assert health(gate).text == "ok"
-        assert gate.alive
+    with GatewayServer(HERE, NOWHERE) as gateway:
+        assert health(gateway).text == "ok"
+        assert gateway.alive
         assert {number: signal.getsignal(number) for number in before} == before
-    assert not gate.alive
-    with GatewayServer(ListenAddress("127.0.0.1", gate.port), NOWHERE) as again:
+    assert not gateway.alive
+    with GatewayServer(ListenAddress("127.0.0.1", gateway.port), NOWHERE) as again:
         assert health(again).text == "ok"
-    assert "colora-gate" not in {thread.name for thread in threading.enumerate()}
+    assert "colora-gateway" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_its_end_answers_what_is_held() -> None:
     answers: list[int] = []
-    with GatewayServer(HERE, Upstream("http://127.0.0.1:9")) as gate:
-        url = f"http://{gate.address}/v1/fleet/get-run"
+    with GatewayServer(HERE, Upstream("http://127.0.0.1:9")) as gateway:
+        url = f"http://{gateway.address}/v1/fleet/get-run"
         caller = threading.Thread(
             target=lambda: answers.append(httpx.post(url, trust_env=False, timeout=30).status_code)
         )
         caller.start()
-        while not gate.server.server_state.tasks:
+        while not gateway.server.server_state.tasks:
             caller.join(0.01)
         began = time.monotonic()
     caller.join(5)
@@ -112,40 +112,40 @@ def test_its_end_answers_what_is_held() -> None:
 
 def test_it_speaks_tls_and_nothing_else(tmp_path: Path) -> None:
     certificate, key = write_certificate(tmp_path)
-    with GatewayServer(ListenAddress("127.0.0.1", 0, certificate, key), NOWHERE) as gate:
+    with GatewayServer(ListenAddress("127.0.0.1", 0, certificate, key), NOWHERE) as gateway:
         trusting = ssl.create_default_context(cafile=certificate)
-        assert health(gate, verify=trusting).text == "ok"
+        assert health(gateway, verify=trusting).text == "ok"
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"http://{gate.address}/health", trust_env=False)
+            httpx.get(f"http://{gateway.address}/health", trust_env=False)
         with pytest.raises(httpx.ConnectError, match="certificate"):
-            health(gate)
+            health(gateway)
         old = ssl.create_default_context(cafile=certificate)
         with pytest.warns(DeprecationWarning, match="TLSv1_1"):
             old.maximum_version = ssl.TLSVersion.TLSv1_1
         with pytest.raises(httpx.ConnectError):
-            health(gate, verify=old)
+            health(gateway, verify=old)
 
 
 def test_nothing_that_callers_send_reaches_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     certificate, key = write_certificate(tmp_path)
-    for door in (HERE, ListenAddress("127.0.0.1", 0, certificate, key)):
-        with GatewayServer(door, NOWHERE) as gate:
+    for listen in (HERE, ListenAddress("127.0.0.1", 0, certificate, key)):
+        with GatewayServer(listen, NOWHERE) as gateway:
             for garbage in (
                 b"\x16\x03\x01garbage\r\n\r\n",
                 b"GET / HTTP/9.9\r\n\r\n",
                 b"POST /v1/fleet/get-run HTTP/1.1\r\n",
             ):
-                with socket.create_connection(("127.0.0.1", gate.port), 5) as connection:
+                with socket.create_connection(("127.0.0.1", gateway.port), 5) as connection:
                     connection.sendall(garbage)
                     connection.shutdown(socket.SHUT_WR)
                     while connection.recv(4096):
                         pass
-            trust = {"verify": ssl.create_default_context(cafile=certificate)} if door.certificate else {}
-            assert health(gate, **trust).text == "ok"
+            trust = {"verify": ssl.create_default_context(cafile=certificate)} if listen.certificate else {}
+            assert health(gateway, **trust).text == "ok"
     assert capfd.readouterr() == ("", "")
 
 
-# --- a real SuperLink behind it, a real SuperNode before it, and somebody outside who tries what he can -------------
+# --- between a real SuperLink and a real SuperNode, with requests from outside ---------------------------------------
 
 OUTSIDE = [
     "/v1/control/start-run",
@@ -162,21 +162,21 @@ OUTSIDE = [
 
 
 @dataclass
-class World:
+class Deployment:
     link: SuperLink
-    gate: GatewayServer
+    gateway: GatewayServer
     node: subprocess.Popen[bytes]
     log: Path
     trust: ssl.SSLContext
 
     @property
     def asking(self) -> int:
-        """How many SuperNodes have an empty pull lingering at the gate."""
-        return len(self.gate.server.passage.waiting)
+        """Number of SuperNodes with an empty pull that the gateway repeats."""
+        return len(self.gateway.server.proxy.waiting)
 
 
 def eventually(true: Callable[[], object], seconds: float = 60.0) -> bool:
-    """Whether it comes true: these are other processes, which tell nobody."""
+    """Wait until a condition on other processes holds; whether it did."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         try:
@@ -189,8 +189,8 @@ def eventually(true: Callable[[], object], seconds: float = 60.0) -> bool:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("world")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    folder = tmp_path_factory.mktemp("deployment")
     certificate, key = write_certificate(folder)
     site = ec.generate_private_key(ec.SECP384R1())
     openssh, plain = serialization.Encoding.OpenSSH, serialization.NoEncryption()
@@ -199,11 +199,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     public = site.public_key().public_bytes(openssh, serialization.PublicFormat.OpenSSH)
     link = SuperLink(folder / "flower", folder, folder / "superlink.log", Certificates(certificate, certificate, key))
     trust = ssl.create_default_context(cafile=certificate)
-    with GatewayServer(ListenAddress("127.0.0.1", 0, certificate, key), Upstream(link.url, certificate)) as gate:
+    with GatewayServer(ListenAddress("127.0.0.1", 0, certificate, key), Upstream(link.url, certificate)) as gateway:
         link.start()
         assert eventually(lambda: link.online() == []), (folder / "superlink.log").read_text()
         link.register({"north": public})
-        arguments = ["--superlink", gate.address, "--port", str(free_port()), "--root-certificates", str(certificate)]
+        arguments = [
+            "--superlink",
+            gateway.address,
+            "--port",
+            str(free_port()),
+            "--root-certificates",
+            str(certificate),
+        ]
         arguments += ["--auth-supernode-private-key", str(site_key)]
         with log.open("wb") as output:
             node = subprocess.Popen(
@@ -214,7 +221,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
                 start_new_session=True,
             )
         try:
-            yield World(link, gate, node, log, trust)
+            yield Deployment(link, gateway, node, log, trust)
         finally:
             os.killpg(node.pid, signal.SIGKILL)
             node.wait()
@@ -222,55 +229,58 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @pytest.mark.slow
-def test_a_supernode_comes_online_through_the_gate_and_its_pulls_linger(world: World) -> None:
-    assert eventually(lambda: world.link.online() == ["north"]), world.log.read_text()
-    assert eventually(lambda: world.asking == 1)
+def test_a_supernode_comes_online_through_the_gate_and_its_pulls_linger(deployment: Deployment) -> None:
+    assert eventually(lambda: deployment.link.online() == ["north"]), deployment.log.read_text()
+    assert eventually(lambda: deployment.asking == 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", OUTSIDE)
-def test_nothing_else_is_there_from_outside(world: World, path: str) -> None:
+def test_nothing_else_is_there_from_outside(deployment: Deployment, path: str) -> None:
     headers = {"content-type": "application/protobuf"}
-    with httpx.Client(verify=world.trust, trust_env=False) as client:
+    with httpx.Client(verify=deployment.trust, trust_env=False) as client:
         inside = client.request(
-            "GET" if "." in path or path == "/docs" else "POST", world.link.url + path, headers=headers
+            "GET" if "." in path or path == "/docs" else "POST", deployment.link.url + path, headers=headers
         )
         assert inside.status_code not in (404, 502) or path == "/health/", "the SuperLink itself does answer"
         for method in ("POST", "GET"):
-            assert client.request(method, f"https://{world.gate.address}{path}", headers=headers).status_code == 404
+            assert (
+                client.request(method, f"https://{deployment.gateway.address}{path}", headers=headers).status_code
+                == 404
+            )
 
 
 @pytest.mark.slow
-def test_a_caller_without_a_key_is_refused_by_the_superlink(world: World) -> None:
-    with httpx.Client(verify=world.trust, trust_env=False) as client:
+def test_a_caller_without_a_key_is_refused_by_the_superlink(deployment: Deployment) -> None:
+    with httpx.Client(verify=deployment.trust, trust_env=False) as client:
         headers = {"content-type": "application/protobuf"}
-        answer = client.post(f"https://{world.gate.address}/v1/fleet/pull-messages", headers=headers)
+        answer = client.post(f"https://{deployment.gateway.address}/v1/fleet/pull-messages", headers=headers)
     assert answer.status_code == 401
 
 
 @pytest.mark.slow
-def test_a_supernode_survives_the_superlinks_death(world: World) -> None:
-    """Held by the gate, it hardly notices: one retry at most, when its pull had lingered for long before."""
-    assert eventually(lambda: world.asking == 1)
-    said = len(world.log.read_bytes())
+def test_a_supernode_survives_the_superlinks_death(deployment: Deployment) -> None:
+    """The gateway holds its requests: it retries once at most, if its pull had been open for long."""
+    assert eventually(lambda: deployment.asking == 1)
+    logged = len(deployment.log.read_bytes())
     for _ in range(2):
-        os.kill(world.link.child.pid or 0, signal.SIGKILL)
-        world.link.child.start()
+        os.kill(deployment.link.child.pid or 0, signal.SIGKILL)
+        deployment.link.child.start()
         began = time.monotonic()
-        assert eventually(lambda: world.link.online() == ["north"])
-        assert eventually(lambda: world.asking == 1)
+        assert eventually(lambda: deployment.link.online() == ["north"])
+        assert eventually(lambda: deployment.asking == 1)
         assert time.monotonic() - began < 20
-        assert world.node.poll() is None
-    assert world.log.read_bytes()[said:].count(b"retrying") <= 2, world.log.read_text()
+        assert deployment.node.poll() is None
+    assert deployment.log.read_bytes()[logged:].count(b"retrying") <= 2, deployment.log.read_text()
 
 
 @pytest.mark.slow
-def test_a_new_run_ends_the_one_before(world: World) -> None:
-    """Or a SuperNode waits a minute for the rest of what a dead ServerApp was sending it."""
-    assert eventually(lambda: world.link.online() == ["north"])
-    world.link.prepare()
-    first, second = world.link.submit(), world.link.submit()
-    with world.link._control() as control:
+def test_a_new_run_ends_the_one_before(deployment: Deployment) -> None:
+    """Otherwise a SuperNode waits a minute for the rest of a message from a dead ServerApp."""
+    assert eventually(lambda: deployment.link.online() == ["north"])
+    deployment.link.prepare()
+    first, second = deployment.link.submit(), deployment.link.submit()
+    with deployment.link._control() as control:
         runs = control.ListRuns(ListRunsRequest()).run_dict
     assert (runs[first].status.status, runs[first].status.sub_status) == ("finished", "stopped")
     assert runs[second].status.sub_status != "stopped"

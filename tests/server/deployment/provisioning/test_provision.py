@@ -1,4 +1,4 @@
-"""What ``colora provision`` writes is what TLS stacks and Flower take, private, and never written over."""
+"""``colora provision``: its files work with TLS and Flower, are private, and are never overwritten."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def with_sites(*names: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder for PLAN; not to be changed."""
+    """The provisioned folder for PLAN; read-only."""
     folder = tmp_path_factory.mktemp("made")
     assert provision(write_plan(folder), folder / "keys") == ["north", "South.2"]
     return folder / "keys"
@@ -248,7 +248,7 @@ def test_every_commented_example_of_a_site_file_is_a_key_that_exists(made: Path)
 
 def test_what_exists_is_never_written_over(keys: Path, tmp_path: Path) -> None:
     before, plan = content(keys), write_plan(tmp_path, with_sites("other"))
-    with pytest.raises(StateError, match=r"expected a folder that is not there yet \(--add .*\), found one that is"):
+    with pytest.raises(StateError, match=r"keys already exists\. Choose another --out, or use --add"):
         provision(plan, keys)
     assert content(keys) == before
     (tmp_path / "empty").mkdir()
@@ -281,21 +281,23 @@ def test_a_site_whose_folder_was_handed_over_gets_no_second_key(keys: Path, tmp_
 
 def test_a_site_whose_public_key_was_taken_away_does_not_come_back_by_itself(keys: Path, tmp_path: Path) -> None:
     (keys / "coordinator/sites/north.pub").unlink()
-    with pytest.raises(StateError, match=r"sites/north: expected .*north\.pub beside it \(delete the folder .*\)"):
+    with pytest.raises(
+        StateError, match=r"sites/north exists, but its public key .*north\.pub does not\. Delete the folder"
+    ):
         provision(write_plan(tmp_path), keys, add=True)
     assert not (keys / "coordinator/sites/north.pub").exists()
 
 
 def test_add_wants_the_authority_and_the_same_address(keys: Path, tmp_path: Path) -> None:
     other = {**with_sites("west"), "coordinator": {"address": "moved.example.org:9443"}}
-    with pytest.raises(ConfigError, match=r"expected names that .*server.crt is for .* also moved\.example\.org$"):
+    with pytest.raises(ConfigError, match=r"moved\.example\.org is not a name of the certificate .*server\.crt"):
         provision(write_plan(tmp_path, other), keys, add=True)
     plan = write_plan(tmp_path, with_sites("west"))
     (keys / "ca.key").write_bytes((keys / "coordinator/server.key").read_bytes())
-    with pytest.raises(StateError, match=r"expected ca\.crt and ca\.key .*, found the key is not the certificate's"):
+    with pytest.raises(StateError, match=r"ca\.crt and ca\.key in .* cannot be used: the key does not belong"):
         provision(plan, keys, add=True)
     (keys / "ca.key").unlink()
-    with pytest.raises(StateError, match=r"expected a folder that colora provision wrote, found No such file"):
+    with pytest.raises(StateError, match=r"is not a complete folder of keys: No such file"):
         provision(plan, keys, add=True)
 
 
@@ -347,7 +349,8 @@ def plan_with(**coordinator: object) -> dict[str, Any]:
     return {**PLAN, "coordinator": {"address": "fed.example.org:9443", **coordinator}}
 
 
-OWN_NAME = "expected a name of its own for every site, capitals aside"
+NO_SITES = "The file names no sites. Add a [[site]] table with a name for each site."
+TWICE = "site.name: 'a' is used more than once; upper and lower case count as the same."
 BRACKETS = "expected host:port, an IPv6 address in brackets"
 
 
@@ -361,10 +364,10 @@ BRACKETS = "expected host:port, an IPv6 address in brackets"
             "coordinator.adress: expected one of address, names, found 'adress' (did you mean 'ad",
         ),
         ({**PLAN, "site": [{"name": "a", "key": "b"}]}, "site[0].key: expected one of name, found 'key'"),
-        ({**PLAN, "site": []}, "site: expected [[site]] tables with a name each, found none"),
-        ({"coordinator": PLAN["coordinator"]}, "site: expected [[site]] tables with a name each, found none"),
-        (with_sites("a", "b", "a"), f"site.name: {OWN_NAME}, found 'a' twice"),
-        (with_sites("a", "A"), f"site.name: {OWN_NAME}, found 'a' twice"),
+        ({**PLAN, "site": []}, NO_SITES),
+        ({"coordinator": PLAN["coordinator"]}, NO_SITES),
+        (with_sites("a", "b", "a"), TWICE),
+        (with_sites("a", "A"), TWICE),
         (with_sites("../up"), "site[0].name: expected match pattern"),
         (with_sites("a", ""), "site[1].name: expected match pattern"),
         (plan_with(address="fed.example.org"), "coordinator.address: expected host:port, found 'fed.example.org'"),
@@ -375,7 +378,10 @@ BRACKETS = "expected host:port, an IPv6 address in brackets"
         (plan_with(address="::1:9443"), f"coordinator.address: {BRACKETS}, found '::1:9443'"),
         (plan_with(address='fe"d:1'), "coordinator.address: expected host:port with a host name"),
         (plan_with(address="10.0.0.256:1"), "coordinator.address: expected host:port with a host name"),
-        (plan_with(names=["größe.org"]), "coordinator.names: expected a host name (other letters than ASCII as xn--…)"),
+        (
+            plan_with(names=["größe.org"]),
+            "coordinator.names: expected a host name (ASCII, non-ASCII names in their xn-- form)",
+        ),
         (plan_with(names=['fe80::1%a"b']), "coordinator.names: expected a host name"),
         (plan_with(names="10.0.0.5"), "coordinator.names: expected"),
     ],
@@ -411,8 +417,8 @@ def test_the_command_says_what_goes_where(
         monkeypatch.setattr(sys, "argv", ["colora", "provision", "sites.toml", *arguments])
         with pytest.raises(SystemExit) as stop:
             main()
-        said = capsys.readouterr()
-        return stop.value.code or 0, said.out, said.err
+        output = capsys.readouterr()
+        return stop.value.code or 0, output.out, output.err
 
     monkeypatch.chdir(tmp_path)
     write_plan(tmp_path, with_sites("north"))
@@ -423,7 +429,7 @@ def test_the_command_says_what_goes_where(
     assert run() == (
         2,
         "",
-        "colora: keys: expected a folder that is not there yet (--add adds new sites to one), found one that is\n",
+        "colora: keys already exists. Choose another --out, or use --add to add new sites to it.\n",
     )
     write_plan(tmp_path, with_sites("north", "west"))
     assert run("--add")[:2][1].splitlines()[0] == "Added to keys: west"

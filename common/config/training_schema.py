@@ -1,0 +1,125 @@
+"""Settings of local training and evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from .field_types import STRICT, Count, Group, Positive, PositiveFloat, Rate
+
+
+@dataclass(frozen=True, config=STRICT)
+class PhaseSettings:
+    """One phase of ``schedule = "phases"``."""
+
+    steps: Positive
+    """Number of optimizer steps."""
+
+    groups: tuple[Group, ...]
+    """Parameter groups that are trained. Groups that the method does not have or train are skipped."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainSettings:
+    """Local training at a site.
+
+    With ``joint``, all trained groups take ``steps`` steps. With ``alternating``, the personal groups take
+    ``personal_steps`` while the shared ones are frozen, then the shared groups take ``shared_steps`` while the personal
+    ones are frozen. With ``phases``, the ``[[train.phase]]`` tables run one after the other.
+    """
+
+    schedule: Literal["joint", "alternating", "phases"] = "joint"
+    """Which groups are trained when, within a round."""
+
+    steps: Positive = 5
+    """Optimizer steps per round with ``joint``."""
+
+    personal_steps: Positive = 2
+    """Optimizer steps per round on the personal groups with ``alternating``."""
+
+    shared_steps: Positive = 3
+    """Optimizer steps per round on the shared groups with ``alternating``."""
+
+    phase: tuple[PhaseSettings, ...] = ()
+    """The phases of a round, as ``[[train.phase]]`` tables. Required with ``phases``, not allowed otherwise."""
+
+    final_steps: Count = 0
+    """Optimizer steps on personal groups after the last round."""
+
+    final_groups: tuple[Group, ...] | None = None
+    """Personal groups that the final steps train. Unset: all personal groups."""
+
+    batch_size: Positive = 8
+    """Examples per optimizer step."""
+
+    micro_batch: Positive | None = None
+    """Examples per forward and backward pass; gradients are accumulated. Unset: ``batch_size``. Halved automatically
+    when the device runs out of memory."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """Local optimizer."""
+
+    lr: Rate = 1e-3
+    """Learning rate of A and B."""
+
+    core_lr: Rate | None = None
+    """Learning rate of the cores. Unset: ``lr``."""
+
+    head_lr: Rate | None = None
+    """Learning rate of the head. Unset: ``lr``."""
+
+    private_lr: Rate | None = None
+    """Learning rate of the private adapter. Unset: ``lr``."""
+
+    head_init: Literal["random", "probe"] | None = None
+    """Initial values of a personal linear head. ``probe`` fits a regression to the frozen features of the site's
+    training examples (arXiv 2202.10054). Unset: ``probe`` in a transfer to a new base model, else ``random``."""
+
+    weight_decay: Rate = 0.0
+    """Weight decay of the optimizer. MultiLoRA scales are exempt."""
+
+    max_grad_norm: Rate = 1.0
+    """Maximum gradient norm, by clipping. 0 turns clipping off."""
+
+    max_update_norm: PositiveFloat | None = None
+    """Maximum Frobenius norm of a site's update over all shared arrays. The site scales longer updates down. Unset: no
+    limit."""
+
+    lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
+    """Learning rate schedule over the optimizer steps of all rounds and the final steps."""
+
+    warmup_steps: Count = 0
+    """Optimizer steps of linear warm-up at the start of the schedule."""
+
+    persist_optimizer_state: bool = False
+    """Keep a site's optimizer state from round to round. Otherwise every round starts with a new optimizer."""
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimizer steps of one site in one round."""
+        return {
+            "joint": self.steps,
+            "alternating": self.personal_steps + self.shared_steps,
+            "phases": sum(phase.steps for phase in self.phase),
+        }[self.schedule]
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluationSettings:
+    """When and how sites evaluate the model that arrives."""
+
+    every: Count = 1
+    """Rounds between evaluations. Round 1 and the end are always evaluated; with 0, only the end is."""
+
+    batch_size: Positive = 32
+    """Examples per batch."""
+
+    max_new_tokens: Positive = 32
+    """Maximum number of tokens generated per example, in generation tasks."""
+
+    generate_at_end_only: bool = True
+    """Generate text only at the start and the end; evaluations in between measure the token loss."""

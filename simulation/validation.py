@@ -1,0 +1,80 @@
+"""Checks of a recipe that need the sites' rows or the structure of the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..common.adapters.initialization import head_layout, initial_shared_state
+from ..common.adapters.inject import inject, private_spec
+from ..common.config.schema import Recipe
+from ..common.errors import ConfigError, QuorumError
+from ..common.methods import SHARED
+from ..common.models.base_model import skeleton
+from ..transfer.preparation import check_preparation
+from .partition import SiteShare
+
+
+def check_simulation(recipe: Recipe, sites: Sequence[SiteShare]) -> None:
+    """Check everything that can be checked before the run folder is written.
+
+    Raises QuorumError, ConfigError, or ModelError (no such base model, or the adapter does not fit it).
+    """
+    _check_quorum(recipe, sites)
+    _check_from_round(recipe, sites)
+    labels = {site.rows.labels for site in sites if site.rows.labels}
+    if recipe.method.row().head is SHARED and len(labels) > 1:
+        raise ConfigError(
+            "method.head",
+            "one list of labels at all sites for a shared head",
+            "different lists",
+            message="method.head is shared, but the sites have different lists of labels.",
+            hint="Give all sites the same data.labels, or keep the head personal.",
+        )
+    if labels:
+        head_layout(skeleton(recipe.model), 2)
+    initial_shared_state(recipe.plan, max(map(len, labels), default=0))
+    if recipe.transfer.prepare:
+        for site in sites:
+            check_preparation(recipe.plan, site.rows)
+    for private in {recipe.private, *(site.settings.private for site in sites if site.settings.private)}:
+        if private.present:
+            inject(skeleton(recipe.model), private_spec(private, recipe.adapter), "private")
+
+
+def _check_quorum(recipe: Recipe, sites: Sequence[SiteShare]) -> None:
+    quorum = recipe.server.quorum or 1
+    starting = sum(site.settings.from_round == 1 for site in sites)
+    sampled = max(1, round(recipe.server.fraction * starting)) if starting else 0
+    if sampled < quorum:
+        raise QuorumError(
+            "server.quorum",
+            f"at least {quorum} sites in round 1",
+            sampled,
+            message=f"server.quorum is {quorum}, but round 1 has only {sampled} of {len(sites)} sites.",
+            hint="Lower server.quorum, raise server.fraction, or let more sites start in round 1.",
+        )
+
+
+def _check_from_round(recipe: Recipe, sites: Sequence[SiteShare]) -> None:
+    last = recipe.rounds + 1  # the final personalization, which a site may join in
+    for site in sites:
+        first = site.settings.from_round
+        if first > last:
+            raise ConfigError(
+                "from_round",
+                f"at most {last}",
+                first,
+                site=site.settings.name,
+                message=f"from_round is {first}, but the run ends after round {recipe.rounds}.",
+                hint=f"Use a round of the run, or {last} to join for the final personalization.",
+            )
+    joins_last = next((site for site in sites if site.settings.from_round > recipe.rounds), None)
+    if joins_last and not recipe.train.final_steps:
+        name = joins_last.settings.name
+        raise ConfigError(
+            "train.final_steps",
+            "at least 1",
+            0,
+            message=f"train.final_steps is 0, but site {name} joins after the last round and has no other steps.",
+            hint="Set train.final_steps, or lower from_round of the site.",
+        )
