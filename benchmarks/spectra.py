@@ -1,7 +1,7 @@
-"""The singular spectrum of ΔW: how many directions carry what training did to a layer.
+"""The singular spectrum of ΔW, the update of a layer: how many directions carry it.
 
-The analysis of MultiLoRA (arXiv 2311.11501), whose claim is that its ΔW is less dominated by the top directions than
-LoRA's, and so nearer to full fine-tuning.
+MultiLoRA (arXiv 2311.11501) claims that its ΔW is less dominated by the top directions than LoRA's, and thus closer to
+full fine-tuning.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values σ of one ΔW, largest first. Every measure is free of ΔW's scale, and NaN where ΔW = 0.
+    """Singular values σ of one ΔW, largest first. No measure depends on the scale of ΔW; all are NaN for ΔW = 0.
 
-    ``values`` (k,) may leave out zeros: they change no measure.
+    ``values`` (k,) may omit zeros, which change no measure.
     """
 
     values: torch.Tensor
@@ -27,7 +27,7 @@ class Spectrum:
         return energy / energy[-1]
 
     def top(self, k: int) -> float:
-        """Top-k energy, the share of ‖ΔW‖_F² in the k largest directions."""
+        """Return the top-k energy, the share of ‖ΔW‖_F² in the k largest directions."""
         return self.cumulative[:k][-1].item()
 
     @property
@@ -37,17 +37,17 @@ class Spectrum:
 
     @property
     def participation(self) -> float:
-        """The participation ratio (Σσ²)² ÷ Σσ⁴: 1 … rank, and small tails count for less than in the effective rank."""
+        """The participation ratio (Σσ²)² ÷ Σσ⁴: 1 … rank. Small values count less than in the effective rank."""
         return (self.values.square().sum().square() / self.values.pow(4).sum()).item()
 
 
 def spectrum_of(delta: torch.Tensor) -> Spectrum:
-    """The spectrum of a whole ΔW (d_out, d_in), computed in fp64."""
+    """Return the spectrum of ΔW (d_out, d_in), computed in fp64."""
     return Spectrum(torch.linalg.svdvals(delta.detach().double()))
 
 
 def spectrum_of_factors(b: torch.Tensor, a: torch.Tensor) -> Spectrum:
-    """The spectrum of ΔW = B' A' with B' (d_out, r) and A' (r, d_in), without the product.
+    """Return the spectrum of ΔW = B' A' with B' (d_out, r) and A' (r, d_in), without computing the product.
 
     B' = Q_b R_b and A'ᵀ = Q_a R_a, so ΔW = Q_b (R_b R_aᵀ) Q_aᵀ has the singular values of R_b R_aᵀ, at most (r, r).
     """

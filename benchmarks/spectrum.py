@@ -1,12 +1,12 @@
-"""The singular spectrum of ΔW: LoRA, MultiLoRA, CoLoRA and full fine-tuning of the same layers, side by side.
+"""Compare the singular spectra of ΔW of LoRA, MultiLoRA, CoLoRA and full fine-tuning of the same layers.
 
 python benchmarks/spectrum.py [PICTURE] [--seed 0] [--rates]     (benchmarks/spectrum.png)
 
 MiniLM-L6 on 20 Newsgroups, query and value of every layer, 200 steps of 8 texts of at most 64 tokens; adapters of equal
-total rank and equal scale alpha/r. All contenders see the same texts in the same order, each of them once, with the
-same dropout and the same first head. ``--rates`` tries half, once and twice every learning rate, and draws nothing; the
-mean training loss, of texts not seen before, says which is best. The measures of every layer go into a CSV beside the
-PNG picture, which needs matplotlib: pip install -e ".[plot]".
+total rank and equal scale alpha/r. All contenders train on the same texts in the same order, each text once, with the
+same dropout and the same initial head. ``--rates`` tries half, once and twice every learning rate and writes no files;
+the mean training loss, over texts not seen before, shows which is best. The measures of every layer go to a CSV
+file beside the PNG picture, which needs matplotlib: pip install -e ".[plot]".
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Layers = dict[str, Spectrum]  # layer → its spectrum
 
 @dataclass(frozen=True)
 class Contender:
-    """What is trained: an adapter by a row of the method table, or (``adapter`` None) the weights themselves."""
+    """A training run: an adapter with a method of the method table, or all weights if ``adapter`` is None."""
 
     name: str
     lr: float
@@ -76,7 +76,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trained contender: its spectra by layer, mean training loss, and accuracy on the test texts."""
+    """Result of a contender: its spectra by layer, mean training loss, and accuracy on the test texts."""
 
     contender: Contender
     layers: Layers
@@ -99,7 +99,7 @@ UNTRAINED = dataclasses.replace(CONTENDERS[1], name="MultiLoRA untrained, s = 1"
 
 
 def measures(spectrum: Spectrum) -> dict[str, float]:
-    """The measures of one layer by the name of their column."""
+    """Return the measures of one layer by column name."""
     return {
         **{f"top-{k}": spectrum.top(k) for k in TOP},
         "eff. rank": spectrum.effective_rank,
@@ -113,29 +113,29 @@ def texts(seed: int) -> SiteDataset:
     return load_site_rows(SiteSettings("one", DataSettings(source, test, train=STEPS * BATCH, test=TEST)), seed)
 
 
-def learn(contender: Contender, rows: SiteDataset, seed: int) -> Outcome:
-    """Trains a contender on a base model of its own."""
+def train_contender(contender: Contender, rows: SiteDataset, seed: int) -> Outcome:
+    """Train a contender on a newly loaded base model."""
     plan = contender.plan(seed)
     base = load_base_model(plan.model, generates=False)
     weights = {} if contender.adapter else target_weights(base.backbone)
     before = {layer: weight.detach().clone() for layer, weight in weights.items()}
-    fresh = attach(base.backbone, plan.adapter, plan.row()) if contender.adapter else {}
+    adapter = attach(base.backbone, plan.adapter, plan.row()) if contender.adapter else {}
     task = build_task(rows, base, plan)
-    fresh |= task.head
+    adapter |= task.head
     with torch.no_grad():
-        for key, value in initial_values(layout_of(fresh), plan.adapter, seed).items():
-            fresh[key].copy_(value)
-    # whole weights are in no group of an adapter; a private parameter may have any name
-    parameters = fresh | {f"{PRIVATE}{layer}.weight": weight for layer, weight in weights.items()}
-    stretch = TrainCursor(0, STEPS, 0, seed_from(seed, "order"), seed_from(seed, "noise"))
-    trained = train(task, parameters, [TrainPhase(STEPS, frozenset(parameters))], plan.train, stretch)
+        for key, value in initial_values(layout_of(adapter), plan.adapter, seed).items():
+            adapter[key].copy_(value)
+    # full weights belong to no parameter group, but a private parameter may have any name
+    parameters = adapter | {f"{PRIVATE}{layer}.weight": weight for layer, weight in weights.items()}
+    cursor = TrainCursor(0, STEPS, 0, seed_from(seed, "order"), seed_from(seed, "noise"))
+    trained = train(task, parameters, [TrainPhase(STEPS, frozenset(parameters))], plan.train, cursor)
     layers = {layer: spectrum_of(weight - before[layer]) for layer, weight in weights.items()}
-    layers |= {layer: spectrum_of_factors(b, a) for layer, (b, a) in factors_of(fresh, plan).items()}
+    layers |= {layer: spectrum_of_factors(b, a) for layer, (b, a) in factors_of(adapter, plan).items()}
     return Outcome(contender, layers, trained.loss, task.measure(generate=False)["accuracy"])
 
 
 def at_start(contender: Contender, seed: int) -> Outcome:
-    """MultiLoRA's first A and B with every s_i = 1: how flat a spectrum is of which nothing was learnt."""
+    """Return the spectra of MultiLoRA's initial A and B with every s_i = 1, the reference without training."""
     plan = contender.plan(seed)
     layout = layout_of(attach(skeleton(plan.model), plan.adapter, plan.row()))
     values = initial_values(layout, plan.adapter, seed)
@@ -145,20 +145,20 @@ def at_start(contender: Contender, seed: int) -> Outcome:
 
 
 def best_part(outcome: Outcome) -> Outcome:
-    """The first directions of every ΔW, as many as an adapter has: what adapters can be compared with."""
+    """Return the first RANK directions of every ΔW, for comparison with the adapters."""
     contender = dataclasses.replace(outcome.contender, name=f"its best rank-{RANK} part", lr=0.0, line=":")
     layers = {layer: Spectrum(spectrum.values[:RANK]) for layer, spectrum in outcome.layers.items()}
     return Outcome(contender, layers, math.nan, math.nan)
 
 
 def target_weights(backbone: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights (d_out, d_in) that the adapters stand on, by layer."""
+    """Return the weights (d_out, d_in) of the target layers, by layer."""
     named: Any = backbone.named_modules()
     return {name: layer.weight for name, layer in named if name.endswith(TARGETS)}
 
 
 def report(outcomes: Sequence[Outcome]) -> None:
-    """Prints the measures, mean over layers."""
+    """Print the mean of each measure over layers."""
     names = list(measures(next(iter(outcomes[0].layers.values()))))
     rows = []
     for one in outcomes:
@@ -170,7 +170,7 @@ def report(outcomes: Sequence[Outcome]) -> None:
 
 
 def write_layers(outcomes: Sequence[Outcome], file: Path) -> None:
-    """One line a contender and layer."""
+    """Write one CSV line per contender and layer."""
     lines = [
         {"contender": one.contender.name, "layer": layer}
         | {name: f"{value:.4g}" for name, value in measures(spectrum).items()}
@@ -184,7 +184,7 @@ def write_layers(outcomes: Sequence[Outcome], file: Path) -> None:
 
 
 def draw(outcomes: Sequence[Outcome], picture: Path) -> None:
-    """Cumulative energy of every contender, and the effective rank of every layer: adapters, and full fine-tuning."""
+    """Draw the cumulative energy of every contender, and the effective rank of every layer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -206,11 +206,11 @@ def draw(outcomes: Sequence[Outcome], picture: Path) -> None:
     axes["full"].set_title(f"Effective rank of full fine-tuning (at most {WIDTH})", fontsize=11)
     axes["full"].set_xlabel("layer, q query, v value")
     figure.savefig(picture, dpi=110)
-    Image.open(picture).convert("RGB").quantize(64).save(picture, optimize=True)  # a third of the bytes
+    Image.open(picture).convert("RGB").quantize(64).save(picture, optimize=True)  # a third of the size
 
 
 def draw_energy(axis: Any, outcomes: Sequence[Outcome]) -> None:
-    """Share of ‖ΔW‖_F² in the first k directions: mean over layers, and every layer faintly; references dotted."""
+    """Draw the share of ‖ΔW‖_F² in the first k directions: the mean, every layer faintly, references dotted."""
     for one in outcomes:
         curves = torch.stack([spectrum.cumulative[:RANK] for spectrum in one.layers.values()])
         ks, contender = range(1, RANK + 1), one.contender
@@ -226,19 +226,19 @@ def draw_energy(axis: Any, outcomes: Sequence[Outcome]) -> None:
 
 
 def draw_ranks(axis: Any, outcomes: Sequence[Outcome]) -> None:
-    """Bars of the effective rank, contenders side by side, layer by layer."""
+    """Draw bars of the effective rank by layer, with the contenders side by side."""
     width = 0.8 / len(outcomes)
     for i, one in enumerate(outcomes):
-        places = [at - 0.4 + (i + 0.5) * width for at in range(len(one.layers))]
+        positions = [at - 0.4 + (i + 0.5) * width for at in range(len(one.layers))]
         ranks = [spectrum.effective_rank for spectrum in one.layers.values()]
-        axis.bar(places, ranks, width, color=one.contender.colour)
+        axis.bar(positions, ranks, width, color=one.contender.colour)
     axis.set_xticks(range(len(outcomes[0].layers)), [short(layer) for layer in outcomes[0].layers])
     axis.grid(axis="y", alpha=0.25)
     axis.set_axisbelow(True)
 
 
 def short(layer: str) -> str:
-    """``encoder.layer.3.attention.self.query`` → ``3 q``."""
+    """Abbreviate ``encoder.layer.3.attention.self.query`` to ``3 q``."""
     parts = layer.split(".")
     return f"{parts[2]} {parts[-1][0]}"
 
@@ -248,18 +248,18 @@ def main() -> None:
     parser.add_argument("picture", nargs="?", type=Path, default=Path(__file__).with_suffix(".png"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rates", action="store_true")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows, outcomes = texts(asked.seed), []
+    rows, outcomes = texts(arguments.seed), []
     for contender in CONTENDERS:
-        for lr in [contender.lr * factor for factor in ((0.5, 1, 2) if asked.rates else (1,))]:
-            outcomes.append(learn(dataclasses.replace(contender, lr=lr), rows, asked.seed))
+        for lr in [contender.lr * factor for factor in ((0.5, 1, 2) if arguments.rates else (1,))]:
+            outcomes.append(train_contender(dataclasses.replace(contender, lr=lr), rows, arguments.seed))
             print(f"{contender.name} at {lr:g}: loss {outcomes[-1].loss:.3f}", flush=True)
-    outcomes += [best_part(outcomes[-1]), at_start(UNTRAINED, asked.seed)]
+    outcomes += [best_part(outcomes[-1]), at_start(UNTRAINED, arguments.seed)]
     report(outcomes)
-    if not asked.rates:
-        write_layers(outcomes, asked.picture.with_suffix(".csv"))
-        draw(outcomes, asked.picture)
+    if not arguments.rates:
+        write_layers(outcomes, arguments.picture.with_suffix(".csv"))
+        draw(outcomes, arguments.picture)
 
 
 if __name__ == "__main__":

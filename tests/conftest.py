@@ -1,4 +1,4 @@
-"""Tiny random models and tiny recipes, made on the spot; no test reaches a hub."""
+"""Tiny random models and tiny recipes, built by fixtures. No test contacts a hub."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 
 
 def labelled_rows(labels: list[str], count: int, seed: int = 0, words: int = 12) -> list[dict]:
-    """Texts of at least 20 characters, ``count`` rows in turn over the labels."""
+    """Return ``count`` rows with texts of at least 20 characters, cycling through the labels."""
     import random
 
     rng = random.Random(seed)
@@ -117,7 +117,7 @@ def labelled_rows(labels: list[str], count: int, seed: int = 0, words: int = 12)
 
 @pytest.fixture
 def wire(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
-    """Every message of the runs of a test: the coordinator's orders and the sites' answers."""
+    """Every message of the simulations in a test: requests of the coordinator and replies of the sites."""
     from colora.simulation.local_grid import LocalGrid
 
     seen: list[Message] = []

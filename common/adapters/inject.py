@@ -153,11 +153,11 @@ def _no_target(backbone: nn.Module, spec: AdapterSpec) -> ModelError:
     linear = (name for name, module in backbone.named_modules() if isinstance(module, nn.Linear))
     names = {name.removesuffix(".base_layer").rsplit(".", 1)[-1] for name in linear if ".lora_" not in name}
     examples, key = ", ".join(sorted(names)[:8]), f"{spec.field}.target_modules"
-    targets = repr(spec.targets) if isinstance(spec.targets, str) else ", ".join(spec.targets) or "nothing"
+    targets = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
     return ModelError(
         key,
         f"names of linear layers, such as {examples}",
-        targets,
-        message=f"{key} matches no layer of the base model: {targets}.",
+        repr(targets),
+        message=f"{key} = {targets!r} matches no linear layer of the base model.",
         hint=f"Linear layers of this model are {examples}.",
     )

@@ -145,7 +145,7 @@ class MethodSettings:
                 "method.name",
                 f"one of {', '.join(METHODS)}",
                 repr(self.name),
-                message=f"There is no method {self.name!r}.",
+                message=f"method.name: there is no method {self.name!r}.",
                 hint=f"{did_you_mean(self.name, METHODS)}The methods are {', '.join(METHODS)}.",
             )
         changed = {g: Role(v) for g in GROUPS if (v := getattr(self, g, None)) is not None}

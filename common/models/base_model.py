@@ -1,4 +1,4 @@
-"""The base model: one backbone in memory, and a task's model around it."""
+"""The base model: one backbone in memory, and the task model around it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .hf_logging import quiet_transformers
 from .precision import loading_options, resolve_device
 from .sources import Fingerprint, fingerprint, source_folder, synthetic_fingerprint
 
-NOT_OF_A_HEAD = ("id2label", "label2id", "num_labels", "quantization_config")
-WRITING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how such architectures are named
-MISSING_WEIGHTS_SEED = 0  # weights that a checkpoint lacks (a pooler, say) are the same at every site
+NOT_OF_A_HEAD = ("id2label", "label2id", "num_labels", "quantization_config")  # config keys that a new head replaces
+GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # suffixes of architectures that generate
+MISSING_WEIGHTS_SEED = 0  # weights that a checkpoint lacks, such as a pooler, are equal at all sites
 
 
 @dataclass
 class BaseModel:
     """A backbone with its tokenizer, shared by all sites of a process.
 
-    ``backbone`` is the headless transformer; ``language_model`` is the same backbone with its output layer
-    when a site generates text, else None.
+    ``backbone`` is the transformer without a head. ``language_model`` is the same backbone with its output layer if the
+    model generates text, else None.
     """
 
     backbone: nn.Module
@@ -38,14 +38,14 @@ class BaseModel:
     fingerprint: Fingerprint
     device: torch.device
     language_model: nn.Module | None = None
-    missing: tuple[str, ...] = ()  # names of weights that the source lacks (see MISSING_WEIGHTS_SEED)
+    missing: tuple[str, ...] = ()  # weights that the source lacks (see MISSING_WEIGHTS_SEED)
 
     def classifier(self, labels: int) -> tuple[nn.Module, dict[str, nn.Module]]:
-        """A sequence classification model around the backbone, with a fresh head for ``labels`` classes.
+        """Build a sequence classification model around the backbone, with an uninitialized head for ``labels`` classes.
 
         Returns the model and the modules of its head by name: one in most architectures, two in DistilBERT. The head is
-        the architecture's own, as ``AutoModelForSequenceClassification`` builds it; the caller sets its values.
-        Raises ModelError when the architecture has none.
+        the architecture's own, as ``AutoModelForSequenceClassification`` builds it. The caller sets its values.
+        Raises ModelError if the architecture has no sequence classifier.
         """
         from transformers import AutoModelForSequenceClassification
 
@@ -57,8 +57,11 @@ class BaseModel:
             with quiet_transformers(), torch.device("meta"):
                 model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         except ValueError:
-            wanted = "an architecture that transformers has a sequence classifier for"
-            raise ModelError("model.source", wanted, type(self.config).__name__) from None
+            architecture = type(self.config).__name__
+            message = f"Transformers has no sequence classifier for the base model's architecture ({architecture})."
+            hint = "Choose another model.source."
+            expected = "an architecture with a sequence classifier"
+            raise ModelError("model.source", expected, architecture, message=message, hint=hint) from None
         setattr(model, model.base_model_prefix, self.backbone)
         parts = {n: m for n, m in model.named_children() if n != model.base_model_prefix and list(m.parameters())}
         for module in parts.values():
@@ -68,18 +71,19 @@ class BaseModel:
 
     @staticmethod
     def head_parameters(parts: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-        """The head group's parameters by name: ``head.classifier.weight`` (classes, d), ``head.classifier.bias``."""
+        """Return a head's parameters by name: ``head.classifier.weight`` (classes, d), ``head.classifier.bias``."""
         return {f"head.{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
 
 
 def load_base_model(settings: ModelSettings, *, generates: bool) -> BaseModel:
-    """Loads a base model and its tokenizer for one process, in its precision, frozen.
+    """Load a base model and its tokenizer, frozen, in the precision of the settings.
 
-    Raises ModelError when it is not there or cannot be read.
+    ``generates`` loads it as a causal language model. Raises ModelError if it is missing or cannot be read.
     """
     if settings.source.startswith(synthetic.PREFIX):
         if settings.precision != "fp32":
-            raise ModelError("model.precision", f"fp32 for {settings.source}", settings.precision)
+            message = f"model.precision must be 'fp32' for {settings.source}, not {settings.precision!r}."
+            raise ModelError("model.precision", "fp32", settings.precision, message=message)
         return BaseModel(
             synthetic.model_of(settings.source), None, None, synthetic_fingerprint(settings), torch.device("cpu")
         )
@@ -89,73 +93,83 @@ def load_base_model(settings: ModelSettings, *, generates: bool) -> BaseModel:
     if generates:
         check_generates(settings)
     kind = AutoModelForCausalLM if generates else AutoModel
-    how = loading_options(settings.precision, device)
+    options = loading_options(settings.precision, device)
     with quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(MISSING_WEIGHTS_SEED)
         try:
-            model, about = kind.from_pretrained(folder, **how, output_loading_info=True)  # type: ignore[misc]
+            model, info = kind.from_pretrained(folder, **options, output_loading_info=True)  # type: ignore[misc]
         except (OSError, ValueError, UnpicklingError) as error:
-            raise ModelError("model.source", _WANTED[generates], f"{settings.source} ({error})") from None
-    if generates and about["missing_keys"]:
-        raise ModelError("model.source", _WANTED[generates], f"{settings.source} without {min(about['missing_keys'])}")
+            raise _unreadable("model.source", _EXPECTED[generates], settings.source, error) from None
+    missing = tuple(sorted(info["missing_keys"]))
+    if generates and missing:
+        message = f"{settings.source!r} is not a complete causal language model: it lacks {missing[0]}."
+        raise ModelError("model.source", _EXPECTED[True], f"a model without {missing[0]}", message=message)
     tokenizer = load_tokenizer(settings)
     model.requires_grad_(False)
-    if "quantization_config" not in how:
+    if "quantization_config" not in options:
         model.to(device)
-    if not has_native_arithmetic(how["dtype"], device):
+    if not has_native_arithmetic(options["dtype"], device):
         widen(model)
-    print_of = fingerprint(folder)
     return BaseModel(
         model.base_model if generates else model,
         model.config,
         tokenizer,
-        print_of,
+        fingerprint(folder),
         device,
         model if generates else None,
-        tuple(sorted(about["missing_keys"])),
+        missing,
     )
 
 
 def load_tokenizer(settings: ModelSettings, field: str = "model.source") -> Any:
-    """The tokenizer by itself. Raises ModelError, which names the field, when it is not there or cannot be read."""
+    """Load the tokenizer alone. Raises ModelError for ``field`` if it is missing or cannot be read."""
     from transformers import AutoTokenizer
 
-    with quiet_transformers(), _said_of(field, "a model with a tokenizer", settings.source):
+    with quiet_transformers(), _model_errors_of(field, "a model with a tokenizer", settings.source):
         tokenizer: Any = AutoTokenizer.from_pretrained(source_folder(settings))
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # only fills batches: masks and labels go by length, not by id
+        tokenizer.pad_token = tokenizer.eos_token  # fills batches only: masks and labels depend on lengths, not ids
     return tokenizer
 
 
 def check_generates(settings: ModelSettings, field: str = "model.source") -> None:
-    """Raises ModelError for a model that was not trained to go on with a text, though a class could make it try."""
+    """Check that a model was trained as a causal language model. Raises ModelError for ``field`` otherwise.
+
+    Transformers loads an encoder as a causal model, too, with an untrained output layer.
+    """
     from transformers import AutoConfig
 
-    with _said_of(field, _WANTED[True], settings.source):
+    with _model_errors_of(field, _EXPECTED[True], settings.source):
         config = AutoConfig.from_pretrained(source_folder(settings))
-    named = config.architectures or (config.model_type,)
-    if config.is_encoder_decoder or (config.architectures and not any(name.endswith(WRITING) for name in named)):
-        raise ModelError(field, _WANTED[True], f"{settings.source}, which is a {named[0]}")
+    names = config.architectures or (config.model_type,)
+    if config.is_encoder_decoder or (config.architectures and not any(name.endswith(GENERATING) for name in names)):
+        message = f"{field} must be {_EXPECTED[True]}, but {settings.source!r} is a {names[0]}."
+        raise ModelError(field, _EXPECTED[True], names[0], message=message)
 
 
 @contextmanager
-def _said_of(field: str, wanted: str, source: str) -> Iterator[None]:
-    """What keeps a model from being read, as a ModelError of this field."""
+def _model_errors_of(field: str, expected: str, source: str) -> Iterator[None]:
+    """Turn errors while a model is read into a ModelError of ``field``."""
     try:
         yield
     except ModelError as error:
-        raise ModelError(field, error.expected, error.found) from None
+        raise ModelError(field, error.expected, error.found, message=error.message, hint=error.hint) from None
     except (OSError, ValueError) as error:
-        raise ModelError(field, wanted, f"{source} ({error})") from None
+        raise _unreadable(field, expected, source, error) from None
+
+
+def _unreadable(field: str, expected: str, source: str, error: Exception) -> ModelError:
+    message = f"{source!r} cannot be loaded as {expected}: {error}."
+    return ModelError(field, expected, f"{source} ({error})", message=message, hint=f"Check {field}.")
 
 
 def _in_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Heads are trained in fp32, whatever the base model computes in."""
+    """Cast the inputs of a head to fp32, in which heads are trained for every precision of the base model."""
     return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def skeleton(settings: ModelSettings) -> nn.Module:
-    """The backbone's modules without their weights (meta device): enough to know every adapter shape."""
+    """Build the backbone on the meta device, without weights. It has every layer that an adapter can attach to."""
     if settings.source.startswith(synthetic.PREFIX):
         return synthetic.model_of(settings.source)
     from transformers import AutoConfig, AutoModel
@@ -165,7 +179,7 @@ def skeleton(settings: ModelSettings) -> nn.Module:
         try:
             return AutoModel.from_config(AutoConfig.from_pretrained(folder))
         except (OSError, ValueError) as error:
-            raise ModelError("model.source", _WANTED[False], f"{settings.source} ({error})") from None
+            raise _unreadable("model.source", _EXPECTED[False], settings.source, error) from None
 
 
 def stock_class(task: str) -> Any:
@@ -175,7 +189,7 @@ def stock_class(task: str) -> Any:
     return AutoModelForCausalLM if task == "generation" else AutoModelForSequenceClassification
 
 
-_WANTED = {
-    True: "a causal language model that transformers loads",
-    False: "a model that transformers loads",
+_EXPECTED = {  # by whether the model generates text
+    True: "a causal language model",
+    False: "a Transformers model",
 }

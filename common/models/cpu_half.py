@@ -1,7 +1,7 @@
-"""Base models in 16 bits on a processor that cannot compute in them: kept in 16 bits, computed in 32.
+"""16-bit base models on a CPU without 16-bit arithmetic: weights stay in 16 bits, computation is in fp32.
 
-Without such arithmetic a product of bf16 matrices takes 10 times as long as in fp32, and its gradient 50 times (AVX2).
-The results are those of an fp32 model whose weights were rounded to 16 bits.
+On such a CPU (AVX2) a product of bf16 matrices takes 10 times as long as in fp32, and its gradient 50 times. The
+results equal those of an fp32 model whose weights were rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+# torch.ops.mkldnn function that tells whether oneDNN multiplies matrices of a type natively
 NATIVE = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 
 def has_native_arithmetic(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device multiplies matrices of this kind of number at full speed (on a CPU: by oneDNN)."""
+    """Return whether the device multiplies matrices of this type at full speed (on a CPU: with oneDNN)."""
     if device.type != "cpu" or dtype not in NATIVE:
         return True
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, NATIVE[dtype])())
 
 
 def widen(model: nn.Module) -> None:
-    """Changes a frozen model in place: linear layers and embeddings keep 16 bits, all that flows between them is fp32.
+    """Change a frozen model in place to compute in fp32. Linear layers and embeddings keep their 16-bit weights.
 
-    Matrices of other kinds (GPT-2's ``Conv1D``, experts as bare parameters) become fp32: right, but not smaller.
+    Other matrices (GPT-2's ``Conv1D``, experts as bare parameters) become fp32, which is correct but saves no memory.
     """
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -38,15 +39,15 @@ def widen(model: nn.Module) -> None:
 
 
 class WideLinear(nn.Linear):
-    """A frozen linear layer whose weights (d_out, d_in) are widened for each product and not kept wide."""
+    """A frozen linear layer that casts its weights (d_out, d_in) to fp32 for each product only."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(…, d_in) → (…, d_out) in fp32. T5 casts what it gives to its weights' type."""
+        """(…, d_in) → (…, d_out) in fp32. The input is cast, since T5 casts activations to the type of its weights."""
         return _Product.apply(input.float(), self.weight, self.bias)  # type: ignore[return-value]
 
 
 class WideEmbedding(nn.Embedding):
-    """An embedding that gives fp32."""
+    """An embedding with fp32 output."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Ids (…) → (…, d) in fp32."""
@@ -54,7 +55,7 @@ class WideEmbedding(nn.Embedding):
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ + b. What is kept for the backward pass is W in 16 bits, which autograd by itself would keep in 32."""
+    """x Wᵀ + b. It saves W in 16 bits for the backward pass, where autograd would save the fp32 copy."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Keeping the terminal to what a person can act on."""
+"""Output of Transformers on the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no 'some weights are newly initialised' for weights we do not use."""
+    """Suppress progress bars, and warnings about newly initialized weights that are not used."""
     import transformers.utils.logging as logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

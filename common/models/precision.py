@@ -9,21 +9,28 @@ from torch import nn
 
 from ..errors import ModelError
 
+# Precisions whose weights are plain tensors; int8 and int4 need bitsandbytes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def loading_options(precision: str, device: torch.device) -> dict[str, Any]:
-    """What ``from_pretrained`` needs to know to load weights in this precision. Raises ModelError without bitsandbytes.
+    """Return the arguments of ``from_pretrained`` that load weights in this precision.
 
-    8 bits are LLM.int8() (arXiv 2208.07339), 4 bits are QLoRA's NF4 with double quantisation (arXiv 2305.14314); what
-    they are computed in is bf16 on a GPU and fp32 on a CPU.
+    ``int8`` is LLM.int8() (arXiv 2208.07339), ``int4`` is NF4 with double quantization as in QLoRA (arXiv 2305.14314).
+    Both compute in bf16 on a GPU and in fp32 on a CPU. Raises ModelError without bitsandbytes.
     """
     if precision in DTYPES:
         return {"dtype": DTYPES[precision]}
     from importlib.util import find_spec
 
     if find_spec("bitsandbytes") is None:
-        raise ModelError("model.precision", f"bitsandbytes for {precision}: pip install 'colora[quantised]'", "no such")
+        raise ModelError(
+            "model.precision",
+            f"bitsandbytes for {precision}",
+            "nothing",
+            message=f"model.precision = {precision!r} needs the package bitsandbytes.",
+            hint="Run pip install 'colora[quantised]'.",
+        )
     from transformers import BitsAndBytesConfig
 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -37,9 +44,9 @@ def loading_options(precision: str, device: torch.device) -> dict[str, Any]:
 
 
 def checkpoint_activations(backbone: nn.Module, on: bool) -> None:
-    """Gradient checkpointing: activations are computed again for the backward pass instead of kept.
+    """Turn gradient checkpointing on or off: activations are recomputed in the backward pass instead of stored.
 
-    Raises ModelError where the architecture has no such thing.
+    Raises ModelError if the architecture does not support it.
     """
     if not on and not any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
         return
@@ -53,18 +60,24 @@ def checkpoint_activations(backbone: nn.Module, on: bool) -> None:
         else:
             getattr(model, f"{kind}_checkpointing_disable")()
     except (AttributeError, ValueError):
-        wanted = "false for an architecture without gradient checkpointing"
-        raise ModelError("train.gradient_checkpointing", wanted, type(backbone).__name__) from None
+        architecture = type(backbone).__name__
+        message = f"The architecture {architecture} does not support gradient checkpointing."
+        hint = "Set train.gradient_checkpointing = false."
+        raise ModelError(
+            "train.gradient_checkpointing", "false for this architecture", architecture, message=message, hint=hint
+        ) from None
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a name means here, ``auto`` among them. Raises ModelError where there is none of it."""
+    """Return the device of a name; ``auto`` is the GPU if there is one. Raises ModelError if it is not available."""
     if "," in name:
-        wanted = "one device (a site per GPU is a way to use more)"
-        raise ModelError("device", wanted, repr(name))
+        message = f"device must be one device, not {name!r}."
+        hint = "Run one site per GPU to use several."
+        raise ModelError("device", "one device", repr(name), message=message, hint=hint)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):  # unknown to torch, not there, or not what torch was built for
-        raise ModelError("device", "a device of this machine", repr(name)) from None
+    except (RuntimeError, AssertionError):  # unknown to torch, absent, or not supported by this build of torch
+        message = f"This machine has no device {name!r} that torch can use."
+        raise ModelError("device", "a device of this machine", repr(name), message=message) from None

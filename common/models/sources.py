@@ -1,4 +1,4 @@
-"""Where a base model comes from: local folders, assets, hub snapshots, and fingerprints of their files."""
+"""Sources of base models: local folders, assets, hub snapshots, and the fingerprints of their files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """SHA-256 over source files: two sites with equal fingerprints hold the same base model."""
+    """SHA-256 hashes of source files. Sites with equal fingerprints have the same base model."""
 
     model: str
     tokenizer: str
@@ -37,57 +37,75 @@ class Fingerprint:
 
 
 def stock_name(settings: ModelSettings) -> str:
-    """What a stock loader is to load: the hub's id, or the local folder."""
+    """Return the name with which Transformers loads this model: a hub id or a local folder."""
     local = settings.source.startswith("asset:") or Path(settings.source).is_dir()
     return str(source_folder(settings).resolve()) if local else settings.source
 
 
 def check_fingerprint(settings: ModelSettings, expected: Mapping[str, str]) -> None:
-    """Raises StateError when the base model's files are not those with this :class:`Fingerprint`, by field."""
-    here = (
+    """Check that a base model has the expected :class:`Fingerprint`, given by field. Raises StateError otherwise."""
+    actual = (
         synthetic_fingerprint(settings)
         if settings.source.startswith(synthetic.PREFIX)
         else fingerprint(source_folder(settings))
     )
     for name, value in expected.items():
-        if value and getattr(here, name) != value:
-            found = getattr(here, name)[:12]
-            raise StateError(f"{settings.source}: {name}", f"the one with fingerprint {value[:12]}", found)
+        if value and getattr(actual, name) != value:
+            found, part = getattr(actual, name)[:12], name.replace("_", " ")
+            raise StateError(
+                f"{settings.source}: {name}",
+                f"fingerprint {value[:12]}",
+                found,
+                message=f"The {part} of {settings.source!r} has fingerprint {found} instead of {value[:12]}.",
+                hint="Use the files that the adapter was trained with.",
+            )
 
 
 def source_folder(settings: ModelSettings) -> Path:
-    """The local folder of a model: an asset, a folder, or a snapshot of a hub repository."""
+    """Return the local folder of a model: an asset, a folder, or a snapshot of a hub repository.
+
+    Raises ModelError or AssetError if there is none.
+    """
     source = settings.source
     if source.startswith("asset:"):
         return asset_folder(source.removeprefix("asset:"))
     try:
         if Path(source).is_dir():
             return Path(source)
-    except OSError as error:  # on the way to it
-        raise ModelError("model.source", "a folder that can be entered", f"{source!r} ({error.strerror})") from None
+    except OSError as error:  # a parent folder that cannot be read
+        message = f"The folder {source!r} cannot be read: {error.strerror}."
+        raise ModelError(
+            "model.source", "a readable folder", f"{source!r} ({error.strerror})", message=message
+        ) from None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        wanted = [*WEIGHT_FILES, *TOKENIZER_FILES, "*.json", "*.jinja"]
-        return Path(snapshot_download(source, revision=settings.revision, allow_patterns=wanted))
+        patterns = [*WEIGHT_FILES, *TOKENIZER_FILES, "*.json", "*.jinja"]
+        return Path(snapshot_download(source, revision=settings.revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = f"{source!r} ({type(error).__name__})"
-        raise ModelError("model.source", "a folder, asset:NAME or a hub id that can be reached", reason) from None
+        reason = type(error).__name__
+        raise ModelError(
+            "model.source",
+            "a folder, asset:NAME or a reachable hub id",
+            f"{source!r} ({reason})",
+            message=f"The base model {source!r} is neither a local folder nor a reachable hub repository ({reason}).",
+            hint="Check the name and the network, or use asset:NAME.",
+        ) from None
 
 
 def fingerprint(folder: Path) -> Fingerprint:
-    """Hashes the source files of a model folder; hashes are remembered by path, size and time of change."""
-    memory = _HashMemory()
+    """Hash the source files of a model folder. Hashes are cached by path, size and modification time."""
+    cache = _HashCache()
 
-    def over(patterns: tuple[str, ...]) -> str:
+    def hash_files(patterns: tuple[str, ...]) -> str:
         files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-        return hashlib.sha256("".join(f"{f.name}:{memory.sha256(f)}\n" for f in files).encode()).hexdigest()
+        return hashlib.sha256("".join(f"{f.name}:{cache.sha256(f)}\n" for f in files).encode()).hexdigest()
 
-    template = _chat_template(folder)
-    prints = Fingerprint(over(WEIGHT_FILES), over(TOKENIZER_FILES), hashlib.sha256(template.encode()).hexdigest())
-    memory.save()
-    return prints
+    template = hashlib.sha256(_chat_template(folder).encode()).hexdigest()
+    result = Fingerprint(hash_files(WEIGHT_FILES), hash_files(TOKENIZER_FILES), template)
+    cache.save()
+    return result
 
 
 def _chat_template(folder: Path) -> str:
@@ -102,8 +120,8 @@ def synthetic_fingerprint(settings: ModelSettings) -> Fingerprint:
     return Fingerprint(hashlib.sha256(settings.source.encode()).hexdigest(), "", "")
 
 
-class _HashMemory:
-    """SHA-256 of files, kept in the cache so that many gigabytes are hashed once."""
+class _HashCache:
+    """SHA-256 hashes of files in the cache folder, so that large files are hashed once."""
 
     def __init__(self) -> None:
         self.path = cache_folder() / "hashes.json"

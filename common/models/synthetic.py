@@ -1,7 +1,7 @@
-"""The heterogeneous linear regression of the CoLoRA paper (arXiv 2602.07218, theory section) as a model source.
+"""Heterogeneous linear regression, the theory setting of the CoLoRA paper (arXiv 2602.07218), as a model source.
 
-``synthetic:bilinear-D`` is one D×D linear layer W (zero at the start) that predicts ⟨X, W⟩ for a D×D matrix X, so
-that the adapter's ΔW is the estimate of W_k*.
+``synthetic:bilinear-D`` is one D×D linear layer W, initially zero, that predicts ⟨X, W⟩ for a D×D matrix X. The
+adapter's ΔW then estimates W_k*.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ class Bilinear(nn.Module):
 
 
 def model_of(source: str) -> Bilinear:
-    """The model that a ``synthetic:bilinear-D`` source names."""
+    """Build the model of a ``synthetic:bilinear-D`` source. Raises ModelError for any other source."""
     kind, _, size = source.removeprefix(PREFIX).partition("-")
     if kind != "bilinear" or not size.isdigit():
-        raise ModelError("model.source", "synthetic:bilinear-D", source)
+        message = f"There is no synthetic model {source!r}."
+        hint = "Use synthetic:bilinear-D with a number D."
+        raise ModelError("model.source", "synthetic:bilinear-D", source, message=message, hint=hint)
     return Bilinear(int(size))
 
 
 def regression_truth(seed: int, tasks: int, size: int = 20, rank: int = 3) -> np.ndarray:
-    """W_k* = U* Λ_k* V*ᵀ with orthonormal U*, V* and Gaussian Λ_k*; (tasks, size, size)."""
+    """Draw W_k* = U* Λ_k* V*ᵀ with orthonormal U*, V* and Gaussian Λ_k*, shape (tasks, size, size)."""
     rng = np.random.default_rng(seed)
     u, v = (np.linalg.qr(rng.standard_normal((size, rank)))[0] for _ in range(2))
     return np.stack([u @ rng.standard_normal((rank, rank)) @ v.T for _ in range(tasks)])
 
 
 def regression_rows(truth: np.ndarray, rows: int, noise: float, seed: int) -> dict[str, np.ndarray]:
-    """Gaussian designs ``x`` (rows, D, D) and ``y`` = ⟨x, truth⟩ + noise (rows,), in fp32."""
+    """Draw Gaussian ``x`` (rows, D, D) and ``y`` = ⟨x, truth⟩ + noise (rows,), in fp32."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((rows, *truth.shape))
     y = np.einsum("nij,ij->n", x, truth) + noise * rng.standard_normal(rows)

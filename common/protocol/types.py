@@ -101,9 +101,7 @@ def check_metrics(metrics: Mapping[str, float], site: str) -> None:
     """Check that all metrics have known names. Both sides do. Raises RefusedError."""
     unknown = sorted(set(metrics) - METRIC_NAMES)
     if unknown:
-        name = repr(unknown[0][:40])
-        message = f"The reply has an unknown metric {name}."
-        raise RefusedError("metrics", "known metrics only", name, site=site, message=message)
+        raise RefusedError("metrics", "known metrics only", f"also {unknown[0][:40]!r}", site=site)
 
 
 def check_arrays(arrays: Arrays, layout: Mapping[str, tuple[int, ...]], site: str) -> None:
@@ -113,11 +111,9 @@ def check_arrays(arrays: Arrays, layout: Mapping[str, tuple[int, ...]], site: st
     """
     extra, missing = sorted(set(arrays) - set(layout)), sorted(set(layout) - set(arrays))
     if extra:
-        message = f"The reply has an array that is not shared: {extra[0]}."
-        raise RefusedError("arrays", "shared arrays only", extra[0], site=site, message=message)
+        raise RefusedError("arrays", "the shared groups only", f"also {extra[0]}", site=site)
     if missing:
-        message = f"The reply lacks the shared array {missing[0]}."
-        raise RefusedError("arrays", missing[0], "no such array", site=site, message=message)
+        raise RefusedError("arrays", missing[0], "no such array", site=site)
     for key, array in arrays.items():
         if array.dtype != np.float32:
             raise RefusedError(key, "float32", array.dtype, site=site)

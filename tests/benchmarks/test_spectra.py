@@ -1,4 +1,4 @@
-"""Spectra against the SVD of the whole ΔW and against matrices whose measures are known by hand."""
+"""Spectra equal the SVD of ΔW, and their measures equal values computed by hand."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def drawn(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(("d_out", "rank", "d_in"), [(9, 3, 7), (7, 3, 9), (4, 6, 9), (9, 6, 4), (5, 5, 5)])
 def test_factors_have_the_singular_values_of_their_product(d_out: int, rank: int, d_in: int) -> None:
     b, a = drawn(d_out, rank), drawn(rank, d_in)
-    found, whole = spectrum_of_factors(b, a), spectrum_of(b @ a)
+    spectrum, whole = spectrum_of_factors(b, a), spectrum_of(b @ a)
     oracle = torch.linalg.svdvals(b @ a)
-    assert torch.allclose(found.values, oracle[: len(found.values)], atol=1e-12)
-    assert oracle[len(found.values) :].abs().sum() < 1e-12, "what is left out is zero"
-    assert measures(found) == pytest.approx(measures(whole), abs=1e-9)
+    assert torch.allclose(spectrum.values, oracle[: len(spectrum.values)], atol=1e-12)
+    assert oracle[len(spectrum.values) :].abs().sum() < 1e-12, "omitted values are zero"
+    assert measures(spectrum) == pytest.approx(measures(whole), abs=1e-9)
 
 
 def measures(spectrum: Spectrum) -> list[float]:
@@ -58,17 +58,17 @@ def test_two_unequal_directions_by_hand() -> None:
     assert spectrum.participation == pytest.approx(25 / 17)
 
 
-def test_measures_do_not_see_the_scale() -> None:
+def test_measures_do_not_depend_on_the_scale() -> None:
     delta = drawn(6, 4)
     assert measures(spectrum_of(1e-6 * delta)) == pytest.approx(measures(spectrum_of(delta)))
 
 
-def test_nothing_learnt_has_no_measures() -> None:
+def test_a_zero_update_has_no_measures() -> None:
     assert all(math.isnan(value) for value in measures(spectrum_of_factors(torch.zeros(4, 2), drawn(2, 3))))
 
 
 @pytest.mark.parametrize("method", ["fedit", "multilora", "colora"])
-def test_an_adapters_spectrum_is_that_of_what_it_adds_to_its_layer(method: str) -> None:
+def test_an_adapters_spectrum_is_that_of_its_update(method: str) -> None:
     settings = AdapterSettings(2, 6.0, target_modules=("query",), modules=3)
     model: Any = nn.ModuleDict({"query": nn.Linear(11, 9)})
     values = attach(model, settings, METHODS[method])
@@ -79,6 +79,6 @@ def test_an_adapters_spectrum_is_that_of_what_it_adds_to_its_layer(method: str) 
         variant = layer.lora_variant.get(ADAPTER)
         delta = variant.delta(layer, ADAPTER) if variant else layer.get_delta_weight(ADAPTER)
         plan = Plan("a", 1, ModelSettings("x"), adapter=settings, method=MethodSettings(method))
-        found = spectrum_of_factors(*factors_of(values, plan)["query"])
+        spectrum = spectrum_of_factors(*factors_of(values, plan)["query"])
     oracle = torch.linalg.svdvals(delta)
-    assert torch.allclose(found.values.float(), oracle[: len(found.values)], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(spectrum.values.float(), oracle[: len(spectrum.values)], rtol=1e-4, atol=1e-4)

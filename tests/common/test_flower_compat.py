@@ -1,4 +1,4 @@
-"""Flower's pauses, in a process of their own: shortening them lasts."""
+"""Shorter pauses between requests to Flower, tried in a separate process, since the change is global."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def pull(object_id, tries=[]):
 shorten_pull_backoff()
 began = time.monotonic()
 assert pull_objects(["one"], pull) == {"one": b"here"}
-assert pull_objects.__kwdefaults__["max_tries_per_object"] is None, "an order may take longer than 500 s"
+assert pull_objects.__kwdefaults__["max_tries_per_object"] is None, "a request may take longer than 500 s"
 print(time.monotonic() - began)
 """
 
 
-def test_a_part_that_is_on_its_way_is_asked_for_again_soon() -> None:
+def test_a_missing_part_of_a_message_is_requested_again_soon() -> None:
     done = subprocess.run([sys.executable, "-c", PULL_ONE], capture_output=True, text=True, check=True)
-    assert 0.2 < float(done.stdout) < 1.0  # Flower by itself: 0.8 s at least for the first pause, 1.6 s for the second
+    assert 0.2 < float(done.stdout) < 1.0  # Flower's own pauses are at least 0.8 s and 1.6 s

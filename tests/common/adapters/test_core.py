@@ -1,4 +1,4 @@
-"""The CoLoRA core against its formula h = W0 x + s · B Λ A x, computed by hand from the layer's own numbers."""
+"""The CoLoRA core equals its formula h = W0 x + s · B Λ A x, computed from the layer's own values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TIGHT = 1e-10  # double precision: a wrong formula is off by far more
 
 
 class Toy(nn.Module):
-    """One 7 → 5 layer named as BERT names its queries."""
+    """A model of one 7 → 5 layer, with the name of BERT's queries."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Toy(nn.Module):
 
 
 def toy(form: str, *, rslora: bool = False, dropout: float = 0.0) -> tuple[Any, dict[str, nn.Parameter]]:
-    """A toy's LoRA layer with a core of ``form`` and its parameters by group, all random, in double precision."""
+    """Return a LoRA layer with a core of ``form``, and its random parameters by group, in double precision."""
     torch.manual_seed(0)
     model = Toy()
     settings = AdapterSettings(RANK, ALPHA, dropout, ("query",), core=form, rslora=rslora)  # type: ignore[arg-type]
@@ -52,7 +52,7 @@ def toy(form: str, *, rslora: bool = False, dropout: float = 0.0) -> tuple[Any, 
 
 
 def matrix(form: str, core: torch.Tensor) -> torch.Tensor:
-    """Λ as METHODS writes it: the full matrix, a diagonal, or I + Λ'."""
+    """Return Λ: the full matrix, a diagonal matrix, or I + Λ'."""
     forms = {"full": lambda: core, "diagonal": core.diag, "residual": lambda: torch.eye(RANK).double() + core}
     return forms[form]()
 
@@ -108,7 +108,7 @@ def test_at_its_initial_values_the_adapter_changes_no_bit(form: str) -> None:
 
 
 def test_an_identity_core_is_plain_lora_to_the_bit() -> None:
-    """Λ = I whatever A and B are: a site that joins late has exactly the shared model."""
+    """With Λ = I, whatever A and B are, a site that joins late starts from exactly the shared model."""
     x = draw(4, D_IN)
     for form in FORMS:
         layer, group = toy(form)
@@ -138,7 +138,7 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
         "p.lora_A.weight": (4, 8),
     }
     first = initial_values(one, settings, 7)
-    torch.manual_seed(123)  # the global generator has no say
+    torch.manual_seed(123)  # the global generator must not matter
     second = initial_values(other, settings, 7)
     assert all(torch.equal(first[key], second[key]) for key in one)
     assert not torch.equal(first["p.lora_A.weight"], first["q.lora_A.weight"])
@@ -172,7 +172,7 @@ def test_a_safe_merge_refuses_a_broken_core() -> None:
 
 @pytest.mark.parametrize("form", ["full", "residual"])
 def test_the_gauge_changes_factors_and_no_output(form: str) -> None:
-    """(B, A, Λ) and (B P, Q A, P⁻¹ Λ Q⁻¹) are one model; only a full matrix can take up the gauge."""
+    """(B, A, Λ) and (B P, Q A, P⁻¹ Λ Q⁻¹) are the same model; only a full matrix Λ can absorb P and Q."""
     layer, group = toy(form)
     x = draw(4, D_IN)
     before = layer(x)
@@ -185,7 +185,7 @@ def test_the_gauge_changes_factors_and_no_output(form: str) -> None:
     torch.testing.assert_close(layer(x), before, rtol=0, atol=TIGHT)
 
 
-def test_dropout_acts_on_the_input_of_a_in_training_alone() -> None:
+def test_dropout_acts_on_the_input_of_a_in_training_only() -> None:
     layer, group = toy("full", dropout=0.5)
     x = draw(64, D_IN)
     quiet = layer(x)
@@ -216,16 +216,16 @@ def test_a_method_without_core_is_plain_lora(method: MethodSettings) -> None:
     torch.testing.assert_close(model.query(x), expected, rtol=0, atol=TIGHT)
 
 
-def test_a_rank_beyond_the_layer_and_unknown_targets_are_refused_by_name() -> None:
-    with pytest.raises(ModelError, match=r"adapter\.rank: expected at most 5 for query, found 6"):
+def test_errors_name_a_rank_beyond_the_layer_and_unknown_targets() -> None:
+    with pytest.raises(ModelError, match=r"adapter\.rank must be at most 5 for the layer query, not 6"):
         attach(Toy(), AdapterSettings(6, target_modules=("query",)), METHODS["colora"])
-    with pytest.raises(ModelError, match=r"adapter\.target_modules: .*query.* found .*nowhere"):
+    with pytest.raises(ModelError, match=r"adapter\.target_modules = \[.nowhere.\] matches no linear layer .*query"):
         attach(Toy(), AdapterSettings(2, target_modules=("nowhere",)), METHODS["colora"])
 
 
 @pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.shares])
 def test_s0_from_the_meta_device_is_what_the_site_computes(tiny_bert: Path, tmp_path: Path, name: str) -> None:
-    """Coordinator (no weights) and site (whole model) start from the same bits and the same layout."""
+    """The coordinator, without weights, and the site, with the whole model, start from the same bits and layout."""
     adapter = AdapterSettings(4, target_modules=("query", "value"))
     model, method = ModelSettings(str(tiny_bert), max_length=16), MethodSettings(name)
     plan = Plan("start", 1, model, seed=5, adapter=adapter, method=method)

@@ -1,4 +1,4 @@
-"""MultiLoRA against its formula: h = W0 x + s · Σ_i s_i ⊙ B_i A_i x, summed module by module by hand."""
+"""MultiLoRA equals its formula h = W0 x + s · Σ_i s_i ⊙ B_i A_i x, summed module by module."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from colora.common.training.loop import make_optimizer
 
 D_IN, D_OUT, RANK, MODULES, ALPHA = 11, 7, 2, 3, 6.0
 SETTINGS = AdapterSettings(RANK, ALPHA, target_modules=("query",), modules=MODULES)
-PLACE = "query"
+LAYER = "query"
 
 
 class Toy(nn.Module):
@@ -37,7 +37,7 @@ class Toy(nn.Module):
 
 
 def toy(*, random: bool = True) -> tuple[Toy, dict[str, nn.Parameter]]:
-    """A toy with MultiLoRA on its layer; random values, or those of step 0."""
+    """Return a toy with MultiLoRA on its layer, with random values or those of step 0."""
     model = Toy()
     parameters = attach(model, SETTINGS, METHODS["multilora"])
     start = initial_values(layout_of(parameters), SETTINGS, seed=1)
@@ -48,8 +48,8 @@ def toy(*, random: bool = True) -> tuple[Toy, dict[str, nn.Parameter]]:
 
 
 def by_hand(model: Toy, values: dict[str, nn.Parameter], x: torch.Tensor) -> torch.Tensor:
-    """Module after module."""
-    a, b, scale = (values[f"{PLACE}.{leaf}"] for leaf in ("lora_A.weight", "lora_B.weight", "lora_scale"))
+    """Return the sum over modules."""
+    a, b, scale = (values[f"{LAYER}.{leaf}"] for leaf in ("lora_A.weight", "lora_B.weight", "lora_scale"))
     h = model.query.base_layer(x)  # type: ignore[operator]
     for i in range(MODULES):
         part = slice(i * RANK, (i + 1) * RANK)
@@ -72,12 +72,12 @@ def test_it_starts_as_the_base_model_and_only_the_scales_have_a_gradient() -> No
     for parameter in values.values():
         parameter.requires_grad_(True)
     model.query(x).square().sum().backward()
-    gradients = {key.rpartition(f"{PLACE}.")[2]: p.grad for key, p in values.items()}
+    gradients = {key.rpartition(f"{LAYER}.")[2]: p.grad for key, p in values.items()}
     assert gradients["lora_scale"].abs().min() > 0
     assert gradients["lora_A.weight"].abs().max() == gradients["lora_B.weight"].abs().max() == 0
 
 
-def test_every_slice_is_drawn_by_its_own_fan_in() -> None:
+def test_every_module_is_initialized_by_its_own_fan_in() -> None:
     big = {"q.lora_A.weight": (6, 4000), "q.lora_B.weight": (4000, 6), "q.lora_scale": (3, 4000)}
     values = initial_values(big, SETTINGS, seed=0)
     for i in range(3):
@@ -93,7 +93,7 @@ def test_every_slice_is_drawn_by_its_own_fan_in() -> None:
 def test_the_factors_of_rank_nr_are_the_forward() -> None:
     model, values = toy()
     plan = Plan("a", 1, ModelSettings("x"), adapter=SETTINGS, method=MethodSettings("multilora"))
-    (b, a) = padded(factors_of(dict(values), plan))[PLACE]
+    (b, a) = padded(factors_of(dict(values), plan))[LAYER]
     assert a.shape == (MODULES * RANK, D_IN)
     x = torch.randn(5, D_IN)
     assert torch.allclose(model.query.base_layer(x) + x @ a.T @ b.T, model.query(x), atol=1e-5)  # type: ignore[operator]
@@ -105,12 +105,12 @@ def test_no_weight_decay_on_the_scales() -> None:
     for value in values.values():
         value.grad = torch.zeros_like(value)
     make_optimizer(values, TrainSettings(optimizer="sgd", lr=0.1, weight_decay=0.5)).step()
-    assert torch.equal(values[f"{PLACE}.lora_scale"], before[f"{PLACE}.lora_scale"])
-    assert torch.allclose(values[f"{PLACE}.lora_B.weight"], 0.95 * before[f"{PLACE}.lora_B.weight"])
+    assert torch.equal(values[f"{LAYER}.lora_scale"], before[f"{LAYER}.lora_scale"])
+    assert torch.allclose(values[f"{LAYER}.lora_B.weight"], 0.95 * before[f"{LAYER}.lora_B.weight"])
 
 
 @pytest.mark.parametrize("kind", ["lora", "multilora"])
-def test_a_private_adapter_adds_to_the_shared_one_and_can_be_put_away(kind: str) -> None:
+def test_a_private_adapter_adds_to_the_shared_one_and_can_be_deactivated(kind: str) -> None:
     model = Toy()
     shared = attach(model, SETTINGS, METHODS["colora"])
     settings = PrivateSettings(kind, rank=1, modules=2, alpha=3.0)  # type: ignore[arg-type]
@@ -128,14 +128,14 @@ def test_a_private_adapter_adds_to_the_shared_one_and_can_be_put_away(kind: str)
     assert not torch.allclose(outputs["shared", "mine"], outputs["shared", "another"])
     plan = Plan("a", 1, ModelSettings("x"), adapter=SETTINGS, private=settings)
     whole = factors_of({**shared, **private}, plan)
-    b, a = whole[PLACE]
+    b, a = whole[LAYER]
     assert torch.allclose((x.double() @ a.T @ b.T).float(), outputs["shared", "mine"], atol=1e-5)
-    b, a = difference(whole, factors_of(shared, plan))[PLACE]
+    b, a = difference(whole, factors_of(shared, plan))[LAYER]
     assert torch.allclose((x.double() @ a.T @ b.T).float(), outputs["mine",], atol=1e-5)
 
 
 def test_a_private_adapter_that_fits_no_layer_is_named() -> None:
-    with pytest.raises(ModelError, match=r"private.target_modules: expected .* such as query"):
+    with pytest.raises(ModelError, match=r"private.target_modules = \[.nothing.\] matches no .* are query"):
         inject(Toy(), private_spec(PrivateSettings("lora", target_modules=("nothing",)), SETTINGS), "mine")
-    with pytest.raises(ModelError, match=r"private.rank: expected at most 7 for query, found 9"):
+    with pytest.raises(ModelError, match=r"private.rank must be at most 7 for the layer query, not 9"):
         inject(Toy(), private_spec(PrivateSettings("multilora", rank=3), SETTINGS), "mine")

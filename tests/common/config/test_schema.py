@@ -1,4 +1,4 @@
-"""Recipes: what is written is what is read, sites inherit, overrides win, and the identity is what can matter."""
+"""Recipes: round trips, inheritance by sites, overrides, identity, and rules that span keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
 }
 FULL: dict[str, Any] = {
     "name": "full",
-    "description": 'Nothing at its default: ΔW, "quoted".',
+    "description": 'No key at its default: ΔW, "quoted".',
     "rounds": 7,
     "seed": -3,
     "model": {"source": "m", "revision": "v1", "max_length": 9, "device": "cpu"},
@@ -53,9 +53,9 @@ SPLIT: dict[str, Any] = {
 
 
 def recipes() -> list[Any]:
-    made = [pytest.param(recipe_from(raw), id=raw["name"]) for raw in (SMALL, FULL)]
+    own = [pytest.param(recipe_from(raw), id=raw["name"]) for raw in (SMALL, FULL)]
     return [
-        *made,
+        *own,
         pytest.param(recipe_from(SPLIT), id="split"),
         *(pytest.param(load_recipe(p), id=p.stem) for p in SHIPPED),
     ]
@@ -71,13 +71,13 @@ def test_a_recipe_survives_a_dictionary_toml_and_json(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("recipe", recipes())
-def test_the_plan_survives_the_wire_and_has_no_word_of_data_sites_or_server(recipe: Recipe) -> None:
+def test_the_plan_survives_json_and_has_no_key_of_data_sites_or_server(recipe: Recipe) -> None:
     plan = recipe.plan
     assert parse(Plan, json.loads(to_json(plan))) == plan
     assert not {"data", "site", "partition", "server", "simulation", "description"} & set(to_dict(plan))
 
 
-def test_a_site_inherits_what_it_leaves_open() -> None:
+def test_a_site_inherits_keys_that_it_does_not_set() -> None:
     shared = {"source": "all.jsonl", "text": "body", "train": 5}
     recipe = recipe_from(
         {
@@ -91,8 +91,8 @@ def test_a_site_inherits_what_it_leaves_open() -> None:
             ],
         }
     )
-    found = {s.name: (s.data.source, s.data.text, s.data.train, s.data.test, s.from_round) for s in recipe.site}
-    assert found == {
+    actual = {s.name: (s.data.source, s.data.text, s.data.train, s.data.test, s.from_round) for s in recipe.site}
+    assert actual == {
         "plain": ("all.jsonl", "body", 5, None, 1),
         "own": ("own.jsonl", "body", 7, None, 1),
         "table": ("all.jsonl", "words", 5, 3, 1),
@@ -123,10 +123,10 @@ def test_an_override_changes_its_key_and_nothing_else(
     path = tmp_path / "recipe.toml"
     path.write_text(tomli_w.dumps({**SMALL, "site": [{**site, "where": {"k": "v"}} for site in SMALL["site"]]}))
     plain, changed = load_recipe(path), load_recipe(path, (override,))
-    found: Any = changed
+    actual: Any = changed
     for part in key:
-        found = getattr(found, part)
-    assert found == value
+        actual = getattr(actual, part)
+    assert actual == value
     others = {f.name for f in dataclasses.fields(Recipe)} - {key[0]}
     assert all(getattr(plain, name) == getattr(changed, name) for name in others)
 
@@ -153,12 +153,12 @@ def test_a_later_override_wins(tmp_path: Path) -> None:
         ({"site": [{**site, "train": 3} for site in SMALL["site"]]}, False),
     ],
 )
-def test_the_identity_changes_with_what_can_change_a_result(change: dict[str, Any], same: bool) -> None:
+def test_the_identity_changes_with_keys_that_can_change_a_result(change: dict[str, Any], same: bool) -> None:
     assert (recipe_from({**SMALL, **change}).identity == recipe_from(SMALL).identity) == same
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_without_moves_is_its_row_in_the_table(name: str) -> None:
+def test_a_method_without_changes_is_its_row_in_the_table(name: str) -> None:
     assert MethodSettings(name).row() == METHODS[name]
 
 
@@ -191,19 +191,19 @@ def test_paths_in_a_site_file_start_at_its_folder(tmp_path: Path) -> None:
     assert (site.data.source, site.data.test_source) == (str((tmp_path / "rows.jsonl").resolve()), "absent.jsonl")
 
 
-def test_a_head_is_fitted_where_asked_and_in_a_move_and_only_where_it_is_the_sites_own() -> None:
-    fitted, anyhow, shared = {"head_init": "probe"}, {"head_init": "random"}, {"head": "shared"}
+def test_a_personal_head_is_fitted_by_request_and_in_a_transfer() -> None:
+    probe, random, shared = {"head_init": "probe"}, {"head_init": "random"}, {"head": "shared"}
     recipe = recipe_from(SMALL)
     assert not recipe.probes_head
     assert with_base_model(recipe, "other").probes_head
-    assert recipe_from({**SMALL, "train": fitted}).probes_head
-    assert not with_base_model(recipe_from({**SMALL, "train": anyhow}), "other").probes_head
+    assert recipe_from({**SMALL, "train": probe}).probes_head
+    assert not with_base_model(recipe_from({**SMALL, "train": random}), "other").probes_head
     assert not with_base_model(recipe_from({**SMALL, "method": shared}), "other").probes_head
     with pytest.raises(ConfigError, match=r'train.head_init = "probe" needs personal heads'):
-        recipe_from({**SMALL, "train": fitted, "method": shared})
+        recipe_from({**SMALL, "train": probe, "method": shared})
 
 
-def test_nothing_is_prepared_for_a_move_by_a_local_only_baseline() -> None:
+def test_a_local_only_baseline_prepares_no_transfer() -> None:
     recipe = recipe_from({**SMALL, "transfer": {"prepare": True}})
     assert recipe.transfer.prepare
     assert not local_only(recipe).transfer.prepare

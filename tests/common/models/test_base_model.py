@@ -49,7 +49,7 @@ def architecture(request: pytest.FixtureRequest, tiny_bert: Path, tmp_path: Path
     return tmp_path, heads
 
 
-def test_a_classifier_has_the_architectures_own_head_and_can_be_probed(architecture: tuple[Path, set[str]]) -> None:
+def test_a_classifier_has_the_head_of_its_architecture_and_can_be_probed(architecture: tuple[Path, set[str]]) -> None:
     folder, heads = architecture
     settings = ModelSettings(str(folder), max_length=16)
     rows = [{"text": f"red {w} cat", "label": "yn"[i % 2]} for i, w in enumerate("abcdefgh")]
@@ -64,11 +64,11 @@ def test_a_classifier_has_the_architectures_own_head_and_can_be_probed(architect
             parameter.normal_(generator=torch.Generator().manual_seed(1))
     before = task.measure(generate=False)
     assert {"accuracy", "macro_f1"} <= set(task.probe() or {})
-    assert task.measure(generate=False) == before, "the probe put the head back"
+    assert task.measure(generate=False) == before, "the probe restores the head"
 
 
 @pytest.mark.parametrize("labels", ["yn", "ynm"])
-def test_a_fitted_linear_head_says_what_the_probe_says(architecture: tuple[Path, set[str]], labels: str) -> None:
+def test_a_fitted_linear_head_predicts_as_the_probe(architecture: tuple[Path, set[str]], labels: str) -> None:
     folder, heads = architecture
     settings = ModelSettings(str(folder), max_length=16)
     rows = [{"text": f"red {w} cat", "label": labels[i % len(labels)]} for i, w in enumerate("abcdefgh")]
@@ -79,31 +79,31 @@ def test_a_fitted_linear_head_says_what_the_probe_says(architecture: tuple[Path,
             parameter.zero_()
     if heads in ({"pre_classifier", "classifier"}, {"classifier"}) and len(task.head) > 2:
         assert not task.fit_head()
-        assert all(bool((parameter == 0).all()) for parameter in task.head.values()), "not a linear layer: left alone"
+        assert all(bool((parameter == 0).all()) for parameter in task.head.values()), "only linear heads are fitted"
         return
     probed = task.probe() or {}
     assert task.fit_head()
     measured = task.measure(generate=False)
-    if "score" in heads:  # a head without an offset cannot be the probe's
+    if "score" in heads:  # a head without bias differs from the probe
         assert measured["accuracy"] > 0.7
         assert "never" not in {p["label"] for p in task.predict([{"text": row["text"]} for row in rows])}
     else:
         assert {key: measured[key] for key in probed} == pytest.approx(probed)
 
 
-def test_a_head_fitted_to_probabilities_says_them_on_average(tiny_bert: Path) -> None:
-    """The offset of a logistic regression is not penalised: its residuals add up to nothing."""
+def test_a_head_fitted_to_probabilities_predicts_them_on_average(tiny_bert: Path) -> None:
+    """The bias of a logistic regression is not penalized, so that its residuals sum to zero."""
     settings = ModelSettings(str(tiny_bert), max_length=16)
     given = [[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4], [0.5, 0.1, 0.4]]
     rows = [{"text": f"red {w} cat", "label": "x", "probabilities": p} for w, p in zip("abcd", given, strict=True)]
     site = SiteDataset("ada", "classification", rows, (), ("x", "y", "z"))
     task = build_task(site, load_base_model(settings, generates=False), Plan(name="x", rounds=1, model=settings))
     assert task.fit_head()
-    said = [list(p["probabilities"].values()) for p in task.predict([{"text": row["text"]} for row in rows])]
-    assert torch.tensor(said).mean(0).tolist() == pytest.approx(torch.tensor(given).mean(0).tolist(), abs=1e-3)
+    predicted = [list(p["probabilities"].values()) for p in task.predict([{"text": row["text"]} for row in rows])]
+    assert torch.tensor(predicted).mean(0).tolist() == pytest.approx(torch.tensor(given).mean(0).tolist(), abs=1e-3)
 
 
-def test_a_change_in_any_source_file_changes_its_fingerprint_and_only_that(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_change_in_a_source_file_changes_its_fingerprint_only(tiny_llama: Path, tmp_path: Path) -> None:
     def changed(name: str) -> set[str]:
         folder = tmp_path / name
         shutil.copytree(tiny_llama, folder)

@@ -1,4 +1,4 @@
-"""Supervised processes: what ends them, what is left of them, and who may work alone."""
+"""Supervised processes: how they end, that no orphans remain, and that a lock excludes a second process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from colora.common.errors import StateError
 from colora.common.processes.supervised import Command, SupervisedProcess, exclusive_lock
 
 SLEEP = "import time; time.sleep(60)"
-# a parent that starts a child called NAME and never looks after it
+# a parent that starts a child and never reaps it
 CARELESS = "import subprocess, sys, time; p = subprocess.Popen(sys.argv[1:]); print(p.pid, flush=True); time.sleep(60)"
 
 
@@ -28,8 +28,8 @@ def wait_until(holds: Callable[[], object], seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-def careless(tmp_path: Path) -> tuple[SupervisedProcess, psutil.Process]:
-    """A child that has a child of its own, called ``worker``."""
+def start_careless_parent(tmp_path: Path) -> tuple[SupervisedProcess, psutil.Process]:
+    """Start a child that starts a child called ``worker`` and never reaps it."""
     worker = tmp_path / "worker"
     worker.symlink_to("/bin/sleep")
     log = tmp_path / "log.txt"
@@ -42,8 +42,8 @@ def careless(tmp_path: Path) -> tuple[SupervisedProcess, psutil.Process]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="zombies are read from /proc")
-def test_a_grandchild_that_was_killed_is_noticed_and_one_that_ended_is_not(tmp_path: Path) -> None:
-    child, process = careless(tmp_path)
+def test_a_killed_grandchild_is_detected(tmp_path: Path) -> None:
+    child, process = start_careless_parent(tmp_path)
     assert not child.crashed("worker")
     process.send_signal(signal.SIGKILL)
     wait_until(lambda: child.crashed("worker"))
@@ -51,8 +51,8 @@ def test_a_grandchild_that_was_killed_is_noticed_and_one_that_ended_is_not(tmp_p
     child.stop(1)
 
 
-def test_a_process_that_is_gone_between_two_looks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    child, _ = careless(tmp_path)
+def test_a_process_that_disappears_during_a_check_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child, _ = start_careless_parent(tmp_path)
 
     def gone(self: psutil.Process) -> str:
         raise psutil.NoSuchProcess(self.pid)
@@ -63,15 +63,15 @@ def test_a_process_that_is_gone_between_two_looks_is_no_error(tmp_path: Path, mo
     child.stop(1)
 
 
-def test_killing_a_child_takes_its_whole_group(tmp_path: Path) -> None:
-    child, process = careless(tmp_path)
+def test_killing_a_child_kills_its_process_group(tmp_path: Path) -> None:
+    child, process = start_careless_parent(tmp_path)
     child.kill()
     wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
     assert not child.running
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own leash")
-def test_a_child_dies_with_its_parent_however_that_dies(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux only")
+def test_a_child_dies_when_its_parent_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path\n"
         "from colora.common.processes.supervised import SupervisedProcess, Command\n"
@@ -87,7 +87,7 @@ def test_a_child_dies_with_its_parent_however_that_dies(tmp_path: Path) -> None:
     wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
-def test_pauses_grow_while_a_child_does_not_last(tmp_path: Path) -> None:
+def test_pauses_grow_while_a_child_keeps_failing(tmp_path: Path) -> None:
     child = SupervisedProcess(Command("short", (sys.executable, "-c", "raise SystemExit(2)"), tmp_path / "log"))
     pauses = []
     for _ in range(3):
@@ -99,9 +99,9 @@ def test_pauses_grow_while_a_child_does_not_last(tmp_path: Path) -> None:
     assert pauses[-1] > 2 * pauses[0]
 
 
-def test_one_works_alone_and_the_other_is_told_who(tmp_path: Path) -> None:
-    with exclusive_lock(tmp_path / "lock", "client"), pytest.raises(StateError, match=f"process {os.getpid()}"):  # noqa: SIM117
-        with exclusive_lock(tmp_path / "lock", "client"):
-            pass
+def test_a_lock_excludes_a_second_process_and_names_its_holder(tmp_path: Path) -> None:
+    message = rf"Another client already runs here \(process {os.getpid()} holds"
+    with exclusive_lock(tmp_path / "lock", "client"), pytest.raises(StateError, match=message):
+        exclusive_lock(tmp_path / "lock", "client").__enter__()
     with exclusive_lock(tmp_path / "lock", "client"):
         pass

@@ -1,4 +1,4 @@
-"""Micro-batches and small devices: the same step, whatever fits at once."""
+"""Micro-batches and small devices take the same optimizer step as whole batches."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from colora.common.methods import group_of
 from colora.common.models.base_model import load_base_model
 from colora.common.protocol.types import TrainRequest
 
-SMALL = 3  # examples that the small device takes
+SMALL = 3  # examples that fit on the small device
 
 
 def one_round(raw: dict, folder: Path, room: int | None = None) -> dict[str, torch.Tensor]:
-    """All trained values of the first site after a round; with ``room`` no more examples fit at once."""
+    """Return all trained values of the first site after a round, on a device with memory for ``room`` examples."""
     recipe = recipe_from(raw)
     site = recipe.site[0]
     base = load_base_model(recipe.plan.model, generates=site.data.task == "generation")
@@ -65,8 +65,8 @@ def test_micro_batches_and_a_small_device_take_the_same_step(
             assert torch.allclose(other[key], value, atol=1e-5), key
 
 
-def test_a_device_without_room_for_one_example_is_told_what_to_lower(tiny_recipe: dict, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"lower model.max_length, model.precision or adapter.rank"):
+def test_an_error_without_memory_for_one_example_says_what_to_lower(tiny_recipe: dict, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"too little memory .* Lower model.max_length, .* or adapter.rank"):
         one_round(tiny_recipe, tmp_path, 0)
 
 
@@ -87,7 +87,7 @@ def test_a_half_precision_base_trains_adapters_in_fp32(
         assert (value - full[key]).norm() <= 0.1 * moved + 1e-6, key
 
 
-def test_a_private_adapter_goes_on_as_it_began(tiny_recipe: dict, tmp_path: Path) -> None:
+def test_the_kind_of_a_private_adapter_cannot_change(tiny_recipe: dict, tmp_path: Path) -> None:
     one_round({**tiny_recipe, "private": "lora"}, tmp_path)
     recipe = recipe_from({**tiny_recipe, "private": {"kind": "lora", "rank": 2}})
     site = recipe.site[0]
@@ -123,18 +123,21 @@ def test_phases_train_their_groups_and_no_others(tiny_recipe: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "words"),
+    ("train", "message"),
     [
-        ({"schedule": "phases"}, r"train.phase: expected \[\[train.phase\]\] tables .* found none"),
-        ({"phase": [{"steps": 1, "groups": ["A"]}]}, 'found some with train.schedule = "joint"'),
+        ({"schedule": "phases"}, r'train.schedule = "phases" needs \[\[train.phase\]\] tables'),
+        (
+            {"phase": [{"steps": 1, "groups": ["A"]}]},
+            r'\[\[train.phase\]\] tables need train.schedule = "phases", not .joint.',
+        ),
         (
             {"schedule": "phases", "phase": [{"steps": 1, "groups": ["private"]}]},
-            "train.phase.groups: .* found private",
+            r"A phase trains none of its groups \(private\)",
         ),
-        ({"final_groups": ["A"]}, "train.final_groups: expected personal groups of colora, found A"),
+        ({"final_groups": ["A"]}, "train.final_groups may name only personal groups of colora, and A is not one"),
     ],
 )
-def test_phases_that_make_no_sense_are_refused(train: dict, words: str, tiny_recipe: dict) -> None:
+def test_invalid_phases_are_refused(train: dict, message: str, tiny_recipe: dict) -> None:
     tiny_recipe["train"] |= train
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         recipe_from(tiny_recipe)
