@@ -19,6 +19,7 @@ from ..client.training.trainer import Trainer
 from ..common.config.loader import load_site
 from ..common.config.schema import Plan, parse
 from ..common.config.site_schema import SiteSettings
+from ..common.dataset import TASKS
 from ..common.models.base_model import load_base_model
 from ..common.protocol.types import SiteInfo, TrainReply, TrainRequest
 
@@ -55,7 +56,7 @@ class SitePool:
         self.files: dict[str, SiteSettings] = {
             name: load_site(premises.data_of(name) / "site.toml") for name in premises.names
         }
-        generates = any(site.data.task == "generation" for site in self.files.values())
+        generates = any(TASKS[site.data.task].needs_causal_lm for site in self.files.values())
         self.bench: AdaptedModel = attach_adapters(load_base_model(plan.model, generates=generates), plan)
         self.trainers: dict[str, Trainer] = {}
 

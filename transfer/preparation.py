@@ -18,6 +18,7 @@ import torch
 
 from ..common.adapters.inject import activate, inject
 from ..common.config.schema import ModelSettings, Plan, TransferSettings
+from ..common.dataset import TASKS as TASK_TABLE
 from ..common.dataset import Row, SiteDataset
 from ..common.errors import ColoraError, ConfigError, DataError, ModelError
 from ..common.models.base_model import BaseModel, check_generates, load_base_model, load_tokenizer, skeleton
@@ -27,7 +28,7 @@ from .discriminator import Discriminator, answer_ids
 from .sampling import Deduplicator, generate_texts, one_line
 from .tuned_generator import TunedGenerator
 
-TASKS = ("classification", "generation")  # that have texts
+TASKS = tuple(name for name, spec in TASK_TABLE.items() if spec.can_transfer)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def generator_settings(plan: Plan, task: str) -> ModelSettings:
 
     Raises ModelError where an encoder has no generator named.
     """
-    if task == "generation":
+    if TASK_TABLE[task].needs_causal_lm:
         return plan.model
     if plan.transfer.generator is None:
         wanted = "a causal model that writes texts, as the base model cannot"
@@ -132,7 +133,7 @@ def _check(plan: Plan, site: SiteDataset, before: TransferArtifacts | None) -> N
 
 def _field(task: str) -> str:
     """The key that names the speaker."""
-    return "model.source" if task == "generation" else "transfer.generator"
+    return "model.source" if TASK_TABLE[task].needs_causal_lm else "transfer.generator"
 
 
 def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> Iterator[tuple[str, str | None]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ...common.config.schema import Plan, TransferSettings
 from ...common.config.site_schema import SiteSettings
+from ...common.dataset import TASKS
 from ...common.errors import RefusedError
 from ...common.methods import ABSENT, GROUPS, METHODS, SHARED
 
@@ -62,7 +63,7 @@ def _check_kept(plan: Plan, site: SiteSettings) -> None:
     if (transfer.prepare or transfer.of) and transfer.writer == "tuned" and not site.allow.tuned_writer:
         wanted = "target or source (or true in allow.tuned_writer)"
         raise RefusedError("transfer.writer", wanted, "tuned", site=site.name)
-    if transfer.prepare and transfer.generator and site.data.task != "generation":
+    if transfer.prepare and transfer.generator and not TASKS[site.data.task].needs_causal_lm:
         _check_choice("transfer.generator", transfer.generator, "models", site)
 
 
