@@ -16,7 +16,8 @@ from colora.common.config.schema import AdapterSettings, ModelSettings, Plan, Pr
 from colora.common.dataset import SiteDataset
 from colora.common.methods import METHODS
 from colora.common.models.base_model import BaseModel, load_base_model
-from colora.common.tasks import Task, build_task
+from colora.common.tasks import build_task
+from colora.common.tasks.base import Task
 from colora.common.training.loop import make_optimizer
 from colora.common.training.micro_batch import apply_gradients, gradients
 

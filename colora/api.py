@@ -238,10 +238,12 @@ def predict(
     input was longer than ``model.max_length``. Raises StateError when ``state`` is no site's model.
     """
     from colora.client.artifacts.predict import Predictor
+    from colora.common.dataset import TASKS
     from colora.common.models.saved import read_saved_model
 
     saved = read_saved_model(Path(state))
-    field = "prompt" if saved.metadata.task == "generation" else "text"
+    spec = TASKS.get(saved.metadata.task)
+    field = (spec and spec.input_column) or "text"
     inputs = [{field: row} if isinstance(row, str) else dict(row) for row in rows]
     if saved.metadata.chat:
         inputs = [
