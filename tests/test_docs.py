@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,7 @@ import typer.main
 from colora.cli import app
 from colora.common.config.loader import load_site, recipe_from
 from colora.server.deployment.provisioning.provision import read_plan
-from docs.scripts.code_blocks import Block, all_blocks, commands, whole_recipe, whole_site
-from tests import forked
+from docs.scripts.code_blocks import ROOT, Block, all_blocks, commands, whole_recipe, whole_site
 
 
 def check_recipe(block: Block, folder: Path) -> None:
@@ -37,7 +37,9 @@ def check_sites(block: Block, folder: Path) -> None:
 
 
 def check_python(block: Block, folder: Path) -> None:
-    done = forked.run("tests.test_docs", block.code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", block.code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -62,10 +64,3 @@ CHECKS: dict[str, Callable[[Block, Path], None]] = {
 @pytest.mark.parametrize("block", [b for b in all_blocks() if not b.not_run], ids=lambda b: b.name)
 def test_a_code_block_works(block: Block, tmp_path: Path) -> None:
     CHECKS[block.kind](block, tmp_path)
-
-
-def main(arguments: list[str]) -> None:
-    """Run a Python block in an empty folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        exec(compile(arguments[0], "code block", "exec"), {"__name__": "__main__"})
