@@ -45,7 +45,7 @@ def check_python(block: Block, folder: Path) -> None:
 
 def check_commands(block: Block, folder: Path) -> None:
     """Parse every ``colora`` command with the command line's own parser, without running it."""
-    group = typer.main.get_command(app)
+    group = typer.main.get_group(app)
     for name, *arguments in commands(block):
         command = group.commands[name]
         command.make_context(f"colora {name}", arguments)
