@@ -275,7 +275,12 @@ BREAKS: list[tuple[Callable[[Place], None], str, str]] = [
     (
         _no_model,
         "model",
+<<<<<<< HEAD
         "./not-there",
+=======
+        "The base model './not-there' is neither a local folder nor a reachable hub repository (HFValidationError). "
+        "Check the name and the network, or use asset:NAME.",
+>>>>>>> b-common
     ),
     (_no_device, "device", "trainer.device is 'warp', which is not available here; torch supports {there}"),
     (_state_is_a_file, "state", "{folder}/state is not writable: Not a directory ({folder}/state)"),
@@ -545,9 +550,9 @@ def test_a_site_file_that_cannot_be_read_is_the_only_finding(place: Place) -> No
     place.raw["trainer"]["threds"] = 2
     (result,) = place.check().values()
     assert (result.name, result.ok) == ("site file", False)
-    assert "(did you mean 'threads'?)" in result.detail
+    assert "Did you mean 'threads'?" in result.detail
     (result,) = preflight(place.folder / "absent.toml")
-    assert result.detail.endswith("No such file or directory")
+    assert result.detail.endswith("No such file or directory.")
 
 
 def test_the_page_has_one_line_a_finding_and_the_exit_code_says_whether_all_is_well() -> None:
