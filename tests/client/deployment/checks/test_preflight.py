@@ -275,12 +275,7 @@ BREAKS: list[tuple[Callable[[Place], None], str, str]] = [
     (
         _no_model,
         "model",
-<<<<<<< HEAD
         "./not-there",
-=======
-        "The base model './not-there' is neither a local folder nor a reachable hub repository (HFValidationError). "
-        "Check the name and the network, or use asset:NAME.",
->>>>>>> b-common
     ),
     (_no_device, "device", "trainer.device is 'warp', which is not available here; torch supports {there}"),
     (_state_is_a_file, "state", "{folder}/state is not writable: Not a directory ({folder}/state)"),
