@@ -45,6 +45,16 @@ TASKS: dict[str, TaskSpec] = {
         auto_class="AutoModelForSequenceClassification",
         peft_task_type="SEQ_CLS",
     ),
+    "multilabel": TaskSpec(
+        "multilabel:MultiLabel",
+        primary_metric="micro_f1",
+        metrics=("micro_f1", "macro_f1", "subset_accuracy", "loss"),
+        input_column="text",
+        has_labels=True,
+        auto_class="AutoModelForSequenceClassification",
+        problem_type="multi_label_classification",
+        peft_task_type="SEQ_CLS",
+    ),
     "generation": TaskSpec(
         "generation:Generation",
         primary_metric="rouge_l",
@@ -74,8 +84,8 @@ else:
 class SiteDataset:
     """Training and test rows of one site.
 
-    classification: ``{"text", "label"}``; generation: ``{"messages": [{"role", "content"}, …]}`` or
-    ``{"prompt", "completion"}``; regression: ``{"x", "y"}``.
+    classification and multilabel: ``{"text", "label"}``, for multilabel with a tuple of labels; generation:
+    ``{"messages": [{"role", "content"}, …]}`` or ``{"prompt", "completion"}``; regression: ``{"x", "y"}``.
     """
 
     site: str

@@ -268,6 +268,7 @@ class DataSettings:
     task: TaskKind = "classification"
     text: str = "text"
     label: str = "label"
+    label_columns: tuple[str, ...] | None = None  # multilabel: a column of 0 and 1 for each label, instead of label
     labels: tuple[str, ...] | None = None  # keep only these; also their order
     prompt: str = "prompt"
     completion: str = "completion"
