@@ -1,4 +1,4 @@
-"""What the benchmarks share: a measured quantity with its spread, and one table of them."""
+"""A measured quantity with its spread, and tables of such quantities, for all benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Figure:
-    """Repeated measurements of one thing; ``bar`` is the most that its median may be (None: shown only)."""
+    """Repeated measurements of one quantity. ``bar`` is the upper limit of its median; None: no limit."""
 
     what: str
     values: Sequence[float]
@@ -31,7 +31,7 @@ class Figure:
 
 
 def show(title: str, figures: Sequence[Figure]) -> None:
-    """Prints median, quartiles, number of measurements and verdict of every figure."""
+    """Print median, quartiles, number of measurements and verdict of every figure."""
     rows = []
     for figure in figures:
         low, high = figure.quartiles
@@ -43,7 +43,7 @@ def show(title: str, figures: Sequence[Figure]) -> None:
 
 
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints one table, the first column to the left and the numbers to the right."""
+    """Print a table with a left-aligned first column and right-aligned numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
@@ -53,5 +53,5 @@ def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Ratios of measurements that were taken side by side."""
+    """Return ratios of paired measurements."""
     return [a / b for a, b in zip(ours, theirs, strict=True)]

@@ -30,7 +30,7 @@ from colora.client.trainer_service.session import TrainerSession
 from colora.common.config.loader import load_recipe, load_site
 from colora.common.config.schema import MethodSettings, Plan, Recipe, to_json
 from colora.common.config.site_schema import SiteSettings
-from colora.common.dataset import PRIMARY_METRICS
+from colora.common.dataset import TASKS
 from colora.common.methods import group_of
 from colora.common.models.saved import SavedModel, read_saved_model
 from colora.common.protocol.types import TrainRequest
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def _primary(site: SiteSettings, metrics: Mapping[str, float]) -> float:
-    return metrics[f"personal.{PRIMARY_METRICS[site.data.task]}"]
+    return metrics[f"personal.{TASKS[site.data.task].primary_metric}"]
 
 
 if __name__ == "__main__":

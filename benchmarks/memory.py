@@ -1,7 +1,7 @@
-"""Peak memory of a federation with 16 sites ÷ with 2, on the local engine: sites share one base model.
+"""Peak memory of a simulation with 16 sites ÷ 2 sites on the local engine, where all sites share one base model.
 
-MiniLM-L6 on 20 Newsgroups, two labels dealt out evenly, 2 rounds of 1 step. Every run is a process of its own that
-prints its peak resident set; both sizes take turns.
+MiniLM-L6 on 20 Newsgroups, IID sites with two labels, 2 rounds of 1 step. Every run is a new process that prints its
+peak resident set. The two sizes alternate.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ RECIPE: dict[str, Any] = {
 
 
 def run(sites: int) -> None:
-    """One federation in this process; prints the peak resident set in kilobytes."""
+    """Run one simulation in this process and print the peak resident set in kilobytes."""
     recipe = recipe_from({**RECIPE, "partition": {"by": "iid", "sites": sites}})
     with tempfile.TemporaryDirectory() as folder:
         events = simulate(recipe, Path(folder) / "run", resume=False).events()
-    closed = next(event for event in events if event["event"] == "closed")
-    assert len(closed["sites"]) == sites, events
+    finalized = next(event for event in events if event["event"] == "finalized")
+    assert len(finalized["sites"]) == sites, events
     print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
 def peak(sites: int) -> float:
-    """Peak resident set of a run of its own, in MB."""
+    """Return the peak resident set of a new process, in MB."""
     done = subprocess.run([sys.executable, __file__, str(sites)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
@@ -59,9 +59,9 @@ def peak(sites: int) -> float:
 def main() -> None:
     peaks: dict[int, list[float]] = {FEW: [], MANY: []}
     for _ in range(REPEATS):
-        for sites, seen in peaks.items():
-            seen.append(peak(sites))
-    figures = [Figure(f"peak memory, {sites} sites", seen, "MB") for sites, seen in peaks.items()]
+        for sites, values in peaks.items():
+            values.append(peak(sites))
+    figures = [Figure(f"peak memory, {sites} sites", values, "MB") for sites, values in peaks.items()]
     figures.append(Figure(f"{MANY} sites ÷ {FEW} sites", ratios(peaks[MANY], peaks[FEW]), bar=BAR))
     show("Peak resident set of a run", figures)
 

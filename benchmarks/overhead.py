@@ -1,8 +1,8 @@
-"""Milliseconds of a site-round that are neither a training nor an evaluation step: MiniLM with the demo's settings.
+"""Milliseconds of a site-round that are neither a training nor an evaluation step, in the demo.
 
-The demo's federation runs on the local engine, with every function named in ``PARTS`` timed. A part's time is its
-own: what it spends in another part counts there. A site-round is one ``ClientApp`` call of one site and its share (one
-eighth) of what the coordinator does in that round, from making the orders to the checkpoint. The close is left out.
+The demo runs on the local engine, and every function in ``PARTS`` is timed. The time of a part excludes the parts that
+it calls. A site-round is one ``ClientApp`` call of one site, and its share (one eighth) of the coordinator's work in
+that round, from creating the requests to writing the checkpoint. Finalization is not included.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from colora.common.config.loader import load_recipe
 from colora.common.protocol import flower_messages as messages
 from colora.common.protocol import types as protocol
 from colora.common.tasks.classification import Classification
-from colora.common.training import loop as training
+from colora.common.training import micro_batch
 from colora.server.reporting import events
 from colora.server.rounds import aggregation, checkpoint, strategy
 from colora.simulation import local_grid as grid
 from colora.simulation.run import simulate
 
 BAR = 50.0
-STEP, SITE, COORDINATOR = "a step", "else at the site", "else at the coordinator"
-PARTS: list[tuple[str, Any, str]] = [  # (part, where the function is looked up, its name)
-    (STEP, training, "gradients"),
-    (STEP, training, "apply_gradients"),
+STEP, SITE, COORDINATOR = "a step", "other work at the site", "other work at the coordinator"
+PARTS: list[tuple[str, Any, str]] = [  # (part, namespace in which the function is looked up, its name)
+    (STEP, micro_batch, "gradients"),
+    (STEP, micro_batch, "apply_gradients"),
     (STEP, Classification, "measure"),
     (STEP, Classification, "probe"),
     (SITE, grid.LocalGrid, "_answer"),
@@ -44,7 +44,7 @@ PARTS: list[tuple[str, Any, str]] = [  # (part, where the function is looked up,
     (COORDINATOR, strategy.AdapterStrategy, "configure_finalize"),
     ("load values into the model", trainer.Trainer, "load"),
     ("copy values out", trainer.Trainer, "_values"),
-    ("draw, collate, make the optimiser", trainer, "train"),
+    ("draw and collate batches, create the optimizer", trainer, "train"),
     ("hash arrays", protocol, "hash_arrays"),
     ("read the site's state", store.StateStore, "state"),
     ("read the site's state", store.StateStore, "reply"),
@@ -52,7 +52,7 @@ PARTS: list[tuple[str, Any, str]] = [  # (part, where the function is looked up,
     ("write the site's state", store.StateStore, "prune"),
     ("encode messages", messages, "pack_arrays"),
     ("encode messages", messages, "train_message"),
-    ("encode messages", messages, "answer"),
+    ("encode messages", messages, "reply_message"),
     ("decode messages", messages, "request_from"),
     ("decode messages", messages, "reply_from"),
     ("check a reply", strategy, "admit_reply"),
@@ -69,7 +69,7 @@ Spent = dict[str, float]  # part → milliseconds
 
 @dataclass
 class Clock:
-    """A stack of running parts; time goes to the topmost. ``sites`` and ``rounds`` collect what was spent."""
+    """A stack of running parts. Time counts for the topmost; ``sites`` and ``rounds`` collect it."""
 
     parts: list[str] = field(default_factory=lambda: ["outside"])
     since: float = field(default_factory=time.perf_counter)
@@ -96,38 +96,42 @@ class Clock:
         return run
 
     def site_round(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A ClientApp call with an account of its own."""
+        """Wrap a ClientApp call, whose time is collected separately."""
         inner = self.timed(SITE, function)
 
         @functools.wraps(function)
         def run(grid: Any, message: Any) -> Any:
             self._tick()
             outer, self.spent = self.spent, defaultdict(float)
-            answer = inner(grid, message)
+            reply = inner(grid, message)
             group = message.metadata.group_id
-            if group.isdigit():  # a join is no round
+            if group.isdigit():  # a join belongs to no round
                 self.sites.append((int(group), self.spent))
             self.spent = outer
-            return answer
+            return reply
 
         return run
 
-    def opening(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Making the orders opens the coordinator's account of a round; the close counts as one more."""
+    def begin_round(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the function that begins a round at the coordinator; finalization is the last round + 1."""
         inner = self.timed(COORDINATOR, function)
 
         @functools.wraps(function)
-        def run(strategy: Any, *about: Any) -> Any:
+        def run(strategy: Any, *args: Any) -> Any:
             self._tick()
-            self.spent = self.rounds[about[-1].round + 1] = defaultdict(float)
-            return inner(strategy, *about)
+            self.spent = self.rounds[args[-1].round + 1] = defaultdict(float)
+            return inner(strategy, *args)
 
         return run
 
 
 def install(clock: Clock) -> None:
-    """Puts the clock around every part."""
-    special = {"_answer": clock.site_round, "configure_train": clock.opening, "configure_finalize": clock.opening}
+    """Wrap every part with the clock."""
+    special = {
+        "_answer": clock.site_round,
+        "configure_train": clock.begin_round,
+        "configure_finalize": clock.begin_round,
+    }
     for part, owner, name in PARTS:
         function = getattr(owner, name)
         around = special.get(name, functools.partial(clock.timed, part))
@@ -135,16 +139,16 @@ def install(clock: Clock) -> None:
 
 
 def site_rounds(clock: Clock, last: int) -> list[Spent]:
-    """What every site-round up to round ``last`` spent, the coordinator's share included."""
-    asked = defaultdict(int)
+    """Return the time by part of every site-round up to round ``last``, with the coordinator's share."""
+    calls = defaultdict(int)
     for t, _ in clock.sites:
-        asked[t] += 1
-    found = []
+        calls[t] += 1
+    result = []
     for t, own in clock.sites:
         if t <= last:
-            shared = {part: ms / asked[t] for part, ms in clock.rounds[t].items() if part != "outside"}
-            found.append({p: own.get(p, 0.0) + shared.get(p, 0.0) for p in own.keys() | shared.keys()})
-    return found
+            shared = {part: ms / calls[t] for part, ms in clock.rounds[t].items() if part != "outside"}
+            result.append({p: own.get(p, 0.0) + shared.get(p, 0.0) for p in own.keys() | shared.keys()})
+    return result
 
 
 def main() -> None:
@@ -154,12 +158,14 @@ def main() -> None:
     install(clock)
     with tempfile.TemporaryDirectory() as folder:
         simulate(recipe, Path(folder) / "run", resume=False)
-    found = site_rounds(clock, recipe.rounds)
-    names = sorted({part for spent in found for part in spent} - {STEP})
-    parts = [Figure(name, [spent.get(name, 0.0) for spent in found], "ms") for name in names]
+    spent_by_round = site_rounds(clock, recipe.rounds)
+    names = sorted({part for spent in spent_by_round for part in spent} - {STEP})
+    parts = [Figure(name, [spent.get(name, 0.0) for spent in spent_by_round], "ms") for name in names]
     parts.sort(key=lambda figure: -figure.median)
-    whole = Figure("all but the steps", [sum(spent[p] for p in spent if p != STEP) for spent in found], "ms", BAR)
-    steps = Figure("the steps", [spent[STEP] for spent in found], "ms")
+    whole = Figure(
+        "all but the steps", [sum(spent[p] for p in spent if p != STEP) for spent in spent_by_round], "ms", BAR
+    )
+    steps = Figure("the steps", [spent[STEP] for spent in spent_by_round], "ms")
     show("A site-round of the demo (MiniLM-L6, local engine, one thread)", [steps, whole, *parts])
 
 

@@ -1,12 +1,12 @@
-"""Seconds of a round beyond training, over real Flower processes on one machine: a plain Flower app, and colora.
+"""Seconds of a round beyond training, with real Flower processes on one machine: a plain Flower app against colora.
 
-Both play the same federation: two sites, MiniLM-L6 from this disk, two optimiser steps a round, the same rows and
-threads, at a small adapter and at 52 MiB of shared arrays. ``plain/`` is what one writes with Flower and PEFT alone:
-FedAvg, a ClientApp that loads the model, train and evaluate messages; it runs without TLS and without keys, which is in
-its favour. Ours runs as the README says: ``colora provision``, ``colora server``, ``colora client``.
+Both run the same federation: two sites, a local MiniLM-L6, two optimizer steps per round, the same rows and threads,
+with a small adapter and with 52 MiB of shared arrays. ``plain/`` is an app written with Flower and PEFT alone: FedAvg,
+a ClientApp that loads the model, train and evaluate messages. It runs without TLS and keys, which makes it faster.
+colora runs as in the README: ``colora provision``, ``colora server``, ``colora client``.
 
-A round lasts from the end of the one before to its own end. What the slowest site spends in optimiser steps and in
-evaluation is taken off. ``marks/`` notes the same points in the processes of both.
+A round lasts from the end of the previous round to its own end, minus the optimizer steps and evaluation of the slowest
+site. ``marks/`` records the same points in the processes of both.
 
     python benchmarks/rounds.py [--rounds 6] [--only plain|ours] [--sizes small,large]
 """
@@ -33,7 +33,7 @@ from figures import Figure, ratios, show
 from rounds_parts import Round, read_rounds
 
 HERE = Path(__file__).resolve().parent
-SITES, STEPS, BAR, PATIENCE = ("north", "south"), 2, 1 / 3, 900.0
+SITES, STEPS, BAR, TIMEOUT = ("north", "south"), 2, 1 / 3, 900.0
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -48,7 +48,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Size:
-    """An adapter; ``targets`` is a pattern that fits the backbone's names with and without a prefix."""
+    """The size of an adapter. ``targets`` is a pattern that matches module names with and without a prefix."""
 
     name: str
     rank: int
@@ -62,29 +62,29 @@ SIZES = {
 
 
 class Processes:
-    """Processes of one measurement, each with a group of its own and its log; all are ended in the end."""
+    """The processes of one measurement, each with its own process group and log file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.running = folder, []
 
     def start(self, name: str, command: Sequence[str | Path], **environment: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("wb") as log:
-            whole = {**ENVIRONMENT, "COLORA_MARKS": str(self.folder / "marks.jsonl"), **environment}
+            variables = {**ENVIRONMENT, "COLORA_MARKS": str(self.folder / "marks.jsonl"), **environment}
             process = subprocess.Popen(
-                [str(word) for word in command], stdout=log, stderr=log, env=whole, start_new_session=True
+                [str(word) for word in command], stdout=log, stderr=log, env=variables, start_new_session=True
             )
         self.running.append(process)
         return process
 
     def finish(self, name: str, command: Sequence[str | Path], **environment: str) -> None:
-        """Starts one and waits until it has ended well."""
+        """Start a process and wait until it exits with code 0."""
         self.until(self.start(name, command, **environment), name)
 
     def until(self, process: subprocess.Popen[bytes], name: str) -> None:
-        """Waits until a process has ended well."""
-        code = process.wait(PATIENCE)
+        """Wait until a process exits with code 0."""
+        code = process.wait(TIMEOUT)
         if code:
-            raise SystemExit(f"{name} ended with {code}:\n{(self.folder / f'{name}.log').read_text()[-4000:]}")
+            raise SystemExit(f"{name} exited with code {code}:\n{(self.folder / f'{name}.log').read_text()[-4000:]}")
 
     def end(self) -> None:
         for process in reversed(self.running):
@@ -100,15 +100,15 @@ class Processes:
 
 @contextmanager
 def processes(folder: Path) -> Iterator[Processes]:
-    found = Processes(folder)
+    started = Processes(folder)
     try:
-        yield found
+        yield started
     finally:
-        found.end()
+        started.end()
 
 
 def plain(size: Size, rounds: int, folder: Path) -> list[Round]:
-    """The plain app on flower-superlink and two flower-supernodes, submitted with ``flwr run``."""
+    """Run the plain app on flower-superlink and two flower-supernodes, submitted with ``flwr run``."""
     port = free_port()
     home = folder / "flower"
     home.mkdir()
@@ -128,12 +128,12 @@ def plain(size: Size, rounds: int, folder: Path) -> list[Round]:
 
 
 def ours(size: Size, rounds: int, folder: Path) -> list[Round]:
-    """``colora provision``, ``colora server`` and two ``colora client``, with TLS and keys."""
+    """Run ``colora provision``, ``colora server`` and two ``colora client``, with TLS and keys."""
     port, keys = free_port(), folder / "keys"
     names = "".join(f'[[site]]\nname = "{site}"\n' for site in SITES)
     (folder / "sites.toml").write_text(f'[coordinator]\naddress = "127.0.0.1:{port}"\n{names}')
     recipe = RECIPE.format(rounds=rounds, steps=STEPS, rank=size.rank, targets=size.targets)
-    (folder / "recipe.toml").write_text(f'{recipe}data = {{ source = "each site has its own" }}\n{names}')
+    (folder / "recipe.toml").write_text(f'{recipe}data = {{ source = "each site has its own data" }}\n{names}')
     with processes(folder) as run:
         run.finish("provision", ["colora", "provision", folder / "sites.toml", "--out", keys])
         place = ["--keys", keys / "coordinator", "--host", "127.0.0.1", "--port", str(port), "--out", folder / "run"]
@@ -163,7 +163,7 @@ server = {{ quorum = 2 }}
 
 
 def write_rows(folder: Path) -> None:
-    """32 texts to train on and 32 to test for each site."""
+    """Write 32 training and 32 test texts for each site."""
     words = (HERE.parent / "README.md").read_text(encoding="utf-8").split()
     for site in SITES:
         for part in ("train", "test"):
@@ -179,14 +179,14 @@ def free_port() -> int:
 
 
 def wait_for(port: int) -> None:
-    """Until somebody listens there."""
-    ends = time.monotonic() + 60
-    while time.monotonic() < ends:
+    """Wait until a process listens on a port."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.1)
-    raise SystemExit(f"nobody listens at port {port}")
+    raise SystemExit(f"no process listens on port {port} after 60 s")
 
 
 KINDS = {"plain": plain, "ours": ours}
@@ -196,15 +196,15 @@ def measure(kind: str, size: Size, rounds: int) -> list[Round]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder)
-        found = KINDS[kind](size, rounds, folder)
+        measured = KINDS[kind](size, rounds, folder)
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
-    told = " ".join(f"{r.beyond:.1f}" for r in found)
-    print(f"{kind}, {size.name}: seconds beyond training by round {told} (load {load})", file=sys.stderr)
-    return found
+    seconds = " ".join(f"{r.beyond:.1f}" for r in measured)
+    print(f"{kind}, {size.name}: seconds beyond training by round {seconds} (load {load})", file=sys.stderr)
+    return measured
 
 
-def tell(size: Size, taken: dict[str, list[Round]]) -> None:
-    """Both tables of one size."""
+def report(size: Size, taken: dict[str, list[Round]]) -> None:
+    """Print both tables of one size."""
     figures = []
     for kind, rounds in taken.items():
         figures += [Figure(f"{kind}: whole round", [r.seconds for r in rounds], "s")]
@@ -212,14 +212,16 @@ def tell(size: Size, taken: dict[str, list[Round]]) -> None:
         figures += [Figure(f"{kind}: beyond training", [r.beyond for r in rounds], "s")]
         figures += [Figure(f"{kind}: CPU of ClientApps and trainers beyond it", [r.cpu for r in rounds], "s")]
     if len(taken) == 2:
-        of = {kind: ([r.beyond for r in rounds], [r.cpu for r in rounds]) for kind, rounds in taken.items()}
-        figures.append(Figure("ours ÷ plain, beyond training", ratios(of["ours"][0], of["plain"][0]), "", BAR))
-        figures.append(Figure("ours ÷ plain, that CPU", ratios(of["ours"][1], of["plain"][1])))
+        measured = {kind: ([r.beyond for r in rounds], [r.cpu for r in rounds]) for kind, rounds in taken.items()}
+        figures.append(
+            Figure("ours ÷ plain, beyond training", ratios(measured["ours"][0], measured["plain"][0]), "", BAR)
+        )
+        figures.append(Figure("ours ÷ plain, that CPU", ratios(measured["ours"][1], measured["plain"][1])))
     show(f"A round at {size.name} of shared arrays, {len(SITES)} sites", figures)
     for kind, rounds in taken.items():
         names = list(dict.fromkeys(name for r in rounds for name in r.parts))
         parts = [Figure(name, [r.parts.get(name, 0.0) for r in rounds], "s") for name in names]
-        show(f"Where it goes: {kind}, {size.name}, along the slower site", parts)
+        show(f"Parts of a round: {kind}, {size.name}, along the slower site", parts)
 
 
 def main() -> None:
@@ -228,10 +230,10 @@ def main() -> None:
     parser.add_argument("--only", choices=list(KINDS))
     parser.add_argument("--sizes", default=",".join(SIZES))
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child processes
     kinds = [options.only] if options.only else list(KINDS)
     for key in options.sizes.split(","):
-        tell(SIZES[key], {kind: measure(kind, SIZES[key], options.rounds) for kind in kinds})
+        report(SIZES[key], {kind: measure(kind, SIZES[key], options.rounds) for kind in kinds})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From the marks of all processes to the seconds of each round, and to where they go."""
+"""Compute the seconds of each round, and of its parts, from the marks of all processes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-NEVER = "pull nothing"
+EMPTY_PULL = "pull nothing"
 
 
 @dataclass(frozen=True)
 class Span:
-    """Something that a process did: seconds of the clock, and of CPU."""
+    """A marked function call in a process: begin and end in seconds since 1970, and CPU seconds."""
 
     pid: int
     name: str
@@ -29,9 +29,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Round:
-    """``work``: optimiser steps and evaluation of the slowest site. ``parts``: the rest, along the slower site.
+    """Seconds of one round.
 
-    ``cpu``: CPU seconds of all ClientApp processes and trainers, without ``work``.
+    ``work`` is the optimizer steps and evaluation of the slowest site, ``parts`` the rest along the slower site, and
+    ``cpu`` the CPU seconds of all ClientApp processes and trainers without ``work``.
     """
 
     seconds: float
@@ -45,7 +46,7 @@ class Round:
 
 
 def read_rounds(path: Path, rounds: int) -> list[Round]:
-    """The rounds after the first, which waits for sites and compiles byte code."""
+    """Return all rounds but the first, which waits for sites and compiles byte code."""
     spans = _spans(path)
     ends = [span.end for span in spans if span.name == "round"][:rounds]
     if len(ends) < rounds:
@@ -59,74 +60,74 @@ def _spans(path: Path) -> list[Span]:
     for mark in sorted(map(json.loads, path.read_text().splitlines()), key=lambda mark: mark["time"]):
         pid, name = mark["pid"], mark["name"]
         if mark["end"]:
-            first = begun.pop((pid, "pull" if name == NEVER else name))
+            first = begun.pop((pid, "pull" if name == EMPTY_PULL else name))
             spans.append(Span(pid, name, first["time"], mark["time"], mark["cpu"] - first["cpu"]))
         else:
             begun[pid, name] = mark
     return sorted(spans, key=lambda span: span.end)
 
 
-def _round(everything: Sequence[Span], begin: float, end: float) -> Round:
-    spans = [s for s in everything if begin <= s.begin < end and (s.end <= end or s.name == "process")]
+def _round(all_spans: Sequence[Span], begin: float, end: float) -> Round:
+    spans = [s for s in all_spans if begin <= s.begin < end and (s.end <= end or s.name == "process")]
     work, before, parts = 0.0, begin, defaultdict[str, float](float)
     for phase in _phases(spans):
         own: dict[int, float] = defaultdict(float)
         for span in phase:
             own[span.pid] += span.seconds if span.name == "work" else 0.0
         work += max(own.values())
-        asked = min(span.begin for span in phase if span.name == "push")
-        answered = max(span.end for span in phase if span.name == "pull")
-        parts["coordinator: aggregation, checkpoint, orders"] += asked - before
-        for name, seconds in _way(phase, asked, answered).items():
+        pushed = min(span.begin for span in phase if span.name == "push")
+        pulled = max(span.end for span in phase if span.name == "pull")
+        parts["coordinator: aggregation, checkpoint, requests"] += pushed - before
+        for name, seconds in _path(phase, pushed, pulled).items():
             parts[name] += seconds
-        before = answered
-    parts["coordinator: aggregation, checkpoint, orders"] += end - before
-    spent = {name: sum(span.cpu for span in spans if span.name == name) for name in ("process", "trainer", "work")}
-    return Round(end - begin, work, spent["process"] + spent["trainer"] - spent["work"], dict(parts))
+        before = pulled
+    parts["coordinator: aggregation, checkpoint, requests"] += end - before
+    cpu = {name: sum(span.cpu for span in spans if span.name == name) for name in ("process", "trainer", "work")}
+    return Round(end - begin, work, cpu["process"] + cpu["trainer"] - cpu["work"], dict(parts))
 
 
 def _phases(spans: Sequence[Span]) -> list[list[Span]]:
-    """From the first order to the last answer; a push after an answer opens the next phase."""
-    order = sorted(spans, key=lambda span: span.begin)
+    """Split spans into phases, from first request to last reply; a push after a pull begins the next phase."""
+    ordered = sorted(spans, key=lambda span: span.begin)
     starts = []
     last = "pull"
-    for span in order:
+    for span in ordered:
         if span.name in ("push", "pull"):
             if span.name == "push" and last == "pull":
                 starts.append(span.begin)
             last = span.name
     borders = [*starts, float("inf")]
-    return [[s for s in order if a <= s.begin < b and s.name != "round"] for a, b in pairwise(borders)]
+    return [[s for s in ordered if a <= s.begin < b and s.name != "round"] for a, b in pairwise(borders)]
 
 
-def _way(phase: Sequence[Span], asked: float, answered: float) -> dict[str, float]:
-    """The way of an order through the site that answered last."""
+def _path(phase: Sequence[Span], pushed: float, pulled: float) -> dict[str, float]:
+    """Return the seconds of each step of a request through the site that replied last."""
     by_pid: dict[int, dict[str, Span]] = defaultdict(dict)
     for span in phase:
         by_pid[span.pid][span.name] = span
     pid, app = max(((p, s) for p, s in by_pid.items() if "output" in s), key=lambda item: item[1]["output"].end)
     inside = [s for s in phase if app["app"].begin <= s.begin and s.end <= app["app"].end]
-    trainers = [s for s in inside if s.name == "trainer"]  # ours: the one that answered this app
+    trainers = [s for s in inside if s.name == "trainer"]  # colora only: the trainer that answered this app
     trainer = max(trainers, key=lambda span: span.end) if trainers else None
-    at = trainer.pid if trainer else pid
+    worker = trainer.pid if trainer else pid
 
     def spent(name: str) -> float:
-        return sum(s.seconds for s in inside if s.name == name and s.pid == at)
+        return sum(s.seconds for s in inside if s.name == name and s.pid == worker)
 
-    found = {
-        "order: pushed, fetched by the SuperNode, process started": app["process"].begin - asked,
+    parts = {
+        "request: pushed, fetched by the SuperNode, process started": app["process"].begin - pushed,
         "app: Python and Flower imported": app["input"].begin - app["process"].begin,
-        "app: order read": app["input"].seconds,
+        "app: request read": app["input"].seconds,
         "app: unpacked, its own imports": app["app"].begin - app["input"].end,
         "app: model loaded": spent("load"),
     }
     rest = app["app"].seconds - spent("load")
     if trainer:
-        found["app: to the trainer and back"] = rest - trainer.seconds
-        found["trainer: state written"] = spent("store")
-        found["trainer: values in and out, hashes"] = trainer.seconds - spent("work") - spent("store")
+        parts["app: to the trainer and back"] = rest - trainer.seconds
+        parts["trainer: state written"] = spent("store")
+        parts["trainer: values in and out, hashes"] = trainer.seconds - spent("work") - spent("store")
     else:
-        found["app: rows, arrays in and out"] = rest - spent("work")
-    found["app: reply written"] = app["output"].seconds
-    found["reply: pushed by the SuperNode, fetched by the coordinator"] = answered - app["output"].end
-    return found
+        parts["app: rows, arrays in and out"] = rest - spent("work")
+    parts["app: reply written"] = app["output"].seconds
+    parts["reply: pushed by the SuperNode, fetched by the coordinator"] = pulled - app["output"].end
+    return parts

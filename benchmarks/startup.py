@@ -1,6 +1,6 @@
-"""Seconds from a command to its answer: ``colora --help``, and importing the thin client app of a site.
+"""Start-up seconds: ``colora --help``, and importing the thin ClientApp of a site.
 
-Wall time of whole processes, in turns with an empty Python process.
+Wall time of whole processes, alternating with an empty Python process.
 """
 
 from __future__ import annotations

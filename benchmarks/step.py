@@ -1,9 +1,9 @@
-"""A training step with our adapters ÷ the same step with stock PEFT LoRA, side by side in one process.
+"""A training step with colora's adapters ÷ the same step with stock PEFT LoRA, in one process.
 
-MiniLM-L6 with a four-class head on random token ids, targets query and value, AdamW. All contenders read one copy of
-the base weights and take turns, in another order every round; a ratio is of two steps of the same round, and its
-reference has the same total rank. ``LoRA ÷ LoRA`` compares two equal models: it is the noise. Seconds are CPU
-seconds of this one-thread process, which other work on the machine disturbs less than wall time.
+MiniLM-L6 with a four-class head on random token ids, targets query and value, AdamW. All contenders share one copy of
+the base weights and run in random order in every round. A ratio compares two steps of the same round, and its reference
+has the same total rank. ``LoRA ÷ LoRA`` compares two equal models and shows the noise. Seconds are CPU seconds of this
+single-threaded process, which depend less on other load than wall time.
 
 python benchmarks/step.py [ROUNDS]     (40 at 8×64, 24 at 16×64)
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from figures import Figure, ratios, show
-from step_models import CLASSES, MODEL, Batch, Put, Step, model_with, ours, plain_step, stock, trainer_step
+from step_models import CLASSES, MODEL, Attach, Batch, Step, model_with, ours, plain_step, stock, trainer_step
 
 from colora.common.config.schema import PrivateSettings
 from colora.common.models.base_model import load_base_model
@@ -28,9 +28,9 @@ LORA, MULTI = PrivateSettings("lora", rank=8), PrivateSettings("multilora", rank
 
 @dataclass(frozen=True)
 class Contender:
-    """An adapter, the total rank of the stock LoRA it is compared with, and the most that the ratio may be."""
+    """An adapter, the rank of the stock LoRA that it is compared with, and the upper limit of the ratio."""
 
-    put: Put
+    attach: Attach
     rank: int
     bar: float | None = None
     as_trainer: bool = False  # the trainer's step instead of the plain loop
@@ -54,12 +54,12 @@ def reference(rank: int) -> str:
 
 
 def steps_of_all() -> dict[str, Step]:
-    """A step of every contender and of a reference of every rank, by name."""
+    """Return a training step for every contender and for a reference of every rank, by name."""
     weights = load_base_model(MODEL, generates=False)
     ranks = sorted({contender.rank for contender in CONTENDERS.values()})
     steps = {reference(rank): plain_step(model_with(stock(rank), weights)) for rank in ranks}
     for name, contender in CONTENDERS.items():
-        task = model_with(contender.put, weights)
+        task = model_with(contender.attach, weights)
         steps[name] = trainer_step(task) if contender.as_trainer else plain_step(task)
     return steps
 
@@ -73,7 +73,7 @@ def random_batch(size: tuple[int, int]) -> Batch:
 
 
 def race(steps: dict[str, Step], size: tuple[int, int], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every step by name, one a round; every round goes through the contenders in another order."""
+    """Return CPU seconds by name, one value per round. Every round runs the contenders in another order."""
     batch, names = random_batch(size), list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-3, rounds):
@@ -86,7 +86,7 @@ def race(steps: dict[str, Step], size: tuple[int, int], rounds: int) -> dict[str
 
 
 def figures_of(seconds: dict[str, list[float]]) -> list[Figure]:
-    """The references in milliseconds, and every contender as a ratio to its reference."""
+    """Return the references in milliseconds, and every contender as a ratio to its reference."""
     absolute = [Figure(name, [1e3 * s for s in seconds[name]], "ms") for name in seconds if name not in CONTENDERS]
     return absolute + [
         Figure(name, ratios(seconds[name], seconds[reference(contender.rank)]), bar=contender.bar)

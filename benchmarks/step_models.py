@@ -1,4 +1,4 @@
-"""What ``step.py`` compares: adapters on one copy of MiniLM-L6's weights, and the ways to take a training step."""
+"""The adapters and training steps that ``step.py`` compares, on one copy of MiniLM-L6's weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from colora.common.config.schema import AdapterSettings, ModelSettings, Plan, Pr
 from colora.common.dataset import SiteDataset
 from colora.common.methods import METHODS
 from colora.common.models.base_model import BaseModel, load_base_model
-from colora.common.tasks import Task, build_task
+from colora.common.tasks import build_task
+from colora.common.tasks.base import Task
 from colora.common.training.loop import make_optimizer
 from colora.common.training.micro_batch import apply_gradients, gradients
 
@@ -26,16 +27,16 @@ TARGETS = ("query", "value")
 SETTINGS = TrainSettings(lr=1e-3, weight_decay=0.01)
 Batch = dict[str, torch.Tensor]
 Step = Callable[[Batch], None]
-Put = Callable[[nn.Module], None]  # attaches an adapter to a backbone
+Attach = Callable[[nn.Module], None]  # attaches an adapter to a backbone
 
 
-def stock(rank: int, adapters: int = 1) -> Put:
-    """Plain LoRA as PEFT's users attach it: one adapter, or several that all act."""
+def stock(rank: int, adapters: int = 1) -> Attach:
+    """Stock PEFT LoRA: one adapter, or several that are all active."""
     names = [f"adapter{i}" for i in range(adapters)]
 
-    def put(backbone: nn.Module) -> None:
+    def attach_to(backbone: nn.Module) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there are several is the point
+            warnings.simplefilter("ignore")  # PEFT warns about several adapters
             for name in names:
                 config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS))
                 inject_adapter_in_model(config, backbone, adapter_name=name)
@@ -43,14 +44,14 @@ def stock(rank: int, adapters: int = 1) -> Put:
             if isinstance(layer, LoraLayer):
                 layer.set_adapter(names)
 
-    return put
+    return attach_to
 
 
-def ours(method: str = "colora", core: str = "full", private: PrivateSettings | None = None) -> Put:
-    """Our adapter of rank 8 (a module), with one form of core and perhaps a private adapter beside it."""
+def ours(method: str = "colora", core: str = "full", private: PrivateSettings | None = None) -> Attach:
+    """colora's adapter of rank 8 (per module), with a form of core and optionally a private adapter."""
     settings = AdapterSettings(rank=8, alpha=16.0, target_modules=TARGETS, core=core)  # type: ignore[arg-type]
 
-    def put(backbone: nn.Module) -> None:
+    def attach_to(backbone: nn.Module) -> None:
         parameters = attach(backbone, settings, METHODS[method])
         if private:
             parameters |= inject(backbone, private_spec(private, settings), "private")
@@ -58,14 +59,14 @@ def ours(method: str = "colora", core: str = "full", private: PrivateSettings | 
         for parameter in parameters.values():
             parameter.requires_grad_(True)
 
-    return put
+    return attach_to
 
 
-def model_with(adapter: Put, weights: BaseModel) -> Task:
-    """A model of its own whose frozen weights are those of ``weights``, with an adapter and a head."""
+def model_with(adapter: Attach, weights: BaseModel) -> Task:
+    """A model with its own adapter and head that shares the frozen weights of ``weights``."""
     base = load_base_model(MODEL, generates=False)
-    for mine, one in zip(base.backbone.parameters(), weights.backbone.parameters(), strict=True):
-        mine.data = one.data
+    for own, shared in zip(base.backbone.parameters(), weights.backbone.parameters(), strict=True):
+        own.data = shared.data
     adapter(base.backbone)
     plan = Plan(name="bench", rounds=1, model=MODEL)
     rows = [{"text": label, "label": label} for label in CLASSES]
@@ -77,15 +78,15 @@ def model_with(adapter: Put, weights: BaseModel) -> Task:
 
 
 def plain_step(task: Task) -> Step:
-    """The loop of any PyTorch user: AdamW over what is trainable, gradients clipped at 1."""
-    live = [p for p in task.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(live, lr=SETTINGS.lr, weight_decay=SETTINGS.weight_decay)
+    """A plain PyTorch step: AdamW on all trainable parameters, gradients clipped at norm 1."""
+    trainable = [p for p in task.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=SETTINGS.lr, weight_decay=SETTINGS.weight_decay)
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss, _ = task.loss(batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(live, SETTINGS.max_grad_norm)
+        nn.utils.clip_grad_norm_(trainable, SETTINGS.max_grad_norm)
         optimizer.step()
         loss.item()
 
@@ -93,7 +94,7 @@ def plain_step(task: Task) -> Step:
 
 
 def trainer_step(task: Task) -> Step:
-    """A step as the trainer takes it, with its optimiser of three groups."""
+    """A step of colora's trainer, with its optimizer of three parameter groups."""
     adapter = {name: p for name, p in task.module.named_parameters() if ".lora_" in name}
     optimizer = make_optimizer({**adapter, **task.head}, SETTINGS)
 

@@ -1,13 +1,13 @@
 """The Python API: run a simulation, read its results, and use a site's personal model.
 
-.. code-block:: python
+```python
+import colora
 
-    import colora
-
-    run = colora.simulate("demo", out="runs/demo")
-    run.results()                          # one row a site: base, shared, personal, alone
-    run.to_frame()                         # one row a site, round and metric
-    model, tokenizer = run.site("comp-1").load()
+run = colora.simulate("demo", out="runs/demo")
+run.results()                          # one row per site: base, shared, personal, alone
+run.to_frame()                         # one row per site, round and metric
+model, tokenizer = run.site("comp-1").load()
+```
 """
 
 # pyright: reportMissingImports=false
@@ -107,7 +107,7 @@ class Run:
         return tuple(entry[0] for entry in json.loads(RunFolder(self.path).roster.read_text()))
 
     def events(self) -> list[Event]:
-        """All events, in order; see :func:`read_events`."""
+        """All events, in order; see ``read_events``."""
         return read_events(self.path)
 
     def to_frame(self) -> DataFrame:
@@ -178,7 +178,7 @@ class SiteModel:
     def load(self, device: str = "cpu") -> tuple[Any, Any]:
         """Return ``(model, tokenizer)``: a stock ``PeftModel`` on its base model, in evaluation mode.
 
-        The core and a private adapter are folded into one LoRA, as :func:`export` writes it.
+        The core and a private adapter are folded into one LoRA, as ``export`` writes it.
         """
         from peft import PeftModel
         from transformers import AutoTokenizer
@@ -201,13 +201,13 @@ class SiteModel:
         return model.to(device).eval(), tokenizer
 
     def export(self, out: str | Path, *, merge: bool = False, only: Part = "all") -> Path:
-        """Write the model to the new folder ``out``; see :func:`export`."""
+        """Write the model to the new folder ``out``; see ``export``."""
         return export(self.path, out, merge=merge, only=only)
 
     def predict(
         self, rows: Sequence[str | Mapping[str, Any]], *, device: str = "auto", batch_size: int | None = None
     ) -> list[dict[str, Any]]:
-        """Predict for texts or rows; see :func:`predict`."""
+        """Predict for texts or rows; see ``predict``."""
         return predict(self.path, rows, device=device, batch_size=batch_size)
 
 
@@ -238,10 +238,12 @@ def predict(
     input was longer than ``model.max_length``. Raises StateError when ``state`` is no site's model.
     """
     from colora.client.artifacts.predict import Predictor
+    from colora.common.dataset import TASKS
     from colora.common.models.saved import read_saved_model
 
     saved = read_saved_model(Path(state))
-    field = "prompt" if saved.metadata.task == "generation" else "text"
+    spec = TASKS.get(saved.metadata.task)
+    field = (spec and spec.input_column) or "text"
     inputs = [{field: row} if isinstance(row, str) else dict(row) for row in rows]
     if saved.metadata.chat:
         inputs = [

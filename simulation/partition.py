@@ -20,7 +20,7 @@ from ..client.data.selection import Sources, capped, hold_out, load_site_rows, s
 from ..common.atomic_io import write_atomically
 from ..common.config.schema import DataSettings, PartitionSettings, Recipe, SimulatedSiteSettings, to_dict
 from ..common.config.site_schema import SiteSettings
-from ..common.dataset import Row, SiteDataset
+from ..common.dataset import TASKS, Row, SiteDataset
 from ..common.errors import DataError
 from ..common.seeds import seed_from
 from .synthetic_sites import SOURCE, regression_sites
@@ -47,7 +47,7 @@ def make_sites(recipe: Recipe) -> list[SiteShare]:
 
 def write_site(site: SiteShare, folder: Path) -> None:
     """Write a site's rows and its ``site.toml`` to ``folder``, in the files of a deployed site."""
-    write_rows = _write_arrays if site.rows.task == "regression" else _write_lines
+    write_rows = _write_arrays if TASKS[site.rows.task].array_columns else _write_lines
     names = {
         part: write_rows(folder / "data" / part, rows)
         for part, rows in (("train", site.rows.train), ("test", site.rows.test))

@@ -19,6 +19,7 @@ from ..client.training.trainer import Trainer
 from ..common.config.loader import load_site
 from ..common.config.schema import Plan, parse
 from ..common.config.site_schema import SiteSettings
+from ..common.dataset import TASKS
 from ..common.models.base_model import load_base_model
 from ..common.protocol.types import SiteInfo, TrainReply, TrainRequest
 
@@ -68,7 +69,7 @@ class SitePool:
         self.settings: dict[str, SiteSettings] = {
             name: load_site(paths.data_of(name) / "site.toml") for name in paths.names
         }
-        generates = any(site.data.task == "generation" for site in self.settings.values())
+        generates = any(TASKS[site.data.task].needs_causal_lm for site in self.settings.values())
         self.model: AdaptedModel = attach_adapters(load_base_model(plan.model, generates=generates), plan)
         self.trainers: dict[str, Trainer] = {}
 

@@ -18,6 +18,7 @@ import torch
 
 from ..common.adapters.inject import activate, inject
 from ..common.config.schema import ModelSettings, Plan, TransferSettings
+from ..common.dataset import TASKS as TASK_TABLE
 from ..common.dataset import Row, SiteDataset
 from ..common.errors import ColoraError, ConfigError, DataError, ModelError
 from ..common.models.base_model import BaseModel, check_generates, load_base_model, load_tokenizer, skeleton
@@ -27,7 +28,7 @@ from .discriminator import Discriminator, answer_ids
 from .sampling import Deduplicator, generate_texts, one_line
 from .tuned_generator import TunedGenerator
 
-TEXT_TASKS = ("classification", "generation")  # tasks whose inputs are texts
+TEXT_TASKS = tuple(name for name, spec in TASK_TABLE.items() if spec.can_transfer)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def generator_settings(plan: Plan, task: str) -> ModelSettings:
     It is the base model itself for a generation task, else ``transfer.generator.model``. Raises ModelError where an
     encoder has no generator.
     """
-    if task == "generation":
+    if TASK_TABLE[task].needs_causal_lm:
         return plan.model
     if plan.transfer.generator.model is None:
         raise ModelError(
@@ -158,7 +159,7 @@ def _check(plan: Plan, site: SiteDataset, previous: TransferArtifacts | None) ->
 
 def _generator_key(task: str) -> str:
     """The recipe key that names the generator."""
-    return "model.source" if task == "generation" else "transfer.generator.model"
+    return "model.source" if TASK_TABLE[task].needs_causal_lm else "transfer.generator.model"
 
 
 def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> Iterator[tuple[str, str | None]]:

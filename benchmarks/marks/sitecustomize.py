@@ -1,8 +1,8 @@
-"""Notes when functions of other processes begin and end; Python imports this by itself from PYTHONPATH.
+"""Record when functions in other processes begin and end. Python imports this module from PYTHONPATH at start-up.
 
-``COLORA_MARKS`` names a file that all processes append JSON lines to: time, CPU seconds of the process, pid, name, and
-whether it is the end. Only for rounds.py; functions are wrapped when their module is imported, so nothing is imported
-that would not be.
+All processes append JSON lines to the file that ``COLORA_MARKS`` names: time, CPU seconds of the process, pid, name,
+and whether the function ended. Functions are wrapped when their module is imported, so no module is imported early.
+Only rounds.py uses this.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PROCESS, NOTHING = "process", "pull nothing"  # a ClientApp's whole process; the end of a pull without messages
+PROCESS, EMPTY_PULL = "process", "pull nothing"  # a whole ClientApp process; the end of a pull without messages
 MARKED: dict[str, dict[str, str]] = {  # module → function in it → name of the mark
     "flwr.superlink.grid.http_grid": {"HttpGrid.push_messages": "push", "HttpGrid.pull_messages": "pull"},
     "flwr.supernode.runtime.run_clientapp": {"pull_task_input": "input", "push_message": "output"},
@@ -29,12 +29,12 @@ MARKED: dict[str, dict[str, str]] = {  # module → function in it → name of t
     "plain.task": {"load_model": "load", "train": "work", "evaluate": "work"},
     "colora.server.rounds.checkpoint": {"Checkpoints.write": "round"},
     "colora.client.training.trainer": {"Trainer.handle": "trainer", "train": "work", "Trainer._measure": "work"},
-    "colora.client.training.state_store": {"Store.write": "store"},
+    "colora.client.training.state_store": {"StateStore.write": "store"},
 }
 
 
 def note(name: str, *, end: bool) -> None:
-    """One line, whole, from whatever process and thread."""
+    """Append one line. A single ``os.write`` keeps lines of several processes and threads apart."""
     mark = {"time": time.time(), "cpu": time.process_time(), "pid": os.getpid(), "name": name, "end": end}
     os.write(_file, (json.dumps(mark) + "\n").encode())
 
@@ -43,18 +43,18 @@ def marked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         note(name, end=False)
-        found: Any = None
+        result: Any = None
         try:
-            found = function(*args, **kwargs)
-            return found
+            result = function(*args, **kwargs)
+            return result
         finally:
-            note(NOTHING if name == "pull" and not found else name, end=True)
+            note(EMPTY_PULL if name == "pull" and not result else name, end=True)
 
     return run
 
 
 class Marker(MetaPathFinder):
-    """Finds modules as Python does, and wraps what is to be marked once they are loaded."""
+    """A module finder that wraps the marked functions of a module after it is loaded."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if fullname not in MARKED:
@@ -65,10 +65,10 @@ class Marker(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 load(module)
-                for where, name in MARKED[fullname].items():
-                    *owner, function = where.split(".")
-                    holder = functools.reduce(getattr, owner, module)
-                    setattr(holder, function, marked(getattr(holder, function), name))
+                for path, name in MARKED[fullname].items():
+                    *parents, function = path.split(".")
+                    owner = functools.reduce(getattr, parents, module)
+                    setattr(owner, function, marked(getattr(owner, function), name))
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -18,6 +18,7 @@ from ...common.adapters.factors import difference, factors_of, padded
 from ...common.adapters.initialization import initial_values
 from ...common.adapters.inject import attach, inject, layout_of, private_spec
 from ...common.config.schema import Plan
+from ...common.dataset import TASKS
 from ...common.errors import ConfigError, StateError
 from ...common.methods import SHARED, group_of
 from ...common.models.base_model import load_base_model, skeleton, stock_class
@@ -27,7 +28,7 @@ from ...common.models.saved import SavedModel
 from ...common.models.sources import check_fingerprint, source_folder
 from .exported_adapter import ExportedAdapter, FullModel, Part
 
-EXPORTABLE_TASKS = ("classification", "generation")
+EXPORTABLE_TASKS = tuple(name for name, task in TASKS.items() if task.auto_class)
 
 
 def export(saved: SavedModel, out: Path, part: Part = "all", *, merge: bool = False) -> ExportedAdapter:
@@ -150,12 +151,12 @@ def full_model(plan: Plan, task: str, labels: int) -> FullModel:
 
     with quiet_transformers(), torch.device("meta"):
         config = AutoConfig.from_pretrained(source_folder(plan.model))
-        if task == "classification":
+        if TASKS[task].has_labels:
             config.num_labels = max(labels, 1)
         model: Any = stock_class(task).from_config(config)
     prefix = model.base_model_prefix
     heads = [n for n, m in model.named_children() if n != prefix and list(m.parameters())]
-    return FullModel(prefix, tuple(heads) if task == "classification" else (), frozenset(model.state_dict()))
+    return FullModel(prefix, tuple(heads) if TASKS[task].has_labels else (), frozenset(model.state_dict()))
 
 
 def _values(saved: SavedModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -190,7 +191,7 @@ def _heads(saved: SavedModel, part: Part) -> dict[str, torch.Tensor]:
 
 def _missing(plan: Plan, task: str, full: FullModel) -> dict[str, torch.Tensor]:
     """Return the weights that the base model's source lacks, which Transformers would initialise at random."""
-    if task != "classification":
+    if not TASKS[task].has_labels:
         return {}
     base = load_base_model(dataclasses.replace(plan.model, precision="fp32", device="cpu"), generates=False)
     state = base.backbone.state_dict()

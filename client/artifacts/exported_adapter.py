@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from ...common.adapters.factors import Factors
+from ...common.dataset import TASKS
 from ...common.models.saved import SavedModel
 
 Part = Literal["all", "shared", "personal"]
@@ -37,7 +38,7 @@ class ExportedAdapter:
     @property
     def complete(self) -> bool:
         """Whether the export has everything its task needs: a classifier needs its head."""
-        return self.saved.metadata.task != "classification" or bool(self.heads)
+        return not TASKS[self.saved.metadata.task].has_labels or bool(self.heads)
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from ...common.dataset import TASKS
 from ...common.models.sources import stock_name
 
 if TYPE_CHECKING:
     from .exported_adapter import ExportedAdapter
 
-CLASSES = {"classification": "AutoModelForSequenceClassification", "generation": "AutoModelForCausalLM"}
 PARTS = {
     "all": "the personalised model: the shared adapter with the site's core and private adapter",
     "shared": "the shared adapter, which is the same for all sites",
@@ -68,8 +68,8 @@ def _metrics(exported: ExportedAdapter) -> str:
 
 
 def _usage(exported: ExportedAdapter, *, merged: bool) -> str:
-    plan, task = exported.saved.plan, exported.saved.metadata.task
-    kind, labels, precision = CLASSES[task], exported.labels, plan.model.precision
+    plan, task = exported.saved.plan, TASKS[exported.saved.metadata.task]
+    kind, labels, precision = str(task.auto_class), exported.labels, plan.model.precision
     names = [kind, "AutoTokenizer"] + (["BitsAndBytesConfig"] if precision.startswith("int") else [])
     lines = ["import torch", f"from transformers import {', '.join(sorted(names))}"]
     if merged:
@@ -81,11 +81,12 @@ def _usage(exported: ExportedAdapter, *, merged: bool) -> str:
             options += ["id2label=dict(enumerate(labels))", "label2id={label: i for i, label in enumerate(labels)}"]
         elif _classes(exported):
             options += [f"num_labels={_classes(exported)}"]
+        options += [f'problem_type="{task.problem_type}"'] if task.problem_type else []
         lines += ["from peft import PeftModel"]
         lines += [f'base = {kind}.from_pretrained("{stock_name(plan.model)}", {", ".join(options)})']
         lines += ['model = PeftModel.from_pretrained(base, "HERE")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("HERE")']
-    if task == "classification" and not merged:
+    if task.has_labels and not merged:
         lines += ["model.config.pad_token_id = tokenizer.pad_token_id"]
     notes = "HERE is this folder."
     if not merged and labels:
@@ -96,4 +97,4 @@ def _usage(exported: ExportedAdapter, *, merged: bool) -> str:
 def _classes(exported: ExportedAdapter) -> int:
     """Return the number of classes of the exported head; 0 without a head."""
     heads = [v for k, v in exported.tensors.items() if k.partition(".")[0] in exported.modules and k.endswith("weight")]
-    return heads[-1].shape[0] if heads and exported.saved.metadata.task == "classification" else 0
+    return heads[-1].shape[0] if heads and TASKS[exported.saved.metadata.task].has_labels else 0

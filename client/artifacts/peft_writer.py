@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...common.atomic_io import write_atomically
+from ...common.dataset import TASKS
 from ...common.models.base_model import stock_class
 from ...common.models.hf_logging import quiet_transformers
 from ...common.models.precision import DTYPES
@@ -16,7 +17,6 @@ from ...common.models.sources import source_folder, stock_name
 from .exported_adapter import ExportedAdapter
 from .model_card import render_model_card
 
-PEFT_TASKS = {"classification": "SEQ_CLS", "generation": "CAUSAL_LM"}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -27,7 +27,7 @@ def write_adapter(exported: ExportedAdapter, out: Path) -> None:
 
     plan = exported.saved.plan
     config = LoraConfig(
-        task_type=PEFT_TASKS.get(exported.saved.metadata.task) if exported.complete else None,
+        task_type=TASKS[exported.saved.metadata.task].peft_task_type if exported.complete else None,
         base_model_name_or_path=stock_name(plan.model),
         revision=plan.model.revision,
         r=exported.rank,
@@ -51,8 +51,11 @@ def write_merged(exported: ExportedAdapter, out: Path) -> None:
     saved, plan = exported.saved, exported.saved.plan
     tokenizer, labels = _tokenizer(exported), saved.metadata.labels
     config: dict[str, Any] = {}
-    if saved.metadata.task == "classification":
-        config = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+    task = TASKS[saved.metadata.task]
+    if task.problem_type:
+        config["problem_type"] = task.problem_type
+    if task.has_labels:
+        config |= {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
         config["label2id"] = {label: i for i, label in enumerate(labels)}
     dtype = DTYPES[plan.model.precision]
     with quiet_transformers(), torch.no_grad():

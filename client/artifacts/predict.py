@@ -14,7 +14,7 @@ import torch
 
 from ...common.atomic_io import write_atomically
 from ...common.config.schema import DataSettings
-from ...common.dataset import Row, SiteDataset
+from ...common.dataset import TASKS, Row, SiteDataset
 from ...common.errors import DataError, StateError
 from ...common.models.base_model import load_base_model
 from ...common.models.saved import SavedModel
@@ -44,7 +44,7 @@ class Predictor:
         check_fingerprint(saved.plan.model, metadata.fingerprint)
         if batch_size:
             plan = dataclasses.replace(plan, evaluation=dataclasses.replace(plan.evaluation, batch_size=batch_size))
-        base = load_base_model(plan.model, generates=metadata.task == "generation")
+        base = load_base_model(plan.model, generates=TASKS[metadata.task].needs_causal_lm)
         rows = SiteDataset(metadata.site, metadata.task, (), (), metadata.labels)  # type: ignore[arg-type]
         self.trainer = Trainer(attach_adapters(base, plan), rows, StateStore(saved.path.parent, metadata.federation))
         shared = dict(saved.shared)
@@ -65,14 +65,15 @@ def predict_file(
     input, before the model is loaded.
     """
     rows = list(read_rows(str(source)))
-    parse_input = _INPUT_PARSERS.get((saved.metadata.task, saved.metadata.chat))
+    task_spec = TASKS.get(saved.metadata.task)
+    parse_input = _INPUT_PARSERS.get((task_spec.input_column if task_spec else None, saved.metadata.chat))
     if parse_input is None:
         task = saved.metadata.task or "no task"
         raise StateError(
             str(saved.path),
             "a site's model for classification or generation",
             task,
-            message=f"{saved.path}: predictions need a site's model for classification or generation, not {task}.",
+            message=f"{saved.path}: predictions need a site's model of texts, not {task}.",
         )
     inputs = [parse_input(row, number, columns, source) for number, row in enumerate(rows, 1)]
     predictions = list(Predictor(saved, device=device, batch_size=batch_size).predict(inputs))
@@ -170,8 +171,10 @@ def _non_empty(row: Row, column: str, number: int, source: Path) -> str:
     return str(value)
 
 
-_INPUT_PARSERS: dict[tuple[str, bool], Callable[[Row, int, DataSettings, Path], Row]] = {  # by (task, chat)
-    ("classification", False): _text,
-    ("generation", False): _prompt,
-    ("generation", True): _chat,
+_INPUT_PARSERS: dict[
+    tuple[str | None, bool], Callable[[Row, int, DataSettings, Path], Row]
+] = {  # by (input column, chat)
+    ("text", False): _text,
+    ("prompt", False): _prompt,
+    ("prompt", True): _chat,
 }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ...common.adapters.inject import activate
-from ...common.dataset import Row
+from ...common.dataset import TASKS, Row
 from ...common.models.saved import SavedModel
 from .predict import Predictor
 
@@ -18,7 +18,7 @@ def pseudo_label(saved: SavedModel, texts: Sequence[str]) -> list[Row]:
     Texts with an empty completion are left out.
     """
     predictor = Predictor(saved, device=saved.plan.model.device)
-    if saved.metadata.task == "classification":
+    if TASKS[saved.metadata.task].has_labels:
         predictions = predictor.predict([{"text": text} for text in texts])
         return [
             {"text": text, "label": p["label"], "probabilities": list(p["probabilities"].values())}

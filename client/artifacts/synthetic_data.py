@@ -13,7 +13,7 @@ import torch
 
 from ...common.atomic_io import write_atomically
 from ...common.config.schema import ModelSettings, Plan
-from ...common.dataset import Row, SiteDataset
+from ...common.dataset import TASKS, Row, SiteDataset
 from ...common.errors import DataError, StateError
 from ...common.models.base_model import BaseModel, load_base_model
 from ...common.models.saved import SavedModel
@@ -119,7 +119,7 @@ def _synthetic_texts(
     if settings.filter == "titok":
         samples = TITOK_OVERSAMPLING * (settings.samples or artifacts.examples)
         settings = dataclasses.replace(settings, samples=samples)
-    by_target = metadata.task == "generation" and settings.generator.mode == "target"
+    by_target = TASKS[metadata.task].needs_causal_lm and settings.generator.mode == "target"
     model = dataclasses.replace(plan.model, revision=None) if by_target else source
     # Both LoRAs have the form that the source's plan gave them.
     source_generator = dataclasses.replace(saved.plan.transfer.generator, mode=settings.generator.mode)

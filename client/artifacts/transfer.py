@@ -18,7 +18,7 @@ from ...common.adapters.initialization import initial_shared_state
 from ...common.atomic_io import write_atomically
 from ...common.config.loader import with_overrides
 from ...common.config.schema import Plan, digest, parse, to_dict, to_json
-from ...common.dataset import SiteDataset
+from ...common.dataset import TASKS, SiteDataset
 from ...common.errors import ConfigError, StateError
 from ...common.models.assets import file_sha256
 from ...common.models.base_model import check_generates, load_base_model
@@ -114,11 +114,11 @@ def transfer(
     rows = synthetic_rows(saved, plan, out, on_progress)
     plan = _distillation_plan(saved, plan, len(rows))
     metadata, artifacts = saved.metadata, artifacts_for_next_transfer(saved, plan, rows)
-    base = load_base_model(plan.model, generates=metadata.task == "generation")
+    base = load_base_model(plan.model, generates=TASKS[metadata.task].needs_causal_lm)
     site = SiteDataset(metadata.site, metadata.task, rows, (), metadata.labels)  # type: ignore[arg-type]
     trainer = Trainer(attach_adapters(base, plan), site, StateStore(out, plan.name), artifacts=artifacts)
     reply = trainer.handle(TrainRequest(plan.name, 1, "train", 0, to_json(plan), shared, evaluate=False), on_step)
-    agreement = _agreement(trainer, reply) if metadata.task == "classification" else None
+    agreement = _agreement(trainer, reply) if TASKS[metadata.task].has_labels else None
     return TransferResult(trainer.store.path(1), len(rows), requested, agreement, time.monotonic() - started)
 
 
@@ -158,7 +158,7 @@ def check_transfer(saved: SavedModel, plan: Plan) -> None:
     transfer.
     """
     artifacts, task, kind = artifacts_of(saved), saved.metadata.task, plan.transfer.filter
-    if kind == "titok" and task != "generation":
+    if kind == "titok" and not TASKS[task].needs_causal_lm:
         raise ConfigError(
             "transfer.filter",
             "discriminator or none for classification",
@@ -182,7 +182,7 @@ def check_transfer(saved: SavedModel, plan: Plan) -> None:
             message=f"{saved.path} has no tuned generator: the run prepared with another transfer.generator.mode.",
             hint="Set transfer.generator.mode to the value that the run prepared with.",
         )
-    if task == "generation":
+    if TASKS[task].needs_causal_lm:
         check_generates(plan.model)
     if plan.transfer.prepare:
         check_preparation(plan, SiteDataset(saved.metadata.site, task, (), ()), artifacts)  # type: ignore[arg-type]

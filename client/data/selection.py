@@ -11,11 +11,11 @@ import numpy as np
 
 from ...common.config.schema import DataSettings
 from ...common.config.site_schema import SiteSettings
-from ...common.dataset import Row, SiteDataset
+from ...common.dataset import Row, SiteDataset, labels_of
 from ...common.errors import DataError
 from ...common.seeds import seed_from
 from .readers import as_test_source, read_rows
-from .row_schema import ROW_PARSERS, check_rows
+from .row_schema import check_rows, parse_row
 
 
 @dataclass
@@ -104,7 +104,8 @@ def balanced(rows: Sequence[tuple[int, Row]], count: int | None) -> list[tuple[i
         return list(rows)
     by_label: dict[str, list[tuple[int, Row]]] = {}
     for row in rows:
-        by_label.setdefault(row[1].get("label", ""), []).append(row)
+        labels = labels_of(row[1])
+        by_label.setdefault(labels[0] if len(labels) == 1 else "", []).append(row)
     cycles = zip_longest(*(by_label[label] for label in sorted(by_label)))
     return [row for cycle in cycles for row in cycle if row is not None][:count]
 
@@ -118,10 +119,10 @@ def hold_out(rows: Sequence[Row], data: DataSettings, seed: int) -> tuple[list[R
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     share = data.test / (data.train + data.test) if data.train and data.test else data.test_fraction
     cut = len(rows) - round(len(rows) * share)
-    seen, moved = {rows[i].get("label") for i in order[:cut]}, []
+    seen, moved = {label for i in order[:cut] for label in labels_of(rows[i])}, []
     for i in order[cut:]:
-        if rows[i].get("label") not in seen:
-            seen.add(rows[i].get("label"))
+        if not seen.issuperset(labels_of(rows[i])):
+            seen.update(labels_of(rows[i]))
             moved.append(i)
     return [rows[i] for i in moved + order[:cut]], [rows[i] for i in order[cut:] if i not in moved]
 
@@ -130,7 +131,5 @@ def select_numbered(rows: Iterable[tuple[int, Row]], data: DataSettings, site: s
     """Parse the rows for their task and filter them by ``where`` and ``labels``; keep their numbers in the source."""
     where = dict(data.where or {})
     matching = [(n, row) for n, row in rows if all(str(row.get(k)) == v for k, v in where.items())]
-    parsed = [(n, ROW_PARSERS[data.task](row, n, data, site)) for n, row in matching]
-    if data.labels is not None and data.task == "classification":
-        parsed = [(n, row) for n, row in parsed if row["label"] in data.labels]
-    return parsed
+    parsed = [(n, parse_row(row, n, data, site)) for n, row in matching]
+    return [(n, row) for n, row in parsed if row is not None]

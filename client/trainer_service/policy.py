@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ...common.config.schema import Plan, TransferSettings
 from ...common.config.site_schema import SiteSettings
+from ...common.dataset import TASKS
 from ...common.errors import RefusedError
 from ...common.methods import ABSENT, GROUPS, METHODS, SHARED
 
@@ -70,7 +71,7 @@ def _check_transfer(plan: Plan, site: SiteSettings) -> None:
     if tuned and not site.allow.tuned_generator:
         wanted = "target or source (or true in allow.tuned_generator)"
         raise RefusedError("transfer.generator.mode", wanted, "tuned", site=site.name)
-    if transfer.prepare and transfer.generator.model and site.data.task != "generation":
+    if transfer.prepare and transfer.generator.model and not TASKS[site.data.task].needs_causal_lm:
         _check_choice("transfer.generator.model", transfer.generator.model, "models", site)
 
 

@@ -13,7 +13,7 @@ import torch
 from ...common.adapters.inject import detach
 from ...common.config.schema import ModelSettings, Plan, parse
 from ...common.config.site_schema import SiteSettings
-from ...common.dataset import SiteDataset
+from ...common.dataset import TASKS, SiteDataset
 from ...common.errors import ConfigError, ModelError, RefusedError
 from ...common.models.base_model import BaseModel, load_base_model
 from ...common.models.precision import resolve_device
@@ -130,7 +130,7 @@ class TrainerSession:
         if self._base is None or self._base[0] != settings:
             self._base = None
             gc.collect()
-            self._base = settings, load_base_model(settings, generates=self.site.data.task == "generation")
+            self._base = settings, load_base_model(settings, generates=TASKS[self.site.data.task].needs_causal_lm)
         base = self._base[1]
         detach(base.backbone)
         return base

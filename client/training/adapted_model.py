@@ -9,6 +9,7 @@ from torch import nn
 
 from ...common.adapters.inject import ADAPTER, activate, attach, inject, private_spec
 from ...common.config.schema import Plan, PrivateSettings
+from ...common.dataset import TASKS
 from ...common.models.base_model import BaseModel
 from ...common.models.precision import checkpoint_activations
 from ...transfer.preparation import load_generator
@@ -36,7 +37,7 @@ class AdaptedModel:
 
     def generator(self, task: str) -> BaseModel:
         """The causal model that generates texts: the base model, or a separate generator, loaded at the first call."""
-        if task == "generation":
+        if TASKS[task].needs_causal_lm:
             return self.base
         if not self.generators:
             self.generators.append(load_generator(self.plan, task))

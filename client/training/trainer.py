@@ -29,7 +29,8 @@ from ...common.protocol.types import (
     hash_layout,
 )
 from ...common.seeds import seed_from
-from ...common.tasks import Task, build_task
+from ...common.tasks import build_task
+from ...common.tasks.base import Task
 from ...common.training.loop import StepCallback, TrainCursor, TrainOutcome, train
 from ...transfer.preparation import TransferArtifacts, check_preparation, prepare
 from .adapted_model import AdaptedModel

@@ -37,6 +37,9 @@ class DataSettings:
     label: str = "label"
     """Column of the label, in classification."""
 
+    label_columns: tuple[str, ...] | None = None
+    """Multi-label classification: one column of 0 and 1 for each label, instead of ``label``."""
+
     labels: tuple[str, ...] | None = None
     """Labels to keep, in the order of the head's classes. Unset: all labels in the training rows, sorted."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..config.schema import ModelSettings
+from ..dataset import TASKS
 from ..errors import ModelError
 from . import synthetic
 from .cpu_half import has_native_arithmetic, widen
@@ -184,9 +185,9 @@ def skeleton(settings: ModelSettings) -> nn.Module:
 
 def stock_class(task: str) -> Any:
     """The transformers class that a task's full model is of."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
-    return AutoModelForCausalLM if task == "generation" else AutoModelForSequenceClassification
+    return getattr(transformers, TASKS[task].auto_class or "AutoModel")
 
 
 _EXPECTED = {  # by whether the model generates text

@@ -1,24 +1,26 @@
-"""The task table: kind → how rows become batches, a loss and metrics."""
+"""Tasks: how rows become batches, a loss and metrics. ``common/dataset.py`` has the table; classes load on demand."""
 
 from __future__ import annotations
 
-from ..config.schema import Plan
-from ..dataset import SiteDataset
-from ..models.base_model import BaseModel
-from .base import Encoded, Task
-from .classification import Classification
-from .generation import Generation
-from .regression import Regression
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = ["TASKS", "Encoded", "Task", "build_task"]
+from ..dataset import TASKS, SiteDataset
 
-TASKS: dict[str, type[Task]] = {
-    "classification": Classification,
-    "generation": Generation,
-    "regression": Regression,
-}
+if TYPE_CHECKING:
+    from ..config.schema import Plan
+    from ..models.base_model import BaseModel
+    from .base import Task
+
+__all__ = ["build_task", "task_class"]
+
+
+def task_class(kind: str) -> type[Task]:
+    """The class of a task. Imports torch."""
+    module, _, name = TASKS[kind].implementation.partition(":")
+    return getattr(import_module(f".{module}", __name__), name)
 
 
 def build_task(rows: SiteDataset, base: BaseModel, plan: Plan) -> Task:
-    """The task of one site, with its own head around the process's base model."""
-    return TASKS[rows.task](rows, base, plan)
+    """Build the task of one site, with its own head around the process's base model."""
+    return task_class(rows.task)(rows, base, plan)

@@ -1,4 +1,4 @@
-"""What every task offers."""
+"""The interface of all tasks."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.schema import Plan
-from ..dataset import Row, SiteDataset
+from ..config.schema import DataSettings, Plan
+from ..dataset import TASKS, Row, SiteDataset
 from ..errors import DataError
 from ..models.base_model import BaseModel
+from .columns import RawRow
 
 Batch = dict[str, torch.Tensor]
 Metrics = dict[str, float]
-Prediction = dict[str, Any]  # ``label`` and ``probabilities`` by label, or ``completion``; ``truncated`` where it was
+Prediction = dict[str, Any]  # ``label`` and ``probabilities`` by label, or ``completion``; and ``truncated`` (bool)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows as tensors. ``truncated`` were longer than ``max_length``; ``dropped`` had nothing to learn from."""
+    """Rows as tensors. ``truncated`` of them were longer than ``max_length``; ``dropped`` had no text to learn from."""
 
     examples: tuple[Any, ...]
     truncated: int = 0
@@ -32,8 +33,9 @@ class Encoded:
 class Task(ABC):
     """One site's task: its model around the shared backbone, its examples, loss and metrics.
 
-    ``module`` is the model that is trained; ``head`` holds the parameters
-    of the head group by name (``head.classifier.weight``), empty where a task has none.
+    ``module`` is the model that is trained. ``head`` holds the parameters of the head group by name
+    (``head.classifier.weight``); it is empty for a task without a head. What processes without torch need to know of a
+    task is in its row of ``TASKS``.
     """
 
     module: nn.Module
@@ -44,46 +46,60 @@ class Task(ABC):
         self.module, self.head = self._build()
         self.train, self.test = self.encode(rows.train), self.encode(rows.test)
 
+    @staticmethod
+    @abstractmethod
+    def parse_row(raw: RawRow, data: DataSettings) -> Row | None:
+        """Convert a row of a source to the form of :meth:`encode`; None leaves the row out. Raises DataError."""
+
+    @classmethod
+    def check_rows(cls, data: DataSettings, train: Sequence[Row], test: Sequence[Row]) -> tuple[str, ...]:
+        """Check the rules that need all rows, and return the site's labels, in order (empty without labels).
+
+        ``train`` and ``test`` are not empty. Raises DataError.
+        """
+        return ()
+
     @abstractmethod
     def _build(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         """The module to train and its head's parameters."""
 
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> Encoded:
-        """Rows → examples."""
+        """Convert rows to examples."""
 
     @abstractmethod
     def collate(self, examples: Sequence[Any]) -> Batch:
-        """Examples → one batch, padded to its longest example, on the model's device."""
+        """Make one batch of examples, padded to its longest example, on the model's device."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """The mean loss over the batch's loss terms, and how many terms it has."""
+        """The mean loss over the batch's loss terms, and the number of terms."""
 
     @abstractmethod
     def measure(self, *, generate: bool) -> Metrics:
-        """Metrics of the module as it stands on the test examples. ``generate`` also asks for the dear ones."""
+        """Metrics of the module on the test examples. ``generate`` includes those that need generated text."""
 
     def predict(self, rows: Sequence[Row]) -> Iterator[Prediction]:
-        """What the module as it stands says to each row, in order, for rows with inputs only. Raises DataError."""
-        raise DataError("task", "classification or generation", self.rows.task)
+        """Predict each row, in order; rows need inputs only. Raises DataError for a task without predictions."""
+        predictable = " or ".join(name for name, spec in TASKS.items() if spec.input_column)
+        raise DataError("task", predictable, self.rows.task)
 
     def probe(self) -> Metrics | None:
-        """Metrics with a head fitted to the frozen features; None where the head is no part of the question."""
+        """Metrics with a head fitted to the frozen features; None for a task without a head."""
         return None
 
     def fit_head(self) -> bool:
-        """Sets the head to what fits the frozen features of the training examples; False where nothing was set."""
+        """Set the head to a fit on the frozen features of the training examples. Returns whether it was set."""
         return False
 
     def batches(self, examples: Sequence[Any]) -> Iterator[Batch]:
-        """Evaluation batches in order."""
+        """Yield evaluation batches in order."""
         size = self.plan.evaluation.batch_size
         for start in range(0, len(examples), size):
             yield self.collate(examples[start : start + size])
 
     def mean_loss(self, examples: Sequence[Any]) -> float:
-        """The loss per term over examples; NaN for none."""
+        """The mean loss per term over examples; NaN for no terms."""
         total, terms = 0.0, 0
         for batch in self.batches(examples):
             loss, n = self.loss(batch)
@@ -92,7 +108,7 @@ class Task(ABC):
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:
-    """Integer sequences as one (n, longest) tensor."""
+    """Pad integer sequences to one (n, longest) tensor."""
     longest = max(map(len, sequences))
     rows = [
         [value] * (longest - len(s)) + list(s) if left else list(s) + [value] * (longest - len(s)) for s in sequences

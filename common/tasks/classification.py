@@ -1,8 +1,8 @@
-"""Sequence classification with the architecture's own head."""
+"""Sequence classification with the classification head of the base model's architecture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,36 +10,59 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..config.schema import DataSettings
 from ..dataset import Row
+from ..errors import DataError
 from .base import Batch, Encoded, Metrics, Prediction, Task, pad
+from .columns import RawRow, abbreviated
 
-Label = int | list[float]  # a class, or the probabilities of all
-UNSEEN = -10.0  # the logit of a class without an example, where a head has offsets
-NEGLIGIBLE = 0.01  # a probability below which a class is no label of an example: not to copy it for every class
+Label = int | list[float]  # the index of a class, or one number for each class
+Linear = tuple[np.ndarray, np.ndarray]  # weights (classes, d) and offsets (classes,)
+UNSEEN = -10.0  # the offset (logit) of a class without an example
+NEGLIGIBLE = 0.01  # probabilities below it are ignored in the fit, which copies an example for each of its classes
 
 
 class Classification(Task):
-    """Texts → labels; metrics ``accuracy``, ``macro_f1`` and ``loss``."""
+    """Predicts one label for each text. Metrics: ``accuracy``, ``macro_f1`` and ``loss``."""
+
+    @staticmethod
+    def parse_row(raw: RawRow, data: DataSettings) -> Row | None:
+        """``{"text", "label"}`` with the label as text; None where ``data.labels`` lacks the label."""
+        raw.column(data.text, "text")
+        label = raw.column(data.label, "label")
+        if isinstance(label, float) or label is None:
+            raise raw.error("label", "a text or whole number", repr(label))
+        row = {"text": raw.text(data.text, "text"), "label": str(label)}
+        return row if data.labels is None or row["label"] in data.labels else None
+
+    @classmethod
+    def check_rows(cls, data: DataSettings, train: Sequence[Row], test: Sequence[Row]) -> tuple[str, ...]:
+        """At least two labels in training, and no test label that training lacks."""
+        seen = {row["label"] for row in train}
+        unseen = sorted({row["label"] for row in test} - seen)
+        if unseen:
+            raise DataError("data.label", f"a label seen in training ({abbreviated(seen)})", repr(unseen[0]))
+        if len(seen) < 2:
+            raise DataError("data.label", "at least two classes", f"only {abbreviated(seen)}")
+        return data.labels or tuple(sorted(seen))
 
     def _build(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         module, self._head = self.base.classifier(len(self.rows.labels))
         return module, self.base.head_parameters(self._head)
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
-        """Token ids and class indices; texts without a token are dropped."""
-        index = {label: i for i, label in enumerate(self.rows.labels)}
+        """Token ids and targets; blank texts are dropped."""
         kept = [row for row in rows if row["text"].strip()]
         if not kept:
             return Encoded((), dropped=len(rows))
         limit = self.plan.model.max_length
         ids = self.base.tokenizer([row["text"] for row in kept], verbose=False)["input_ids"]
         cut = self.base.tokenizer([row["text"] for row in kept], truncation=True, max_length=limit)["input_ids"]
-        targets = [row.get("probabilities") or index[row["label"]] for row in kept]
-        examples = tuple(zip(cut, targets, strict=True))
+        examples = tuple(zip(cut, self._targets(kept), strict=True))
         return Encoded(examples, sum(len(i) > limit for i in ids), len(rows) - len(kept))
 
     def collate(self, examples: Sequence[Any]) -> Batch:
-        """``input_ids`` and ``attention_mask`` (n, longest), ``labels`` (n,), or (n, classes) of probabilities."""
+        """``input_ids`` and ``attention_mask`` (n, longest); ``labels`` (n,), or (n, classes) of probabilities."""
         ids = [tokens for tokens, _ in examples]
         batch = {
             "input_ids": pad(ids, self.base.tokenizer.pad_token_id),
@@ -49,25 +72,23 @@ class Classification(Task):
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """Cross-entropy; one term an example."""
+        """The mean loss over the examples; one term per example."""
         labels = batch["labels"]
-        return F.cross_entropy(self._logits(batch), labels), len(labels)
+        return self._loss(self._logits(batch), labels), len(labels)
 
     @torch.no_grad()
     def measure(self, *, generate: bool) -> Metrics:
-        """Accuracy, macro-F1 over the site's labels, and loss on the test texts."""
+        """The task's scores over the site's labels, and the loss on the test texts."""
         self.module.eval()
         if not self.test.examples:
             return {}
         pairs = [(self._logits(batch), batch["labels"]) for batch in self.batches(self.test.examples)]
         logits, labels = (torch.cat(part).cpu() for part in zip(*pairs, strict=True))
-        return self._scores([_likeliest(label) for label in labels.tolist()], logits.argmax(-1)) | {
-            "loss": F.cross_entropy(logits, labels).item()
-        }
+        return self._scores(labels.tolist(), logits.float().numpy()) | {"loss": self._loss(logits, labels).item()}
 
     @torch.no_grad()
     def predict(self, rows: Sequence[Row]) -> Iterator[Prediction]:
-        """The likeliest label, and the probabilities of all labels."""
+        """The most probable label, and the probabilities of all labels."""
         self.module.eval()
         size, limit = self.plan.evaluation.batch_size, self.plan.model.max_length
         for start in range(0, len(rows), size):
@@ -76,42 +97,71 @@ class Classification(Task):
                 [row["text"] for row in rows[start : start + size]], truncation=True, max_length=limit
             )["input_ids"]
             logits = self._logits(self.collate([(ids, 0) for ids in encoded]))
-            for ids, given in zip(whole, logits.float().softmax(-1).tolist(), strict=True):
-                found = dict(zip(self.rows.labels, given, strict=True))
-                yield {
-                    "label": max(found, key=found.__getitem__),
-                    "probabilities": found,
-                    "truncated": len(ids) > limit,
-                }
+            for ids, given in zip(whole, self._probabilities(logits.float()).tolist(), strict=True):
+                probabilities = dict(zip(self.rows.labels, given, strict=True))
+                yield {**self._decide(probabilities), "probabilities": probabilities, "truncated": len(ids) > limit}
 
     @torch.no_grad()
     def probe(self) -> Metrics | None:
-        """A logistic regression on what the head would see, fitted on the site's training texts.
+        """Metrics of a logistic regression on the head's inputs, fitted on the site's training texts.
 
-        The same data and features give the same head, so two backbones can be compared where heads are personal.
+        The same data and features give the same head, so backbones can be compared where heads are personal.
         """
         if not self.test.examples:
             return {}
-        weights, offsets = _regression(*self._features(self.train.examples), len(self.rows.labels))
+        weights, offsets = self._fit(*self._features(self.train.examples))
         x, labels = self._features(self.test.examples)
-        return self._scores(list(map(_likeliest, labels)), (x @ weights.T + offsets).argmax(1))
+        return self._scores(labels, x @ weights.T + offsets)
 
     @torch.no_grad()
     def fit_head(self) -> bool:
-        """Sets the head to the regression of :meth:`probe`; False where it is more than one linear layer.
+        """Set the head to the regression of :meth:`probe`. Returns False for a head of more than one linear layer.
 
-        Features are of one text at a time, and so of no batch's padding: the same texts give the same bits.
+        Features are computed one text at a time, without padding: the same texts give bit-identical features.
         """
         (head,) = self._head.values() if len(self._head) == 1 else (None,)
         if not isinstance(head, nn.Linear):
             return False
-        alone = [self._features([example]) for example in self.train.examples]
-        x, labels = np.concatenate([features for features, _ in alone]), [label for _, (label,) in alone]
-        weights, offsets = _regression(x, labels, len(self.rows.labels), with_offset=head.bias is not None)
+        single = [self._features([example]) for example in self.train.examples]
+        x, labels = np.concatenate([features for features, _ in single]), [label for _, (label,) in single]
+        weights, offsets = self._fit(x, labels, with_offset=head.bias is not None)
         head.weight.copy_(torch.as_tensor(weights))
         if head.bias is not None:
             head.bias.copy_(torch.as_tensor(offsets))
         return True
+
+    # What follows is all that depends on how many labels a text has.
+
+    def _targets(self, rows: Sequence[Row]) -> list[Label]:
+        """The target of each row: the index of its class, or probabilities of all classes where the row has them."""
+        index = {label: i for i, label in enumerate(self.rows.labels)}
+        return [row.get("probabilities") or index[row["label"]] for row in rows]
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean cross-entropy."""
+        return F.cross_entropy(logits, labels)
+
+    def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.softmax(-1)
+
+    def _decide(self, probabilities: Mapping[str, float]) -> Prediction:
+        """The prediction from the probabilities of the labels."""
+        return {"label": max(probabilities, key=probabilities.__getitem__)}
+
+    def _fit(self, x: np.ndarray, labels: Sequence[Label], *, with_offset: bool = True) -> Linear:
+        """Weights (classes, d) and offsets (classes,) fitted on features x (n, d)."""
+        return logistic_regression(x, labels, len(self.rows.labels), with_offset=with_offset)
+
+    def _scores(self, labels: Sequence[Label], logits: np.ndarray) -> Metrics:
+        """Accuracy and macro-F1 of logits (n, classes)."""
+        from sklearn.metrics import accuracy_score, f1_score
+
+        expected, predicted = list(map(_most_probable, labels)), logits.argmax(1)
+        classes = list(range(len(self.rows.labels)))
+        f1 = f1_score(expected, predicted, labels=classes, average="macro", zero_division=0)  # type: ignore[arg-type]
+        return {"accuracy": float(accuracy_score(expected, predicted)), "macro_f1": float(f1)}
+
+    # The module and its features.
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -122,29 +172,20 @@ class Classification(Task):
         for name in self._head:
             setattr(self.module, name, nn.Identity())
         try:
-            found = [self._logits(batch) for batch in self.batches(examples)]
+            features = [self._logits(batch) for batch in self.batches(examples)]
         finally:
             for name, module in self._head.items():
                 setattr(self.module, name, module)
-        # a head that pools by itself (RoBERTa's) is handed the whole sequence and reads its first token
-        pooled = torch.cat([f[:, 0] if f.dim() == 3 else f for f in found])
+        # a head that pools by itself (RoBERTa's) receives the whole sequence and reads its first token
+        pooled = torch.cat([f[:, 0] if f.dim() == 3 else f for f in features])
         return pooled.cpu().double().numpy(), [label for _, label in examples]
 
-    def _scores(self, labels: Any, predicted: Any) -> Metrics:
-        from sklearn.metrics import accuracy_score, f1_score
 
-        classes = list(range(len(self.rows.labels)))
-        f1 = f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)  # type: ignore[arg-type]
-        return {"accuracy": float(accuracy_score(labels, predicted)), "macro_f1": float(f1)}
-
-
-def _regression(
-    x: np.ndarray, labels: Sequence[Label], classes: int, *, with_offset: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
+def logistic_regression(x: np.ndarray, labels: Sequence[Label], classes: int, *, with_offset: bool = True) -> Linear:
     """Weights (classes, d) and offsets (classes,) of a multinomial logistic regression on features x (n, d).
 
-    The penalty is L2 on weights of scaled features (C = 0.1); probabilities weigh an example's classes. On one thread,
-    so that the bits do not hang on how many there are.
+    The penalty is L2 on the weights of standardized features (C = 0.1). Probabilities weight an example's classes. The
+    fit uses one thread, so that its bits do not depend on the number of threads.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -163,12 +204,12 @@ def _regression(
         fitted.fit(scaler.transform(x)[example], label, shares[example, label])
         rows = fitted.coef_ / scaler.scale_
         cuts = fitted.intercept_ - (rows @ scaler.mean_ if with_offset else 0.0)
-    if len(seen) == 2:  # sklearn tells the second's against the first
+    if len(seen) == 2:  # scikit-learn returns the weights of the second class against the first
         rows, cuts = np.concatenate([-rows, rows]) / 2, np.concatenate([-cuts, cuts]) / 2
     weights[seen], offsets[seen] = rows, cuts
     return weights, offsets
 
 
-def _likeliest(label: Label) -> int:
-    """The class of an example whose label may be probabilities."""
+def _most_probable(label: Label) -> int:
+    """The class of an example, whose label may be probabilities."""
     return label if isinstance(label, int) else max(range(len(label)), key=label.__getitem__)

@@ -1,4 +1,4 @@
-"""Text generation: prompt and completion, or chat messages; the loss is on the answer only."""
+"""Text generation from prompt and completion, or from chat messages. The loss is on the answer's tokens only."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config.schema import DataSettings
 from ..dataset import Row
 from ..errors import DataError
 from .base import Batch, Encoded, Metrics, Prediction, Task, pad
+from .columns import RawRow
 
-MASKED = -100  # what Hugging Face models leave out of the loss
+MASKED = -100  # the label that Hugging Face models ignore in the loss
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Token ids, which of them are the answer's, and what generation is asked and measured against."""
+    """Token ids, which of them belong to the answer, and prompt and reference text for generated metrics."""
 
     ids: list[int]
     answer: list[bool]
@@ -27,14 +29,28 @@ class Exchange:
 
 
 class Generation(Task):
-    """Prompts → answers; metrics ``loss`` (per answer token), ``exact_match`` and ``rouge_l``."""
+    """Generates answers to prompts. Metrics: ``loss`` (per answer token), ``exact_match`` and ``rouge_l``."""
+
+    @staticmethod
+    def parse_row(raw: RawRow, data: DataSettings) -> Row | None:
+        """``{"messages": [{"role", "content"}, …]}``, or ``{"prompt", "completion"}``."""
+        if data.messages:
+            messages = raw.column(data.messages, "messages")
+            if not isinstance(messages, list) or not all(_is_turn(turn) for turn in messages):
+                raise raw.error("messages", "a list of {role, content}", type(messages).__name__)
+            return {"messages": messages}
+        prompt, completion = raw.text(data.prompt, "prompt"), raw.text(data.completion, "completion")
+        if data.chat:
+            turns = (("user", prompt), ("assistant", completion))
+            return {"messages": [{"role": role, "content": content} for role, content in turns]}
+        return {"prompt": prompt, "completion": completion}
 
     def _build(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         assert self.base.language_model is not None
         return self.base.language_model, {}
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
-        """Exchanges; a prompt that is too long loses its beginning, rows without an answer are dropped."""
+        """Tokenize rows. A prompt that is too long loses its beginning; rows without an answer are dropped."""
         examples, truncated, dropped = [], 0, 0
         for row in rows:
             exchange, cut = self._exchange(row)
@@ -56,13 +72,13 @@ class Generation(Task):
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """Mean cross-entropy per answer token; the first token of a text is never predicted."""
+        """Mean cross-entropy per answer token. The first token of a text is never predicted."""
         terms = int((batch["labels"][:, 1:] != MASKED).sum())
         return self.module(**batch).loss, terms
 
     @torch.no_grad()
     def measure(self, *, generate: bool) -> Metrics:
-        """Loss per answer token; with ``generate`` also exact match and ROUGE-L of greedy answers."""
+        """Loss per answer token, and with ``generate`` also exact match and ROUGE-L of greedily generated answers."""
         self.module.eval()
         if not self.test.examples:
             return {}
@@ -82,7 +98,7 @@ class Generation(Task):
 
     @torch.no_grad()
     def predict(self, rows: Sequence[Row]) -> Iterator[Prediction]:
-        """Greedy completions, of ``evaluation.max_new_tokens`` tokens at most."""
+        """Generate greedy completions of at most ``evaluation.max_new_tokens`` tokens."""
         self.module.eval()
         size, limit = self.plan.evaluation.batch_size, max(1, self.plan.model.max_length - 1)
         for start in range(0, len(rows), size):
@@ -98,8 +114,8 @@ class Generation(Task):
         return tokenizer(row["prompt"])["input_ids"] or [tokenizer.eos_token_id]
 
     def answers(self, prompts: Sequence[list[int]]) -> list[str]:
-        """Greedy continuations of token prompts, as text."""
-        tokenizer, settings, found = self.base.tokenizer, self.plan.evaluation, []
+        """Greedy continuations of tokenized prompts, as text."""
+        tokenizer, settings, texts = self.base.tokenizer, self.plan.evaluation, []
         for start in range(0, len(prompts), settings.batch_size):
             chunk = prompts[start : start + settings.batch_size]
             ids = pad(chunk, tokenizer.pad_token_id, left=True).to(self.base.device)
@@ -111,8 +127,8 @@ class Generation(Task):
                 max_new_tokens=settings.max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            found += tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        return found
+            texts += tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        return texts
 
     def _exchange(self, row: Row) -> tuple[Exchange | None, bool]:
         pieces = self._chat_pieces(row["messages"]) if "messages" in row else self._plain_pieces(row)
@@ -126,7 +142,7 @@ class Generation(Task):
         cut = len(ids) > limit
         if cut and len(last) < limit:
             ids, answer = ids[-limit:], answer[-limit:]
-        elif cut:  # the answer alone is too long: keep its beginning and one token to start from
+        elif cut:  # the answer alone is too long: keep its beginning after one token of the prompt
             ids, answer = (
                 (prompt[-1:] + last)[:limit],
                 ([False] * len(prompt[-1:]) + [True] * len(last))[:limit],
@@ -142,7 +158,7 @@ class Generation(Task):
         return [(prompt, False), ([*completion, tokenizer.eos_token_id], True)]
 
     def _chat_pieces(self, messages: Sequence[dict[str, str]]) -> list[tuple[list[int], bool]]:
-        """Every assistant turn is an answer; the row ends with its last one."""
+        """Every assistant turn is an answer. Turns after the last one are left out."""
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
         turns = [i for i, m in enumerate(messages[: last + 1]) if m["role"] == "assistant" and m["content"].strip()]
         pieces: list[tuple[str, bool]] = []
@@ -153,7 +169,13 @@ class Generation(Task):
                 self._render(messages[: i + 1], False).rstrip("\n"),
             )
             if not (before.startswith(written) and after.startswith(before)):
-                raise DataError("chat template", "a conversation to be a prefix of its continuation", "another text")
+                raise DataError(
+                    "chat template",
+                    "a conversation to be a prefix of its continuation",
+                    "another text",
+                    message="The chat template renders a conversation differently once it continues.",
+                    hint="Use a base model whose chat template renders earlier turns the same way.",
+                )
             pieces += [(before[len(written) :], False), (after[len(before) :], True)]
             written = after
         tokenizer = self.base.tokenizer
@@ -161,5 +183,15 @@ class Generation(Task):
 
     def _render(self, messages: Sequence[dict[str, str]], open_turn: bool) -> str:
         if not self.base.tokenizer.chat_template:
-            raise DataError("messages", "a base model with a chat template", self.plan.model.source)
+            raise DataError(
+                "messages",
+                "a base model with a chat template",
+                self.plan.model.source,
+                message=f"The rows have chat messages, but {self.plan.model.source} has no chat template.",
+                hint="Use prompt and completion, or a base model with a chat template.",
+            )
         return self.base.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn)
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)

@@ -1,20 +1,38 @@
-"""Linear regression on matrices: the theory's setting, through the same trainer, messages and aggregation."""
+"""Linear regression on matrices: the setting of the theory, with the same trainer, messages and aggregation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..config.schema import DataSettings
 from ..dataset import Row
+from ..errors import DataError
 from .base import Batch, Encoded, Metrics, Task
+from .columns import RawRow
 
 
 class Regression(Task):
-    """Matrices → numbers; metrics ``relative_error`` √(Σ(ŷ−y)²/Σy²) and ``loss`` (mean square)."""
+    """Predicts numbers from matrices. Metrics: ``relative_error`` √(Σ(ŷ−y)²/Σy²) and ``loss`` (mean square)."""
+
+    @staticmethod
+    def parse_row(raw: RawRow, data: DataSettings) -> Row | None:
+        """``{"x", "y"}`` of fp32 arrays."""
+        return {name: raw.array(name, name) for name in ("x", "y")}
+
+    @classmethod
+    def check_rows(cls, data: DataSettings, train: Sequence[Row], test: Sequence[Row]) -> tuple[str, ...]:
+        """All x have one shape, and all y have one shape."""
+        for name in ("x", "y"):
+            shapes = sorted({np.shape(row[name]) for row in (*train, *test)})
+            if len(shapes) > 1:
+                raise DataError(f"data.{name}", f"one shape in every row, {shapes[0]}", str(shapes[1]))
+        return ()
 
     def _build(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         return self.base.backbone, {}

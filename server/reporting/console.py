@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ...common.dataset import EVAL_MODES, LOWER_IS_BETTER, PRIMARY_METRICS
+from ...common.dataset import EVAL_MODES, TASKS
 from .events import Event
 from .summary import RunSummary, SiteSummary, note_of
 
@@ -104,7 +104,7 @@ def _line(summary: RunSummary, event: Event) -> str | None:
 
 def _final_table(summary: RunSummary) -> Table:
     tasks = sorted({row.task for row in summary.rows.values() if row.task})
-    metrics = [PRIMARY_METRICS[task] + (" (lower is better)" if task in LOWER_IS_BETTER else "") for task in tasks]
+    metrics = [TASKS[t].primary_metric + (" (lower is better)" if TASKS[t].lower_is_better else "") for t in tasks]
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -193,7 +193,7 @@ _VERDICTS = {
 
 def _better(personal: float, alone: float, task: str) -> int:
     sign = (personal > alone) - (personal < alone)
-    return -sign if task in LOWER_IS_BETTER else sign
+    return -sign if TASKS[task].lower_is_better else sign
 
 
 def _number(value: float | None) -> str:

@@ -15,8 +15,8 @@ site_ready         A site has its texts for the transfer: site.
 waiting            Too few sites. While joining: when ("join"), quorum, present, missing (names).
                    After a round without quorum, which is repeated: when ("server.quorum at round 3"), reason.
 joined             A site was admitted: site, task, train, test (examples), truncated, dropped (of these).
-agreed             What all sites have in common is fixed: weights ("tokens", "examples" or "uniform"), pins
-                   (fingerprints of the base model, tokenizer and chat template).
+agreed             What all sites have in common is fixed: weights ("tokens", "examples" or "uniform"),
+                   pins (fingerprints of the base model, tokenizer and chat template).
 round_started      round, sites (sampled for this round).
 reply              A reply was admitted: round, site, kind ("train" or "finalize"), metrics (by name, for example
                    personal.accuracy), terms (loss terms trained on), fresh (the site had lost its personal state),

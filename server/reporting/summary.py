@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...common.dataset import PRIMARY_METRICS
+from ...common.dataset import TASKS
 from .events import Event
 
 Metrics = Mapping[str, float | None]
@@ -38,7 +38,7 @@ class SiteSummary:
 
     def metric(self, mode: str) -> float | None:
         """The task's primary metric of ``base``, ``shared``, ``personal`` or ``alone``; None if not measured."""
-        name = PRIMARY_METRICS.get(self.task, "")
+        name = TASKS[self.task].primary_metric if self.task in TASKS else ""
         if mode == "alone":
             return self.alone.get(f"personal.{name}")
         return self.metrics.get(f"{mode}.{name}")

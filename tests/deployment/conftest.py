@@ -1,4 +1,4 @@
-"""A coordinator and three sites as real processes on loopback, with TLS and keys, started by the README's commands."""
+"""A coordinator and three sites as real processes on loopback, with TLS and keys, started by colora's commands."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COVERAGE_PROCESS_START"
 
 @dataclass
 class Town:
-    """The folders, and the two kinds of commands; ``tend`` does what a service manager does."""
+    """A coordinator and its sites: folders and commands. ``tend`` restarts killed commands like a service manager."""
 
     folder: Path
     recipe: dict[str, Any]
@@ -91,13 +91,13 @@ class Town:
         return ["server", str(self.folder / "recipe.toml"), *keys, *place, *self.options]
 
     def tend(self) -> None:
-        """Starts a command again that was killed."""
+        """Restart the commands that were killed."""
         for name, command in self.commands.items():
             if command.poll() is not None and command.returncode < 0:
                 self.start(name)
 
     def wait(self, name: str, seconds: float) -> int:
-        """Waits for a command's own end while the others are tended."""
+        """Wait until a command exits; meanwhile, restart killed commands."""
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
             self.tend()
@@ -120,7 +120,7 @@ class Town:
         return (self.folder / f"{name}.out").read_text(errors="replace")
 
     def last_words(self) -> str:
-        """What the commands said, and the ends of their processes' logs."""
+        """Return the output of the commands, and the ends of their processes' logs."""
         told = [f"{name}: {self.said(name)}" for name in self.commands]
         logs = [
             path
@@ -130,7 +130,7 @@ class Town:
         return "\n".join(told + [f"{path}: {path.read_text(errors='replace')[-3000:]}" for path in logs])
 
     def below(self, name: str, process: str) -> list[psutil.Process]:
-        """Living processes called ``process`` of a command."""
+        """Return the running child processes of a command with this name."""
         try:
             family = psutil.Process(self.commands[name].pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -138,18 +138,18 @@ class Town:
         return [p for p in family if is_called(p, process)]
 
     def orphans(self) -> list[psutil.Process]:
-        """Living processes that name this town's folder or port and belong to no living command."""
+        """Return the running processes whose command line contains this folder or port."""
         marks = (str(self.folder), f"127.0.0.1:{self.port}")
         return [p for p in psutil.process_iter() if any(mark in " ".join(words_of(p)) for mark in marks)]
 
-    # --- what came out ----------------------------------------------------------------------------------------------
+    # --- results ----------------------------------------------------------------------------------------------
 
     def events(self, kind: str | None = None) -> list[Event]:
         events = read_events(self.run / "events.jsonl")
         return [event for event in events if kind in (None, event["event"])]
 
     def wait_for(self, kind: str, seconds: float, **fields: Any) -> Event:
-        """The first event of a kind with these fields, from now on or before."""
+        """Return the first event of a kind with these fields, waiting for it if necessary."""
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
             for event in self.events(kind):
@@ -159,7 +159,7 @@ class Town:
         raise AssertionError(f"no {kind} {fields} within {seconds:g} s:\n{self.said('server')}\n{self.events()[-5:]}")
 
     def outcome(self) -> dict[str, bytes]:
-        """Every array of the last checkpoint and of the sites' last states, as bytes by name."""
+        """Return every array of the last checkpoint and of the sites' last states, as bytes by name."""
         found = tensors(last(self.run / "checkpoints"), "server")
         for name in self.names:
             found |= tensors(last(self.state(name)), name)
@@ -167,7 +167,7 @@ class Town:
 
 
 def simulated_outcome(run: Path, names: list[str]) -> dict[str, bytes]:
-    """The same of a simulation's run folder."""
+    """Return the same for a simulation's run folder."""
     found = tensors(last(run / "checkpoints"), "server")
     for name in names:
         found |= tensors(last(run / "sites" / name / "state"), name)
@@ -179,7 +179,7 @@ def last(folder: Path) -> Path:
 
 
 def tensors(path: Path, owner: str) -> dict[str, bytes]:
-    """Arrays, and of the notes all but seconds, which no two runs share."""
+    """Return the arrays, and the metadata without durations, which differ between runs."""
     with safe_open(path, "numpy") as file:
         found = {f"{owner}/{path.stem}/{key}": file.get_tensor(key).tobytes() for key in file.keys()}  # noqa: SIM118
         notes = json.loads(file.metadata()["colora"])
@@ -205,14 +205,14 @@ def words_of(process: psutil.Process) -> list[str]:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder whose path leaves room for a socket's name."""
+    """A folder with a path short enough for a socket."""
     with tempfile.TemporaryDirectory(prefix="town-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
 @pytest.fixture
 def town(place: Path, tiny_recipe: dict) -> Iterator[Town]:
-    """Three sites; an optimiser at the coordinator and moments at the sites, so that every kind of state is in use."""
+    """Three sites, with a server optimiser and persistent optimiser states, so that every kind of state is in use."""
     tiny_recipe["rounds"] = 3
     tiny_recipe["train"] |= {"final_steps": 2, "persist_optimizer_state": True}
     tiny_recipe["server"] |= {"optimizer": "adam"}

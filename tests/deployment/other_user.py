@@ -1,7 +1,7 @@
-"""A command as another user of this machine, who also finds this Python where it lies below a folder closed to others.
+"""Run a command as another user, also when this Python is in a folder that other users cannot enter.
 
-Run as a script, by root in a mount namespace of its own: closed folders get an empty folder over them in which only
-what the command needs is put back. Nobody outside the namespace sees that, and it goes with the command.
+Runs as a script, by root, in its own mount namespace: closed folders are covered by an empty folder into which only the
+folders that the command needs are mounted. This is invisible outside the namespace and ends with the command.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def as_user(uid: int, command: Sequence[str], hold: Path) -> list[str]:
-    """The command that root runs for it; ``hold`` is an empty folder."""
+    """Return the command that root must run; ``hold`` is an empty folder."""
     closed = {str(path): str(lid) for path in needed() if (lid := closed_above(path))}
     own = [sys.executable, str(Path(__file__).resolve()), json.dumps({"uid": uid, "hold": str(hold), "closed": closed})]
     return [*(["unshare", "--mount", "--propagation", "private"] if closed else []), *own, *command]
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    """What such a command needs to know, and nothing of this process's own environment."""
+    """Return the environment of such a command, which contains nothing of this process's environment."""
     path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
     return {"PATH": path, "HOME": str(home), "USER": "site", "LOGNAME": "site", "LANG": "C.UTF-8", **more}
 
 
 def why_not(uid: int, home: Path) -> str | None:
-    """Why no command of ours can be run as another user here; None where it can."""
+    """Return why no command can run as another user here, or None if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "only root on Linux can run processes as other users"
     home.mkdir(parents=True, exist_ok=True)
@@ -40,17 +40,17 @@ def why_not(uid: int, home: Path) -> str | None:
 
 
 def needed() -> set[Path]:
-    """Folders that this Python and this project consist of."""
+    """Return the folders of this Python and this project."""
     return {Path(sys.base_prefix).resolve(), Path(sys.prefix), ROOT}
 
 
 def closed_above(path: Path) -> Path | None:
-    """The first folder on the way to a path that others may not enter."""
+    """Return the first parent folder of a path that other users may not enter."""
     return next((folder for folder in reversed(path.parents) if not folder.stat().st_mode & 0o001), None)
 
 
 def main(order: Mapping[str, object], command: Sequence[str]) -> None:
-    """In the namespace, as root: opens the way, becomes the user, and then the command."""
+    """In the namespace, as root: mount the needed folders, switch to the user and execute the command."""
     closed, uid, hold = dict(order["closed"]), int(str(order["uid"])), Path(str(order["hold"]))  # type: ignore[call-overload]
     kept = {path: hold / str(number) for number, path in enumerate(closed)}
     for path, place in kept.items():

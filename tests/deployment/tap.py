@@ -1,4 +1,4 @@
-"""A second gate before the coordinator's that keeps what the sites send through it, out of its TLS."""
+"""A second gateway in front of the coordinator's that records what the sites send, after TLS decryption."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .conftest import Town
 
 @contextmanager
 def tapped(town: Town, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
-    """The bodies of all requests of a town's sites, whose site files lead to the tap from now on."""
+    """Record the bodies of all requests of the sites, whose site files are changed to the tap's address."""
     sent: list[bytes] = []
     forward = FleetProxy._forward
 
@@ -40,7 +40,7 @@ def tapped(town: Town, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]
 
 
 def found_in(sent: Iterable[bytes], secrets: Iterable[Secret], windows: Iterable[str]) -> list[str]:
-    """Personal tensors and texts that are in any of these bodies, however they were packed."""
+    """Return the personal tensors and texts that are in any of these bodies, in any encoding."""
     secrets, windows = list(secrets), list(windows)
     assert secrets
     assert windows
@@ -49,7 +49,7 @@ def found_in(sent: Iterable[bytes], secrets: Iterable[Secret], windows: Iterable
 
 
 def replies(states: Iterable[Path]) -> Iterator[Secret]:
-    """The arrays that did go out: what a search that works must find."""
+    """Yield the arrays that were sent, which a working search must find."""
     for path in states:
         arrays: dict[str, np.ndarray] = load_arrays(path, prefix=TRAINED)[0]
         yield from ((f"{path}/{key}", value) for key, value in arrays.items())

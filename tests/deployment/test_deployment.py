@@ -1,4 +1,4 @@
-"""Coordinator and sites as real processes: the simulation's bits, clean stops, late and slow sites."""
+"""Coordinator and sites as real processes: results equal to a simulation's, clean stops, late and slow sites."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def wait_for_no_orphans(town: Town) -> None:
 
 
 def test_a_deployed_federation_equals_its_simulation_and_leaves_nothing_behind(town: Town, tmp_path: Path) -> None:
-    """SIGTERM in the middle: the server ends between rounds, and the same command goes on."""
+    """After SIGTERM the server stops between rounds, and the same command continues the run."""
     town.start()
     town.wait_for("round", 240, round=1)
     town.commands["server"].send_signal(signal.SIGTERM)
     assert town.wait("server", 120) == 130
-    assert "The same command goes on" in town.said("server")
+    assert "Run the same command to continue" in town.said("server")
     stopped = load_arrays(last(town.run / "checkpoints"), prefix="none/")[1]["round"]
     assert 1 <= stopped <= 3
     town.start("server")
@@ -64,7 +64,7 @@ def test_kill_9_of_a_command_leaves_no_orphan(town: Town, command: str) -> None:
 def test_a_straggler_is_left_out_and_told_and_the_log_replays_to_the_same_bits(
     tmp_path: Path, place: Path, tiny_recipe: dict
 ) -> None:
-    """Two of three sites are a quorum. One trainer is frozen over a deadline; one site comes late, one leaves."""
+    """The quorum is two of three sites. One trainer is suspended beyond a deadline, and one site joins late."""
     tiny_recipe["rounds"] = 12
     tiny_recipe["server"] = {"quorum": 2, "timeout": 25.0, "optimizer": "momentum"}
     town = Town(place / "town", tiny_recipe).build()

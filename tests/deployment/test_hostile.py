@@ -1,7 +1,7 @@
-"""A hostile coordinator: its ClientApp, run by a real SuperNode, tries everything against a real trainer.
+"""A hostile coordinator: its ClientApp, run by a real SuperNode, attacks a real trainer.
 
-ada and bob run the trainer as another user than the SuperNode; ada says what it allows, bob says nothing. cyd runs both
-as one user, and what is found there shows that the search finds what there is.
+ada and bob run the trainer as another user than the SuperNode; ada has an ``[allow]`` table, bob has none. cyd runs
+both as one user: what is found there shows that the search works.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import psutil
 import pytest
 import tomli_w
 
-from colora.client.trainer_service.proto import trainer_pb2 as wire
+from colora.client.trainer_service.proto import trainer_pb2 as pb
 from colora.common.processes.supervised import free_port, listens
 from colora.server.deployment import superlink
 from colora.server.deployment.gateway.proxy import Upstream
@@ -48,12 +48,12 @@ HOSTILE = Path(__file__).with_name("hostile")
 
 @dataclass
 class Site:
-    """A site's two folders (one, where one user runs both), and what a coordinator got of it."""
+    """A site's two folders (one folder if one user runs both), and what the coordinator got from it."""
 
     name: str
     top: Path
     listen: str
-    seen: dict[tuple[int, int], Path] = field(default_factory=dict)  # every personal state that there ever was
+    seen: dict[tuple[int, int], Path] = field(default_factory=dict)  # every version of every state file
     loot: list[tuple[str, bytes]] = field(default_factory=list)
 
     @property
@@ -77,7 +77,7 @@ class Site:
         return (self.trainer / "state" / "logs" / "trainer.log").read_text()
 
     def furnish(self, keys: Path, about: dict[str, Any]) -> None:
-        """Each half has what it needs and belongs to its user."""
+        """Write each process's folder, which its user owns."""
         shutil.copytree(keys / "sites" / self.name, self.trainer)
         if not self.alone:
             shutil.copytree(self.trainer, self.node)
@@ -94,7 +94,7 @@ class Site:
         (self.top / self.name).chmod(0o755)
 
     def watch(self) -> None:
-        """Keeps a link to every state file, as later rounds take their place."""
+        """Keep a link to every state file, since later rounds replace them."""
         for path in (self.trainer / "state").glob("*/round-*.safetensors"):
             with contextlib.suppress(OSError):
                 about = path.stat()
@@ -110,7 +110,7 @@ class Site:
             self.loot.append((what.decode().partition(" ")[2], data))
 
     def leaks(self, kind: str = "") -> list[str]:
-        """What of this site is in what was taken."""
+        """Return what of this site's personal data the coordinator got."""
         secrets, windows = list(personal_tensors(self.seen.values())), text_windows([self.rows])
         assert secrets
         assert windows
@@ -119,17 +119,17 @@ class Site:
         text = "\n".join(f"{what}\n{data.decode(errors='replace')}" for what, data in taken)
         return leaks_in(np.concatenate([numbers_in(data) for _, data in taken]), text, secrets, windows)
 
-    def replies(self) -> Iterator[wire.ReplyPart]:
+    def replies(self) -> Iterator[pb.TrainReplyPart]:
         for what, data in self.loot:
             if what.startswith("train "):
-                yield wire.ReplyPart.FromString(data)
+                yield pb.TrainReplyPart.FromString(data)
 
     def errors(self) -> list[str]:
         return [data.decode() for what, data in self.loot if what.startswith("error: ")]
 
 
 def eventually(true: Callable[[], object], seconds: float, about: Callable[[], str] = str) -> None:
-    """Waits for other processes, which tell nobody."""
+    """Poll until a condition holds."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         with contextlib.suppress(OSError, ValueError):
@@ -141,7 +141,7 @@ def eventually(true: Callable[[], object], seconds: float, about: Callable[[], s
 
 @dataclass
 class World:
-    """Everything below one folder that every user may enter."""
+    """All sites and processes, below one folder that every user may enter."""
 
     top: Path
     sites: dict[str, Site]
@@ -149,7 +149,7 @@ class World:
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def run(self, name: str, folder: Path, uid: int, *words: str) -> None:
-        """A ``colora client`` as a user of its own."""
+        """Run ``colora client`` as another user."""
         hold = self.top / "hold" / name
         hold.mkdir(parents=True)
         self.said[name] = self.top / f"{name}.out"
@@ -165,11 +165,11 @@ class World:
         if site.alone:
             self.run(site.name, site.node, node)
             return
-        self.run(f"{site.name}-trainer", site.trainer, trainer, "--only", "trainer")
-        self.run(f"{site.name}-node", site.node, node, "--only", "node")
+        self.run(f"{site.name}-trainer", site.trainer, trainer, "--component", "trainer")
+        self.run(f"{site.name}-supernode", site.node, node, "--component", "supernode")
 
     def pids(self, site: Site) -> list[int]:
-        """Of the trainer and of the command that keeps it."""
+        """Return the process ids of the trainer and of its command."""
         found = json.loads((site.trainer / "state" / "services.json").read_text())["pids"]
         assert psutil.Process(found["trainer"]).uids().real == UIDS[site.name][0]
         return [found["trainer"], found["client"]]
@@ -226,7 +226,7 @@ def build(top: Path, model: Path, port: int) -> World:
 
 @contextlib.contextmanager
 def coordinator(world: World, port: int) -> Iterator[SuperLink]:
-    """A SuperLink behind a gate, as ``colora server`` has them, with another app to run."""
+    """Run a SuperLink behind a gateway, as ``colora server`` does, with another app."""
     stub = superlink.STUB["pyproject.toml"].replace("colora_stub", "hostile")
     files = {f"hostile/{path.name}": path.read_text() for path in HOSTILE.glob("*.py")}
     keys = read_keys(world.top / "keys" / "coordinator")
@@ -250,7 +250,7 @@ def coordinator(world: World, port: int) -> Iterator[SuperLink]:
 
 @pytest.fixture(scope="module")
 def world(tiny_bert: Path) -> Iterator[World]:
-    """After the attack."""
+    """The sites after the attack."""
     top, port, over = Path(tempfile.mkdtemp(prefix="colora-")), free_port(), threading.Event()
     top.chmod(0o755)
     if reason := why_not(UIDS["ada"][0], top / "hold" / "trial"):
@@ -269,7 +269,7 @@ def world(tiny_bert: Path) -> Iterator[World]:
         for site in sites.values():
             world.start(site)
         with coordinator(world, port) as link:
-            eventually(lambda: all("listens at" in site.log for site in sites.values()), 240, world.told)
+            eventually(lambda: all("listens on" in site.log for site in sites.values()), 240, world.told)
             about = {
                 site.name: {
                     "listen": site.listen,
@@ -302,7 +302,7 @@ def world(tiny_bert: Path) -> Iterator[World]:
 
 
 SEPARATE = pytest.mark.parametrize("name", ["ada", "bob"])
-PUBLIC = {"cmdline", "status", "task"}  # what /proc says of a process to everybody
+PUBLIC = {"cmdline", "status", "task"}  # in /proc, readable for every user
 OF_GRPC = {"UNIMPLEMENTED", "RESOURCE_EXHAUSTED", "NOT_FOUND", "UNAVAILABLE"}
 
 
@@ -364,7 +364,7 @@ def test_a_site_with_limits_answers_its_own_plan_only(world: World) -> None:
 
 
 def test_a_site_without_limits_shares_no_group_that_the_table_leaves_at_it(world: World) -> None:
-    """The owner is told how to allow it; the coordinator that it is the head."""
+    """The site's log says how to allow it; the coordinator gets only the name of the field."""
     site = world.sites["bob"]
     assert any("RefusedError: method.head" in error for error in site.errors())
     words = 'site bob: method.head: expected personal as in colora (or "colora+head" in allow.methods), found shared'
@@ -373,15 +373,15 @@ def test_a_site_without_limits_shares_no_group_that_the_table_leaves_at_it(world
 
 
 def test_as_one_user_a_site_is_open_and_says_so_at_its_start(world: World) -> None:
-    """The gap that the README names; and the search above would have found what was taken here."""
+    """The documented limitation; it also shows that the search above works."""
     site = world.sites["cyd"]
     said = world.said["cyd"].read_text()
     assert said.startswith(
-        "trainer and SuperNode run as one user: code that the coordinator ships could read this site's files"
+        "trainer and SuperNode run as one user: code from the coordinator could read this site's files"
     )
     found = site.leaks("file: ")
     assert [leak for leak in found if "lora_core" in leak]
     assert [leak for leak in found if leak in site.rows.read_text()]
     assert any(what.startswith("memory: ") for what, _ in site.loot)
     for name in ("ada", "bob"):
-        assert "one user" not in world.said[f"{name}-trainer"].read_text() + world.said[f"{name}-node"].read_text()
+        assert "one user" not in world.said[f"{name}-trainer"].read_text() + world.said[f"{name}-supernode"].read_text()

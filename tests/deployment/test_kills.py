@@ -1,4 +1,4 @@
-"""kill -9 of any process at a random moment: the federation ends by itself, with the bits of the calm run.
+"""kill -9 of any process at a random moment: the run finishes with the same results as an undisturbed one.
 
 Run with ``COLORA_KILLS=21 pytest -n 0 -s -m endurance tests/deployment/test_kills.py`` for more victims.
 """
@@ -35,7 +35,7 @@ AT_SERVER = {"ServerApp", "SuperLink", "colora server"}
 
 
 def kill_one(town: Town, kind: str, rng: random.Random) -> None:
-    """Waits a random moment, and for the victim to live where it comes and goes; then kills it."""
+    """Wait for a random time, and for the victim to run; then kill it."""
     command = "server" if kind in AT_SERVER else rng.choice(town.names)
     time.sleep(rng.uniform(0, 4))
     name = VICTIMS[kind]
@@ -88,7 +88,7 @@ def test_any_process_may_be_killed_at_any_moment(tmp_path: Path, place: Path, ti
         calm_rounds = [event["seconds"] for event in told]
         report(table, statistics.median(calm_rounds))
         for event in town.events("restarted"):
-            print(f"  {event['time']:.0f} {event['what']} started again: {event.get('reason', 'it was gone')}")
+            print(f"  {event['time']:.0f} {event['what']} restarted: {event.get('reason', 'it had ended')}")
         assert town.outcome() == simulated_outcome(calm.path, town.names)
     finally:
         town.stop()
@@ -99,7 +99,7 @@ def test_any_process_may_be_killed_at_any_moment(tmp_path: Path, place: Path, ti
 
 
 def report(table: list[tuple[str, int, float]], calm: float) -> None:
-    """Victims, moments and seconds from the kill to the next round's end (an undisturbed round takes ``calm``)."""
+    """Print victims, rounds and the seconds from each kill to the next round's end. ``calm`` is the median round."""
     print(f"\nmedian round: {calm:.1f} s; seconds from the kill to the end of the next round")
     for kind, at, seconds in table:
         print(f"  {kind:14} after round {at:3}  {seconds:6.1f} s")

@@ -1,4 +1,4 @@
-"""What the sites' processes send to the coordinator, all of it, searched for what is personal."""
+"""Search everything that the sites' processes send to the coordinator for personal data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.endurance]
 
 
 def test_nothing_personal_leaves_a_site_between_real_processes(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cores, heads, moments, a private MultiLoRA and texts; the search finds the arrays that were meant to leave."""
+    """Cores, heads, optimiser states, a private MultiLoRA and texts. The search finds the shared arrays."""
     with tapped(town, monkeypatch) as sent:
         town.start()
         assert town.wait("server", 300) == 0

@@ -1,4 +1,4 @@
-"""Who and what is turned away, through the real commands, and what the one who can mend it reads."""
+"""Refusals of real commands, and the messages for the person who can correct the cause."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from tests.server.deployment.gateway.test_proxy import SECRET, SPELLINGS
 from .conftest import COLORA, QUIET, Town
 
 pytestmark = [pytest.mark.slow, pytest.mark.endurance]
-SECONDS = 120.0  # until a client has said why
+SECONDS = 120.0  # until a client has printed its message
 DATA = ("source", "test_source")
 
 
 @pytest.fixture(scope="module")
 def town(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
-    """A coordinator that is content with one site, and that site, at work for as long as the tests take.
+    """A coordinator with a quorum of one, and one site, which train for as long as the tests take.
 
-    The base model is named by a relative path, so that it may be another one where another site is started.
+    The path of the base model is relative, so that another site can have another base model in its place.
     """
     folder = tmp_path_factory.mktemp("refusals")
     sites = []
@@ -67,7 +67,7 @@ def town(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def copy_of(town: Town, name: str, to: str, *, allow: dict[str, Any] | None = None, **coordinator: Any) -> Path:
-    """The site file in a copy of a site's folder, elsewhere and without state."""
+    """Return the site file in a copy of a site's folder, without the state."""
     folder = town.folder / to
     shutil.copytree(town.site(name), folder, ignore=shutil.ignore_patterns("state"))
     about = {"address": f"127.0.0.1:{town.port}", **coordinator}
@@ -78,7 +78,7 @@ def copy_of(town: Town, name: str, to: str, *, allow: dict[str, Any] | None = No
 
 
 def foreign_keys(folder: Path) -> Path:
-    """What another authority made for a site of the same name."""
+    """Return the keys of a site with the same name and another CA."""
     (folder / "sites.toml").write_text('[coordinator]\naddress = "127.0.0.1:1"\n[[site]]\nname = "bob"\n')
     provision(folder / "sites.toml", folder / "keys")
     return folder / "keys" / "sites" / "bob"
@@ -86,7 +86,7 @@ def foreign_keys(folder: Path) -> Path:
 
 @contextmanager
 def client(file: Path, home: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """``colora client``, whose words can be read; killed when it has taken too long."""
+    """Run ``colora client`` with readable output; kill it after a timeout."""
     environment = {**os.environ, **QUIET, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [*COLORA, "client", str(file), *words],
@@ -109,51 +109,51 @@ def client(file: Path, home: Path, *words: str) -> Iterator[subprocess.Popen[str
 
 
 def until(process: subprocess.Popen[str], of: str) -> str:
-    """The first line with ``of`` in it."""
-    said = ""
+    """Return the first line of output that contains ``of``."""
+    output = ""
     assert process.stdout
     for line in process.stdout:
-        said += line
+        output += line
         if of in line:
             return line.strip()
-    raise AssertionError(f"nothing about {of!r} in:\n{said}")
+    raise AssertionError(f"{of!r} is not in:\n{output}")
 
 
-def says(file: Path, town: Town) -> str:
-    """What a client without a trainer says when it does not come through."""
-    with client(file, town.home, "--only", "node") as process:
-        return until(process, "trying again")
+def message_of(file: Path, town: Town) -> str:
+    """Return the message of a SuperNode that cannot connect."""
+    with client(file, town.home, "--component", "supernode") as process:
+        return until(process, "; re")  # "; restarting it" or "; retrying"
 
 
-# --- keys and certificates, as the site's owner hears of them --------------------------------------------------------
+# --- keys and certificates, at the site --------------------------------------------------------
 
 
 def test_a_key_that_the_coordinator_was_not_given(town: Town, tmp_path: Path) -> None:
     file = copy_of(town, "bob", "unknown")
     shutil.copy(foreign_keys(tmp_path) / "site.key", file.parent / "site.key")
-    told = says(file, town)
-    assert told == "the SuperNode ended: the coordinator does not know this site's key; trying again"
+    told = message_of(file, town)
+    assert told == "the SuperNode ended: the coordinator does not know this site's key; restarting it"
 
 
 def test_a_coordinator_that_another_authority_vouches_for(town: Town, tmp_path: Path) -> None:
     file = copy_of(town, "bob", "wrong-ca")
     shutil.copy(foreign_keys(tmp_path) / "ca.crt", file.parent / "ca.crt")
-    told = says(file, town)
-    assert told == "the SuperNode ended: the coordinator's certificate is not signed by this site's CA; trying again"
+    told = message_of(file, town)
+    assert told == "the SuperNode ended: the coordinator's certificate is not signed by this site's CA; restarting it"
 
 
 def test_a_client_without_tls_at_a_coordinator_with_it(town: Town) -> None:
-    told = says(copy_of(town, "bob", "plain", insecure=True), town)
+    told = message_of(copy_of(town, "bob", "plain", insecure=True), town)
     where = f"127.0.0.1:{town.port}"
-    why = f"{where} does not speak plain HTTP, as coordinator.insecure = true wants: a TLS server?"
-    assert told == f"no way to the coordinator: {why}; trying again"
+    why = f"{where} does not answer plain HTTP, which coordinator.insecure = true requires; it may use TLS"
+    assert told == f"cannot reach the coordinator: {why}; retrying"
 
 
 def test_a_client_where_nobody_listens(town: Town) -> None:
     where = f"127.0.0.1:{free_port()}"
-    told = says(copy_of(town, "bob", "nowhere", address=where), town)
-    why = f"{where} refuses the connection: nothing listens there"
-    assert told == f"no way to the coordinator: {why}; trying again"
+    told = message_of(copy_of(town, "bob", "nowhere", address=where), town)
+    why = f"{where} refused the connection; nothing listens there"
+    assert told == f"cannot reach the coordinator: {why}; retrying"
 
 
 def test_a_client_with_tls_at_a_coordinator_without_it(town: Town, tmp_path: Path) -> None:
@@ -168,19 +168,19 @@ def test_a_client_with_tls_at_a_coordinator_without_it(town: Town, tmp_path: Pat
             env={**os.environ, **QUIET},
         )
     try:
-        told = says(copy_of(town, "bob", "tls", address=f"127.0.0.1:{port}"), town)
+        told = message_of(copy_of(town, "bob", "tls", address=f"127.0.0.1:{port}"), town)
     finally:
         server.terminate()
         server.wait(60)
-    assert told == "the SuperNode ended: the coordinator does not speak TLS at this address; trying again"
+    assert told == "the SuperNode ended: the coordinator does not use TLS at this address; restarting it"
 
 
 def test_a_second_client_with_the_same_key_and_the_first_goes_on(town: Town) -> None:
     services = json.loads((town.state("ada").parent / "services.json").read_text())
     before = len(town.events())
-    told = says(copy_of(town, "ada", "twin"), town)
-    why = "another client with this key is at work, or one that died is not forgotten yet (a minute)"
-    assert told == f"the SuperNode ended: {why}; trying again"
+    told = message_of(copy_of(town, "ada", "twin"), town)
+    why = "another client uses this key, or the coordinator has not yet dropped a client that died (up to a minute)"
+    assert told == f"the SuperNode ended: {why}; restarting it"
     town.wait_for("round", 60, round=max(event["round"] for event in town.events("round")) + 2)
     since = town.events()[before:]
     assert {event["event"] for event in since} == {"round_started", "reply", "round"}
@@ -190,11 +190,11 @@ def test_a_second_client_with_the_same_key_and_the_first_goes_on(town: Town) -> 
     assert "ended" not in town.said("ada")
 
 
-# --- what does not fit, as either side hears of it -------------------------------------------------------------------
+# --- refusals at both sides -------------------------------------------------------------------
 
 
 def test_another_base_model(town: Town, tmp_path: Path) -> None:
-    """The same name, the same shapes, other weights: the coordinator's team reads who has what."""
+    """The same name and shapes, but other weights: the coordinator shows both fingerprints."""
     import torch
     from transformers import AutoModel
 
@@ -213,7 +213,7 @@ def test_another_base_model(town: Town, tmp_path: Path) -> None:
 
 
 def test_a_method_and_steps_that_the_site_does_not_allow(town: Town) -> None:
-    """The site's owner reads the field, what is allowed and what was asked; the coordinator kind and field only."""
+    """The site shows the field, the limit and the requested value; the coordinator only error type and field."""
     cases = {
         "cyd": ({"methods": ["fedit"]}, "method.name: expected one of fedit (allow.methods), found 'colora'"),
         "dee": ({"max_steps": 1}, "train.steps: expected at most 1 (allow.max_steps), found 2"),
@@ -234,7 +234,7 @@ def test_a_method_and_steps_that_the_site_does_not_allow(town: Town) -> None:
 
 def test_as_one_user_a_client_says_what_that_means(town: Town) -> None:
     assert town.said("ada").startswith(
-        "trainer and SuperNode run as one user: code that the coordinator ships could read this site's files\n"
+        "trainer and SuperNode run as one user: code from the coordinator could read this site's files\n"
     )
 
 
@@ -242,7 +242,7 @@ def test_as_one_user_a_client_says_what_that_means(town: Town) -> None:
 
 
 def control(town: Town, port: int) -> Any:
-    """Flower's own client of the Control API."""
+    """Return Flower's own client of the Control API."""
     from flwr.supercore.control import ControlHttpClient
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
@@ -255,13 +255,13 @@ def control(town: Town, port: int) -> Any:
 
 
 def inside(town: Town) -> int:
-    """The port on loopback that the SuperLink of a coordinator listens at."""
+    """Return the loopback port of the coordinator's SuperLink."""
     words = town.below("server", "flower-superlink")[0].cmdline()
     return int(words[words.index("--port") + 1])
 
 
 def test_from_outside_there_is_no_control_and_no_runtime_api(town: Town) -> None:
-    """By Flower's own client, and by every spelling of their paths; the SuperLink itself would have answered."""
+    """With Flower's own client, and with every spelling of the paths; the SuperLink itself answers them."""
     from flwr.proto import control_pb2 as asked
 
     with control(town, inside(town)) as open_door:

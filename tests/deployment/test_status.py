@@ -1,4 +1,4 @@
-"""``colora status`` beside a running federation, of the run and of a site."""
+"""``colora status`` for a running federation and for one of its sites."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def status(path: Path) -> tuple[int, dict]:
 
 
 def test_running_or_gone(town: Town) -> None:  # a short name: sockets have short paths
-    (town.folder / "recipe.toml").write_text(tomli_w.dumps({**town.recipe, "rounds": 200}))  # it will not end by itself
+    (town.folder / "recipe.toml").write_text(tomli_w.dumps({**town.recipe, "rounds": 200}))  # more than the test takes
     town.start()
     town.wait_for("round", 180, round=1)
     code, run = status(town.run)
@@ -33,7 +33,7 @@ def test_running_or_gone(town: Town) -> None:  # a short name: sockets have shor
     assert run["checkpoint"]["round"] >= 1
     code, site = status(town.site("ada") / "site.toml")
     assert (code, site["problems"]) == (0, [])
-    assert {each["name"]: each["state"] for each in site["services"]} == {"trainer": "serving", "node": "serving"}
+    assert {each["name"]: each["state"] for each in site["services"]} == {"trainer": "serving", "supernode": "serving"}
     assert site["federations"][0]["round"] >= 1
     assert site["federations"][0]["audit"]["kind"] == "reply"
     for command in town.commands.values():

@@ -18,7 +18,7 @@ from colora.simulation.run import RunFolder
 
 
 def run_engine(raw: dict, folder: Path, engine: str) -> RunFolder:
-    """The command in a process of its own, as a user runs it."""
+    """Run the command as a user does, in a new process."""
     folder.parent.mkdir(parents=True)
     recipe = folder.parent / "recipe.toml"
     recipe.write_text(tomli_w.dumps(raw))
@@ -30,7 +30,7 @@ def run_engine(raw: dict, folder: Path, engine: str) -> RunFolder:
 
 @pytest.mark.slow
 def test_ray_and_local_give_the_same_adapter_states_and_metrics(tiny_recipe: dict, tmp_path: Path) -> None:
-    """Bit for bit: both run the same code on one CPU type with one thread each."""
+    """Bit-identical: both engines run the same code on one CPU with one thread."""
     raw = {**tiny_recipe, "train": {**tiny_recipe["train"], "final_steps": 1}}
     local, ray = (run_engine(raw, tmp_path / engine / "run", engine) for engine in ("local", "ray"))
     a, b = (load_arrays(sorted((run.path / "checkpoints").glob("*"))[-1])[0] for run in (local, ray))

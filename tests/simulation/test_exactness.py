@@ -1,8 +1,8 @@
-"""One local step of plain SGD a round is gradient descent on the pooled objective (METHODS, section 1).
+"""One local SGD step per round is gradient descent on the pooled objective.
 
-With weights p_k the federation does, on F = Σ p_k L_k: shared groups −η ∂F, site k's personal groups −(η/p_k) ∂F.
-The reference below knows nothing of colora's trainer, adapter layers, tasks or aggregation: plain torch modules that
-share A and B and own their core and head, one autograd call over the whole pool, and one subtraction.
+With weights p_k and F = Σ p_k L_k, a round is −η ∂F for the shared groups and −(η/p_k) ∂F for the personal groups of
+site k. The reference uses none of colora's trainer, adapter layers, tasks or aggregation. Its plain torch modules share
+A and B and have their own core and head; a step is one autograd call over all sites and one subtraction.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Factored(nn.Module):
 
 @dataclass
 class Member:
-    """A site in the pool: its own copy of the model, its mean loss, and the terms it averages over."""
+    """A site in the pool: its mean loss on its own copy of the model, and the number of terms in that mean."""
 
     name: str
     loss: Callable[[], torch.Tensor]
@@ -65,17 +65,17 @@ class Member:
 
 
 class Pool:
-    """All sites of a recipe as one model with shared A and B."""
+    """All sites of a recipe, trained centrally with shared A and B."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.parameters = recipe, dict[str, nn.Parameter]()
         self.shared = {k: nn.Parameter(torch.tensor(v)) for k, v in initial_shared_state(recipe.plan).items()}
         self.parameters |= self.shared
-        build = classifier if recipe.data.task == "classification" else writer
+        build = classifier if recipe.data.task == "classification" else generator
         self.members = [build(self, site.name, rows_of(site.data.source)) for site in recipe.site]
 
     def adapt(self, model: nn.Module, site: str) -> nn.Module:
-        """Freezes a model and puts the shared factors and a core of the site's own around its target layers."""
+        """Freeze a model and wrap its target layers with the shared factors and the site's core."""
         model.requires_grad_(False).eval()
         adapter = self.recipe.adapter
         for name, layer in list(model.named_modules()):
@@ -94,7 +94,7 @@ class Pool:
         return lambda: CORES[form](core)
 
     def descend(self, *, pooled_steps: bool = False) -> Values:
-        """``ROUNDS`` steps down F = Σ p_k L_k; ``pooled_steps`` leaves the 1/p_k of personal groups away."""
+        """Take ``ROUNDS`` gradient steps on F = Σ p_k L_k; ``pooled_steps`` omits the 1/p_k of personal groups."""
         tokens = self.recipe.server.weights == "tokens"
         weights = {m.name: float(m.terms) if tokens else 1.0 for m in self.members}
         p = {name: weight / sum(weights.values()) for name, weight in weights.items()}
@@ -110,7 +110,7 @@ class Pool:
 
 
 def classifier(pool: Pool, site: str, rows: list[dict]) -> Member:
-    """A BERT with its pooler and a linear head, whose initial values are the federation's for this site."""
+    """A BERT with its pooler and a linear head that has the initial values of the federation's site."""
     from transformers import AutoTokenizer, BertModel
 
     source, recipe = pool.recipe.model.source, pool.recipe
@@ -122,17 +122,17 @@ def classifier(pool: Pool, site: str, rows: list[dict]) -> Member:
     pool.parameters |= {f"{site}/{key}": value for key, value in head.items()}
     tokenizer = AutoTokenizer.from_pretrained(source)
     batch = tokenizer([r["text"] for r in rows], padding=True, truncation=True, max_length=16, return_tensors="pt")
-    wanted = torch.tensor([labels.index(row["label"]) for row in rows])
+    targets = torch.tensor([labels.index(row["label"]) for row in rows])
 
     def loss() -> torch.Tensor:
         pooled = bert(batch["input_ids"], batch["attention_mask"]).pooler_output
-        return F.cross_entropy(pooled @ head["head.classifier.weight"].T + head["head.classifier.bias"], wanted)
+        return F.cross_entropy(pooled @ head["head.classifier.weight"].T + head["head.classifier.bias"], targets)
 
     return Member(site, loss, len(rows))
 
 
-def writer(pool: Pool, site: str, rows: list[dict]) -> Member:
-    """A Llama that is asked one row after the other: no padding, loss on the completion and its end alone."""
+def generator(pool: Pool, site: str, rows: list[dict]) -> Member:
+    """A Llama with one row per forward pass, without padding; the loss covers the completion and its end token."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     llama = LlamaForCausalLM.from_pretrained(pool.recipe.model.source)
@@ -155,7 +155,7 @@ def writer(pool: Pool, site: str, rows: list[dict]) -> Member:
 
 
 def federated(recipe: Recipe, folder: Path) -> Values:
-    """What a simulation ends with: the last checkpoint, and every site's state of the last round."""
+    """Run a simulation and return its last checkpoint and every site's state of the last round."""
     simulate(recipe, folder, resume=False)
     state = Checkpoints(folder / "checkpoints", recipe).latest()
     assert state is not None
@@ -180,21 +180,21 @@ def rows_of(source: str) -> list[dict]:
 def distances(one: Values, other: Values) -> dict[str, float]:
     """The largest absolute difference of each kind of parameter."""
     assert one.keys() == other.keys()
-    found: dict[str, float] = {}
+    largest: dict[str, float] = {}
     for name in one:
         kind = kind_of(name)
-        found[kind] = max(found.get(kind, 0.0), float((one[name] - other[name]).abs().max()))
-    return found
+        largest[kind] = max(largest.get(kind, 0.0), float((one[name] - other[name]).abs().max()))
+    return largest
 
 
-def learnt(recipe: Recipe, values: Values) -> dict[str, float]:
-    """How far each kind of parameter went from step 0: agreement means nothing where nobody moved."""
+def distances_from_start(recipe: Recipe, values: Values) -> dict[str, float]:
+    """How far each kind of parameter has moved; without movement agreement would prove nothing."""
     return distances({name: value.detach() for name, value in Pool(recipe).parameters.items()}, values)
 
 
 @pytest.fixture
-def lively(tmp_path: Path) -> Callable[[Path], str]:
-    """Weights of size 0.2 instead of 0.02: with the latter a random model passes almost nothing on to its adapter."""
+def scaled_weights(tmp_path: Path) -> Callable[[Path], str]:
+    """Copy a model with weights of size 0.2 instead of 0.02, whose gradients would hardly reach the adapter."""
 
     def copy(folder: Path) -> str:
         shutil.copytree(folder, tmp_path / folder.name)
@@ -207,8 +207,8 @@ def lively(tmp_path: Path) -> Callable[[Path], str]:
 
 
 @pytest.fixture
-def classifying(tiny_recipe: dict, tiny_bert: Path, lively: Callable[[Path], str]) -> dict:
-    """Three sites with 12, 9 and 6 rows, so that uniform weights are not those of the examples."""
+def classifying(tiny_recipe: dict, tiny_bert: Path, scaled_weights: Callable[[Path], str]) -> dict:
+    """Three sites with 12, 9 and 6 rows, so that uniform weights differ from weights by examples."""
     for site, count in zip(tiny_recipe["site"], (12, 9, 6), strict=True):
         lines = Path(site["source"]).read_text().splitlines(keepends=True)
         Path(site["source"]).write_text("".join(lines[:count]))
@@ -217,7 +217,7 @@ def classifying(tiny_recipe: dict, tiny_bert: Path, lively: Callable[[Path], str
         "rounds": ROUNDS,
         "train": TRAIN,
         "server": {"quorum": 3, "weights": "uniform"},
-        "model": {"source": lively(tiny_bert), "max_length": 16},
+        "model": {"source": scaled_weights(tiny_bert), "max_length": 16},
         "adapter": {**tiny_recipe["adapter"], "alpha": 16.0},
     }
 
@@ -231,11 +231,11 @@ def test_one_sgd_step_a_round_is_pooled_training(classifying: dict, tmp_path: Pa
     recipe = recipe_from({**classifying, "method": {"name": method}, "adapter": adapter})
     mine, pooled = federated(recipe, tmp_path / "run"), Pool(recipe).descend()
     assert max(distances(mine, pooled).values()) < 1e-5
-    assert min(learnt(recipe, mine).values()) > 1e-3
+    assert min(distances_from_start(recipe, mine).values()) > 1e-3
 
 
 def test_the_pooled_gradient_without_one_over_p_is_another_model(classifying: dict, tmp_path: Path) -> None:
-    """The claim above has teeth: with equal steps for all groups the personal ones end elsewhere."""
+    """With equal steps for all groups the personal parameters differ, so the test above can fail."""
     recipe = recipe_from(classifying)
     apart = distances(federated(recipe, tmp_path / "run"), Pool(recipe).descend(pooled_steps=True))
     assert min(apart["core"], apart["head"]) > 1e-3
@@ -243,9 +243,9 @@ def test_the_pooled_gradient_without_one_over_p_is_another_model(classifying: di
 
 @pytest.mark.parametrize("weights", ["tokens", "uniform"])
 def test_generation_is_pooled_training_with_either_weight(
-    generation_recipe: dict, tiny_llama: Path, lively: Callable[[Path], str], tmp_path: Path, weights: str
+    generation_recipe: dict, tiny_llama: Path, scaled_weights: Callable[[Path], str], tmp_path: Path, weights: str
 ) -> None:
-    """Token weights are exact here: one step sees all of a site's answer tokens, 12 at one site and 50 at the other."""
+    """Token weights are exact here: one step covers all answer tokens of a site, 12 at one and 50 at the other."""
     sites = []
     for name, words, count in (("short", "sun", 6), ("long", "a b c d", 10)):
         rows = [{"prompt": f"red {'cat ' * (i % 3)}dog", "completion": words} for i in range(count)]
@@ -254,9 +254,9 @@ def test_generation_is_pooled_training_with_either_weight(
         sites.append({"name": name, "source": str(path), "test_source": generation_recipe["site"][0]["source"]})
     raw = {**generation_recipe, "rounds": ROUNDS, "site": sites, "server": {"quorum": 2, "weights": weights}}
     raw |= {"train": TRAIN, "adapter": {**generation_recipe["adapter"], "alpha": 4.0}}
-    recipe = recipe_from({**raw, "model": {"source": lively(tiny_llama), "max_length": 32}})
+    recipe = recipe_from({**raw, "model": {"source": scaled_weights(tiny_llama), "max_length": 32}})
     pool = Pool(recipe)
     assert [m.terms for m in pool.members] == [12, 50]
     mine = federated(recipe, tmp_path / "run")
     assert max(distances(mine, pool.descend()).values()) < 1e-5
-    assert min(learnt(recipe, mine).values()) > 1e-3
+    assert min(distances_from_start(recipe, mine).values()) > 1e-3

@@ -1,4 +1,4 @@
-"""Sites made out of data sets: every row goes to one site, by the seed alone, and is read back as it was written."""
+"""Sites made out of data sets: every row goes to one site, the seed determines which, and files are read back equal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LABELS = ("cat", "dog", "sun")
 COUNT = 120
 ROWS: list[Row] = [
     {"text": f"text {i}", "label": LABELS[i % 3], "region": f"r{(i * i) % 5}"} for i in range(COUNT)
-]  # every text is another
+]  # all texts are different
 
 
 @pytest.fixture
@@ -124,9 +124,9 @@ def test_explicit_sites_of_one_source_never_share_a_row(source: str, seed: int) 
         {"name": "rest"},
     ]
     tables = [{**table, "name": table["name"].replace(" ", "-")} for table in tables]
-    found = Counter(all_texts(make_sites(recipe(seed, data={"source": source}, site=tables))))
-    assert max(found.values()) == 1
-    assert set(found) <= set(texts(ROWS))
+    counts = Counter(all_texts(make_sites(recipe(seed, data={"source": source}, site=tables))))
+    assert max(counts.values()) == 1
+    assert set(counts) <= set(texts(ROWS))
 
 
 def test_the_seed_alone_decides_what_explicit_sites_draw(source: str) -> None:
@@ -138,8 +138,8 @@ def test_the_seed_alone_decides_what_explicit_sites_draw(source: str) -> None:
 def test_a_site_takes_at_most_what_it_asks_for_and_as_much_of_every_label(source: str) -> None:
     table = {"name": "ada", "test_source": source, "train": 31, "test": 9}
     (site,) = make_sites(recipe(data={"source": source}, site=[table]))
-    for rows, wanted in ((site.rows.train, [10, 10, 11]), (site.rows.test, [3, 3, 3])):
-        assert sorted(Counter(row["label"] for row in rows).values()) == wanted
+    for rows, expected in ((site.rows.train, [10, 10, 11]), (site.rows.test, [3, 3, 3])):
+        assert sorted(Counter(row["label"] for row in rows).values()) == expected
 
 
 def test_balanced_draws_take_labels_in_turn_and_keep_their_order() -> None:
@@ -187,9 +187,9 @@ def test_written_arrays_are_read_back_equal(tmp_path: Path) -> None:
         [{"x": rng.standard_normal((3, 3)).astype("f4"), "y": np.float32(rng.standard_normal())} for _ in range(n)]
         for n in (4, 2)
     )
-    found = read_back(SiteDataset("ada", "regression", train, test), tmp_path)
-    assert (found.site, found.task) == ("ada", "regression")
-    for read, written in ((found.train, train), (found.test, test)):
+    dataset = read_back(SiteDataset("ada", "regression", train, test), tmp_path)
+    assert (dataset.site, dataset.task) == ("ada", "regression")
+    for read, written in ((dataset.train, train), (dataset.test, test)):
         assert len(read) == len(written)
         for a, b in zip(read, written, strict=True):
             assert all(a[key].dtype == b[key].dtype and np.array_equal(a[key], b[key]) for key in "xy")

@@ -1,4 +1,4 @@
-"""What leaves a site, searched: every message of whole runs, payloads decoded, for everything personal."""
+"""Every message of whole runs, with decoded payloads, is searched for personal tensors and texts."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from tests.leaks import Secret, leaks_in, personal_tensors, text_windows
 
 
 def numbers_of(message: Message) -> np.ndarray:
-    """Every number of a message as float32, arrays decoded."""
+    """All numbers of a message as float32, with decoded arrays."""
     if not message.has_content():
         return np.zeros(0, np.float32)
-    found = [np.zeros(0, np.float32)]
+    numbers = [np.zeros(0, np.float32)]
     for record in message.content.array_records.values():
-        found += [part.ravel().astype(np.float32) for entry in record.values() for part in parts_of(entry)]
+        numbers += [part.ravel().astype(np.float32) for entry in record.values() for part in parts_of(entry)]
     for record in (*message.content.metric_records.values(), *message.content.config_records.values()):
-        found += [np.atleast_1d(v).astype(np.float32) for v in record.values() if isinstance(v, int | float | list)]
-    return np.concatenate(found)
+        numbers += [np.atleast_1d(v).astype(np.float32) for v in record.values() if isinstance(v, int | float | list)]
+    return np.concatenate(numbers)
 
 
 def parts_of(entry: Array) -> list[np.ndarray]:
-    """The arrays in one entry of a record, whoever packed it."""
+    """The arrays in one entry of a record, packed by colora or by Flower."""
     return list(decode(entry.stype, entry.data).values()) if entry.stype in CODECS else [entry.numpy()]
 
 
 def texts_of(message: Message) -> str:
-    """Every text of a message, error reasons and record keys included."""
+    """All texts of a message, including error reasons and record keys."""
     if not message.has_content():
         return message.error.reason or ""
     records = [*message.content.config_records.values(), *message.content.metric_records.values()]
@@ -58,7 +58,7 @@ def site_texts(folder: Path) -> set[str]:
 
 
 def leaks(seen: list[Message], folder: Path) -> list[str]:
-    """Names of what was found in all messages together."""
+    """Names of the personal tensors and texts that occur in the messages."""
     secrets, windows = secrets_of(folder), site_texts(folder)
     assert secrets
     assert windows
@@ -72,7 +72,9 @@ def test_nothing_personal_is_in_any_message(
     train = {**tiny_recipe["train"], "persist_optimizer_state": True, "final_steps": 2}
     recipe = recipe_from({**tiny_recipe, "train": train, "method": {"name": method}, "private": "multilora"})
     run = simulate(recipe, tmp_path / "run", resume=False)
-    assert len(wire) == 2 * 3 * (1 + 2 + 1), "join, two rounds and the close, there and back, for three sites"
+    assert len(wire) == 2 * 3 * (1 + 2 + 1), (
+        "requests and replies of three sites: join, two rounds and the finalization"
+    )
     assert any("private." in name for name, _ in secrets_of(run.path))
     assert leaks(wire, run.path) == []
 
@@ -114,7 +116,7 @@ def test_a_reply_with_an_extra_array_does_not_leave_the_site(
         simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
     reasons = {m.error.reason for m in wire if m.has_error()}
     assert reasons == {"RefusedError: arrays"}
-    assert "also encoder.layer.0.attention.self.query.lora_core" in (tmp_path / "run" / "log.txt").read_text()
+    assert "encoder.layer.0.attention.self.query.lora_core" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_reply_with_an_extra_array_is_refused_by_the_coordinator(
@@ -122,21 +124,23 @@ def test_a_reply_with_an_extra_array_is_refused_by_the_coordinator(
 ) -> None:
     send = Trainer._send
 
-    def careless(self: Trainer, state, reply, *more):
+    def send_core(self: Trainer, state, reply, *more):
         sent = send(self, state, reply, *more)
         return _with_a_core(sent, self) if self.site == "bob" else sent
 
-    monkeypatch.setattr(Trainer, "_send", careless)
+    monkeypatch.setattr(Trainer, "_send", send_core)
     recipe = recipe_from({**tiny_recipe, "server": {"quorum": 2}})
-    board = summarize(simulate(recipe, tmp_path / "run", resume=False).events())
-    assert board.rows["bob"].failures[1].startswith("arrays: expected the shared groups only")
-    assert not board.rows["ada"].failures
+    run = simulate(recipe, tmp_path / "run", resume=False)
+    summary = summarize(run.events())
+    assert "lora_core" in summary.rows["bob"].failures[1]
+    assert {event["field"] for event in run.events() if event["event"] == "refused"} == {"arrays"}
+    assert not summary.rows["ada"].failures
 
 
 def test_an_error_tells_the_coordinator_its_kind_and_no_text(
     tiny_recipe: dict, tmp_path: Path, wire: list[Message], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Trainer, order, state, watch):
+    def broken(self: Trainer, request, state, callback):
         raise ValueError(f"could not read {self.task.rows.train[0]['text']}")
 
     monkeypatch.setattr(Trainer, "_train", broken)

@@ -30,7 +30,7 @@ def events_in(folder: Path) -> int:
 
 
 def kill_after(process: subprocess.Popen, folder: Path, events: int, delay: float) -> str | None:
-    """Waits for so many events of the process, then ``delay`` seconds, then kill -9; what it was doing, or None."""
+    """Kill a process ``delay`` seconds after so many of its events. Returns its last event; None if it ended before."""
     before = events_in(folder)
     while process.poll() is None and events_in(folder) < before + events:
         time.sleep(0.002)
@@ -48,13 +48,13 @@ def last_event(folder: Path) -> dict:
 
 
 def durable(folder: Path) -> dict[str, tuple[dict[str, np.ndarray], dict]]:
-    """The last checkpoint and every site's last state, without the clock's readings."""
-    found = {}
+    """The last checkpoint and every site's last state, without durations."""
+    files = {}
     for place in (folder / "checkpoints", *sorted(folder.glob("sites/*/state"))):
         arrays, meta = load_arrays(sorted(place.glob("round-*"))[-1])
         meta.get("reply", {}).pop("seconds", None)
-        found[str(place.relative_to(folder))] = arrays, meta
-    return found
+        files[str(place.relative_to(folder))] = arrays, meta
+    return files
 
 
 @pytest.mark.slow
@@ -76,25 +76,27 @@ def test_kills_change_no_bit_of_adapter_or_personal_state(
         "private": "multilora",
         "server": {"quorum": 3, "optimizer": "adam"},
     }
-    recipe, calm, stormy = tmp_path / "recipe.toml", tmp_path / "calm", tmp_path / "stormy"
+    recipe, undisturbed, killed = tmp_path / "recipe.toml", tmp_path / "calm", tmp_path / "killed"
     recipe.write_text(tomli_w.dumps(raw))
-    subprocess.run(command(recipe, calm), check=True, capture_output=True, env=os.environ)
-    rng, moments = random.Random(1), []
-    while len(moments) < kills:
-        reached = last_event(stormy).get("round", 0) if events_in(stormy) else 0
-        ahead = (rounds - reached) * 5 // (kills - len(moments))  # events that this process may see
-        process = subprocess.Popen(command(recipe, stormy), stdout=subprocess.DEVNULL, env=os.environ)
-        moments.append(kill_after(process, stormy, rng.randint(1, 2 * ahead), rng.uniform(0, 0.05)))
-    done = subprocess.run(command(recipe, stormy), capture_output=True, text=True, env=os.environ)
-    print("\nkilled at:", *moments, sep="\n  ")
+    subprocess.run(command(recipe, undisturbed), check=True, capture_output=True, env=os.environ)
+    rng, kills_at = random.Random(1), []
+    while len(kills_at) < kills:
+        reached = last_event(killed).get("round", 0) if events_in(killed) else 0
+        ahead = (rounds - reached) * 5 // (kills - len(kills_at))  # events that this process may see
+        process = subprocess.Popen(command(recipe, killed), stdout=subprocess.DEVNULL, env=os.environ)
+        kills_at.append(kill_after(process, killed, rng.randint(1, 2 * ahead), rng.uniform(0, 0.05)))
+    done = subprocess.run(command(recipe, killed), capture_output=True, text=True, env=os.environ)
+    print("\nkilled at:", *kills_at, sep="\n  ")
     assert done.returncode == 0, done.stderr
-    assert sum(moment is not None for moment in moments) == kills, "a run ended before its kill"
+    assert sum(moment is not None for moment in kills_at) == kills, "a run ended before its kill"
 
-    a, b = durable(calm), durable(stormy)
+    a, b = durable(undisturbed), durable(killed)
     assert a.keys() == b.keys()
     for place, (arrays, meta) in a.items():
         assert b[place][1] == meta, place
         assert b[place][0].keys() == arrays.keys()
         assert all(np.array_equal(b[place][0][key], value) for key, value in arrays.items()), place
-    finals = [{r.site: r.metrics for r in summarize(RunFolder(f).events()).rows.values()} for f in (calm, stormy)]
+    finals = [
+        {r.site: r.metrics for r in summarize(RunFolder(f).events()).rows.values()} for f in (undisturbed, killed)
+    ]
     assert finals[0] == finals[1]

@@ -16,8 +16,8 @@ from colora.simulation.run import simulate
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_to_its_end_and_reports_every_site(tiny_recipe: dict, tmp_path: Path, method: str) -> None:
     recipe = recipe_from({**tiny_recipe, "method": {"name": method}})
-    board = summarize(simulate(recipe, tmp_path / "run", resume=False).events())
-    for row in board.rows.values():
+    summary = summarize(simulate(recipe, tmp_path / "run", resume=False).events())
+    for row in summary.rows.values():
         assert row.metric("base") is not None
         assert row.metric("personal") is not None
         assert (row.metric("shared") is not None) == METHODS[method].shares
@@ -40,8 +40,8 @@ def test_a_codec_of_half_the_bits_sends_half_the_bytes_and_trains_as_well(tiny_r
 
 
 def test_generation_sites_report_text_metrics(generation_recipe: dict, tmp_path: Path) -> None:
-    board = summarize(simulate(recipe_from(generation_recipe), tmp_path / "run", resume=False).events())
-    for row in board.rows.values():
+    summary = summarize(simulate(recipe_from(generation_recipe), tmp_path / "run", resume=False).events())
+    for row in summary.rows.values():
         assert {"personal.rouge_l", "personal.exact_match", "personal.loss", "base.rouge_l"} <= set(row.metrics)
 
 

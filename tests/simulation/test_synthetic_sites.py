@@ -1,6 +1,7 @@
-"""Heterogeneous linear regression (METHODS: d = 20, r = 3, 20 tasks of 40 rows, σ = 0.1), through the whole system.
+"""Heterogeneous linear regression (d = 20, r = 3, 20 tasks of 40 rows, σ = 0.1), end to end.
 
-A task alone has 111 unknowns for its 40 rows; 20 tasks share 282. So only a method with cores can find W_k*.
+One task has 111 unknowns and 40 rows. The 20 tasks together have 282 unknowns and 800 rows, so only a method with cores
+can recover W_k*.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from colora.simulation.run import simulate
 from colora.simulation.synthetic_sites import truths
 
 LAYER = "proj"
-OTHERS = 30  # rounds, after which they are as far off as they stay
+OTHER_ROUNDS = 30  # rounds of the methods whose error no longer changes
 
 
 def relative_error(recipe: Recipe, folder: Path) -> float:
-    """Mean over tasks of ‖s B Λ_k A − W_k*‖_F ÷ ‖W_k*‖_F, from what lies on disk."""
+    """Mean over tasks of ‖s B Λ_k A − W_k*‖_F ÷ ‖W_k*‖_F, read from the run folder."""
     arrays, meta = load_arrays(sorted((folder / "checkpoints").glob("round-*"))[-1])
     shared = {key.removeprefix("shared/"): value for key, value in arrays.items() if key.startswith("shared/")}
     errors = []
@@ -42,7 +43,7 @@ def relative_error(recipe: Recipe, folder: Path) -> float:
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.endurance) for seed in (1, 2))])
 def test_colora_recovers_the_tasks_where_local_and_fedit_cannot(tmp_path: Path, seed: int) -> None:
     errors = {}
-    for method, rounds in (("colora", 100), ("local", OTHERS), ("fedit", OTHERS)):
+    for method, rounds in (("colora", 100), ("local", OTHER_ROUNDS), ("fedit", OTHER_ROUNDS)):
         changes = (f"rounds={rounds}", f"seed={seed}", f"method.name={method}", "evaluation.every=0")
         recipe = load_recipe(find_recipe("regression"), (*changes, "simulation.baseline=false"))
         errors[method] = relative_error(recipe, simulate(recipe, tmp_path / method, resume=False).path)

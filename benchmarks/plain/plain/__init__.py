@@ -1,1 +1,1 @@
-"""A plain Flower app: every message loads the model."""
+"""A plain Flower app, in which every message loads the model."""

@@ -1,4 +1,4 @@
-"""The ClientApp: loads the model, trains or evaluates, answers."""
+"""The ClientApp: every message loads the model, trains or evaluates, and replies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _model(message: Message, context: Context):
 
 @app.train()
 def train_round(message: Message, context: Context) -> Message:
-    """Trains on this site's rows."""
+    """Train on this site's rows."""
     model = _model(message, context)
     batches = load_batches(str(context.node_config["train"]))
     loss = train(model, batches, int(context.run_config["steps"]))
@@ -30,7 +30,7 @@ def train_round(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate_round(message: Message, context: Context) -> Message:
-    """Measures the global adapter on this site's rows."""
+    """Evaluate the global adapter on this site's rows."""
     model = _model(message, context)
     batches = load_batches(str(context.node_config["test"]))
     metrics = MetricRecord({"accuracy": evaluate(model, batches), "num-examples": len(batches)})

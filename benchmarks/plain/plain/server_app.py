@@ -1,4 +1,4 @@
-"""The ServerApp: FedAvg as it comes."""
+"""The ServerApp: FedAvg without changes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Averages the adapter for some rounds."""
+    """Average the adapter over all rounds."""
     arrays = ArrayRecord(get_peft_model_state_dict(load_model(context.run_config)))
     FedAvg().start(grid, arrays, num_rounds=int(context.run_config["rounds"]))

@@ -11,13 +11,13 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from colora.common.models.assets import asset_folder  # a folder on this disk, in place of a hub id
+from colora.common.models.assets import asset_folder  # a local folder instead of a hub id
 
 BATCH, LENGTH, LR = 8, 32, 1e-3
 
 
 def load_model(config: Mapping[str, Any]) -> Any:
-    """MiniLM-L6 with a fresh LoRA adapter and head."""
+    """Load MiniLM-L6 with a new LoRA adapter and head."""
     lora = LoraConfig(
         task_type=TaskType.SEQ_CLS, r=int(config["rank"]), lora_alpha=16, target_modules=str(config["targets"])
     )
@@ -26,7 +26,7 @@ def load_model(config: Mapping[str, Any]) -> Any:
 
 
 def load_batches(path: str) -> list[dict[str, torch.Tensor]]:
-    """The site's rows as padded batches."""
+    """Load the site's rows as padded batches."""
     tokenizer = AutoTokenizer.from_pretrained(asset_folder("minilm-l6"))
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     batches = []
@@ -39,7 +39,7 @@ def load_batches(path: str) -> list[dict[str, torch.Tensor]]:
 
 
 def train(model: Any, batches: list[dict[str, torch.Tensor]], steps: int) -> float:
-    """A few optimiser steps; the last loss."""
+    """Take ``steps`` optimizer steps and return the last loss."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
     model.train()
     loss = torch.zeros(())
@@ -53,7 +53,7 @@ def train(model: Any, batches: list[dict[str, torch.Tensor]], steps: int) -> flo
 
 @torch.no_grad()
 def evaluate(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
-    """Accuracy."""
+    """Return the accuracy."""
     model.eval()
     right = sum(int((model(**batch).logits.argmax(1) == batch["labels"]).sum()) for batch in batches)
     return right / sum(len(batch["labels"]) for batch in batches)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from ....common.config.loader import load_site
 from ....common.config.schema import EvaluationSettings, ModelSettings, Plan
 from ....common.config.site_schema import SiteSettings
-from ....common.dataset import SiteDataset
+from ....common.dataset import TASKS, SiteDataset, labels_of
 from ....common.errors import ColoraError, DataError
 from ...data.readers import read_rows
 from ...data.selection import load_site_rows
@@ -105,11 +105,13 @@ class TrainerChecks:
 
     def labels(self) -> str:
         """Count the rows of every label."""
-        if self.site.data.task != "classification":
+        if not TASKS[self.site.data.task].has_labels:
             return f"none: the task is {self.site.data.task}"
         if self.rows is None:
             return "not checked: no rows"
-        train, test = (Counter(row["label"] for row in rows) for rows in (self.rows.train, self.rows.test))
+        train, test = (
+            Counter(label for row in rows for label in labels_of(row)) for rows in (self.rows.train, self.rows.test)
+        )
         names = self.rows.labels
         if len(names) > MAX_LABELS or any(len(name) > MAX_LABEL_LENGTH for name in names):
             counts = [train[name] for name in names]
@@ -144,7 +146,7 @@ class TrainerChecks:
         began = time.monotonic()
         precision = self.site.trainer.precision or "fp32"
         settings = ModelSettings(self.source, device=self.device, precision=precision)
-        self.base = load_base_model(settings, generates=self.site.data.task == "generation")
+        self.base = load_base_model(settings, generates=TASKS[self.site.data.task].needs_causal_lm)
         seconds, model = time.monotonic() - began, self.base.language_model or self.base.backbone
         tensors = [*model.parameters(), *model.buffers()]
         parameters, used = sum(p.numel() for p in model.parameters()), sum(t.nbytes for t in tensors)
@@ -153,8 +155,8 @@ class TrainerChecks:
 
     def tokens(self) -> str:
         """Measure the lengths of the texts in tokens, and how many would be truncated."""
-        if self.site.data.task == "regression":
-            return "none: the task is regression"
+        if TASKS[self.site.data.task].input_column is None:
+            return f"none: the task is {self.site.data.task}"
         if self.source is None:
             return NO_MODEL
         if self.base is None or self.rows is None:

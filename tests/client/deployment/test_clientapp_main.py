@@ -13,7 +13,7 @@ import psutil
 
 from colora.client.deployment.supernode import COMMANDS
 from colora.client.flower_compat import CLIENT_APP
-from colora.common.processes.supervised import _called, _path
+from colora.common.processes.supervised import _is_named, _path
 
 LOOK = """
 import atexit, sys
@@ -42,5 +42,5 @@ def test_it_is_found_first_and_keeps_its_name_when_it_is_a_zombie() -> None:
     process = psutil.Process(done.pid)
     while process.status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    assert _called(process, CLIENT_APP)
+    assert _is_named(process, CLIENT_APP)
     assert done.wait() == 0

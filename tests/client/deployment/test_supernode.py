@@ -23,8 +23,8 @@ from colora.common.processes.supervised import Command, SupervisedProcess, free_
 ENDS = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit())"
 CONNECTED = f"{ENDS}; print('SuperNode ID: 7'); time.sleep(60)"
 UNCONNECTED = f"{ENDS}; print('starting'); time.sleep(60)"
-HELD_BY_ANOTHER = "print('[code: 2004] it is held')"
-PART_FAILS = """
+KEY_IN_USE = "print('[code: 2004] in use')"
+THREAD_FAILS = """
 import sys, threading, time
 from contextlib import contextmanager
 from flwr.supernode import start_client_internal as flower
@@ -51,11 +51,11 @@ main()
 """
 
 
-def supervisor_of(place: Path, said: list[str], *, insecure: bool = True) -> NodeSupervisor:
+def supervisor_of(place: Path, messages: list[str], *, insecure: bool = True) -> NodeSupervisor:
     coordinator = CoordinatorSettings("127.0.0.1:1", ca="ca", key="key", insecure=insecure)
     trainer = TrainerSettings(state=str(place / "state"))
     return NodeSupervisor(
-        SiteSettings("ada", DataSettings("rows.jsonl"), trainer=trainer, coordinator=coordinator), said.append
+        SiteSettings("ada", DataSettings("rows.jsonl"), trainer=trainer, coordinator=coordinator), messages.append
     )
 
 
@@ -74,52 +74,50 @@ def node_running(place: Path, *programs: str) -> SuperNode:
     return node
 
 
-def test_whose_place_it_is_stands_there_from_its_start_on(tmp_path: Path, deactivated: list[int]) -> None:
+def test_the_node_id_is_recorded_when_the_process_starts(tmp_path: Path, deactivated: list[int]) -> None:
     """The next SuperNode can deactivate the node even if the last one was killed before it was connected."""
     node = node_running(tmp_path, CONNECTED, UNCONNECTED, UNCONNECTED, CONNECTED)
     node.start()
-    waited(lambda: node.stuck_reason() == "" and node.lease_file.exists())
+    wait_until(lambda: node.stuck_reason() == "" and node.lease_file.exists())
     for killed in (1, 2):
         node.child.kill()
         node.start()
         assert deactivated == [7] * killed
         assert json.loads(node.lease_file.read_text()).items() >= {"node": 7, "pid": node.child.pid}.items()
-    waited(lambda: b"starting" in node.log_text())
+    wait_until(lambda: b"starting" in node.log_text())
     node.stop(5.0)
     assert node.lease_file.exists(), "it was never connected, so it deactivated nothing"
     node.start()
-    waited(lambda: node.connected)
+    wait_until(lambda: node.connected)
     node.stop(5.0)
     assert not node.lease_file.exists(), "it deactivated itself"
 
 
-def test_another_machines_place_is_left_alone(tmp_path: Path, deactivated: list[int]) -> None:
-    node = node_running(tmp_path, *[HELD_BY_ANOTHER] * 2)
-    record = {"node": 7, "pid": 1, "began": 0.0, "host": "another", "boot": "x"}
+def test_the_node_of_another_machine_is_not_deactivated(tmp_path: Path, deactivated: list[int]) -> None:
+    node = node_running(tmp_path, *[KEY_IN_USE] * 2)
+    lease = {"node": 7, "pid": 1, "began": 0.0, "host": "another", "boot": "x"}
     node.lease_file.parent.mkdir(parents=True)
-    node.lease_file.write_text(json.dumps(record))
+    node.lease_file.write_text(json.dumps(lease))
     for _ in range(2):
         node.start()
-        waited(lambda: not node.child.running)
+        wait_until(lambda: not node.child.running)
     assert deactivated == []
-    assert json.loads(node.lease_file.read_text()) == record
+    assert json.loads(node.lease_file.read_text()) == lease
 
 
-def test_a_place_that_is_held_after_it_was_given_back_is_given_back_no_second_time(
-    tmp_path: Path, deactivated: list[int]
-) -> None:
-    node = node_running(tmp_path, *[HELD_BY_ANOTHER] * 2)
-    record = {"node": 7, "pid": 1, "began": 0.0, "host": socket.gethostname(), "boot": "x"}  # this host, dead
+def test_a_node_whose_key_is_still_in_use_is_deactivated_only_once(tmp_path: Path, deactivated: list[int]) -> None:
+    node = node_running(tmp_path, *[KEY_IN_USE] * 2)
+    lease = {"node": 7, "pid": 1, "began": 0.0, "host": socket.gethostname(), "boot": "x"}  # this host, dead
     node.lease_file.parent.mkdir(parents=True)
-    node.lease_file.write_text(json.dumps(record))
+    node.lease_file.write_text(json.dumps(lease))
     for _ in range(2):
         node.start()
-        waited(lambda: not node.child.running)
+        wait_until(lambda: not node.child.running)
     assert deactivated == [7]
     assert not node.lease_file.exists()
 
 
-def waited(met: Callable[[], bool]) -> None:
+def wait_until(met: Callable[[], bool]) -> None:
     ends = time.monotonic() + 20
     while not met():
         assert time.monotonic() < ends
@@ -130,7 +128,7 @@ def waited(met: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("part", ["main", "heart"])
 def test_it_ends_when_a_part_of_it_has_ended(part: str, tmp_path: Path) -> None:
     words = ["--insecure", "--superlink", "127.0.0.1:1", "--port", str(free_port()), part]
-    child = SupervisedProcess(Command("node", (sys.executable, "-c", PART_FAILS, *words), tmp_path / "log"))
+    child = SupervisedProcess(Command("node", (sys.executable, "-c", THREAD_FAILS, *words), tmp_path / "log"))
     child.start()
     try:
         assert child.process
@@ -143,8 +141,8 @@ def test_it_ends_when_a_part_of_it_has_ended(part: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1], ids=["runtime API", "health"])
 def test_without_its_port_it_is_started_again_at_others(which: int, tmp_path: Path) -> None:
-    said: list[str] = []
-    supervisor = supervisor_of(tmp_path, said)
+    messages: list[str] = []
+    supervisor = supervisor_of(tmp_path, messages)
     stock, ports = supervisor.node._command, []
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -169,4 +167,4 @@ def test_without_its_port_it_is_started_again_at_others(which: int, tmp_path: Pa
         finally:
             supervisor.stop()
     assert len(set(ports)) == len(ports) == 2
-    assert "the SuperNode ended: one of its ports was in use; restarting it" in said
+    assert "the SuperNode ended: one of its ports was in use; restarting it" in messages

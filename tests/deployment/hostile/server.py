@@ -1,4 +1,4 @@
-"""The ServerApp: sends every node to steal, and writes down what comes back."""
+"""The hostile ServerApp: sends a query to every node, and writes the answers to files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def main(grid: Grid, context: Context) -> None:
     while len(nodes := list(grid.get_nodes())) < wanted:
         time.sleep(0.5)
     names = {int(node.node_id): node.name for node in nodes}
-    order = RecordDict({"order": ConfigRecord({"targets": targets})})
-    asked = [Message(order, node, MessageType.QUERY) for node in names]
+    request = RecordDict({"request": ConfigRecord({"targets": targets})})
+    asked = [Message(request, node, MessageType.QUERY) for node in names]
     for message in grid.send_and_receive(asked):
         site = names[message.metadata.src_node_id]
         if message.has_error():
