@@ -154,7 +154,8 @@ def _model_errors_of(field: str, expected: str, source: str) -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        raise ModelError(field, error.expected, error.found, message=error.message, hint=error.hint) from None
+        message = error.message if error.field == field or not error.message else f"{field}: {error.message}"
+        raise ModelError(field, error.expected, error.found, message=message, hint=error.hint) from None
     except (OSError, ValueError) as error:
         raise _unreadable(field, expected, source, error) from None
 

@@ -411,7 +411,7 @@ def test_a_partition_that_tests_on_its_training_source_is_named(command: Command
 
 @pytest.mark.parametrize("source_run", [None, "/nowhere/run"])
 def test_a_source_run_that_is_not_there_is_named(command: Command, tiny_recipe: dict, source_run: str | None) -> None:
-    values = {"transfer__of": "old", **({"simulation__source_run": source_run} if source_run else {})}
+    values = {"transfer__source_federation": "old", **({"simulation__source_run": source_run} if source_run else {})}
     message = command.refusal(changed(tiny_recipe, **values))
     has_parts(message, "simulation.source_run", source_run or "not set", "run folder of old")
 
@@ -419,7 +419,7 @@ def test_a_source_run_that_is_not_there_is_named(command: Command, tiny_recipe: 
 def test_a_source_run_that_prepared_no_transfer_is_named(
     command: Command, tiny_recipe: dict, finished: dict[str, Any]
 ) -> None:
-    values = {"transfer__of": "tiny", "simulation__source_run": str(command.out), "name": "next"}
+    values = {"transfer__source_federation": "tiny", "simulation__source_run": str(command.out), "name": "next"}
     message = command.refusal(changed(tiny_recipe, **values), "--out", str(command.folder / "next"))
     has_parts(message, "site ada: ", str(command.out / "sites" / "ada" / "state"), "no seeds", "transfer.prepare")
     assert not (command.folder / "next").exists()

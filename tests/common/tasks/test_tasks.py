@@ -36,7 +36,7 @@ def test_recipes_accept_exactly_the_tasks_of_the_table() -> None:
     assert get_args(TaskKind) == tuple(TASKS)
     for kind in TASKS:
         assert parse(DataSettings, {"task": kind}).task == kind
-    with pytest.raises(ConfigError, match="task: expected "):
+    with pytest.raises(ConfigError, match="task must be "):
         parse(DataSettings, {"task": "translation"})
 
 

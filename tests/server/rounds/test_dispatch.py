@@ -95,13 +95,13 @@ class FakeGrid(LocalGrid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = list(super().push_messages(messages))
         for message_id in ids:
-            message = self._waiting[message_id]
+            message = self._pending[message_id]
             if message.metadata.dst_node_id in self.swallow and message.metadata.group_id != "join":
-                self.lost.append(self._waiting.pop(message_id))
+                self.lost.append(self._pending.pop(message_id))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._answer(self._waiting.pop(each)) for each in list(message_ids) if each in self._waiting]
+        return [self._answer(self._pending.pop(each)) for each in list(message_ids) if each in self._pending]
 
     def _answer(self, message: Message) -> Message:
         codes = self.errors.get(message.metadata.dst_node_id)
@@ -331,7 +331,7 @@ def test_a_late_answer_is_told_and_ignored(tmp_path: Path) -> None:
     def found_again() -> None:
         grid.swallow.clear()
         message = grid.lost.pop()
-        grid._waiting[message.metadata.message_id] = message
+        grid._pending[message.metadata.message_id] = message
 
     grid.later.append((lambda: len(recorded(tmp_path, "round")) == 1, found_again))
     state = run(settings, grid, tmp_path)

@@ -391,7 +391,7 @@ def test_a_silent_site_costs_the_deadline_and_is_named(hall: Hall) -> None:
         """Node 2 joins and then never answers."""
 
         def pull_messages(self, message_ids: Any) -> Any:
-            waiting = {i: self._waiting.get(i) for i in message_ids}
+            waiting = {i: self._pending.get(i) for i in message_ids}
             silent = {
                 i for i, m in waiting.items() if m and m.metadata.dst_node_id == 2 and m.metadata.group_id != "join"
             }

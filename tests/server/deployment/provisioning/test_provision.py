@@ -421,8 +421,8 @@ def test_the_command_says_what_goes_where(
     write_plan(tmp_path, with_sites("north"))
     code, out, err = run()
     assert (code, err) == (0, "")
-    assert "keys/sites/north goes to site north" in out
-    assert "keys/coordinator goes to the coordinator" in out
+    assert "keys/sites/north: send to site north" in out
+    assert "keys/coordinator: copy to the coordinator" in out
     assert run() == (
         2,
         "",
@@ -430,4 +430,4 @@ def test_the_command_says_what_goes_where(
     )
     write_plan(tmp_path, with_sites("north", "west"))
     assert run("--add")[:2][1].splitlines()[0] == "Added to keys: west"
-    assert run("--add") == (0, "keys has all these sites already\n", "")
+    assert run("--add") == (0, "keys already has keys for all these sites.\n", "")
