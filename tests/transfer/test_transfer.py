@@ -135,7 +135,7 @@ def test_errors_of_a_transfer(prepared: SavedModel, other_bert: Path, tiny_bert:
         with pytest.raises(ColoraError, match=words):
             transfer(prepared, plan, tmp_path / "no")
         assert not (tmp_path / "no").exists()
-    with pytest.raises(ColoraError, match=r"model.source.*nowhere"):
+    with pytest.raises(ColoraError, match=r"nowhere"):
         transfer(prepared, transfer_plan(prepared, str(tmp_path / "nowhere")), tmp_path / "bare")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")

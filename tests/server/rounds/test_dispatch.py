@@ -258,7 +258,7 @@ def test_who_is_offline_is_not_waited_for_once_there_is_a_quorum(tmp_path: Path)
     grid.later.append((lambda: bool(grid.lost), lambda: grid.since.pop(3)))
     assert run(settings, grid, tmp_path).finalized
     assert recorded(tmp_path, "round")[0]["admitted"] == ["ada", "bob"]
-    assert recorded(tmp_path, "failed")[0]["reason"] == "not there"
+    assert recorded(tmp_path, "failed")[0]["reason"] == "not connected"
 
 
 def test_a_site_without_examples_to_train_on_is_asked_at_the_close_only(tmp_path: Path) -> None:
