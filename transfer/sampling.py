@@ -102,11 +102,14 @@ def _sample(
 
 def _prompt_cache(backbone: Any, prompt: torch.Tensor, rows: torch.Tensor) -> dict[str, Any]:
     """Return the key-value cache of these prompt rows without their last token; nothing where the model has none."""
-    cache: Any = getattr(backbone(input_ids=prompt[:, :-1], use_cache=True), "past_key_values", None)
-    if not hasattr(cache, "batch_select_indices"):
+    output: Any = backbone(input_ids=prompt[:, :-1], use_cache=True)
+    name = "cache" if "cache" in output else "past_key_values"  # Transformers 5.24 renames it, here and in generate()
+    cache: Any = getattr(output, name, None)
+    layers = getattr(cache, "layers", ())
+    if not layers or any(hasattr(layer, "conv_states") for layer in layers):  # linear attention: rows have no cache
         return {}
     cache.batch_select_indices(rows)
-    return {"past_key_values": cache}
+    return {name: cache}
 
 
 class Deduplicator:

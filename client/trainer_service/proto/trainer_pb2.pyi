@@ -68,7 +68,7 @@ class TrainRequestHead(_message.Message):
     plan: str
     evaluate: bool
     protocol: int
-    def __init__(self, federation: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[str] = ..., admitted_round: _Optional[int] = ..., plan: _Optional[str] = ..., evaluate: _Optional[bool] = ..., protocol: _Optional[int] = ...) -> None: ...
+    def __init__(self, federation: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[str] = ..., admitted_round: _Optional[int] = ..., plan: _Optional[str] = ..., evaluate: bool = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class TrainReplyPart(_message.Message):
     __slots__ = ("progress", "head", "chunk")
@@ -117,7 +117,7 @@ class TrainReplyHead(_message.Message):
     metrics: _containers.ScalarMap[str, float]
     seconds: float
     fresh: bool
-    def __init__(self, site: _Optional[str] = ..., federation: _Optional[str] = ..., round: _Optional[int] = ..., key: _Optional[str] = ..., terms: _Optional[int] = ..., examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., fresh: _Optional[bool] = ...) -> None: ...
+    def __init__(self, site: _Optional[str] = ..., federation: _Optional[str] = ..., round: _Optional[int] = ..., key: _Optional[str] = ..., terms: _Optional[int] = ..., examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., fresh: bool = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("name", "dtype", "shape", "data")

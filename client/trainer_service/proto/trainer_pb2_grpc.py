@@ -5,7 +5,7 @@ import warnings
 
 from . import trainer_pb2 as colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2
 
-GRPC_GENERATED_VERSION = '1.81.1'
+GRPC_GENERATED_VERSION = '1.72.2'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in colora/client/trainer_service/proto/trainer_pb2_grpc.py depends on'
+        + f' but the generated code in colora/client/trainer_service/proto/trainer_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class TrainerStub:
+class TrainerStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -46,7 +46,7 @@ class TrainerStub:
                 _registered_method=True)
 
 
-class TrainerServicer:
+class TrainerServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def GetSiteInfo(self, request, context):
@@ -84,7 +84,7 @@ def add_TrainerServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Trainer:
+class Trainer(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
