@@ -26,7 +26,7 @@ def test_running_or_gone(town: Town) -> None:  # a short name: sockets have shor
     town.wait_for("round", 180, round=1)
     code, run = status(town.run)
     assert (code, run["phase"], run["healthy"], run["problems"]) == (0, "training", True, [])
-    assert {each["name"]: each["state"] for each in run["services"]} == {"gate": "serving", "superlink": "serving"}
+    assert {each["name"]: each["state"] for each in run["services"]} == {"gateway": "serving", "superlink": "serving"}
     assert {each["name"]: each["alive"] for each in run["processes"]} == {"server": True, "superlink": True}
     assert [site["site"] for site in run["sites"]] == town.names
     assert all(site["admitted"] >= 1 and site["seen"] < 120 for site in run["sites"])
