@@ -1,5 +1,8 @@
 """The ``colora`` command. Each file holds a group of commands; heavy imports wait until a command runs."""
 
+# pyright: reportMissingImports=false
+# (in a checkout the other packages lie beside this one, where a type checker does not look)
+
 from __future__ import annotations
 
 import os

@@ -1,5 +1,8 @@
 """Finding recipes: by path, or by the name of a recipe that comes with colora."""
 
+# pyright: reportMissingImports=false
+# (in a checkout the other packages lie beside this one, where a type checker does not look)
+
 from __future__ import annotations
 
 import os
