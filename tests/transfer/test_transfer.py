@@ -166,7 +166,7 @@ def talk(generating_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             "prepare": True,
             "samples": 12,
             "discriminator": {"rank": 4, "steps": 10},
-            "distillation": {"epochs": 80, "lr": 0.03},
+            "distillation": {"epochs": 150, "lr": 0.02},
         },
         "simulation": {"threads": 1},
         "data": {"task": "generation", "test": 3},
