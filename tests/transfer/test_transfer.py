@@ -188,7 +188,7 @@ def test_a_generation_model_transfers_to_another_method_by_its_own_answers(
     plan = transfer_plan(talker, talker.plan.model.source, ("method.name=multilora", f"transfer.filter={kind}"))
     done = transfer(talker, plan, tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out" / "synthetic.jsonl").read_text().splitlines()]
-    assert 9 < done.examples == len(rows) <= 12, "all but empty answers"
+    assert 6 <= done.examples == len(rows) <= 12, "all but empty answers"
     assert rows == pseudo_label(talker, [row["prompt"] for row in rows])
     predicted = [p["completion"] for p in Predictor(read_saved_model(tmp_path / "out")).predict(rows)]
     assert sum(a == row["completion"] for a, row in zip(predicted, rows, strict=True)) >= len(rows) - 2
