@@ -16,7 +16,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
-    OMP_NUM_THREADS="1",  # two test processes with one thread each
+    OMP_NUM_THREADS="1",  # test processes of one thread each
 )
 
 

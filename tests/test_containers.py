@@ -127,6 +127,7 @@ def test_images_take_the_projects_ranges() -> None:
     assert re.search(r"(?m)^ARG PYTHON=3\.\d+\.\d+-slim-\w+$", DOCKERFILE)
 
 
+@pytest.mark.slow
 def test_the_nodes_image_needs_no_more_than_it_has() -> None:
     heavy = "torch transformers peft datasets sklearn gguf rouge_score threadpoolctl ray accelerate"
     code = f"""
@@ -199,6 +200,7 @@ def test_the_coordinators_check_finds_the_gate(keys: Path, free: int) -> None:
     assert check("gateway", f"127.0.0.1:{free}", own / "ca.crt").returncode != 0
 
 
+@pytest.mark.slow
 def test_the_nodes_check_asks_grpc_health(tmp_path: Path, grpc_server: grpc.Server) -> None:
     states = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(states, grpc_server)

@@ -96,6 +96,7 @@ def test_other_settings_train_again_and_a_participants_states_are_kept(
         personalize(site, adapter)
 
 
+@pytest.mark.slow
 def test_a_late_site_starts_at_the_full_learning_rate(tiny_recipe: dict, tmp_path: Path) -> None:
     """A linear schedule over the other sites' steps would leave a learning rate near zero."""
     tiny_recipe["train"] |= {"lr_schedule": "linear", "optimizer": "sgd", "max_grad_norm": 0.0}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PULL_ONE = """
 import time
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, pull_objects
@@ -24,6 +26,7 @@ print(time.monotonic() - began)
 """
 
 
+@pytest.mark.slow
 def test_a_missing_part_of_a_message_is_requested_again_soon() -> None:
     done = subprocess.run([sys.executable, "-c", PULL_ONE], capture_output=True, text=True, check=True)
     assert 0.2 < float(done.stdout) < 1.0  # Flower's own pauses are at least 0.8 s and 1.6 s

@@ -416,6 +416,7 @@ def test_a_source_run_that_is_not_there_is_named(command: Command, tiny_recipe: 
     has_parts(message, "simulation.source_run", source_run or "not set", "run folder of old")
 
 
+@pytest.mark.slow
 def test_a_source_run_that_prepared_no_transfer_is_named(
     command: Command, tiny_recipe: dict, finished: dict[str, Any]
 ) -> None:

@@ -241,6 +241,7 @@ def test_the_pooled_gradient_without_one_over_p_is_another_model(classifying: di
     assert min(apart["core"], apart["head"]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["tokens", "uniform"])
 def test_generation_is_pooled_training_with_either_weight(
     generation_recipe: dict, tiny_llama: Path, scaled_weights: Callable[[Path], str], tmp_path: Path, weights: str

@@ -65,7 +65,10 @@ def leaks(seen: list[Message], folder: Path) -> list[str]:
     return leaks_in(np.concatenate(list(map(numbers_of, seen))), "\n".join(map(texts_of, seen)), secrets, windows)
 
 
-@pytest.mark.parametrize("method", METHODS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name not in ("colora", "multilora")]
+
+
+@pytest.mark.parametrize("method", ["colora", "multilora", *SLOW])
 def test_nothing_personal_is_in_any_message(
     tiny_recipe: dict, tmp_path: Path, wire: list[Message], method: str
 ) -> None:

@@ -13,6 +13,7 @@ from colora.server.reporting.summary import summarize
 from colora.simulation.run import simulate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_to_its_end_and_reports_every_site(tiny_recipe: dict, tmp_path: Path, method: str) -> None:
     recipe = recipe_from({**tiny_recipe, "method": {"name": method}})
@@ -24,6 +25,7 @@ def test_every_method_runs_to_its_end_and_reports_every_site(tiny_recipe: dict, 
         assert not row.failures
 
 
+@pytest.mark.slow
 def test_a_codec_of_half_the_bits_sends_half_the_bytes_and_trains_as_well(tiny_recipe: dict, tmp_path: Path) -> None:
     sent: dict[str, int] = {}
     losses: dict[str, float] = {}

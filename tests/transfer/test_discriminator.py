@@ -99,6 +99,7 @@ def test_values_of_other_shapes_are_refused(base: BaseModel, generating_llama: P
         pass
 
 
+@pytest.mark.slow
 def test_the_discriminator_reads_no_answers(
     base: BaseModel, generating_llama: Path, generator_calls: list[int]
 ) -> None:
@@ -114,6 +115,7 @@ def test_the_discriminator_reads_no_answers(
         assert torch.equal(value, without.discriminator[key])
 
 
+@pytest.mark.slow
 def test_seeds_cover_as_many_labels_as_possible(
     base: BaseModel, generating_llama: Path, generator_calls: list[int]
 ) -> None:

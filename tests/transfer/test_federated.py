@@ -37,6 +37,7 @@ def first(federation: Path, tmp_path: Path, generator_calls: list[int]) -> Path:
     return shutil.copytree(federation, tmp_path / "first")
 
 
+@pytest.mark.slow
 def test_all_sites_transfer_and_no_message_contains_a_synthetic_text(
     first: Path, tiny_bert: Path, tmp_path: Path, wire: list[Message]
 ) -> None:

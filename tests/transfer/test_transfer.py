@@ -181,6 +181,7 @@ def talker(talk: Path, tmp_path: Path, generator_calls: list[int]) -> SavedModel
     return read_saved_model(shutil.copytree(talk, tmp_path / "run") / "sites" / "eva")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "titok"])
 def test_a_generation_model_transfers_to_another_method_by_its_own_answers(
     talker: SavedModel, kind: str, tmp_path: Path

@@ -169,6 +169,7 @@ def prepared(federation: Path, tmp_path: Path, generator_calls: list[int]) -> Sa
     return read_saved_model(shutil.copytree(federation, tmp_path / "run") / "sites" / "ada")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["transfer.samples=8", "transfer.discriminator.rank=2"])
 def test_a_transfer_and_the_next_one_use_the_tuned_generator(
     prepared: SavedModel, tiny_bert: Path, tmp_path: Path, active_loras: list[dict[str, torch.Tensor]], override: str

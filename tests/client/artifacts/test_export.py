@@ -204,6 +204,7 @@ def test_each_method_with_each_private_adapter_is_what_stock_peft_loads(
     assert min(effect) > 100 * CLOSE, "the adapters have an effect"
 
 
+@pytest.mark.slow
 def test_architectures_with_other_heads(tiny_recipe: dict, tmp_path: Path, stock: Stock) -> None:
     """RoBERTa's head has submodules, DistilBERT has two heads, GPT-2 has transposed weights and no padding token."""
     tokenizer, jobs, ours = Path(tiny_recipe["model"]["source"]), [], {}
@@ -267,6 +268,7 @@ def test_the_model_cards_code_loads_it_and_equal_models_give_equal_files(tiny_re
         assert np.abs(names["model"](**batch).logits.numpy().ravel() - case.logits()).max() < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("part", ["shared", "personal"])
 def test_the_model_cards_code_loads_a_part(tiny_recipe: dict, tmp_path: Path, part: Any) -> None:
@@ -313,6 +315,7 @@ def test_real_models_as_well(
         assert np.abs(logits - ours).max() < CLOSE * max(1.0, np.abs(ours).max()), name
 
 
+@pytest.mark.slow
 def test_the_shared_and_the_personal_part_sum_to_the_whole(tiny_recipe: dict, tmp_path: Path) -> None:
     for method in METHODS:
         saved = train(varied(tiny_recipe, method, "multilora"), tmp_path / method, method).saved
@@ -365,6 +368,7 @@ def test_errors_of_an_export(tiny_recipe: dict, tmp_path: Path) -> None:
     assert not (tmp_path / "n").exists()
 
 
+@pytest.mark.slow
 def test_a_changed_base_model_is_refused(tiny_recipe: dict, tmp_path: Path) -> None:
     import shutil
 

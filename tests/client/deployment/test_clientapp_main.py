@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from colora.client.deployment.supernode import COMMANDS
 from colora.client.flower_compat import CLIENT_APP
@@ -25,6 +26,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_it_is_flowers_command_without_flowers_server() -> None:
     done = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=True)
     assert "--runtime-api-address" in done.stdout
@@ -33,6 +35,7 @@ def test_it_is_flowers_command_without_flowers_server() -> None:
     assert not {"torch", "transformers", "alembic", "sqlalchemy"} & loaded
 
 
+@pytest.mark.slow
 def test_it_is_found_first_and_keeps_its_name_when_it_is_a_zombie() -> None:
     path = _path(COMMANDS)
     assert shutil.which(CLIENT_APP, path=path) == str(COMMANDS / CLIENT_APP)

@@ -186,6 +186,7 @@ def test_the_environment_says_where_the_trainer_is(monkeypatch: pytest.MonkeyPat
         connect().site_info("town", "{}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["client.trainer_service.client", "client.client_app"])
 def test_the_thin_side_loads_no_model_code(name: str) -> None:
     """A ClientApp starts for every message."""
@@ -202,6 +203,7 @@ def test_the_thin_side_loads_no_model_code(name: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_the_app_of_a_flower_bundle_answers_through_the_connection(
     running_site: SiteSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def steps_of(call: Any) -> Iterator[int]:
 # --- equal replies ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_reply_through_the_service_is_the_reply_of_a_trainer_in_this_process(running_site: SiteSetup) -> None:
     """Three methods, two rounds and the final request, bit for bit; then a stored reply again."""
     for method in ("colora", "local", "ffa"):
@@ -79,6 +80,7 @@ def test_a_description_is_that_of_a_trainer_in_this_process(running_site: SiteSe
     assert running_site.client().site_info(plan.name, to_json(plan)) == trainer.site_info()
 
 
+@pytest.mark.slow
 def test_arrays_of_several_chunks_come_back_bit_for_bit(running_site: SiteSetup, wide_bert: Path) -> None:
     plan = running_site.plan("wide")
     model, adapter = plan.model, dataclasses.replace(plan.adapter, target_modules=("dense",))
@@ -88,6 +90,7 @@ def test_arrays_of_several_chunks_come_back_bit_for_bit(running_site: SiteSetup,
     assert running_site.equal(running_site.client().handle(request), running_site.expected(plan, request)[0])
 
 
+@pytest.mark.slow
 def test_plans_in_turn_share_one_base_model_and_leave_no_trace_on_it(running_site: SiteSetup) -> None:
     """Rank, targets and method change between requests; the expected replies come from a fresh model each."""
     plans = [running_site.plan(f"turn-{k}", method=method) for k, method in enumerate(("colora", "fedit", "colora"))]
@@ -102,6 +105,7 @@ def test_plans_in_turn_share_one_base_model_and_leave_no_trace_on_it(running_sit
 # --- each request is trained once -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_who_asks_while_the_order_is_at_work_gets_the_same_reply_and_it_is_trained_once(
     running_site: SiteSetup, helpers: ThreadPoolExecutor
 ) -> None:
@@ -118,6 +122,7 @@ def test_who_asks_while_the_order_is_at_work_gets_the_same_reply_and_it_is_train
     assert running_site.equal(first.result(), running_site.expected(plan, request)[0])
 
 
+@pytest.mark.slow
 def test_training_goes_on_when_the_asking_process_goes_away(running_site: SiteSetup) -> None:
     plan = running_site.plan("left", **SLOW)
     request = running_site.request(plan)
@@ -132,6 +137,7 @@ def test_training_goes_on_when_the_asking_process_goes_away(running_site: SiteSe
     assert [line["replayed"] for line in running_site.audit("left")] == [True]  # only the sent reply
 
 
+@pytest.mark.slow
 def test_a_trainer_killed_in_the_middle_costs_its_caller_nothing_but_time(
     site_setup: SiteSetup, helpers: ThreadPoolExecutor
 ) -> None:
@@ -148,6 +154,7 @@ def test_a_trainer_killed_in_the_middle_costs_its_caller_nothing_but_time(
     assert site_setup.equal(waiting.result(120), site_setup.expected(plan, request)[0])
 
 
+@pytest.mark.slow
 def test_a_reply_stored_before_a_kill_is_replayed_after_it_and_noted_again(site_setup: SiteSetup) -> None:
     trainer = site_setup.configure().start()
     request = site_setup.request(site_setup.plan())
@@ -160,6 +167,7 @@ def test_a_reply_stored_before_a_kill_is_replayed_after_it_and_noted_again(site_
     assert [line["replayed"] for line in site_setup.audit()] == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_process_at_once_in_the_middle_of_a_round(site_setup: SiteSetup, number: int) -> None:
     trainer = site_setup.configure().start()
@@ -265,6 +273,7 @@ def test_what_the_site_file_does_not_allow_is_refused_before_anything_is_touched
     assert site.handle(site_setup.request(site_setup.plan())).examples == 8
 
 
+@pytest.mark.slow
 def test_training_that_takes_longer_than_allowed_is_stopped_and_leaves_no_trace(site_setup: SiteSetup) -> None:
     trainer = site_setup.configure("[allow]", "max_seconds = 1.0").start()
     site, plan, long = site_setup.client(), site_setup.plan(), site_setup.plan("long", steps=1_000_000)
@@ -465,6 +474,7 @@ def fill(path: Path) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_the_same_order_is_answered_when_there_is_room(
     site_setup: SiteSetup, small_disk: Path
 ) -> None:

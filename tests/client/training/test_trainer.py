@@ -272,6 +272,7 @@ def test_a_clipped_reply_is_stored_and_repeated_as_it_was_sent(town: Town) -> No
     assert again.metrics == first.metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["shared", "plan", "evaluate"])
 def test_a_round_asked_again_with_other_content_is_trained_again_from_the_base(town: Town, what: str) -> None:
     """The coordinator went back to a checkpoint: the first try leaves no trace."""
@@ -643,6 +644,7 @@ def test_measured_on_arrival_are_the_base_the_shared_adapter_and_the_personal_on
     assert kinds == [{"base", "train"}, {"base", "shared", "personal", "train"}, {"train"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["joint", "alternating"])
 def test_every_method_takes_the_same_number_of_steps_in_a_round(town: Town, schedule: str) -> None:
     """So that a baseline has had as many steps as what it is compared with."""

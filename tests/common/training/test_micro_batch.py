@@ -50,6 +50,7 @@ def one_round(raw: dict, folder: Path, room: int | None = None) -> dict[str, tor
     return {key: p.detach().clone() for key, p in trainer.parameters.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classification", "generation"])
 def test_micro_batches_and_a_small_device_take_the_same_step(
     kind: str, tiny_recipe: dict, generation_recipe: dict, tmp_path: Path

@@ -383,6 +383,7 @@ def test_requests_can_be_held_although_the_superlink_answers(gateway: GatewaySer
     assert (answers, len(superlink.seen)) == ([200], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [GET_RUN, PULLS])
 def test_it_is_held_no_longer_than_said(path: str) -> None:
     with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(f"http://127.0.0.1:{free_port()}", hold=0.5)) as gateway:
@@ -452,6 +453,7 @@ def test_an_object_on_its_way_is_told_from_others_in_flowers_own_words() -> None
     assert not incomplete(object_found=False, object_available=False)
 
 
+@pytest.mark.slow
 def test_a_pull_of_an_object_lingers_until_it_has_come(gateway: GatewayServer, superlink: SuperLink) -> None:
     superlink.answer = lambda _: (200, b"\x08\x01\x10\x01" if len(superlink.seen) == 4 else b"\x08\x01")
     began = time.monotonic()
@@ -463,6 +465,7 @@ def test_a_pull_of_an_object_lingers_until_it_has_come(gateway: GatewayServer, s
     assert gateway.server.proxy.waiting_objects == 0
 
 
+@pytest.mark.slow
 def test_a_pull_ends_empty_when_there_is_none(gateway: GatewayServer, superlink: SuperLink) -> None:
     superlink.answer = lambda _: (200, b"")
     began = time.monotonic()
@@ -472,6 +475,7 @@ def test_a_pull_ends_empty_when_there_is_none(gateway: GatewayServer, superlink:
     assert len(superlink.seen) <= 16  # every 0.1 s for 1.5 s, and the first
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_for_a_caller_that_is_gone(gateway: GatewayServer, superlink: SuperLink) -> None:
     """A message that is pulled for a caller that is gone is lost."""
     superlink.answer = lambda _: (200, b"" if len(superlink.seen) < 8 else b"message")
@@ -482,6 +486,7 @@ def test_nothing_is_asked_for_a_caller_that_is_gone(gateway: GatewayServer, supe
     assert not gateway.server.proxy.waiting
 
 
+@pytest.mark.slow
 def test_a_later_pull_of_the_same_node_ends_the_earlier(gateway: GatewayServer, superlink: SuperLink) -> None:
     superlink.answer = lambda _: (200, b"")
     answers: list[float] = []
@@ -497,6 +502,7 @@ def test_a_later_pull_of_the_same_node_ends_the_earlier(gateway: GatewayServer, 
     assert answers[0] < 1.4
 
 
+@pytest.mark.slow
 def test_a_pull_that_the_superlink_refuses_ends_nobody_elses(gateway: GatewayServer, superlink: SuperLink) -> None:
     """Otherwise anyone with a site's public key could delay its messages."""
     superlink.answer = lambda seen: (200, b"") if seen.headers.get("flwr-signature") == "good" else (401, b"no")
@@ -511,6 +517,7 @@ def test_a_pull_that_the_superlink_refuses_ends_nobody_elses(gateway: GatewaySer
     assert answers[0] > 1.0
 
 
+@pytest.mark.slow
 def test_a_pull_goes_on_when_the_superlink_comes_back(superlink: SuperLink) -> None:
     with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(f"http://127.0.0.1:{superlink.port}")) as gateway:
         superlink.answer = lambda _: (200, b"")
@@ -529,6 +536,7 @@ def test_a_pull_goes_on_when_the_superlink_comes_back(superlink: SuperLink) -> N
     assert answers == [b"message"]
 
 
+@pytest.mark.slow
 def test_many_idle_nodes_ask_no_more_than_the_rate(superlink: SuperLink) -> None:
     """50 nodes with one request per 0.1 s each would cause 500 requests per second."""
     superlink.answer = lambda _: (200, b"")
@@ -543,6 +551,7 @@ def test_many_idle_nodes_ask_no_more_than_the_rate(superlink: SuperLink) -> None
     assert len(superlink.seen) < first + 2 * 20 * (time.monotonic() - began) + last_ones
 
 
+@pytest.mark.slow
 def test_news_for_one_node_wakes_all(superlink: SuperLink) -> None:
     """A round's messages go to all sites at once, so no pull should wait for its pause to end."""
     there = threading.Event()
