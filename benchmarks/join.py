@@ -1,8 +1,8 @@
-"""A new site personalises a finished federation's adapter, compared with training alone.
+"""A new site personalizes a finished federation's adapter, compared with training alone.
 
 The recipe runs without one site. ``personalize`` then fits that site's core and head to the finished checkpoint. On the
 same rows the site also trains its own LoRA (method ``local``). Both are run with the few steps of a final
-personalisation and with as many steps as a participant takes in the whole run. The table has the mean ± standard
+personalization and with as many steps as a participant takes in the whole run. The table has the mean ± standard
 deviation over seeds.
 
 python benchmarks/join.py [RECIPE] [SITE] [SEEDS]     (demo, sci-2, 3)

@@ -117,7 +117,7 @@ def plan_of(name: str, source: str, seed: int, calls: int, mode: str) -> Plan:
 
 
 def trained(plan: Plan, rows: SiteDataset, folder: Path) -> SavedModel:
-    """Train a site for one round and the final personalisation, or read its stored state."""
+    """Train a site for one round and the final personalization, or read its stored state."""
     if (folder / "round-000002.safetensors").exists():
         return read_saved_model(folder)
     trainer = Trainer(

@@ -113,7 +113,7 @@ class Run:
     def to_frame(self) -> DataFrame:
         """Return every measured value as a data frame, one row a site, round and metric.
 
-        Columns: ``site``, ``round`` (the final personalisation is the last round + 1), ``mode`` (``base``, ``shared``,
+        Columns: ``site``, ``round`` (the final personalization is the last round + 1), ``mode`` (``base``, ``shared``,
         ``personal``, ``alone`` for the local-only baseline, or ``train``), ``metric`` (``accuracy``, ``loss``, …) and
         ``value`` (float). A round that was repeated after a restart counts once, with its last values.
         """

@@ -64,7 +64,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str,
 
 
 def load_arrays(path: Path, *, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read arrays and metadata that :func:`save_arrays` wrote.
+    """Read arrays and metadata that ``save_arrays`` wrote.
 
     Only arrays whose name starts with ``prefix`` are read; the prefix is removed. Raises StateError for an unreadable
     file.

@@ -17,7 +17,7 @@ EVAL_MODES = ("base", "shared", "personal")  # which model is evaluated; a metri
 class TaskSpec:
     """What every process needs to know of a task: the coordinator and the ClientApp import no torch.
 
-    Everything else is on the task's class, which :func:`colora.common.tasks.task_class` loads.
+    Everything else is on the task's class, which ``colora.common.tasks.task_class`` loads.
     """
 
     implementation: str  # "module:Class" in common/tasks

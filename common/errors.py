@@ -18,7 +18,7 @@ class ColoraError(Exception):
 
     The text is ``message``, one sentence, followed by ``hint``, which says what to do. Without a message the text is
     "FIELD: expected EXPECTED, found FOUND". ``found``, ``message`` and ``hint`` can contain a site's data, so only
-    :meth:`public` may leave a site.
+    ``public`` may leave a site.
     """
 
     def __init__(

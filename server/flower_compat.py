@@ -81,21 +81,21 @@ def list_nodes(control: ControlHttpClient) -> Iterable[NodeInfo]:
 
 
 def register_node(control: ControlHttpClient, name: str, key: bytes) -> None:
-    """Register the public key of a SuperNode under a name. Versions as for :func:`list_nodes`."""
+    """Register the public key of a SuperNode under a name. Versions as for ``list_nodes``."""
     from flwr.proto.control_pb2 import RegisterNodeRequest
 
     control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
 
 
 def unregister_node(control: ControlHttpClient, node: int) -> None:
-    """Remove the registration of a SuperNode. Versions as for :func:`list_nodes`."""
+    """Remove the registration of a SuperNode. Versions as for ``list_nodes``."""
     from flwr.proto.control_pb2 import UnregisterNodeRequest
 
     control.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
 
 def stop_unfinished_runs(control: ControlHttpClient) -> None:
-    """Stop every run that has not finished. Versions as for :func:`list_nodes`."""
+    """Stop every run that has not finished. Versions as for ``list_nodes``."""
     from flwr.common.constant import Status
     from flwr.proto.control_pb2 import ListRunsRequest, StopRunRequest
 

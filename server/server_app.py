@@ -81,7 +81,7 @@ def make_app(listener: Listener | None = None, options: RunOptions | None = None
 
 
 def run_config(recipe: Recipe, roster: tuple[RosterEntry, ...], folder: Path) -> dict[str, bool | float | int | str]:
-    """Encode the input of :func:`make_app`; Flower's run config takes scalars only."""
+    """Encode the input of ``make_app``; Flower's run config takes scalars only."""
     entries = [[entry.site, entry.from_round] for entry in roster]
     return {RECIPE: to_json(recipe), ROSTER: json.dumps(entries), FOLDER: str(folder)}
 

@@ -1,6 +1,6 @@
 """The discriminator φ: a LoRA on a causal model that tells real inputs of a site from synthetic ones.
 
-Trans-LoRA (arXiv 2405.17258), section 3.1. Training maximises log p("yes" | t(x)) for real inputs and
+Trans-LoRA (arXiv 2405.17258), section 3.1. Training maximizes log p("yes" | t(x)) for real inputs and
 log p("no" | t(x)) for synthetic ones, with t(x) = ``x \\n Is the above question from NAME dataset?``. The filter
 accepts a text iff p(yes) > p(no). The discriminator reads inputs only, never a label or an answer.
 """
@@ -22,7 +22,7 @@ from ..common.tasks.base import Batch, Encoded, Metrics, Task, pad
 from ..common.training.loop import StepCallback
 from .auxiliary_lora import AuxiliaryLora
 
-BATCH_SIZE = 8  # texts per optimiser step
+BATCH_SIZE = 8  # texts per optimizer step
 ANSWERS = ("no", "yes")  # indexed by whether the text is real
 
 

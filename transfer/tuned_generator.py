@@ -20,7 +20,7 @@ from ..common.training.loop import StepCallback
 from .auxiliary_lora import AuxiliaryLora
 from .sampling import numbered_list
 
-BATCH_SIZE = 2  # lists per optimiser step
+BATCH_SIZE = 2  # lists per optimizer step
 MAX_TOKENS = 1024  # of one list
 ITEM_TOKENS = 4  # at most, for an item's number and line break
 

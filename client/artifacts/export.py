@@ -1,4 +1,4 @@
-"""``colora export``: a personalised model as a plain PEFT LoRA, or merged into its base model.
+"""``colora export``: a personalized model as a plain PEFT LoRA, or merged into its base model.
 
 Shared adapter, core and private adapter become one LoRA with the exact product. B contains every scale, alpha equals
 the rank, and all layers have the same rank, so the result does not depend on a scaling convention. Transformers and
@@ -190,7 +190,7 @@ def _heads(saved: SavedModel, part: Part) -> dict[str, torch.Tensor]:
 
 
 def _missing(plan: Plan, task: str, full: FullModel) -> dict[str, torch.Tensor]:
-    """Return the weights that the base model's source lacks, which Transformers would initialise at random."""
+    """Return the weights that the base model's source lacks, which Transformers would initialize at random."""
     if not TASKS[task].has_labels:
         return {}
     base = load_base_model(dataclasses.replace(plan.model, precision="fp32", device="cpu"), generates=False)

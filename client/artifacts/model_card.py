@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .exported_adapter import ExportedAdapter
 
 PARTS = {
-    "all": "the personalised model: the shared adapter with the site's core and private adapter",
+    "all": "the personalized model: the shared adapter with the site's core and private adapter",
     "shared": "the shared adapter, which is the same for all sites",
     "personal": "what the site adds to the shared adapter",
 }
@@ -60,7 +60,7 @@ def render_model_card(exported: ExportedAdapter, *, merged: bool) -> str:
 
 
 def _metrics(exported: ExportedAdapter) -> str:
-    """Format the personalised model's metrics, which only the last round measures on the final state."""
+    """Format the personalized model's metrics, which only the last round measures on the final state."""
     if not exported.saved.closed:
         return ""
     personal = {name: value for name, value in exported.saved.metadata.metrics.items() if name.startswith("personal.")}
@@ -90,7 +90,7 @@ def _usage(exported: ExportedAdapter, *, merged: bool) -> str:
         lines += ["model.config.pad_token_id = tokenizer.pad_token_id"]
     notes = "HERE is this folder."
     if not merged and labels:
-        notes += " Transformers warns that the classifier is newly initialised; the adapter then loads its weights."
+        notes += " Transformers warns that the classifier is newly initialized; the adapter then loads its weights."
     return "```python\n" + "\n".join(lines) + f"\n```\n\n{notes}\n"
 
 

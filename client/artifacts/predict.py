@@ -1,4 +1,4 @@
-"""``colora predict``: predictions of a personalised model for the rows of a file."""
+"""``colora predict``: predictions of a personalized model for the rows of a file."""
 
 from __future__ import annotations
 

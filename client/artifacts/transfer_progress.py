@@ -36,7 +36,7 @@ class TransferProgress:
         self._show("generating", accepted, progress.requested, details)
 
     def on_step(self, done: int, total: int) -> None:
-        """Show an optimiser step."""
+        """Show an optimizer step."""
         if self.progress.disable and done * 4 // total == (done - 1) * 4 // total:
             return
         self._show("training", done, total, f"step {done} of {total}")

@@ -9,7 +9,9 @@ import os
 import sys
 from typing import Annotated
 
+import click
 import typer
+from typer.core import TyperCommand
 
 from . import deploy, model, simulate, transfer
 
@@ -20,6 +22,14 @@ ENVIRONMENT = {  # defaults for this process and its children; a value that the 
     "TOKENIZERS_PARALLELISM": "false",
 }
 BAD_INPUT = 2  # exit code
+
+
+class PlainCommand(TyperCommand):
+    """A command whose plain help has no backslashes: Typer escapes brackets for Rich, even where Rich prints nothing."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        return super().get_help(ctx).replace("\\[", "[")
+
 
 app = typer.Typer(
     help="Federated fine-tuning of foundation models in which every site keeps its own model.",
@@ -40,7 +50,7 @@ for command in (
     model.personalize,
     transfer.transfer,
 ):
-    app.command()(command)
+    app.command(cls=PlainCommand)(command)
 
 
 @app.callback()

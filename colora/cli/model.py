@@ -21,7 +21,7 @@ def export(
         str | None, typer.Option(help="shared (what all sites have) or personal (what this site adds).")
     ] = None,
 ) -> None:
-    """Export a personalised model as a stock PEFT adapter.
+    """Export a personalized model as a stock PEFT adapter.
 
     STATE is a site's folder or one of its state files. With --only shared it can also be a run folder or a checkpoint.
     Transformers and PEFT load the export without colora.
@@ -48,7 +48,7 @@ def predict(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's evaluation.batch_size.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:0, …")] = "auto",
 ) -> None:
-    """Predict with a personalised model: labels with probabilities, or text.
+    """Predict with a personalized model: labels with probabilities, or text.
 
     STATE is a site's folder or one of its state files.
     """
@@ -72,10 +72,11 @@ def personalize(
     site: Annotated[Path, typer.Argument(show_default=False, metavar="SITE.toml")],
     source: Annotated[Path, typer.Option("--from", help="A finished run's folder or its last checkpoint.")],
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps. Default: the recipe's train.final_steps.")
+        int | None,
+        typer.Option(min=1, help="Optimizer steps. Default: train.final_steps or, where that is 0, all rounds' steps."),
     ] = None,
 ) -> None:
-    """Personalise a finished shared adapter for a new site.
+    """Personalize a finished shared adapter for a new site.
 
     Trains the site's core, head and private adapter on its own data with A and B frozen. SITE.toml needs a name and a
     [data] table. Nothing is sent anywhere.

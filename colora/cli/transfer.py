@@ -21,7 +21,7 @@ def transfer(
         list[str] | None, typer.Option("--set", help="Set a recipe key, for example transfer.samples=100. Repeatable.")
     ] = None,
 ) -> None:
-    """Transfer a personalised model to a new base model without its data.
+    """Transfer a personalized model to a new base model without its data.
 
     STATE is the folder of a site that prepared the transfer: transfer.prepare = true in the recipe of a finished run.
     """

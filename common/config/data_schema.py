@@ -32,7 +32,7 @@ class DataSettings:
     """The task that the site trains for."""
 
     text: str = "text"
-    """Column of the input text, in classification."""
+    """Column of the input text, in classification and regression."""
 
     label: str = "label"
     """Column of the label, in classification."""

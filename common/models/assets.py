@@ -43,7 +43,7 @@ def _gguf_to_safetensors(folder: Path) -> None:
     from .hf_logging import quiet_transformers
 
     (file,) = folder.glob("*.gguf")
-    # A Transformers that has no GgufConfig (it comes between 5.15 and 5.18) always dequantises.
+    # A Transformers that has no GgufConfig (it comes between 5.15 and 5.18) always dequantizes.
     config = getattr(transformers, "GgufConfig", None)
     how: dict[str, Any] = {"quantization_config": config(dequantize=True)} if config else {}
     with quiet_transformers():

@@ -29,7 +29,7 @@ def loading_options(precision: str, device: torch.device) -> dict[str, Any]:
             f"bitsandbytes for {precision}",
             "nothing",
             message=f"model.precision = {precision!r} needs the package bitsandbytes.",
-            hint="Run pip install 'colora[quantised]'.",
+            hint="Run pip install 'colora[quantized]'.",
         )
     from transformers import BitsAndBytesConfig
 

@@ -115,7 +115,7 @@ class Classification(Task):
 
     @torch.no_grad()
     def fit_head(self) -> bool:
-        """Set the head to the regression of :meth:`probe`. Returns False for a head of more than one linear layer.
+        """Set the head to the regression of ``probe``. Returns False for a head of more than one linear layer.
 
         Features are computed one text at a time, without padding: the same texts give bit-identical features.
         """

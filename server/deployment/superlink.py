@@ -122,7 +122,7 @@ class SuperLink:
                     register_node(control, name, key)
 
     def prepare(self) -> None:
-        """Build the stub app and import what :meth:`submit` needs, while the SuperLink starts."""
+        """Build the stub app and import what ``submit`` needs, while the SuperLink starts."""
         self.app = build_app_bundle(self.home / "app")
 
     def submit(self) -> int:

@@ -1,7 +1,7 @@
 """Aggregation as pure functions on named fp32 arrays.
 
 A round takes two steps: an aggregator (``AGGREGATORS``) makes one set of arrays from the admitted updates, and a server
-optimiser (``SERVER_OPTIMIZERS``) makes S_t from S_{t-1} and these arrays. A new rule is one function and one row.
+optimizer (``SERVER_OPTIMIZERS``) makes S_t from S_{t-1} and these arrays. A new rule is one function and one row.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class WeightedUpdate:
 
 @dataclass(frozen=True)
 class RoundState:
-    """What an aggregator or a server optimiser reads besides the updates.
+    """What an aggregator or a server optimizer reads besides the updates.
 
-    ``arrays`` are what the same aggregator or optimiser returned as its own in the round before. The checkpoint keeps
+    ``arrays`` are what the same aggregator or optimizer returned as its own in the round before. The checkpoint keeps
     them; they are empty in the first round.
     """
 
@@ -127,19 +127,19 @@ AGGREGATORS: dict[str, Aggregator] = {
 }
 
 
-# --- server optimisers ----------------------------------------------------------------------------------------------
+# --- server optimizers ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ServerOptimizer:
-    """A server optimiser: ``(aggregated, state, lr) -> (S_t, arrays of its own)``."""
+    """A server optimizer: ``(aggregated, state, lr) -> (S_t, arrays of its own)``."""
 
     step: Callable[[Arrays, RoundState, float], tuple[Arrays, Arrays]]
     lr: float  # used where the recipe sets none; Flower's defaults
 
 
 def apply_optimizer(aggregated: Arrays, state: RoundState) -> tuple[Arrays, Arrays]:
-    """Apply the server optimiser that the settings name. Returns S_t and the optimiser's own arrays."""
+    """Apply the server optimizer that the settings name. Returns S_t and the optimizer's own arrays."""
     optimizer = SERVER_OPTIMIZERS[state.settings.optimizer]
     return optimizer.step(aggregated, state, state.settings.lr or optimizer.lr)
 

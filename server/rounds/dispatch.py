@@ -109,7 +109,7 @@ class Dispatcher:
         return replies
 
     def _pull_messages(self, message_ids: list[str]) -> list[Message]:
-        """Return the replies that have arrived. Deployed, pull in a thread: see :class:`BackgroundPull`."""
+        """Return the replies that have arrived. Deployed, pull in a thread: see ``BackgroundPull``."""
         if not self._policy.deployed:
             return list(self._grid.pull_messages(message_ids))
         self._pull = self._pull or BackgroundPull(self._grid, message_ids)

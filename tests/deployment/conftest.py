@@ -212,7 +212,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture
 def town(place: Path, tiny_recipe: dict) -> Iterator[Town]:
-    """Three sites, with a server optimiser and persistent optimiser states, so that every kind of state is in use."""
+    """Three sites, with a server optimizer and persistent optimizer states, so that every kind of state is in use."""
     tiny_recipe["rounds"] = 3
     tiny_recipe["train"] |= {"final_steps": 2, "persist_optimizer_state": True}
     tiny_recipe["server"] |= {"optimizer": "adam"}

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.endurance]
 
 
 def test_nothing_personal_leaves_a_site_between_real_processes(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cores, heads, optimiser states, a private MultiLoRA and texts. The search finds the shared arrays."""
+    """Cores, heads, optimizer states, a private MultiLoRA and texts. The search finds the shared arrays."""
     with tapped(town, monkeypatch) as sent:
         town.start()
         assert town.wait("server", 300) == 0

@@ -67,7 +67,7 @@ def test_it_accepts_a_text_iff_p_yes_exceeds_p_no_under_its_lora(base: BaseModel
     assert kept == expected
     assert kept[:8] == [True] * 8
     assert kept[12:20] == [False] * 8
-    assert sum(kept[8:12]) - sum(kept[20:]) >= 3, "it generalises to new texts"
+    assert sum(kept[8:12]) - sum(kept[20:]) >= 3, "it generalizes to new texts"
 
 
 def test_its_values_can_be_restored_and_the_model_is_unchanged(base: BaseModel, generating_llama: Path) -> None:

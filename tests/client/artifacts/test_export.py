@@ -1,4 +1,4 @@
-"""An exported adapter is the personalised model: stock transformers and PEFT, in a process without colora, agree."""
+"""An exported adapter is the personalized model: stock transformers and PEFT, in a process without colora, agree."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ TEXTS = ["red a b", "blue cat dog c d e f", "x"]
 
 @dataclass
 class Trained:
-    """A site after one round and the final personalisation, with its trainer in memory."""
+    """A site after one round and the final personalization, with its trainer in memory."""
 
     name: str
     saved: SavedModel
@@ -81,7 +81,7 @@ class Trained:
         return {"name": name, "folder": str(folder), "base": base, "labels": labels, "tokens": tokens}
 
     def logits(self) -> np.ndarray:
-        """Return the personalised model's logits, computed one text at a time."""
+        """Return the personalized model's logits, computed one text at a time."""
         task, tokenizer = self.trainer.task, self.trainer.model.base.tokenizer
         self.trainer.load(dict(self.saved.shared), {k: torch.as_tensor(v) for k, v in self.saved.personal.items()})
         task.module.eval()
@@ -94,7 +94,7 @@ class Trained:
 
 
 def train(raw: dict, folder: Path, name: str) -> Trained:
-    """Train the first site of a recipe for one round and the final personalisation, without Flower."""
+    """Train the first site of a recipe for one round and the final personalization, without Flower."""
     recipe = recipe_from(raw)
     plan, site = recipe.plan, recipe.site[0]
     generates = site.data.task == "generation"
@@ -228,7 +228,7 @@ def test_architectures_with_other_heads(tiny_recipe: dict, tmp_path: Path, stock
 
 
 def test_weights_that_the_source_lacks_are_exported(tiny_recipe: dict, tmp_path: Path, stock: Stock) -> None:
-    """A BERT without a pooler, with a LoRA on the pooler: Transformers would initialise the pooler at random."""
+    """A BERT without a pooler, with a LoRA on the pooler: Transformers would initialize the pooler at random."""
     source, place = Path(tiny_recipe["model"]["source"]), tmp_path / "model"
     shutil.copytree(source, place)
     weights = {k: v for k, v in load_file(place / "model.safetensors").items() if "pooler" not in k}

@@ -76,7 +76,7 @@ def order(
     return TrainRequest(plan.name, t, phase, t - 1 if admitted is None else admitted, to_json(plan), shared, evaluate)
 
 
-def randomised(shared: Arrays, seed: int = 0) -> dict[str, np.ndarray]:
+def randomized(shared: Arrays, seed: int = 0) -> dict[str, np.ndarray]:
     """A shared adapter that does something: B is not zero any more."""
     rng = np.random.default_rng(seed)
     return {key: value + rng.normal(0, 0.3, value.shape).astype(np.float32) for key, value in shared.items()}
@@ -161,7 +161,7 @@ def test_the_last_gate_refuses_a_reply_with_an_extra_array(town: Town) -> None:
 
 def test_a_fitted_head_is_where_a_site_begins_and_only_there(town: Town) -> None:
     plan = town.plan(head_init="probe", lr=0.0, steps=1)
-    shared = randomised(initial_shared_state(plan))
+    shared = randomized(initial_shared_state(plan))
     site, again = town.site(plan), town.site(plan, at="again")
     site.load(shared, {})
     assert site.task.fit_head()
@@ -194,7 +194,7 @@ def test_a_head_that_is_shared_is_not_fitted_by_a_site(town: Town) -> None:
 def test_a_late_sites_first_model_is_the_shared_one_to_the_bit(town: Town) -> None:
     """Oracle: plain LoRA, which has no core at all, with the same A and B and the site's own first head."""
     plan, plain = town.plan(), town.plan("fedit")
-    shared = randomised(initial_shared_state(plan))
+    shared = randomized(initial_shared_state(plan))
     late, oracle = town.site(plan), town.site(plain, at="plain")
     calls: list[tuple[dict, torch.Tensor]] = []
     late.task.module.register_forward_hook(
@@ -281,8 +281,8 @@ def test_a_round_asked_again_with_other_content_is_trained_again_from_the_base(t
     site, other = town.site(plan), town.site(plan, at="other")
     for each in (site, other):
         each.handle(order(plan, 1, start))
-    asked = order(plan, 2, randomised(start))
-    changes = {"shared": randomised(start, 1), "plan": to_json(town.plan(rounds=9)), "evaluate": True}
+    asked = order(plan, 2, randomized(start))
+    changes = {"shared": randomized(start, 1), "plan": to_json(town.plan(rounds=9)), "evaluate": True}
     instead = dataclasses.replace(asked, **{what: changes[what]})
     assert instead.key != asked.key
 
@@ -301,7 +301,7 @@ def test_a_candidate_that_was_not_admitted_leaves_the_base_alone(town: Town) -> 
     site, unsampled = town.site(plan), town.site(plan, at="unsampled")
     for each in (site, unsampled):
         each.handle(order(plan, 1, start))
-    site.handle(order(plan, 2, randomised(start)))
+    site.handle(order(plan, 2, randomized(start)))
     third = order(plan, 3, start, admitted=1)
     mine, expected = site.handle(third), unsampled.handle(third)
     assert same(mine.shared, expected.shared)
@@ -405,7 +405,7 @@ def test_a_round_trained_again_from_its_base_sees_the_same_examples(
     site.handle(order(plan, 1, start))
     seen = drawn(site, monkeypatch)
     for seed in (0, 1):
-        site.handle(order(plan, 2, randomised(start, seed)))
+        site.handle(order(plan, 2, randomized(start, seed)))
     assert seen[:8] == seen[8:]
 
 
@@ -440,7 +440,7 @@ def test_sites_shuffle_by_their_own_name(town: Town, monkeypatch: pytest.MonkeyP
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step as it happened: rates by group, and the parameters before and after."""
+    """One optimizer step as it happened: rates by group, and the parameters before and after."""
 
     rates: dict[str, float]
     before: Values
@@ -448,7 +448,7 @@ class Step:
 
 
 def steps(site: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
-    """Grows by every optimiser step of the site."""
+    """Grows by every optimizer step of the site."""
     taken: list[Step] = []
     original = micro_batch.apply_gradients
     names = {id(parameter): key for key, parameter in site.parameters.items()}
@@ -501,7 +501,7 @@ def test_alternating_freezes_one_side_at_a_time_to_the_bit(
         persist_optimizer_state=True,
         optimizer=optimizer,
     )
-    site, shared = town.site(plan), randomised(initial_shared_state(plan))
+    site, shared = town.site(plan), randomized(initial_shared_state(plan))
     taken = steps(site, monkeypatch)
     for t in (1, 2):
         site.handle(order(plan, t, shared))
@@ -513,7 +513,7 @@ def test_alternating_freezes_one_side_at_a_time_to_the_bit(
 @pytest.mark.parametrize("method", METHODS)
 def test_joint_moves_what_is_shared_or_personal_and_the_close_what_is_personal(town: Town, method: str) -> None:
     plan = town.plan(method, steps=3, final_steps=2, weight_decay=0.1, persist_optimizer_state=True)
-    site, shared = town.site(plan), randomised(initial_shared_state(plan))
+    site, shared = town.site(plan), randomized(initial_shared_state(plan))
     row = METHODS[method]
     groups = {role: {group_of(key) for key in site.parameters if row.role(key) is role} for role in (SHARED, PERSONAL)}
     site.load(shared, {})
@@ -521,7 +521,7 @@ def test_joint_moves_what_is_shared_or_personal_and_the_close_what_is_personal(t
     site.handle(order(plan, 1, shared))
     assert moved(before, now(site)) == groups[SHARED] | groups[PERSONAL]
 
-    final = randomised(initial_shared_state(plan), 1)
+    final = randomized(initial_shared_state(plan), 1)
     site.load(final, state(site, 1).tensors)
     before = now(site)
     reply = site.handle(order(plan, 2, final, phase="finalize"))
@@ -533,7 +533,7 @@ def test_joint_moves_what_is_shared_or_personal_and_the_close_what_is_personal(t
 
 def test_the_close_itself_leaves_the_shared_groups_bit_identical(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = town.plan(final_steps=3, weight_decay=0.1)
-    site, shared = town.site(plan), randomised(initial_shared_state(plan))
+    site, shared = town.site(plan), randomized(initial_shared_state(plan))
     taken = steps(site, monkeypatch)
     site.handle(order(plan, 1, shared, admitted=0, phase="finalize"))
     assert [moved(step.before, step.after) for step in taken] == [{"core", "head"}] * 3
@@ -545,7 +545,7 @@ def test_the_first_step_of_colora_is_plain_loras_on_a_and_b(town: Town) -> None:
     for count in (1, 2):
         for method in ("colora", "fedit"):
             plan = town.plan(method, steps=count, optimizer="sgd", lr=10.0, max_grad_norm=0.0)
-            shared = randomised(initial_shared_state(plan))
+            shared = randomized(initial_shared_state(plan))
             site = town.site(plan, at=f"{method}-{count}")
             replies[count, method] = site.handle(order(plan, 1, shared)).shared
     for key, start in shared.items():
@@ -599,7 +599,7 @@ def test_moments_lie_in_the_same_file_as_the_state_and_the_reply(town: Town) -> 
 def test_dropout_is_on_in_training_and_off_in_evaluation(town: Town) -> None:
     """Oracle for evaluation: the same site under a plan without dropout."""
     wet, dry = (town.site(town.plan(dropout=d), at=f"dropout-{d}") for d in (0.5, 0.0))
-    shared = randomised(initial_shared_state(wet.plan))
+    shared = randomized(initial_shared_state(wet.plan))
     measured = []
     for site in (wet, dry):
         site.load(shared, {})

@@ -209,7 +209,7 @@ def test_a_trimmed_mean_trims_the_fraction_but_never_everything(count: int, frac
     assert trimmed_per_side(count, fraction) == expected
 
 
-# --- server optimisers against Flower's -----------------------------------------------------------------------------
+# --- server optimizers against Flower's -----------------------------------------------------------------------------
 
 
 def flower(strategy: Any, start: Arrays, rounds: list[list[WeightedUpdate]]) -> list[Arrays]:
@@ -250,7 +250,7 @@ MINE_AND_FLOWERS: dict[str, tuple[dict[str, float], Callable[..., Any], dict[str
 
 
 @pytest.mark.parametrize("name", MINE_AND_FLOWERS)
-def test_every_optimiser_equals_flowers_strategy_over_three_rounds(name: str) -> None:
+def test_every_optimizer_equals_flowers_strategy_over_three_rounds(name: str) -> None:
     """Defaults included: our table's rate is Flower's."""
     own, strategy, theirs = MINE_AND_FLOWERS[name]
     settings = ServerSettings(optimizer=name.split("-")[0], **own)  # type: ignore[arg-type]
@@ -278,7 +278,7 @@ def test_the_plain_mean_is_the_mean_and_has_no_state() -> None:
 
 @pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
 def test_an_unchanged_aggregate_changes_nothing(optimizer: str) -> None:
-    """Sites that return what they received leave every optimiser at its place, and nothing is divided by zero."""
+    """Sites that return what they received leave every optimizer at its place, and nothing is divided by zero."""
     start = arrays(0)
     settings = ServerSettings(optimizer=optimizer)  # type: ignore[arg-type]
     now, own = apply_optimizer(start, RoundState(1, start, settings))
@@ -287,7 +287,7 @@ def test_an_unchanged_aggregate_changes_nothing(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
-def test_optimisers_leave_their_inputs_alone(optimizer: str) -> None:
+def test_optimizers_leave_their_inputs_alone(optimizer: str) -> None:
     start, settings = arrays(0), ServerSettings(optimizer=optimizer)  # type: ignore[arg-type]
     mean = weighted_mean(updates(1, start))
     _, own = apply_optimizer(mean, RoundState(1, start, settings))

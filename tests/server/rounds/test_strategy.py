@@ -201,7 +201,7 @@ def test_a_site_is_asked_from_its_first_round_on(hall: Hall) -> None:
     asked = {site.name: [order.round for order in site.asked if order.kind == "train"] for site in sites}
     assert asked == {"ada": [1, 2, 3, 4], "bob": [1, 2, 3, 4], "cyd": [3, 4], "dee": []}
     assert sites[2].asked[0].admitted_round == 0
-    assert [order.kind for order in sites[3].asked] == ["finalize"]  # it still gets the adapter to personalise on
+    assert [order.kind for order in sites[3].asked] == ["finalize"]  # it still gets the adapter to personalize on
 
 
 def test_an_order_names_the_sites_last_admitted_round(hall: Hall) -> None:
@@ -524,7 +524,7 @@ def test_without_a_number_the_quorum_is_more_than_half_of_the_asked(hall: Hall) 
 @pytest.mark.parametrize("optimizer", ["mean", "momentum", "adam", "yogi"])
 @pytest.mark.parametrize("at", [1, 3, 4])
 def test_a_restarted_coordinator_ends_with_the_same_bits(hall: Hall, tmp_path: Path, optimizer: str, at: int) -> None:
-    """Stopped in any round: adapter, optimiser memory and records are those of an undisturbed run."""
+    """Stopped in any round: adapter, optimizer memory and records are those of an undisturbed run."""
     settings = recipe(optimizer=optimizer, fraction=0.75)
     calm = Hall(tmp_path / "calm")
     expected = calm.run(settings)
@@ -558,7 +558,7 @@ def test_a_restarted_coordinator_ends_with_the_same_bits_in_a_lossy_codec(
     assert not same(Hall(tmp_path / "fp32").run(recipe(optimizer="adam")).shared, expected.shared)
 
 
-def test_without_its_memory_a_server_optimiser_ends_elsewhere(hall: Hall, tmp_path: Path) -> None:
+def test_without_its_memory_a_server_optimizer_ends_elsewhere(hall: Hall, tmp_path: Path) -> None:
     """The claim above has teeth."""
     settings = recipe(optimizer="adam")
     expected = Hall(tmp_path / "calm").run(settings)
