@@ -40,7 +40,7 @@ class Method:
     scale: Role = ABSENT  # scales s_i of MultiLoRA, whose A and B hold n modules side by side
 
     def role(self, key: str) -> Role:
-        """Return the role of a parameter by its name (see :func:`group_of`)."""
+        """Return the role of a parameter by its name (see ``group_of``)."""
         return getattr(self, group_of(key))
 
     def having(self, values: Mapping[str, T], *roles: Role) -> dict[str, T]:

@@ -80,7 +80,7 @@ def prepare(
 ) -> TransferArtifacts:
     """Draw seeds, and train the tuned generator and the discriminator where the settings need them.
 
-    ``base`` is the model that :func:`generator_settings` describes. Parts of ``previous`` are kept, not trained again.
+    ``base`` is the model that ``generator_settings`` describes. Parts of ``previous`` are kept, not trained again.
     An exception from ``on_step`` ends the preparation. Raises DataError where the site has too few different texts,
     ModelError where the generator produces no new text.
     """
@@ -125,7 +125,7 @@ def with_generator(
 
 
 def check_preparation(plan: Plan, site: SiteDataset, previous: TransferArtifacts | None = None) -> None:
-    """Raise before the first round what :func:`prepare` would raise after the last, without loading weights.
+    """Raise before the first round what ``prepare`` would raise after the last, without loading weights.
 
     ConfigError for a task without texts. ModelError where no model generates texts or the generator cannot be a
     discriminator. DataError where there are too few different texts. Each error names the site.
@@ -248,5 +248,5 @@ def truncate(tokenizer: Any, text: str, limit: int) -> str:
 
 
 def load_generator(plan: Plan, task: str) -> BaseModel:
-    """Load the model that :func:`generator_settings` describes."""
+    """Load the model that ``generator_settings`` describes."""
     return load_base_model(generator_settings(plan, task), generates=True)

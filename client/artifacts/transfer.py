@@ -154,7 +154,7 @@ def check_transfer(saved: SavedModel, plan: Plan) -> None:
     """Raise, before anything is written, what would end the transfer later.
 
     StateError where the site did not keep what is needed, ModelError where a model that must generate cannot,
-    ConfigError for a filter that the task does not have, and what :func:`check_preparation` raises for the next
+    ConfigError for a filter that the task does not have, and what ``check_preparation`` raises for the next
     transfer.
     """
     artifacts, task, kind = artifacts_of(saved), saved.metadata.task, plan.transfer.filter

@@ -1,6 +1,6 @@
 """Flower's command ``flwr-clientapp``, which starts for every message, with a shorter start-up.
 
-It skips modules that a ClientApp does not use, see :func:`~.flower_compat.clientapp_command`. The garbage collector is
+It skips modules that a ClientApp does not use, see ``flower_compat.clientapp_command``. The garbage collector is
 disabled during the imports.
 """
 

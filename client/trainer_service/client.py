@@ -64,7 +64,7 @@ class TrainerClient:
         return self._call(lambda stub, alive: serde.site_info_from(stub.GetSiteInfo(request)))
 
     def handle(self, request: TrainRequest) -> TrainReply:
-        """Run a training request, however long it takes. Raises the errors of :meth:`site_info`."""
+        """Run a training request, however long it takes. Raises the errors of ``site_info``."""
         return self._call(lambda stub, alive: self._train(stub, alive, request))
 
     def _train(

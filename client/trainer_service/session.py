@@ -31,7 +31,7 @@ from .policy import check_allowed
 class TrainerSession:
     """Holds the trainer of one plan at a time. A new plan removes the adapter and attaches its own.
 
-    The base model is loaded again only when ``plan.model`` changes. All methods except :meth:`accept` must be called
+    The base model is loaded again only when ``plan.model`` changes. All methods except ``accept`` must be called
     from one thread.
     """
 

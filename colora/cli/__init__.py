@@ -25,9 +25,10 @@ BAD_INPUT = 2  # exit code
 
 
 class PlainCommand(TyperCommand):
-    """A command whose plain help has no backslashes: Typer escapes brackets for Rich, even where Rich prints nothing."""
+    """A command with plain help. Typer escapes its brackets for Rich, even where Rich prints nothing."""
 
     def get_help(self, ctx: click.Context) -> str:
+        """Return the help text without backslashes before brackets."""
         return super().get_help(ctx).replace("\\[", "[")
 
 

@@ -77,7 +77,7 @@ def attach(backbone: nn.Module, settings: AdapterSettings, method: Method) -> di
 def inject(backbone: nn.Module, spec: AdapterSpec, adapter: str) -> dict[str, nn.Parameter]:
     """Inject an adapter under the name ``adapter``, in fp32 for every precision of the base model.
 
-    Returns its parameters by name. Raises ModelError as :func:`attach` does.
+    Returns its parameters by name. Raises ModelError as ``attach`` does.
     """
     config = LoraConfig(
         r=spec.rank,
@@ -107,7 +107,7 @@ def activate(backbone: nn.Module, adapters: Sequence[str]) -> None:
 
 
 def detach(backbone: nn.Module) -> None:
-    """Remove every adapter in place, which undoes :func:`attach` and :func:`inject`."""
+    """Remove every adapter in place, which undoes ``attach`` and ``inject``."""
     for name, layer in list(backbone.named_modules()):
         if isinstance(layer, LoraLayer):
             parent, _, child = name.rpartition(".")

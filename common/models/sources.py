@@ -43,7 +43,7 @@ def stock_name(settings: ModelSettings) -> str:
 
 
 def check_fingerprint(settings: ModelSettings, expected: Mapping[str, str]) -> None:
-    """Check that a base model has the expected :class:`Fingerprint`, given by field. Raises StateError otherwise."""
+    """Check that a base model has the expected ``Fingerprint``, given by field. Raises StateError otherwise."""
     actual = (
         synthetic_fingerprint(settings)
         if settings.source.startswith(synthetic.PREFIX)

@@ -48,7 +48,7 @@ class Task(ABC):
 
     @staticmethod
     def parse_row(raw: RawRow, data: DataSettings) -> Row | None:
-        """Convert a row of a source to the form of :meth:`encode`; None leaves the row out. Raises DataError.
+        """Convert a row of a source to the form of ``encode``; None leaves the row out. Raises DataError.
 
         Every task of the table overrides this. Tasks that only train an auxiliary model do not read sources.
         """

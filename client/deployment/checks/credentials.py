@@ -1,6 +1,6 @@
 """Checks of a site's private key, its certificates, and the connection to its coordinator.
 
-Every check returns one line of detail, or raises :class:`CheckFailed`.
+Every check returns one line of detail, or raises ``CheckFailed``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Checks of a site's machine: memory, cores, disk, device and the trainer's socket.
 
-Every check returns one line of detail, or raises :class:`CheckFailed`.
+Every check returns one line of detail, or raises ``CheckFailed``.
 """
 
 from __future__ import annotations
