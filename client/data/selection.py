@@ -113,10 +113,13 @@ def balanced(rows: Sequence[tuple[int, Row]], count: int | None) -> list[tuple[i
 def hold_out(rows: Sequence[Row], data: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
     """Split the rows into training and test rows with a seed.
 
-    The ratio is ``train`` : ``test`` where both are set, otherwise ``test_fraction``. The first test row of a label
-    that training lacks is moved to training, so that no site is refused by chance.
+    The ratio is ``train`` : ``test`` where both are set, otherwise ``test_fraction``. With ``stratify`` it holds for
+    every label. The first test row of a label that training lacks is moved to training, so that no site is refused by
+    chance.
     """
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    if data.stratify:
+        order = _interleaved(rows, order)
     share = data.test / (data.train + data.test) if data.train and data.test else data.test_fraction
     cut = len(rows) - round(len(rows) * share)
     seen, moved = {label for i in order[:cut] for label in labels_of(rows[i])}, []
@@ -125,6 +128,15 @@ def hold_out(rows: Sequence[Row], data: DataSettings, seed: int) -> tuple[list[R
             seen.update(labels_of(rows[i]))
             moved.append(i)
     return [rows[i] for i in moved + order[:cut]], [rows[i] for i in order[cut:] if i not in moved]
+
+
+def _interleaved(rows: Sequence[Row], order: Sequence[int]) -> list[int]:
+    """Reorder so that any first part of the rows has about the label fractions of all rows."""
+    by_label: dict[tuple[str, ...], list[int]] = {}
+    for i in order:
+        by_label.setdefault(labels_of(rows[i]), []).append(i)
+    places = {i: (k + 0.5) / len(group) for group in by_label.values() for k, i in enumerate(group)}
+    return sorted(order, key=places.__getitem__)
 
 
 def select_numbered(rows: Iterable[tuple[int, Row]], data: DataSettings, site: str) -> list[tuple[int, Row]]:

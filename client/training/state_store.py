@@ -35,6 +35,7 @@ class PersonalState:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     optimizer_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     base: Mapping[str, float] | None = None  # metrics of the base model without adapters, measured once
+    row_scores: tuple[float, ...] = ()  # of each test row with the finished personal model; they stay at the site
     plan: str = ""  # JSON of the plan that the state was trained with, including the site's own choices
 
 
@@ -60,6 +61,7 @@ class StateStore:
             _under(arrays, PERSONAL),
             _under(arrays, MOMENTS),
             meta["base"],
+            tuple(meta.get("row_scores", ())),
             meta["card"]["plan"],
         )
 
@@ -91,7 +93,12 @@ class StateStore:
         arrays |= {SHARED + k: v for k, v in shared.items()}
         reply_fields = {f.name: getattr(reply, f.name) for f in dataclasses.fields(reply) if f.name != "shared"}
         meta = {"federation": self.federation, "previous": state.previous, "position": state.position}
-        meta |= {"base": state.base, "reply": reply_fields, "card": dataclasses.asdict(metadata)}
+        meta |= {
+            "base": state.base,
+            "row_scores": state.row_scores,
+            "reply": reply_fields,
+            "card": dataclasses.asdict(metadata),
+        }
         if artifacts:
             arrays |= {DISCRIMINATOR + k: v.cpu().numpy() for k, v in artifacts.discriminator.items()}
             arrays |= {WRITER + k: v.cpu().numpy() for k, v in artifacts.tuned_generator.items()}

@@ -263,6 +263,7 @@ class Trainer:
         metrics = _prefixed("base", state.base or {})
         if self.trains:
             metrics |= _prefixed("personal", self._measure(request.shared, state.tensors, generate=True, own_head=True))
+            state = dataclasses.replace(state, row_scores=tuple(self.task.row_scores))
         if self.method.shares:
             metrics |= _prefixed("shared", self._measure(request.shared, {}, generate=True))
         return state, metrics

@@ -64,6 +64,10 @@ class DataSettings:
     test: Positive | None = None
     """Maximum number of test rows per site. Unset: no limit."""
 
+    stratify: bool = False
+    """Hold out the same fraction of every label, as scikit-learn's ``stratify`` does. Otherwise the held-out rows are
+    drawn from all rows. Used without ``test_source``."""
+
     shuffle: bool = True
     """Shuffle the rows before ``train`` and ``test`` are applied. The order derives from seed, site and source."""
 

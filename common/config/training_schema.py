@@ -107,6 +107,12 @@ class TrainSettings:
             "phases": sum(phase.steps for phase in self.phase),
         }[self.schedule]
 
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rates that are set, by key."""
+        rates = {name: getattr(self, name) for name in ("lr", "core_lr", "head_lr", "private_lr")}
+        return {name: rate for name, rate in rates.items() if rate is not None}
+
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluationSettings:

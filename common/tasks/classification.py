@@ -84,7 +84,8 @@ class Classification(Task):
             return {}
         pairs = [(self._logits(batch), batch["labels"]) for batch in self.batches(self.test.examples)]
         logits, labels = (torch.cat(part).cpu() for part in zip(*pairs, strict=True))
-        return self._scores(labels.tolist(), logits.float().numpy()) | {"loss": self._loss(logits, labels).item()}
+        scores, self.row_scores = logits.float().numpy(), self._row_scores(labels.tolist(), logits.argmax(1).tolist())
+        return self._scores(labels.tolist(), scores) | {"loss": self._loss(logits, labels).item()}
 
     @torch.no_grad()
     def predict(self, rows: Sequence[Row]) -> Iterator[Prediction]:
@@ -160,6 +161,10 @@ class Classification(Task):
         classes = list(range(len(self.rows.labels)))
         f1 = f1_score(expected, predicted, labels=classes, average="macro", zero_division=0)  # type: ignore[arg-type]
         return {"accuracy": float(accuracy_score(expected, predicted)), "macro_f1": float(f1)}
+
+    def _row_scores(self, labels: Sequence[Label], predicted: Sequence[int]) -> list[float]:
+        """1.0 for each text whose label is predicted, else 0.0."""
+        return [float(_most_probable(label) == p) for label, p in zip(labels, predicted, strict=True)]
 
     # The module and its features.
 

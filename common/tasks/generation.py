@@ -93,6 +93,7 @@ class Generation(Task):
         answers = self.answers([e.prompt for e in self.test.examples])
         pairs = list(zip(references, answers, strict=True))
         rouge = [scorer.score(reference, answer)["rougeL"].fmeasure for reference, answer in pairs]
+        self.row_scores = rouge
         exact = [reference.strip() == answer.strip() for reference, answer in pairs]
         return {"rouge_l": sum(rouge) / len(rouge), "exact_match": sum(exact) / len(exact)}
 

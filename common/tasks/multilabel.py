@@ -84,6 +84,10 @@ class MultiLabel(Classification):
             "subset_accuracy": float(np.mean((expected == predicted).all(1))),
         }
 
+    def _row_scores(self, labels: Sequence[Label], predicted: Sequence[int]) -> list[float]:
+        """Nothing: micro-F1 is not a mean over texts."""
+        return []
+
 
 def _flag(raw: RawRow, name: str) -> bool:
     value = raw.column(name, "label_columns")

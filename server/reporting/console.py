@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich import box
@@ -16,6 +18,8 @@ from .events import Event
 from .summary import RunSummary, SiteSummary, note_of
 
 COLUMNS = (*EVAL_MODES, "alone")
+CLEAR = 2.0  # a difference counts if it is larger than so many standard errors
+HIGH = 0.5  # a training loss above this fraction of the first round's is high
 NOTED = ("waiting", "restarted", "late", "finalizing", "transfer_started")  # events that note_of() describes
 
 
@@ -73,7 +77,7 @@ def _progress_table(summary: RunSummary) -> Table:
         table.add_column(name, justify="left" if name == "site" else "right")
     for row in summary.rows.values():
         metrics = [_number(row.metric(mode)) for mode in EVAL_MODES]
-        progress = [row.site, str(row.round or ""), _number(row.loss)]
+        progress = [row.site, str(row.round or ""), _number(row.alone_loss if summary.baseline else row.loss)]
         cells = [*progress, *metrics, _bytes(row.bytes_up), f"{row.seconds:.0f}"]
         table.add_row(*cells, style="yellow" if row.failures else None)
     return table
@@ -87,7 +91,8 @@ def _line(summary: RunSummary, event: Event) -> str | None:
     if name == "resumed":
         return f"{prefix}resuming after round {event['round']} of {summary.rounds}"
     if name == "round":
-        losses = [r.loss for r in summary.rows.values() if r.loss is not None]
+        rows = summary.rows.values()
+        losses = [x for x in (row.alone_loss if prefix else row.loss for row in rows) if x is not None]
         loss = f", loss {sum(losses) / len(losses):.3f}" if losses else ""
         personal = summary.mean("personal") if not prefix else None
         metric = f", personal {personal:.3f}" if personal is not None else ""
@@ -107,29 +112,37 @@ def _final_table(summary: RunSummary) -> Table:
     metrics = [TASKS[t].primary_metric + (" (lower is better)" if TASKS[t].lower_is_better else "") for t in tasks]
     table = Table(
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         title=f"{summary.federation}: {', '.join(metrics)}",
         title_justify="left",
         pad_edge=False,
     )
-    shown = [c for c in COLUMNS if c != "alone" or summary.baseline]
+    shown = {name: cell for name, cell in _CELLS.items() if name not in ("alone", "gain") or summary.baseline}
+    if not any(row.dropped for row in summary.rows.values()):
+        del shown["drop"]
     table.add_column("site", no_wrap=True)
-    for name in ("rows", *shown, "sent", "recv", "sec", "cut", "drop"):
+    for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
     for row in summary.rows.values():
-        table.add_row(*_cells(row, shown))
-    means = [_number(summary.mean(c)) for c in shown]
-    if any(means):
+        table.add_row(row.site, *(cell(row) for cell in shown.values()))
+    means = {c: _number(summary.mean(c)) for c in COLUMNS}
+    if any(means.values()):
+        gains = known_gains(summary) if means["alone"] else []
+        means["gain"] = _gain(*mean_and_error(gains)) if gains else ""
         table.add_section()
-        table.add_row("mean", "", *means, style="bold")
+        table.add_row("mean", *(means.get(name, "") for name in shown), style="bold")
     return table
 
 
-def _cells(row: SiteSummary, shown: list[str]) -> list[str]:
-    metrics = [_number(row.metric(c)) for c in shown]
-    counts = [str(row.truncated), str(row.dropped)]
-    traffic = [_bytes(row.bytes_up), _bytes(row.bytes_down), f"{row.seconds:.0f}"]
-    return [row.site, f"{row.train}+{row.test}", *metrics, *traffic, *counts]
+_CELLS: dict[str, Callable[[SiteSummary], str]] = {
+    "rows": lambda row: f"{row.train}+{row.test}",
+    **{mode: lambda row, mode=mode: _number(row.metric(mode)) for mode in COLUMNS},
+    "gain": lambda row: "" if row.gain is None else _gain(row.gain, row.gain_error),
+    "sent": lambda row: _bytes(row.bytes_up),
+    "sec": lambda row: f"{row.seconds:.0f}",
+    "cut": lambda row: str(row.truncated),
+    "drop": lambda row: str(row.dropped),
+}
 
 
 def _conclusions(summary: RunSummary) -> list[RenderableType]:
@@ -142,7 +155,7 @@ def _conclusions(summary: RunSummary) -> list[RenderableType]:
         )
     if summary.residual is not None:
         lines.append(f"In the last round mean(B)·mean(A) differed from mean(BA) by {summary.residual:.1%}.")
-    lines += _comparison(summary)
+    lines += [*_comparison(summary), *_advice(summary)]
     base, personal, tasks = summary.mean("base"), summary.mean("personal"), [row.task for row in summary.rows.values()]
     if base is not None and personal is not None and _better(personal, base, tasks[0]) < 0:
         lines.append(
@@ -159,28 +172,50 @@ def _conclusions(summary: RunSummary) -> list[RenderableType]:
 
 
 def _legend(summary: RunSummary) -> str:
-    alone = "; alone: trained for the same steps without the other sites" if summary.baseline else ""
+    alone = (
+        "; alone: local-only training, for the same steps at the same learning rates; gain: personal − alone ± its "
+        "standard error over test rows (of the mean: over sites)"
+        if summary.baseline
+        else ""
+    )
     return (
         "rows: training + test. base: the base model; shared: with the shared adapter (where heads are personal, both "
         "with a head fitted to the site's training rows); personal: the site's own model"
-        f"{alone}. sent, recv: bytes sent and received by the site; sec: seconds of its work; cut: rows longer than "
-        f"max_length; drop: rows without anything to learn from. Total time: {summary.seconds:.0f} s."
+        f"{alone}. sent: bytes that the site sent; sec: seconds of its work; cut: rows longer than max_length; drop: "
+        f"rows without anything to learn from. Total time: {summary.seconds:.0f} s."
     )
 
 
+def known_gains(summary: RunSummary) -> list[float]:
+    """Return the gains of the sites whose personal model and baseline were measured."""
+    return [row.gain for row in summary.rows.values() if row.gain is not None]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean of at least one value and its standard error, None for one value."""
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
 def _comparison(summary: RunSummary) -> list[str]:
-    """One line that compares personal models with the baseline; none without a baseline."""
-    pairs = [(r.metric("personal"), r.metric("alone"), r.task) for r in summary.rows.values()]
-    gaps = [(_better(p, a, task), p - a) for p, a, task in pairs if p is not None and a is not None]
-    if not gaps:
+    """Two lines that compare personal models with the baseline; none without a baseline."""
+    gains = known_gains(summary)
+    if not gains:
         return []
-    wins, losses = (sum(sign == s for sign, _ in gaps) for s in (1, -1))
-    mean = sum(sign * abs(gap) for sign, gap in gaps) / len(gaps)  # positive: personal is better
-    half = len(gaps) / 2
-    verdict = _VERDICTS[(wins > half and mean > 0) - (losses > half and mean < 0)]
+    mean, error = mean_and_error(gains)
+    # Without a standard error no single site is told from chance.
+    judged = [(r.gain, r.gain_error) for r in summary.rows.values() if r.gain is not None and r.gain_error is not None]
+    better, worse = (sum(sign * gain > CLEAR * e for gain, e in judged) for sign in (1, -1))
+    verdict = _VERDICTS[0 if error is None or abs(mean) <= CLEAR * error else 1 if mean > 0 else -1]
+    counted = (
+        f" Beyond {CLEAR:.0f} standard errors, {better} of {len(judged)} sites are better and {worse} worse."
+        if judged
+        else ""
+    )
+    rates = ", ".join(f"train.{name} = {rate:g}" for name, rate in summary.learning_rates.items())
     return [
-        f"{verdict}: personal is better than training alone at {wins} of {len(gaps)} sites and worse at {losses} "
-        f"(on average {abs(mean):.3f} {'better' if mean > 0 else 'worse'}; one seed)."
+        f"{verdict}: the personal models gain {_gain(mean, error)} over local-only training on average "
+        f"({len(gains)} sites, one seed).{counted}",
+        *([f"Both were trained at {rates}. Nothing was tuned for either."] if rates else []),
     ]
 
 
@@ -191,9 +226,33 @@ _VERDICTS = {
 }
 
 
+def _advice(summary: RunSummary) -> list[str]:
+    """A line if the training loss says that the shared adapter is still improving."""
+    losses: dict[int, list[float]] = {}
+    for (_, _, t), reply in summary.replies.items():
+        if (loss := reply["metrics"].get("train.loss")) is not None:
+            losses.setdefault(t, []).append(loss)
+    if len(losses) < 2:
+        return []
+    first, last = (statistics.mean(losses[t]) for t in (min(losses), max(losses)))
+    alone = [row.alone_loss for row in summary.rows.values() if row.alone_loss is not None]
+    level = HIGH / 2 if alone and last > 2 * statistics.mean(alone) else HIGH  # sites alone get further
+    if last < level * first:
+        return []
+    compared = f", and {statistics.mean(alone):.3f} in local-only training" if alone else ""
+    return [
+        f"The training loss is still {last:.3f} ({first:.3f} in round {min(losses)}{compared}). The shared adapter has "
+        "not converged: use more rounds or a larger train.lr."
+    ]
+
+
 def _better(personal: float, alone: float, task: str) -> int:
     sign = (personal > alone) - (personal < alone)
     return -sign if TASKS[task].lower_is_better else sign
+
+
+def _gain(gain: float, error: float | None) -> str:
+    return f"{gain:+.3f}" + ("" if error is None else f" ±{error:.3f}")
 
 
 def _number(value: float | None) -> str:

@@ -8,7 +8,7 @@ Numbers that JSON cannot represent (NaN, infinity) are null.
 event              fields
 =================  ====================================================================================================
 started            A coordinator process began: federation, method, model, rounds, sites (names in roster order),
-                   recipe (hash of all settings that can change a result).
+                   learning_rates (by parameter group), recipe (hash of all settings that can change a result).
 resumed            It continues from a checkpoint: round (of the checkpoint).
 transfer_started   Sites that join write and label texts for the new base model: source_federation, sites.
 site_ready         A site has its texts for the transfer: site.
@@ -29,6 +29,9 @@ round              A round ended with its quorum: round, admitted (sites), weigh
 finalizing         Sites personalize on the final adapter and evaluate: round (the last), sites, prepares (whether
                    they also prepare a later transfer).
 finalized          round (the last), sites (that replied).
+compared           In the baseline's log, for tasks whose primary metric is a mean over test rows: site, gain (of the
+                   personal model over local-only training, positive if better), standard_error (of the gain, paired by
+                   test row), rows.
 finished           The run has ended: seconds (of this process).
 stopped            The coordinator stopped on request; the same command continues the run.
 run_failed         The coordinator process ended with an error: reason, final (false if the supervisor retries).

@@ -28,8 +28,11 @@ class SiteSummary:
     dropped: int = 0
     metrics: dict[str, float | None] = field(default_factory=dict)
     alone: dict[str, float | None] = field(default_factory=dict)
+    gain: float | None = None  # of the personal model over local-only training; positive is better
+    gain_error: float | None = None  # its standard error, paired by test row
     round: int = 0
     loss: float | None = None
+    alone_loss: float | None = None  # the baseline's last training loss
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
@@ -56,6 +59,7 @@ class RunSummary:
     residual: float | None = None
     baseline: bool = False  # whether the baseline has started
     seconds: float = 0.0
+    learning_rates: dict[str, float] = field(default_factory=dict)  # by parameter group
     source_federation: str = ""  # of a transfer: the federation in which the sites trained before
     note: str = ""  # the current unusual condition, in words
     ready_event: str = ""  # the event by which a site reports the end of work that takes minutes; empty for none
@@ -150,6 +154,7 @@ def _ready(summary: RunSummary, event: Event) -> None:
 def _started(summary: RunSummary, event: Event) -> None:
     summary.federation, summary.method, summary.model = event["federation"], event["method"], event["model"]
     summary.rounds, summary.ready_event = event["rounds"], ""
+    summary.learning_rates = event.get("learning_rates", {})
     for site in event["sites"]:
         summary.site(site)
 
@@ -190,7 +195,15 @@ def _reply(summary: RunSummary, event: Event) -> None:
 def _baseline_reply(summary: RunSummary, event: Event) -> None:
     row = summary.site(event["site"])
     row.alone.update(event["metrics"])
-    row.loss, row.round = event["metrics"].get("train.loss", row.loss), min(event["round"], summary.rounds)
+    row.alone_loss, row.round = event["metrics"].get("train.loss", row.alone_loss), min(event["round"], summary.rounds)
+    alone, personal = row.metric("alone"), row.metric("personal")
+    if alone is not None and personal is not None:
+        row.gain = alone - personal if TASKS[row.task].lower_is_better else personal - alone
+
+
+def _compared(summary: RunSummary, event: Event) -> None:
+    row = summary.site(event["site"])
+    row.gain, row.gain_error = event["gain"], event["standard_error"]
 
 
 def _left_out(summary: RunSummary, event: Event) -> None:
@@ -214,6 +227,7 @@ _HANDLERS: dict[tuple[str, bool | None], Callable[[RunSummary, Any], None]] = {
     ("round", False): _round,
     ("reply", False): _reply,
     ("reply", True): _baseline_reply,
+    ("compared", True): _compared,
     ("refused", None): _left_out,
     ("failed", None): _left_out,
     ("finished", None): _finished,

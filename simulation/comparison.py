@@ -1,0 +1,37 @@
+"""The gain of each site's personal model over local-only training, paired by test row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..client.training.state_store import StateStore
+from ..common.config.schema import Recipe
+from ..server.reporting.events import EventLog, Listener
+from ..server.reporting.run_folder import RunFolder
+
+
+def compare(run: RunFolder, recipe: Recipe, sites: Sequence[str], listener: Listener | None) -> None:
+    """Emit one ``compared`` event per site into the baseline's log. Sites whose rows have no scores are left out."""
+    events = EventLog(run.baseline / "events.jsonl", listener)
+    for site in sites:
+        personal, alone = (
+            _row_scores(StateStore(folder / "sites" / site / "state", recipe.name), recipe.rounds + 1)
+            for folder in (run.path, run.baseline)
+        )
+        if personal and len(personal) == len(alone):
+            gain, error = paired_gain(personal, alone)
+            events.emit("compared", site=site, gain=gain, standard_error=error, rows=len(personal))
+
+
+def paired_gain(scores: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Return the mean difference of two models' scores on the same rows, and its standard error (NaN for one row)."""
+    differences = np.subtract(scores, others)
+    error = differences.std(ddof=1) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+    return float(differences.mean()), float(error)
+
+
+def _row_scores(store: StateStore, round_number: int) -> tuple[float, ...]:
+    state = store.state(round_number)
+    return state.row_scores if state else ()

@@ -1,0 +1,88 @@
+"""What the final report says of a run with a baseline."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from colora.server.reporting.console import mean_and_error, print_report
+from colora.server.reporting.summary import RunSummary, summarize
+
+STARTED = {"event": "started", "federation": "f", "method": "colora", "model": "m", "rounds": 2}
+
+
+def run_of(
+    gains: list[float], error: float | None, losses: tuple[float, float] = (1.0, 0.1), alone: float = 0.1
+) -> RunSummary:
+    """A classification run whose sites gain so much over local-only training, each with this standard error."""
+    sites = [f"s{i}" for i in range(len(gains))]
+    events: list[dict] = [{**STARTED, "sites": sites, "learning_rates": {"lr": 0.005}}]
+    for site, gain in zip(sites, gains, strict=True):
+        joined = {"task": "classification", "train": 8, "test": 100, "truncated": 0, "dropped": 0}
+        events.append({"event": "joined", "site": site, **joined})
+        cost = {"bytes_up": 1, "bytes_down": 1, "seconds": 1.0, "site": site}
+        for t, loss in enumerate(losses, 1):
+            events.append({"event": "reply", **cost, "round": t, "metrics": {"train.loss": loss}})
+        events.append({"event": "reply", **cost, "round": 3, "metrics": {"personal.accuracy": 0.5 + gain}})
+        metrics = {"personal.accuracy": 0.5, "train.loss": alone}
+        events.append({"event": "reply", **cost, "round": 3, "metrics": metrics, "baseline": True})
+        if error is not None:
+            compared = {"event": "compared", "gain": gain, "standard_error": error, "rows": 100}
+            events.append({**compared, "site": site, "baseline": True})
+    return summarize([events[0], {**STARTED, "sites": sites, "baseline": True}, *events[1:]])
+
+
+def report_of(summary: RunSummary, folder: Path) -> str:
+    """The report as text, without line breaks."""
+    console = Console(file=io.StringIO(), width=80, record=True)
+    print_report(summary, folder, console)
+    return console.export_text()
+
+
+def test_mean_and_error() -> None:
+    mean, error = mean_and_error([0.1, 0.2, 0.3])
+    assert mean == pytest.approx(0.2)
+    assert error == pytest.approx(0.1 / 3**0.5)
+    assert mean_and_error([0.1]) == (0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ([0.08, 0.06, 0.07, 0.09], "Collaboration helps: the personal models gain +0.075 ±0.006"),
+        ([0.08, -0.06, 0.01, 0.00], "It is not clear whether collaboration helps"),
+        ([-0.08, -0.06, -0.07, -0.09], "Collaboration does not help: the personal models gain -0.075 ±0.006"),
+        ([0.08], "It is not clear whether collaboration helps"),
+    ],
+)
+def test_the_verdict_needs_two_standard_errors(gains: list[float], verdict: str, tmp_path: Path) -> None:
+    assert verdict in " ".join(report_of(run_of(gains, 0.02), tmp_path).split())
+
+
+def test_only_clear_differences_count(tmp_path: Path) -> None:
+    """Gains of 0.03 and -0.03 with a standard error of 0.02 count for nobody."""
+    text = " ".join(report_of(run_of([0.08, 0.05, 0.03, -0.03, -0.05], 0.02), tmp_path).split())
+    assert "Beyond 2 standard errors, 2 of 5 sites are better and 1 worse." in text
+    assert "Both were trained at train.lr = 0.005." in text
+    assert "Beyond" not in report_of(run_of([0.08, 0.06], None), tmp_path), "no error is known"
+
+
+@pytest.mark.parametrize(
+    ("losses", "alone", "advised"),
+    [((1.0, 0.1), 0.1, False), ((1.0, 0.6), 0.6, True), ((1.0, 0.3), 0.1, True), ((1.0, 0.3), 0.3, False)],
+)
+def test_a_loss_that_stays_high_is_told(
+    losses: tuple[float, float], alone: float, advised: bool, tmp_path: Path
+) -> None:
+    text = " ".join(report_of(run_of([0.08, 0.06], 0.02, losses, alone), tmp_path).split())
+    assert ("use more rounds or a larger train.lr" in text) == advised
+
+
+def test_the_table_fits_into_80_columns(tmp_path: Path) -> None:
+    summary = run_of([0.08, 0.06], 0.02)
+    summary.rows = {"a" * 12: summary.rows["s0"], "s1": summary.rows["s1"]}
+    summary.rows["a" * 12].site = "a" * 12
+    assert "…" not in report_of(summary, tmp_path)
