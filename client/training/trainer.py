@@ -47,6 +47,8 @@ class Trainer:
     a later transfer needs; they are written into the site's states.
     """
 
+    base_metrics: Mapping[str, float] | None = None  # those of the base model, where they are known
+
     def __init__(
         self,
         model: AdaptedModel,
@@ -272,7 +274,7 @@ class Trainer:
         """Evaluate the base model once per site. An adapter at its initial values does not change the base model."""
         if state.base is not None:
             return state
-        return dataclasses.replace(state, base=self._measure({}, {}, generate=True))
+        return dataclasses.replace(state, base=self.base_metrics or self._measure({}, {}, generate=True))
 
     def _measure(
         self, shared: Arrays, personal: Mapping[str, torch.Tensor], *, generate: bool, own_head: bool = False

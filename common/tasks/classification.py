@@ -82,8 +82,8 @@ class Classification(Task):
         self.module.eval()
         if not self.test.examples:
             return {}
-        pairs = [(self._logits(batch), batch["labels"]) for batch in self.batches(self.test.examples)]
-        logits, labels = (torch.cat(part).cpu() for part in zip(*pairs, strict=True))
+        logits = self._in_batches(self.test.examples).cpu()
+        labels = self.collate(self.test.examples)["labels"].cpu()
         scores, self.row_scores = logits.float().numpy(), self._row_scores(labels.tolist(), logits.argmax(1).tolist())
         return self._scores(labels.tolist(), scores) | {"loss": self._loss(logits, labels).item()}
 
@@ -172,17 +172,23 @@ class Classification(Task):
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         return self.module(**inputs).logits
 
+    def _in_batches(self, examples: Sequence[Any]) -> torch.Tensor:
+        """The outputs (n, …) for examples, in their order. Texts of similar length share a batch: less padding."""
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+        outputs = [self._logits(batch) for batch in self.batches([examples[i] for i in order])]
+        # a head that pools by itself (RoBERTa's) receives the whole sequence and reads its first token
+        ordered = torch.cat([output[:, 0] if output.dim() == 3 else output for output in outputs])
+        return ordered[torch.tensor(order).argsort().to(ordered.device)]
+
     def _features(self, examples: Sequence[Any]) -> tuple[np.ndarray, list[Label]]:
         self.module.eval()
         for name in self._head:
             setattr(self.module, name, nn.Identity())
         try:
-            features = [self._logits(batch) for batch in self.batches(examples)]
+            pooled = self._in_batches(examples)
         finally:
             for name, module in self._head.items():
                 setattr(self.module, name, module)
-        # a head that pools by itself (RoBERTa's) receives the whole sequence and reads its first token
-        pooled = torch.cat([f[:, 0] if f.dim() == 3 else f for f in features])
         return pooled.cpu().double().numpy(), [label for _, label in examples]
 
 
