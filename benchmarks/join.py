@@ -5,7 +5,7 @@ same rows the site also trains its own LoRA (method ``local``). Both are run wit
 personalization and with as many steps as a participant takes in the whole run. The table has the mean ± standard
 deviation over seeds.
 
-python benchmarks/join.py [RECIPE] [SITE] [SEEDS]     (demo, sci-2, 3)
+python benchmarks/join.py [RECIPE] [SITE] [SEEDS]     (newsgroups, sci-2, 3)
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def table_of(title: str, seeds: list[dict[str, Outcome]]) -> Table:
 
 def main() -> None:
     given = sys.argv[1:]
-    name, site, seeds = given + ["demo", "sci-2", "3"][len(given) :]
+    name, site, seeds = given + ["newsgroups", "sci-2", "3"][len(given) :]
     seed_outcomes = []
     for seed in range(int(seeds)):
         with tempfile.TemporaryDirectory() as folder:

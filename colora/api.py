@@ -6,7 +6,7 @@ import colora
 run = colora.simulate("demo", out="runs/demo")
 run.results()                          # one row per site: base, shared, personal, alone
 run.to_frame()                         # one row per site, round and metric
-model, tokenizer = run.site("comp-1").load()
+model, tokenizer = run.site("united").load()
 ```
 """
 

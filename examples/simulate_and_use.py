@@ -2,7 +2,7 @@
 
     python examples/simulate_and_use.py [RECIPE] [OUT]
 
-The default recipe is ``demo``, which takes about two minutes on two cores. A finished run in OUT is not repeated.
+The default recipe is ``demo``, which takes under three minutes on two cores. A finished run in OUT is not repeated.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 import colora
 
-TEXTS = ["My graphics card needs a new driver for Windows.", "How do I render this image with more colors?"]
+TEXTS = ["Two hours late, and nobody could tell us why.", "Thank you for the upgrade, what a lovely crew!"]
 
 
 def main(recipe: str = "demo", out: str = "runs/demo") -> None:

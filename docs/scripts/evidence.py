@@ -1,0 +1,101 @@
+"""Writes the tables of docs/evidence.md from the results of ``benchmarks/claim.py``.
+
+python docs/scripts/evidence.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE, RESULTS = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- {name}: written by docs/scripts/evidence.py -->", "<!-- end of {name} -->"
+Result = dict[str, Any]
+
+
+def read(name: str) -> dict[str, dict[int, Result]]:
+    """Return a recipe's results by arm and seed."""
+    arms: dict[str, dict[int, Result]] = defaultdict(dict)
+    for line in (RESULTS / f"{name}.jsonl").read_text().splitlines():
+        result = json.loads(line)
+        arms[result["arm"]][result["seed"]] = result
+    return dict(sorted(arms.items()))
+
+
+def arms_table(arms: dict[str, dict[int, Result]]) -> list[str]:
+    """One row for each arm: the mean over sites at every seed, and mean ± standard deviation over seeds."""
+    seeds = sorted({seed for results in arms.values() for seed in results})
+    lines = [
+        f"| arm | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |",
+        f"|---|{'---|' * (len(seeds) + 1)}",
+    ]
+    for arm, results in arms.items():
+        means = {seed: _mean(result) for seed, result in results.items()}
+        cells = [f"{means[seed]:.3f}" if seed in means else "" for seed in seeds]
+        lines.append(f"| `{arm}` | {' | '.join(cells)} | {_spread(list(means.values()))} |")
+    return lines
+
+
+def gain_table(arms: dict[str, dict[int, Result]], ours: str, baseline: str) -> list[str]:
+    """One row for each seed: the mean gain over the baseline ± its standard error over sites, and sites above it."""
+    lines = ["| seed | base | baseline | colora | gain | sites above the baseline |", "|---|---|---|---|---|---|"]
+    for seed in sorted(arms[ours].keys() & arms[baseline].keys()):
+        mine, alone = arms[ours][seed], arms[baseline][seed]
+        gains = [site["personal"] - alone["sites"][name]["personal"] for name, site in mine["sites"].items()]
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+        above = sum(gain > 0 for gain in gains)
+        base = statistics.mean(site["base"] for site in mine["sites"].values())
+        lines.append(
+            f"| {seed} | {base:.3f} | {_mean(alone):.3f} | {_mean(mine):.3f} | {statistics.mean(gains):+.3f} ± "
+            f"{error:.3f} | {above} of {len(gains)} |"
+        )
+    return lines
+
+
+def best(arms: dict[str, dict[int, Result]], method: str) -> str:
+    """Return the arm of a method with the best mean over the seeds that all its arms have."""
+    candidates = [arm for arm in arms if arm == method or arm.startswith(f"{method},")]
+    common = set.intersection(*(set(arms[arm]) for arm in candidates))
+    return max(candidates, key=lambda arm: statistics.mean(_mean(arms[arm][seed]) for seed in common))
+
+
+def page() -> str:
+    """Return the page with its tables written anew."""
+    demo = read("demo")
+    tables = {
+        "arms": arms_table(demo),
+        "gain": gain_table(demo, best(demo, "colora"), best(demo, "local")),
+    }
+    text = PAGE.read_text()
+    for name, lines in tables.items():
+        begin, end = BEGIN.format(name=name), END.format(name=name)
+        before, _, rest = text.partition(begin)
+        text = "\n".join([before + begin, "", *lines, "", end + rest.partition(end)[2]])
+    return text
+
+
+def _mean(result: Result) -> float:
+    return statistics.mean(site["personal"] for site in result["sites"].values())
+
+
+def _spread(values: list[float]) -> str:
+    error = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+
+
+def main() -> int:
+    """Write the page, or with --check return 1 if it is out of date."""
+    text = page()
+    if "--check" in sys.argv[1:]:
+        return int(text != PAGE.read_text())
+    PAGE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
