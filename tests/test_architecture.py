@@ -166,6 +166,7 @@ def test_private_names_of_flower_are_in_one_module_per_side() -> None:
     assert {s.path for s, _ in private} == FLWR_COMPAT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [

@@ -21,6 +21,7 @@ def load_example(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_simulate_and_use(tiny_recipe: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tiny.toml").write_text(tomli_w.dumps(tiny_recipe))
     example = load_example("simulate_and_use")

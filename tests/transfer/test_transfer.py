@@ -61,6 +61,7 @@ def other_bert(tiny_bert: Path, tmp_path: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_a_classifier_transfers_without_its_data_and_back_again(
     prepared: SavedModel, other_bert: Path, tmp_path: Path
 ) -> None:
