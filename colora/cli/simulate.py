@@ -13,6 +13,8 @@ import typer
 from .recipes import find_recipe
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from colora.common.config.schema import Recipe
 
 STOPPED = 130  # exit code after Ctrl-C
@@ -74,10 +76,15 @@ def simulate(
         typer.echo("Stopped. Run the same command with --resume to continue from the last completed round.", err=True)
         raise typer.Exit(STOPPED) from None
     print_report(summarize(run.events()), run.path, console)
+    _print_next_step(settings, run.path, console)
+
+
+def _print_next_step(settings: Recipe, folder: Path, console: Console) -> None:
+    """Print the commands that transfer the sites, if they have prepared it."""
     if settings.transfer.prepare:
         console.print(
-            f"The sites can be transferred to another base model: colora transfer {run.path}/sites/NAME --to MODEL "
-            f"--out FOLDER for one site, colora simulate --transfer-from {run.path} --transfer-to MODEL for all.",
+            f"The sites can be transferred to another base model: colora transfer {folder}/sites/NAME --to MODEL "
+            f"--out FOLDER for one site, colora simulate --transfer-from {folder} --transfer-to MODEL for all.",
             highlight=False,
             soft_wrap=True,
         )

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "docs" / "scripts"
-
 
 @pytest.fixture(scope="module")
-def evidence() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        return importlib.import_module("evidence")
+def evidence(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("evidence")
 
 
 def result(*personal: float) -> dict:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "docs" / "scripts"
-
 
 @pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        return importlib.import_module("recipe_reference")
+def reference(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("recipe_reference")
 
 
 def test_the_pages_are_up_to_date(reference: ModuleType) -> None:

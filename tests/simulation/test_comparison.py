@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from colora.common.config.loader import recipe_from
-from colora.common.protocol.types import TrainReply
 from colora.server.reporting.summary import summarize
 from colora.simulation.comparison import paired_gain
 from colora.simulation.run import simulate
@@ -36,8 +35,3 @@ def test_a_run_with_baseline_reports_each_sites_gain_and_its_error(tiny_recipe: 
         assert row.gain == pytest.approx(personal - alone)
         assert row.gain_error == event["standard_error"]
         assert event["rows"] == row.test
-
-
-def test_row_scores_stay_at_the_site() -> None:
-    """A reply has no field for them."""
-    assert "row_scores" not in TrainReply.__dataclass_fields__
