@@ -1,6 +1,6 @@
 """The ServerApp: CoLoRA at the coordinator, as in the paper.
 
-S_0: A ~ Kaiming, B = 0                  (at the sites, cores Λ_k start as the identity)
+S_0: A ~ Kaiming, B = 0                  (at the sites, cores Λ_k start as the identity; or a spectral start)
 for t = 1 … T:
     send S_{t-1} to the sites of round t
     each site k trains A, B and its core Λ_k, and returns S_k = (A, B)
@@ -39,6 +39,9 @@ def train_federation(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpo
     if last:
         strategy.events.emit("resumed", round=last.round)
     state = strategy.join(grid, last, lambda classes: _initial_state(recipe, classes))
+    if strategy.spectral and not last:
+        state = strategy.start_spectrally(state)
+        checkpoints.write(state)
     for t in range(state.round + 1, recipe.rounds + 1):
         if strategy.options.should_stop():
             raise StopRequested

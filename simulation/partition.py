@@ -23,7 +23,7 @@ from ..common.config.site_schema import SiteSettings
 from ..common.dataset import TASKS, Row, SiteDataset
 from ..common.errors import DataError
 from ..common.seeds import seed_from
-from .synthetic_sites import SOURCE, regression_sites
+from .synthetic_sites import SOURCES, regression_sites
 
 Parts = dict[str, list[int]]  # site name → row indices
 
@@ -40,7 +40,7 @@ def make_sites(recipe: Recipe) -> list[SiteShare]:
     """Return the sites of a recipe with checked rows, which depend on the recipe only. Raises DataError."""
     if recipe.partition is None:
         return _explicit(recipe)
-    if recipe.data.source == SOURCE:
+    if recipe.data.source in SOURCES:
         return [SiteShare(settings, rows) for settings, rows in regression_sites(recipe)]
     return _partitioned(recipe)
 

@@ -135,9 +135,10 @@ def local_only(recipe: Recipe) -> Recipe:
     evaluation = dataclasses.replace(recipe.evaluation, every=0)
     steps = recipe.train.steps_per_round
     train = dataclasses.replace(recipe.train, schedule="joint", steps=steps, phase=(), final_groups=None)
-    method = MethodSettings(name=BASELINE)
+    method, adapter = MethodSettings(name=BASELINE), dataclasses.replace(recipe.adapter, init="kaiming")
     transfer = dataclasses.replace(recipe.transfer, prepare=False)
-    return dataclasses.replace(recipe, method=method, evaluation=evaluation, train=train, transfer=transfer)
+    changed = {"method": method, "adapter": adapter, "evaluation": evaluation, "train": train, "transfer": transfer}
+    return dataclasses.replace(recipe, **changed)
 
 
 def federate(

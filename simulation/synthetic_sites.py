@@ -9,14 +9,15 @@ from ..common.dataset import Row, SiteDataset
 from ..common.models.synthetic import regression_rows, regression_truth
 from ..common.seeds import seed_from
 
-SOURCE = "synthetic:regression"
+SOURCES = {"synthetic:regression": False, "synthetic:regression-mixed": True}  # → half of the tasks are unlike the rest
 NOISE = 0.1  # standard deviation of ε in the training rows
 
 
 def truths(recipe: Recipe) -> dict[str, np.ndarray]:
     """Return W_k* by site name, each of shape (20, 20)."""
     assert recipe.partition is not None
-    truth = regression_truth(seed_from(recipe.seed, "truth"), recipe.partition.sites)
+    mixed, seed = SOURCES[recipe.data.source], seed_from(recipe.seed, "truth")
+    truth = regression_truth(seed, recipe.partition.sites, mixed=mixed)
     return {f"task-{k + 1:02d}": w for k, w in enumerate(truth)}
 
 

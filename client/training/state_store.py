@@ -8,6 +8,7 @@ round 7 as admitted. Until then training starts from the file of the last admitt
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 
 from ...common.atomic_io import load_arrays, save_arrays
-from ...common.errors import StateError
+from ...common.config.schema import Plan, PrivateSettings, parse, to_dict
+from ...common.errors import RefusedError, StateError
 from ...common.models.saved import DISCRIMINATOR, PERSONAL, SHARED, TRAINED, WRITER, ModelMetadata
 from ...common.protocol.types import Arrays, TrainReply
 from ...transfer.preparation import TransferArtifacts
@@ -139,6 +141,25 @@ class StateStore:
                 message=f"{path} belongs to federation {other}, not to {self.federation}.",
                 hint="Use another state folder.",
             )
+
+
+def check_private(state: PersonalState, private: PrivateSettings, site: str) -> None:
+    """Refuse a private adapter with other settings than those of the stored state. Raises RefusedError."""
+    old = parse(Plan, json.loads(state.plan)).private if state.plan else private
+    if old != private:
+        before, now = _describe_private(old), _describe_private(private)
+        raise RefusedError(
+            "private",
+            f"{before}, as in the site's state of round {state.round} (or a new state folder)",
+            now,
+            site=site,
+            message=f"The private adapter is {now}, but the site's state of round {state.round} has {before}.",
+            hint="Keep the private adapter's settings, or use a new state folder.",
+        )
+
+
+def _describe_private(private: PrivateSettings) -> str:
+    return ", ".join(f"{k} {v}" for k, v in to_dict(private).items()) if private.present else "none"
 
 
 def _under(arrays: Mapping[str, object], prefix: str) -> dict[str, torch.Tensor]:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from ...common.adapters.initialization import initial_values
 from ...common.adapters.inject import ADAPTER, activate, layout_of
-from ...common.config.schema import Plan, PrivateSettings, parse, to_dict, to_json
+from ...common.config.schema import Plan, PrivateSettings, to_json
 from ...common.dataset import SiteDataset
 from ...common.errors import RefusedError
-from ...common.methods import PERSONAL, SHARED, Method
+from ...common.methods import PERSONAL, SHARED, Method, group_of
 from ...common.models.saved import ModelMetadata
 from ...common.protocol.types import (
+    BENEFIT,
     PROTOCOL,
     Arrays,
     SiteInfo,
@@ -34,8 +33,11 @@ from ...common.tasks.base import Task
 from ...common.training.loop import StepCallback, TrainCursor, TrainOutcome, train
 from ...transfer.preparation import TransferArtifacts, check_preparation, prepare
 from .adapted_model import AdaptedModel
+from .benefit import PersonalFit, benefit_ratio, cross_fitted_loss
+from .evaluation import evaluate
 from .schedule import phases
-from .state_store import PersonalState, StateStore
+from .spectral import power_step
+from .state_store import PersonalState, StateStore, check_private
 from .update_pipeline import UpdateContext, process_update
 
 
@@ -48,6 +50,7 @@ class Trainer:
     """
 
     base_metrics: Mapping[str, float] | None = None  # those of the base model, where they are known
+    _base_loss: float | None = None  # the base model's part of the benefit ratio, once it is measured
 
     def __init__(
         self,
@@ -114,15 +117,18 @@ class Trainer:
             raise RefusedError("federation", self.plan.name, request.federation, site=self.site)
         check_arrays(request.shared, self.layout, self.site)
         started = time.perf_counter()
+        if request.kind == "initialize":
+            return self._power_step(request, started)
         stored_state = self.store.state(request.admitted_round)
         state = stored_state or PersonalState()
-        self._check_private(state)
+        check_private(state, self.plan.private, self.site)
         if state.round == 0:
             state = self._with_probed_head(state, request)
         finalizes = request.kind == "finalize"
         metrics: dict[str, float] = {}
         if not finalizes:
             state, metrics = self._measure_arrival(request, state)
+            metrics |= self._benefit(request)
         trained = self._train(request, state, on_step)
         new = PersonalState(
             request.round,
@@ -160,6 +166,30 @@ class Trainer:
         context = UpdateContext(request.round, seed_from(self.site_seed, "update", request.round))
         return process_update(trained, request.shared, self.plan.train, context)
 
+    def _power_step(self, request: TrainRequest, started: float) -> TrainReply:
+        """The reply to an ``initialize`` request, a function of the request and the site's rows: nothing is stored."""
+        self.load(request.shared, {})
+        self.task.fit_head()
+        arrays, terms = power_step(self.task, self.model.base.backbone, request.shared)
+        check_arrays(arrays, self.layout, self.site)
+        counts = {"terms": terms, "examples": len(self.task.train.examples)}
+        seconds = time.perf_counter() - started
+        return TrainReply(self.site, request.federation, request.round, request.key, arrays, **counts, seconds=seconds)
+
+    def _benefit(self, request: TrainRequest) -> dict[str, float]:
+        """The benefit ratio of the adapter that arrived, if the plan asks for it."""
+        if not (self.plan.train.report_benefit and self.trains and self.method.shares):
+            return {}
+        if self._base_loss is None:
+            self._base_loss = self._cross_fitted_loss({}, ("head",))
+        return {BENEFIT: benefit_ratio(self._cross_fitted_loss(request.shared, ("head", "core")), self._base_loss)}
+
+    def _cross_fitted_loss(self, shared: Arrays, groups: tuple[str, ...]) -> float:
+        """The loss on one half of the examples with these groups fitted to the other, for both halves."""
+        fitted = {key: value for key, value in self.parameters.items() if group_of(key) in groups}
+        fit = PersonalFit(fitted, always=bool(shared) and self.plan.adapter.init == "spectral")
+        return cross_fitted_loss(self.task, lambda: self.load(shared, {}), fit, self.site_seed)
+
     def _with_probed_head(self, state: PersonalState, request: TrainRequest) -> PersonalState:
         """The state of a site that has not trained yet, with a head fitted to the features if the plan says so."""
         if not (self.plan.probes_head and self.trains and self.task.train.examples):
@@ -169,20 +199,6 @@ class Trainer:
             return state
         head = {key: value for key, value in self._values(PERSONAL).items() if key in self.task.head}
         return dataclasses.replace(state, tensors=head)
-
-    def _check_private(self, state: PersonalState) -> None:
-        """Refuse a private adapter with other settings than those of the stored state."""
-        old = parse(Plan, json.loads(state.plan)).private if state.plan else self.plan.private
-        if old != self.plan.private:
-            before, now = _describe_private(old), _describe_private(self.plan.private)
-            raise RefusedError(
-                "private",
-                f"{before}, as in the site's state of round {state.round} (or a new state folder)",
-                now,
-                site=self.site,
-                message=f"The private adapter is {now}, but the site's state of round {state.round} has {before}.",
-                hint="Keep the private adapter's settings, or use a new state folder.",
-            )
 
     def _prepare(self, on_step: StepCallback | None) -> TransferArtifacts:
         """Make the artifacts that a later transfer needs and that do not exist yet, with all adapters switched off."""
@@ -253,7 +269,7 @@ class Trainer:
         generate = not self.plan.evaluation.generate_at_end_only
         state = self._with_base_metrics(state)
         metrics = _prefixed("base", state.base or {})
-        if request.round > 1 and self.method.shares:
+        if request.round > 1 and self._has_shared_model:
             metrics |= _prefixed("shared", self._measure(request.shared, {}, generate=generate))
         if state.round > 0:
             personal = self._measure(request.shared, state.tensors, generate=generate, own_head=True)
@@ -266,9 +282,14 @@ class Trainer:
         if self.trains:
             metrics |= _prefixed("personal", self._measure(request.shared, state.tensors, generate=True, own_head=True))
             state = dataclasses.replace(state, row_scores=tuple(self.task.row_scores))
-        if self.method.shares:
+        if self._has_shared_model:
             metrics |= _prefixed("shared", self._measure(request.shared, {}, generate=True))
         return state, metrics
+
+    @property
+    def _has_shared_model(self) -> bool:
+        """Whether base model and shared adapter make a model of their own; with cores that start at 0 they do not."""
+        return self.method.shares and self.plan.adapter.init != "spectral"
 
     def _with_base_metrics(self, state: PersonalState) -> PersonalState:
         """Evaluate the base model once per site. An adapter at its initial values does not change the base model."""
@@ -282,21 +303,7 @@ class Trainer:
         """Metrics of the model with these values. Without ``own_head``, a head is fitted to the training rows."""
         self.load(shared, personal)
         probes = not own_head and (self.method.head is PERSONAL or not shared)
-        while True:
-            try:
-                probed = self.task.probe() if probes else None
-                return self.task.measure(generate=generate) if probed is None else probed
-            except RuntimeError as error:
-                self._halve_eval_batch(error)
-
-    def _halve_eval_batch(self, error: RuntimeError) -> None:
-        """Halve the evaluation batch after an out-of-memory error; raise any other error again."""
-        evaluation = self.task.plan.evaluation
-        if not should_reduce_batch_size(error) or evaluation.batch_size == 1:
-            raise error
-        half = dataclasses.replace(evaluation, batch_size=(evaluation.batch_size + 1) // 2)
-        self.task.plan = dataclasses.replace(self.task.plan, evaluation=half)
-        clear_device_cache(garbage_collection=True)
+        return evaluate(self.task, generate=generate, probes=probes)
 
     def _train(self, request: TrainRequest, state: PersonalState, on_step: StepCallback | None) -> TrainOutcome:
         self.load(request.shared, state.tensors)
@@ -313,10 +320,6 @@ class Trainer:
         trainable = {k: p for k, p in self.parameters.items() if self.method.role(k) in (SHARED, PERSONAL)}
         planned = phases(self.plan, self.method, trainable, request.kind, late=late) if self.trains else []
         return train(self.task, trainable, planned, settings, cursor, on_step)
-
-
-def _describe_private(private: PrivateSettings) -> str:
-    return ", ".join(f"{k} {v}" for k, v in to_dict(private).items()) if private.present else "none"
 
 
 def _prefixed(mode: str, metrics: Mapping[str, float]) -> dict[str, float]:

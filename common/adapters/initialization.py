@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..config.schema import AdapterSettings, Plan
-from ..methods import SHARED
+from ..methods import PRIVATE, SHARED
 from ..models.base_model import BaseModel, skeleton
 from ..models.sources import Fingerprint
 from ..seeds import seed_from
@@ -21,8 +21,9 @@ def initial_values(layout: Layout, settings: AdapterSettings, seed: int) -> dict
     """Return the values of all parameters in a layout at step 0, where ΔW = 0.
 
     A is Kaiming-uniform (a = √5), B is zero, and Λ = I, so that the first step equals that of plain LoRA. With
-    MultiLoRA, the scales are zero and every B_i is Kaiming-uniform. Each tensor has its own generator, seeded by
-    (seed, name), so that its values depend on nothing else.
+    MultiLoRA, the scales are zero and every B_i is Kaiming-uniform. With ``init = "spectral"`` B is Kaiming-uniform and
+    Λ = 0; the coordinator replaces A and B before round 1. Each tensor has its own generator, seeded by (seed, name),
+    so that its values depend on nothing else.
     """
     return {key: _initial(key, layout, settings, seed) for key in layout}
 
@@ -38,13 +39,16 @@ def _a(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.
 
 def _b(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
     scale = layout.get(f"{key.rpartition('lora_B')[0]}lora_scale")
-    if scale is None:
+    if scale is None and (settings.init == "kaiming" or key.startswith(PRIVATE)):
         return torch.zeros(layout[key])
+    if scale is None:
+        return _kaiming(key, layout[key], layout[key][1], seed)
     return _kaiming(key, layout[key], layout[key][1] // scale[0], seed)  # fan-in of one module
 
 
 def _core(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
-    return CORE_FORMS[settings.core].initial(layout[key][0])
+    form = CORE_FORMS[settings.core]
+    return (form.zero if settings.init == "spectral" else form.initial)(layout[key][0])
 
 
 def _scale(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:

@@ -143,6 +143,14 @@ def _check(recipe: Recipe) -> None:
     row = recipe.row()
     _check_phases(recipe, row)
     _check_sites(recipe)
+    if recipe.adapter.init == "spectral" and (row.A, row.B, row.core) != (Role.SHARED, Role.SHARED, Role.PERSONAL):
+        raise ConfigError(
+            "adapter.init",
+            "kaiming, or a method with shared A and B and a core",
+            f"spectral with method {recipe.method.name}",
+            message=f'adapter.init = "spectral" needs shared A and B and a core, which {recipe.method.name!r} lacks.',
+            hint='Use method.name = "colora", or adapter.init = "kaiming".',
+        )
     if recipe.train.head_init == "probe" and row.head is not Role.PERSONAL:
         raise ConfigError(
             "train.head_init",

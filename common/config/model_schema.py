@@ -54,6 +54,11 @@ class AdapterSettings:
     core: Literal["full", "diagonal", "residual"] = "full"
     """Form of the core Λ, where the method has one: an r × r matrix, r diagonal values, or I plus an r × r matrix."""
 
+    init: Literal["kaiming", "spectral"] = "kaiming"
+    """Initial values. ``kaiming``: A random, B zero, cores the identity, as in LoRA. ``spectral``: A and B are the
+    subspaces that the sites' gradients have in common, and the cores are zero. It needs shared A and B and a core, and
+    helps where few sites would otherwise find no common subspace."""
+
     rslora: bool = False
     """Scale by alpha/√rank (rank-stabilized LoRA) instead of alpha/rank."""
 

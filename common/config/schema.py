@@ -162,8 +162,9 @@ class ServerSettings:
     tau: PositiveFloat = 1e-3
     """Adaptivity of ``adam`` and ``yogi``: a constant added to the denominator."""
 
-    weights: Literal["tokens", "examples", "uniform"] | None = None
-    """What a reply weighs in the mean: loss terms (tokens or labelled texts), examples, or one. Unset: ``tokens``, or
+    weights: Literal["tokens", "examples", "uniform", "benefit"] | None = None
+    """What a reply weighs in the mean: loss terms (tokens or labelled texts), examples, or one. ``benefit`` gives more
+    weight to sites that the shared adapter helps, by one number that each site reports. Unset: ``tokens``, or
     ``uniform`` if the sites have different tasks."""
 
     fraction: Fraction = 1.0
@@ -227,7 +228,10 @@ class Recipe(Plan):
     @property
     def plan(self) -> Plan:
         """The part of the recipe that sites receive."""
-        return Plan(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Plan)})
+        plan = Plan(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Plan)})
+        if self.server.weights != "benefit":
+            return plan
+        return dataclasses.replace(plan, train=dataclasses.replace(plan.train, report_benefit=True))
 
     @property
     def identity(self) -> str:

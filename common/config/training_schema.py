@@ -95,6 +95,11 @@ class TrainSettings:
     warmup_steps: Count = 0
     """Optimizer steps of linear warm-up at the start of the schedule."""
 
+    report_benefit: bool = False
+    """Report in every round the ratio of the loss with the shared adapter to the loss without it, on the site's own
+    examples. ``server.weights = "benefit"`` turns it on. It takes one pass over at most 64 examples for a task with a
+    linear head, and several passes otherwise."""
+
     persist_optimizer_state: bool = False
     """Keep a site's optimizer state from round to round. Otherwise every round starts with a new optimizer."""
 

@@ -39,11 +39,22 @@ def model_of(source: str) -> Bilinear:
     return Bilinear(int(size))
 
 
-def regression_truth(seed: int, tasks: int, size: int = 20, rank: int = 3) -> np.ndarray:
-    """Draw W_k* = U* Λ_k* V*ᵀ with orthonormal U*, V* and Gaussian Λ_k*, shape (tasks, size, size)."""
+def regression_truth(seed: int, tasks: int, *, mixed: bool = False, size: int = 20, rank: int = 3) -> np.ndarray:
+    """Draw W_k* = U* Λ_k* V*ᵀ with orthonormal U*, V* and Gaussian Λ_k*, shape (tasks, size, size).
+
+    With ``mixed``, every second task has its own U* and V*; the first task and those between have common ones.
+    """
     rng = np.random.default_rng(seed)
-    u, v = (np.linalg.qr(rng.standard_normal((size, rank)))[0] for _ in range(2))
-    return np.stack([u @ rng.standard_normal((rank, rank)) @ v.T for _ in range(tasks)])
+
+    def subspaces() -> tuple[np.ndarray, np.ndarray]:
+        u, v = (np.linalg.qr(rng.standard_normal((size, rank)))[0] for _ in range(2))
+        return u, v
+
+    common, truths = subspaces(), []
+    for k in range(tasks):
+        u, v = subspaces() if mixed and k % 2 else common
+        truths.append(u @ rng.standard_normal((rank, rank)) @ v.T)
+    return np.stack(truths)
 
 
 def regression_rows(truth: np.ndarray, rows: int, noise: float, seed: int) -> dict[str, np.ndarray]:

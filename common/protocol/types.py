@@ -20,9 +20,13 @@ from ..errors import RefusedError
 
 PROTOCOL = 1  # version of these types; a site with another one is refused
 UPDATE_SCALE = "update.scale"  # metric: the factor by which a site scaled its update before it sent it
-METRIC_NAMES = frozenset({"train.loss", UPDATE_SCALE} | {f"{mode}.{name}" for mode in EVAL_MODES for name in METRICS})
+BENEFIT = "train.benefit"  # metric: loss with the shared adapter ÷ loss without it; in [0, MAX_BENEFIT]
+MAX_BENEFIT = 10.0
+METRIC_NAMES = frozenset(
+    {"train.loss", UPDATE_SCALE, BENEFIT} | {f"{mode}.{name}" for mode in EVAL_MODES for name in METRICS}
+)
 Arrays = Mapping[str, np.ndarray]
-RequestKind = Literal["train", "finalize"]
+RequestKind = Literal["initialize", "train", "finalize"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class TrainRequest:
     """A request of the coordinator to one site: the shared adapter of the previous round, and what to do with it.
 
     ``admitted_round`` is the last round in which this site's reply was admitted (0: none); the site continues from its
-    state of that round. ``plan`` is the plan as JSON. ``finalize`` asks for the final steps and the final metrics.
+    state of that round. ``plan`` is the plan as JSON. ``initialize`` asks for a step of the spectral start before
+    round 1, of which the site stores nothing. ``finalize`` asks for the final steps and the final metrics.
     """
 
     federation: str

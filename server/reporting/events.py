@@ -1,7 +1,8 @@
 """The event log of a run: ``events.jsonl``, one JSON object per line, append-only. All reports are made from it.
 
 Every event has ``time`` (seconds since 1970) and ``event``, its name. ``round`` counts from 1. Replies and failures
-of the finalization have the last round + 1; failures while sites join have the round of the last checkpoint, or 0.
+of the finalization have the last round + 1, those of a spectral start have 0. Failures while sites join have the
+round of the last checkpoint, or 0.
 Numbers that JSON cannot represent (NaN, infinity) are null.
 
 =================  ====================================================================================================
@@ -15,11 +16,12 @@ site_ready         A site has its texts for the transfer: site.
 waiting            Too few sites. While joining: when ("join"), quorum, present, missing (names).
                    After a round without quorum, which is repeated: when ("server.quorum at round 3"), reason.
 joined             A site was admitted: site, task, train, test (examples), truncated, dropped (of these).
-agreed             What all sites have in common is fixed: weights ("tokens", "examples" or "uniform"),
+agreed             What all sites have in common is fixed: weights ("tokens", "examples", "uniform", "benefit"),
                    pins (fingerprints of the base model, tokenizer and chat template).
+initialized        The spectral start has ended: sites (that are connected).
 round_started      round, sites (sampled for this round).
-reply              A reply was admitted: round, site, kind ("train" or "finalize"), metrics (by name, for example
-                   personal.accuracy), terms (loss terms trained on), fresh (the site had lost its personal state),
+reply              A reply was admitted: round, site, kind ("initialize", "train" or "finalize"), metrics (by name, for
+                   example personal.accuracy), terms (loss terms trained on), fresh (the site had lost its state),
                    bytes_down, bytes_up (payload), seconds (of work at the site).
 failed             A site sent an error or no reply: round, site, reason.
 refused            A reply or a joining site was refused: round, site, field, expected, found, reason.

@@ -179,7 +179,7 @@ def _round(summary: RunSummary, event: Event) -> None:
 
 def _reply(summary: RunSummary, event: Event) -> None:
     row, key = summary.site(event["site"]), (False, event["site"], event["round"])
-    before = summary.replies.get(key)
+    before = summary.replies.get(key) if event["round"] else None  # round 0 holds all steps of a spectral start
     summary.replies[key] = event
     for name in ("bytes_up", "bytes_down", "seconds"):
         setattr(row, name, getattr(row, name) + event[name] - (before[name] if before else 0))

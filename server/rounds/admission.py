@@ -8,7 +8,17 @@ from collections.abc import Mapping
 import numpy as np
 
 from ...common.errors import RefusedError
-from ...common.protocol.types import PROTOCOL, Arrays, SiteInfo, TrainReply, TrainRequest, check_arrays, check_metrics
+from ...common.protocol.types import (
+    BENEFIT,
+    MAX_BENEFIT,
+    PROTOCOL,
+    Arrays,
+    SiteInfo,
+    TrainReply,
+    TrainRequest,
+    check_arrays,
+    check_metrics,
+)
 
 Layout = Mapping[str, tuple[int, ...]]
 MAX_TERMS = 10**12  # largest accepted count of loss terms or examples in one round
@@ -18,8 +28,8 @@ PINNED = ("model", "tokenizer", "chat_template")  # fingerprints in SiteInfo tha
 def admit_reply(reply: TrainReply, site: str, request: TrainRequest, layout: Layout, max_update_norm: float) -> None:
     """Check a reply against the request that it answers.
 
-    ``layout`` maps the names of the expected arrays to their shapes: all shared arrays for a training request, none
-    for a finalize request. Raises RefusedError.
+    ``layout`` maps the names of the expected arrays to their shapes: none for a finalize request, else all shared
+    arrays. Raises RefusedError.
     """
     for field, expected in (("site", site), ("federation", request.federation), ("round", request.round)):
         if getattr(reply, field) != expected:
@@ -28,6 +38,8 @@ def admit_reply(reply: TrainReply, site: str, request: TrainRequest, layout: Lay
         raise RefusedError("request key", request.key, reply.key, site=site)
     check_arrays(reply.shared, layout, site)
     check_metrics(reply.metrics, site)
+    if BENEFIT in reply.metrics and not 0 <= reply.metrics[BENEFIT] <= MAX_BENEFIT:
+        raise RefusedError(BENEFIT, f"0 to {MAX_BENEFIT:g}", reply.metrics[BENEFIT], site=site)
     if request.kind == "train":
         for field in ("terms", "examples"):
             if not 0 < getattr(reply, field) <= MAX_TERMS:

@@ -44,13 +44,6 @@ class RoundState:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-WEIGHTS: dict[str, Callable[[int, int], float]] = {
-    "tokens": lambda terms, examples: float(terms),
-    "examples": lambda terms, examples: float(examples),
-    "uniform": lambda terms, examples: 1.0,
-}
-
-
 # --- aggregators ----------------------------------------------------------------------------------------------------
 
 

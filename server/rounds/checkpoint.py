@@ -29,6 +29,7 @@ class ServerState:
     admitted: Mapping[str, int] = field(default_factory=dict)
     pins: Mapping[str, str] = field(default_factory=dict)  # fingerprints that every site must have
     weights: str = ""  # how updates are weighted, decided at the first join
+    benefit: Mapping[str, float] = field(default_factory=dict)  # running mean of each site's benefit ratio
     finalized: bool = False
     task: str = ""  # of all sites; empty if they have different tasks
 
@@ -67,6 +68,7 @@ class Checkpoints:
             meta["admitted"],
             meta["pins"],
             meta["weights"],
+            meta.get("benefit", {}),
             meta["closed"],
             meta["task"],
         )
@@ -82,6 +84,7 @@ class Checkpoints:
             "admitted": dict(state.admitted),
             "pins": dict(state.pins),
             "weights": state.weights,
+            "benefit": dict(state.benefit),
             "closed": state.finalized,
             "task": state.task,
             "card": dataclasses.asdict(self._metadata(state)),

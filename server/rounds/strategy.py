@@ -22,7 +22,7 @@ from ...common.config.schema import Recipe, to_json
 from ...common.errors import QuorumError, RefusedError
 from ...common.protocol import flower_messages as messages
 from ...common.protocol.codec import as_received
-from ...common.protocol.types import RequestKind, SiteInfo, TrainReply, TrainRequest, hash_layout
+from ...common.protocol.types import BENEFIT, RequestKind, SiteInfo, TrainReply, TrainRequest, hash_layout
 from ...common.seeds import seed_from
 from ..reporting.events import EventLog, EventRecorder
 from . import aggregation
@@ -33,6 +33,8 @@ from .dispatch import Dispatcher, RetryPolicy
 from .membership import Membership
 from .registry import JoinQuery, NodeRegistry, wait_for_nodes
 from .run_options import RosterEntry, RunOptions, StopRequested
+from .spectral import POWER_ITERATIONS, orthonormalize
+from .weighting import WEIGHTS, Contribution, running_mean
 
 INTERVAL = 0.25  # seconds between two polls of a SuperLink for replies
 
@@ -63,6 +65,7 @@ class AdapterStrategy:
         self.options, self.recorder = conduct or RunOptions(), EventRecorder(events)
         self.method, self.settings = recipe.row(), recipe.server
         self.plan, self.codec = to_json(recipe.plan), recipe.communication.codec
+        self.spectral = recipe.adapter.init == "spectral"
         self.layout: dict[str, tuple[int, ...]] = {}
 
     def join(self, grid: Grid, state: ServerState | None, first: Callable[[int], dict[str, np.ndarray]]) -> ServerState:
@@ -90,6 +93,7 @@ class AdapterStrategy:
         joined = self.membership.wait_for_quorum(quorum, self.settings.timeout)
         if state is None:
             initial = first(max((info.classes for info in joined), default=0))
+            initial = orthonormalize(initial) if self.spectral else initial
             state = ServerState(0, as_received(self.codec, initial))
         self.layout = {key: tuple(array.shape) for key, array in state.shared.items()}
         pins = dict(state.pins) or most_common(joined)
@@ -119,6 +123,33 @@ class AdapterStrategy:
                     raise StopRequested from None
                 time.sleep(self.settings.retry_interval)
 
+    # --- the spectral start ---
+
+    def start_spectrally(self, state: ServerState) -> ServerState:
+        """Return the state whose A and B are the subspaces that the sites' gradients have in common."""
+        for _ in range(POWER_ITERATIONS):
+            state = self.retry_until_quorum(lambda s=state: self.aggregate_initialize(s, self.configure_initialize(s)))
+        self.recorder.emit("initialized", sites=[m.site for m in self.roster if m.site in self.membership.sites])
+        return state
+
+    def configure_initialize(self, state: ServerState) -> dict[str, PendingRequest]:
+        """Make the requests of one power iteration: to all sites of the first round that are connected."""
+        self.membership.update(0)
+        first = [m.site for m in self.roster if m.from_round == 1 and self.membership.can_train(m.site)]
+        return self._requests(first, state, 0, "initialize", False)
+
+    def aggregate_initialize(self, state: ServerState, asked: Mapping[str, PendingRequest]) -> ServerState:
+        """Return the state with the next orthonormal A and B. Raises QuorumError."""
+        shutil.rmtree(self.spool, ignore_errors=True)
+        quorum, weights = self.settings.quorum or len(asked) // 2 + 1, {}
+        for site, reply in self._admitted(asked, 0, lambda: len(weights) >= quorum):
+            weights[site] = 1.0
+            save_arrays(self.spool / f"{site}.safetensors", dict(reply.shared), {}, lasting=False)
+        self.recorder.require_quorum(quorum, list(weights), "initialize")
+        total = aggregation.weighted_mean(self._spooled([site for site in asked if site in weights], weights))
+        shutil.rmtree(self.spool, ignore_errors=True)
+        return dataclasses.replace(state, shared=as_received(self.codec, orthonormalize(total)))
+
     # --- a round ---
 
     def configure_train(self, t: int, state: ServerState) -> dict[str, PendingRequest]:
@@ -140,13 +171,15 @@ class AdapterStrategy:
         """Compute S_t from the admitted replies, read from disk in roster order. Raises QuorumError."""
         started = time.monotonic()
         shutil.rmtree(self.spool, ignore_errors=True)
-        weights: dict[str, float] = {}
+        replies: dict[str, Contribution] = {}
         quorum = self.settings.quorum or len(asked) // 2 + 1
-        for site, reply in self._admitted(asked, t, lambda: len(weights) >= quorum):
-            weights[site] = aggregation.WEIGHTS[state.weights](reply.terms, reply.examples)
+        for site, reply in self._admitted(asked, t, lambda: len(replies) >= quorum):
+            benefit = running_mean(state.benefit.get(site), reply.metrics.get(BENEFIT, 1.0))
+            replies[site] = Contribution(reply.terms, reply.examples, benefit)
             save_arrays(self.spool / f"{site}.safetensors", dict(reply.shared), {}, lasting=False)
-        self.recorder.require_quorum(quorum, list(weights), f"round {t}")
-        order = [site for site in asked if site in weights]
+        self.recorder.require_quorum(quorum, list(replies), f"round {t}")
+        order = [site for site in asked if site in replies]
+        weights = WEIGHTS[state.weights]({site: replies[site] for site in order}, (t - 1) / self.recipe.rounds)
         before = RoundState(t, state.shared, self.settings)
         aggregated, aggregator_state = aggregation.aggregate(
             self._spooled(order, weights), dataclasses.replace(before, arrays=state.aggregator_state)
@@ -167,6 +200,7 @@ class AdapterStrategy:
             aggregator_state=aggregator_state,
             optimizer_state=optimizer_state,
             admitted={**state.admitted, **dict.fromkeys(order, t)},
+            benefit={**state.benefit, **{site: replies[site].benefit for site in order}},
         )
 
     def _spooled(self, order: list[str], weights: Mapping[str, float]) -> Iterator[WeightedUpdate]:
@@ -228,7 +262,7 @@ class AdapterStrategy:
             request = asked[site].request
             try:
                 reply = messages.reply_from(message, request)
-                layout = self.layout if request.kind == "train" else {}
+                layout = {} if request.kind == "finalize" else self.layout
                 admit_reply(reply, site, request, layout, self.settings.max_update_norm)
             except RefusedError as error:
                 self.recorder.refused(t, error.at_site(site))

@@ -16,6 +16,7 @@ from colora.common.config.loader import recipe_from
 from colora.common.methods import METHODS
 from colora.common.protocol import flower_messages as messages
 from colora.common.protocol.codec import CODECS, decode
+from colora.common.protocol.types import BENEFIT, MAX_BENEFIT
 from colora.server.reporting.summary import summarize
 from colora.simulation.run import simulate
 from tests.leaks import Secret, leaks_in, personal_tensors, text_windows
@@ -80,6 +81,20 @@ def test_nothing_personal_is_in_any_message(
     )
     assert any("private." in name for name, _ in secrets_of(run.path))
     assert leaks(wire, run.path) == []
+
+
+def test_benefit_weights_and_a_spectral_start_send_nothing_personal_but_one_number(
+    tiny_recipe: dict, tmp_path: Path, wire: list[Message]
+) -> None:
+    changes = {"server": {"quorum": 3, "weights": "benefit"}, "adapter": {**tiny_recipe["adapter"], "init": "spectral"}}
+    run = simulate(recipe_from({**tiny_recipe, **changes}), tmp_path / "run", resume=False)
+    assert leaks(wire, run.path) == []
+    replies = [event for event in run.events() if event["event"] == "reply" and event["kind"] == "train"]
+    assert replies
+    assert all(0 <= event["metrics"][BENEFIT] <= MAX_BENEFIT for event in replies)
+    weights = [event["weights"] for event in run.events() if event["event"] == "round"]
+    assert set(weights[0].values()) == {1 / 3}
+    assert len(set(weights[1].values())) == 3
 
 
 def _plant_array(message: Message, secret: np.ndarray, text: str) -> None:

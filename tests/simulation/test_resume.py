@@ -57,10 +57,18 @@ def durable(folder: Path) -> dict[str, tuple[dict[str, np.ndarray], dict]]:
     return files
 
 
+ADAM = {"private": "multilora", "server": {"quorum": 3, "optimizer": "adam"}}
+BENEFIT = {"server": {"quorum": 3, "weights": "benefit"}, "adapter": {"init": "spectral"}}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kills", "rounds"), [(3, 12), pytest.param(10, 40, marks=pytest.mark.endurance)])
+@pytest.mark.parametrize(
+    ("kills", "rounds", "options"),
+    [(3, 12, ADAM), (3, 12, BENEFIT), pytest.param(10, 40, ADAM, marks=pytest.mark.endurance)],
+    ids=["adam", "benefit weights and spectral start", "endurance"],
+)
 def test_kills_change_no_bit_of_adapter_or_personal_state(
-    tiny_recipe: dict, tmp_path: Path, kills: int, rounds: int
+    tiny_recipe: dict, tmp_path: Path, kills: int, rounds: int, options: dict
 ) -> None:
     train = {
         **tiny_recipe["train"],
@@ -73,8 +81,8 @@ def test_kills_change_no_bit_of_adapter_or_personal_state(
         **tiny_recipe,
         "rounds": rounds,
         "train": train,
-        "private": "multilora",
-        "server": {"quorum": 3, "optimizer": "adam"},
+        **options,
+        "adapter": {**tiny_recipe["adapter"], **options.get("adapter", {})},
     }
     recipe, undisturbed, killed = tmp_path / "recipe.toml", tmp_path / "calm", tmp_path / "killed"
     recipe.write_text(tomli_w.dumps(raw))

@@ -16,6 +16,7 @@ from colora.client.training.state_store import StateStore
 from colora.common.atomic_io import load_arrays
 from colora.common.config.loader import load_recipe
 from colora.common.config.schema import Recipe
+from colora.server.reporting.summary import summarize
 from colora.simulation.run import simulate
 from colora.simulation.synthetic_sites import truths
 
@@ -51,3 +52,31 @@ def test_colora_recovers_the_tasks_where_local_and_fedit_cannot(tmp_path: Path, 
     assert errors["colora"] <= 0.04
     assert errors["local"] > 1.0
     assert errors["fedit"] > 1.0
+
+
+@pytest.mark.slow
+def test_benefit_weights_separate_unlike_tasks_where_a_uniform_mean_fails(tmp_path: Path) -> None:
+    changes = [
+        "data.source=synthetic:regression-mixed",
+        "data.train=60",
+        "train.batch_size=60",
+        "train.steps=10",
+        "train.lr=0.1",
+        "rounds=40",
+        "adapter.init=spectral",
+        "evaluation.every=0",
+        "simulation.baseline=false",
+    ]
+    errors, shares = {}, {}
+    for weights in ("uniform", "benefit"):
+        recipe = load_recipe(find_recipe("regression"), (*changes, f"server.weights={weights}"))
+        run = simulate(recipe, tmp_path / weights, resume=False)
+        similar = [f"task-{k:02d}" for k in range(1, 21, 2)]
+        rows = summarize(run.events()).rows
+        errors[weights] = np.mean([rows[site].metric("personal") for site in similar])
+        last = [event["weights"] for event in run.events() if event["event"] == "round"][-1]
+        shares[weights] = sum(last[site] for site in similar) / sum(last.values())
+    print("\n", errors, shares)
+    assert errors["benefit"] <= 0.06
+    assert errors["uniform"] >= 0.3
+    assert shares["benefit"] >= 0.99

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from colora.common.errors import RefusedError
-from colora.common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
+from colora.common.protocol.types import BENEFIT, PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
 from colora.server.rounds.admission import MAX_TERMS, PINNED, admit_reply, admit_site
 
 LAYOUT = {"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)}
@@ -56,6 +56,9 @@ REFUSALS: dict[str, tuple[Callable[[TrainReply], TrainReply], str, str, str]] = 
     "half precision": (put(A, np.ones((2, 3), np.float16)), A, "float32", "float16"),
     "integers": (put(A, np.ones((2, 3), np.int32)), A, "float32", "int32"),
     "the other byte order": (put(A, np.ones((2, 3), ">f4")), A, "float32", ">f4"),
+    "a benefit that is not a number": (with_fields(metrics={BENEFIT: float("nan")}), BENEFIT, "0 to 10", "nan"),
+    "a negative benefit": (with_fields(metrics={BENEFIT: -0.1}), BENEFIT, "0 to 10", "-0.1"),
+    "a benefit out of range": (with_fields(metrics={BENEFIT: 1e12}), BENEFIT, "0 to 10", "1000000000000.0"),
     "NaN": (with_value(float("nan")), B, "finite values", "NaN or infinity"),
     "infinity": (with_value(float("inf")), B, "finite values", "NaN or infinity"),
     "minus infinity": (with_value(float("-inf")), B, "finite values", "NaN or infinity"),

@@ -17,7 +17,6 @@ from colora.server.rounds import aggregation
 from colora.server.rounds.aggregation import (
     AGGREGATORS,
     SERVER_OPTIMIZERS,
-    WEIGHTS,
     Factors,
     RoundState,
     WeightedUpdate,
@@ -27,6 +26,7 @@ from colora.server.rounds.aggregation import (
     trimmed_per_side,
     weighted_mean,
 )
+from colora.server.rounds.weighting import WEIGHTS, Contribution
 from colora.simulation.local_grid import LocalGrid
 
 Arrays = dict[str, np.ndarray]
@@ -99,7 +99,8 @@ def test_the_mean_holds_one_update_at_a_time() -> None:
 
 
 def test_weights_are_what_they_say() -> None:
-    assert {name: weigh(70, 4) for name, weigh in WEIGHTS.items()} == {"tokens": 70.0, "examples": 4.0, "uniform": 1.0}
+    weights = {name: weigh({"ada": Contribution(70, 4, 0.5)}, 0.0)["ada"] for name, weigh in WEIGHTS.items()}
+    assert weights == {"tokens": 70.0, "examples": 4.0, "uniform": 1.0, "benefit": 1.0}
 
 
 # --- aggregators -----------------------------------------------------------------------------------------------------
