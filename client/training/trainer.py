@@ -34,6 +34,7 @@ from ...common.tasks.base import Task
 from ...common.training.loop import StepCallback, TrainCursor, TrainOutcome, train
 from ...transfer.preparation import TransferArtifacts, check_preparation, prepare
 from .adapted_model import AdaptedModel
+from .label_list import with_pinned_labels
 from .schedule import phases
 from .state_store import PersonalState, StateStore
 from .update_pipeline import UpdateContext, process_update
@@ -59,6 +60,7 @@ class Trainer:
         trains: bool = True,
         artifacts: TransferArtifacts | None = None,
     ) -> None:
+        rows = with_pinned_labels(rows, store.labels())
         self.site, self.model, self.store, self.trains, self.transfer_artifacts = (
             rows.site,
             model,
@@ -213,6 +215,7 @@ class Trainer:
             task=task.task,
             labels=task.labels,
             chat=bool(task.train) and "messages" in task.train[0],
+            columns=dict(task.columns),
             fingerprint=dataclasses.asdict(fingerprint),
             metrics=dict(reply.metrics),
         )
