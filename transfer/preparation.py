@@ -144,6 +144,9 @@ def _check(plan: Plan, site: SiteDataset, previous: TransferArtifacts | None) ->
             site.task,
             message=f"transfer.prepare needs a task of {' or '.join(TEXT_TASKS)}, but data.task is {site.task}.",
         )
+    if any("text_pair" in row for row in site.train):
+        message = "transfer.prepare needs single texts, but the site's rows are pairs of texts (data.text_pair)."
+        raise ConfigError("transfer.prepare", "false, or single texts", "pairs of texts", message=message)
     model, settings = generator_settings(plan, site.task), plan.transfer
     key = _generator_key(site.task)
     check_generates(model, key)

@@ -75,7 +75,7 @@ def predict(
         typer.echo(f"{found.truncated} of {count} inputs were truncated to the model's max_length.", err=True)
     if found.blank:
         typer.echo(
-            f"{len(found.blank)} of {count} rows have no input and no prediction ({listed(found.blank)}).", err=True
+            f"{len(found.blank)} of {count} rows are blank and have no prediction: {listed(found.blank)}.", err=True
         )
     for note in found.notes:
         typer.echo(f"{note}.", err=True)
