@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from ..common.config.schema import PartitionSettings
 from ..common.errors import DataError
@@ -16,7 +16,9 @@ def top_up(parts: dict[str, list[int]], labels: Sequence[str], settings: Partiti
     ``labels`` by site. A site that is given a label gets two rows of it, one of which can be held out for testing.
     Raises DataError where there are too few rows.
     """
-    rows, least, kinds = len(labels), settings.min_rows, min(settings.min_labels, len(set(labels)))
+    known = {labels[i] for part in parts.values() for i in part}
+    rows, least = sum(map(len, parts.values())), settings.min_rows
+    kinds = min(settings.min_labels, len(known))
     if rows < len(parts) * least:
         raise DataError(
             "partition.sites",
@@ -28,17 +30,41 @@ def top_up(parts: dict[str, list[int]], labels: Sequence[str], settings: Partiti
     before = {i: site for site, part in parts.items() for i in part}
     for site, part in parts.items():
         while len(counts := Counter(labels[i] for i in part)) < kinds:
-            _give(parts, site, labels, sorted(set(labels) - set(counts)), settings)
+            _give(parts, site, labels, known - set(counts), settings)
         while len(part) < least:
-            _give(parts, site, labels, set(labels), settings)
+            _give(parts, site, labels, known, settings)
     return sum(before[i] != site for site, part in parts.items() for i in part)
 
 
+def follow(parts: dict[str, list[int]], labels: Sequence[str], trained: dict[str, Counter[str]]) -> int:
+    """Move test rows, in place, to sites that train on their labels, and one to a site without any; return how many.
+
+    ``parts`` are indices of ``labels`` by site, and ``trained`` counts each site's training rows by label. A row whose
+    label no site trains on stays.
+    """
+    moved = 0
+    for site in parts:
+        for i in [i for i in parts[site] if not trained[site][labels[i]]]:
+            best = max(trained, key=lambda other: trained[other][labels[i]])
+            if trained[best][labels[i]]:
+                parts[site].remove(i)
+                parts[best].append(i)
+                moved += 1
+    for site in parts:
+        if not parts[site]:
+            donors = sorted(parts, key=lambda other: -len(parts[other]))
+            spare = [(o, i) for o in donors if len(parts[o]) > 1 for i in parts[o] if trained[site][labels[i]]]
+            for other, i in spare[:1]:
+                parts[other].remove(i)
+                parts[site].append(i)
+                moved += 1
+    return moved
+
+
 def _give(
-    parts: dict[str, list[int]], site: str, labels: Sequence[str], wanted: Iterable[str], settings: PartitionSettings
+    parts: dict[str, list[int]], site: str, labels: Sequence[str], wanted: set[str], settings: PartitionSettings
 ) -> None:
     """Move up to two rows of one wanted label to a site. Raises DataError where no site can spare one."""
-    wanted = set(wanted)
     best: tuple[int, int, str, str] | None = None  # spare rows, their number at the site, site, label
     for other, part in parts.items():
         if other == site:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,14 +17,14 @@ import tomli_w
 
 from ..client.data.readers import as_test_source, read_rows
 from ..client.data.row_schema import SourceRows, check_rows, tell
-from ..client.data.selection import Sources, capped, hold_out, load_site_rows, select_numbered
+from ..client.data.selection import Sources, capped, hold_out, load_site_rows, matches, select_numbered
 from ..common.atomic_io import write_atomically
 from ..common.config.schema import DataSettings, PartitionSettings, Recipe, SimulatedSiteSettings, to_dict
 from ..common.config.site_schema import SiteSettings
-from ..common.dataset import TASKS, Row, SiteDataset
+from ..common.dataset import TASKS, Row, SiteDataset, labels_of
 from ..common.errors import DataError
 from ..common.seeds import seed_from
-from .minimum_shares import top_up
+from .minimum_shares import follow, top_up
 from .synthetic_sites import SOURCE, regression_sites
 
 Parts = dict[str, list[int]]  # site name → row indices
@@ -106,7 +107,7 @@ def _partitioned(recipe: Recipe) -> list[SiteShare]:
     parts = {"train": _rows_and_parts(recipe, data.source, partition, notes)}
     if data.test_source:
         with as_test_source():
-            parts["test"] = _rows_and_parts(recipe, data.test_source, partition, notes)
+            parts["test"] = _rows_and_parts(recipe, data.test_source, partition, notes, parts["train"])
     sites, known = [], SourceRows(notes=notes)
     for number, row in (pair for part in parts.values() for pairs in part.values() for pair in pairs):
         known.add(number, row)
@@ -122,9 +123,16 @@ def _partitioned(recipe: Recipe) -> list[SiteShare]:
 
 
 def _rows_and_parts(
-    recipe: Recipe, source: str, partition: PartitionSettings, notes: list[str]
+    recipe: Recipe,
+    source: str,
+    partition: PartitionSettings,
+    notes: list[str],
+    train: dict[str, list[tuple[int, Row]]] | None = None,
 ) -> dict[str, list[tuple[int, Row]]]:
-    """Return the rows of every site, parsed, with their numbers in ``source``, by which errors name them."""
+    """Return the rows of every site, parsed, with their numbers in ``source``, by which errors name them.
+
+    ``train`` are the training rows of every site where ``source`` has the test rows.
+    """
     raw = list(read_rows(source, None, recipe.data, notes))
     if partition.by == "column" and partition.column not in raw[0]:
         columns = ", ".join(raw[0])
@@ -138,12 +146,34 @@ def _rows_and_parts(
     order = np.random.default_rng(seed_from(recipe.seed, source)).permutation(len(raw)).tolist()
     split = PARTITIONERS[partition.by]([raw[i] for i in order], partition, recipe)
     if partition.by == "dirichlet":
-        moved = top_up(split, [_label(raw[i], recipe) for i in order], partition)
-        if moved:
-            minimum = f"{partition.min_rows} rows and {partition.min_labels} labels"
-            notes.append(f"{moved} of {len(raw)} rows of {source} were moved so that every site has {minimum}")
+        notes += _evened(split, [raw[i] for i in order], recipe, source, train)
     numbered = {name: [(order[k] + 1, raw[order[k]]) for k in rows] for name, rows in split.items()}
     return {name: select_numbered(rows, recipe.data, name, notes) for name, rows in numbered.items()}
+
+
+def _evened(
+    split: Parts, rows: Sequence[Row], recipe: Recipe, source: str, train: dict[str, list[tuple[int, Row]]] | None
+) -> list[str]:
+    """Move rows of a Dirichlet split, in place, until every site can train, or test on labels that it trains on.
+
+    Rows that ``data.where`` and ``data.labels`` leave out are removed from the split. Returns a note where rows moved.
+    """
+    partition, data = recipe.partition, recipe.data
+    assert partition is not None
+    labels = [_label(row, recipe) for row in rows]
+    kept = {i for i, row in enumerate(rows) if matches(row, data) and (not data.labels or labels[i] in data.labels)}
+    for part in split.values():
+        part[:] = [i for i in part if i in kept]
+    if train is None:
+        moved, reason = top_up(split, labels, partition), f"{partition.min_rows} rows and {partition.min_labels} labels"
+    elif TASKS[data.task].has_labels:
+        trained = {
+            name: Counter(label for _, row in pairs for label in labels_of(row)) for name, pairs in train.items()
+        }
+        moved, reason = follow(split, labels, trained), "test rows of labels that it trains on"
+    else:
+        return []
+    return [f"{moved} of {len(kept)} rows of {source} were moved so that every site has {reason}"] if moved else []
 
 
 def by_column(rows: Sequence[Row], settings: PartitionSettings, recipe: Recipe) -> Parts:
@@ -194,7 +224,7 @@ def dirichlet(rows: Sequence[Row], settings: PartitionSettings, recipe: Recipe) 
 
 
 def _label(row: Row, recipe: Recipe) -> str:
-    return str(row.get(recipe.data.label))
+    return " ".join(str(row.get(recipe.data.label)).split())
 
 
 PARTITIONERS = {"column": by_column, "iid": iid, "dirichlet": dirichlet}  # by partition.by

@@ -32,14 +32,19 @@ def read_rows(
         rows = read_saved(opened)
     elif opened.path.exists():
         rows = _read_file(opened)
-    elif opened.suffix in READERS or not HUB_ID.fullmatch(source):
-        raise opened.error("an existing file", source, message=f"the file {source} does not exist.")
-    else:
+    elif is_hub_id(source):
         rows = read_hub(opened)
+    else:
+        raise opened.error("an existing file", source, message=f"the file {source} does not exist.")
     if not rows:
         message = f"{source} contains no rows."
         raise opened.error("rows", f"an empty file, {source}", message=message)
     return rows
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source that is not on this machine can be a hub data set: no path, and no suffix of a file."""
+    return bool(HUB_ID.fullmatch(source)) and Source(source, DataSettings()).suffix not in READERS
 
 
 def _read_file(source: Source) -> list[Row]:

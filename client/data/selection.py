@@ -156,6 +156,9 @@ def select_numbered(
     rows: Iterable[tuple[int, Row]], data: DataSettings, site: str, notes: list[str] | None = None
 ) -> list[tuple[int, Row]]:
     """Parse the rows for their task and filter them by ``where`` and ``labels``; keep their numbers in the source."""
-    where = dict(data.where or {})
-    matching = [(n, row) for n, row in rows if all(str(row.get(k)) == v for k, v in where.items())]
-    return parse_rows(matching, data, site, notes)
+    return parse_rows([(n, row) for n, row in rows if matches(row, data)], data, site, notes)
+
+
+def matches(row: Row, data: DataSettings) -> bool:
+    """Whether a row of a source has the column values of ``data.where``."""
+    return all(str(row.get(column)) == value for column, value in (data.where or {}).items())

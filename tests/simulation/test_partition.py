@@ -106,6 +106,22 @@ def test_every_site_of_a_dirichlet_split_can_train_and_test(
         assert len(notes) == 1
 
 
+@pytest.mark.parametrize("alpha", [1e-3, 0.1, 0.5])
+def test_the_test_rows_of_a_dirichlet_split_have_labels_that_their_site_trains_on(
+    source: str, alpha: float, tmp_path: Path
+) -> None:
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps({**row, "text": f"test {row['text']}"}) + "\n" for row in ROWS[::2]))
+    partition = {"by": "dirichlet", "sites": 9, "alpha": alpha}
+    data = {"source": source, "test_source": str(test), "where": {"region": "r1"}, "labels": ["cat", "sun"]}
+    made = make_sites(recipe(data={**data, "where": None}, partition=partition))
+    for site in made:
+        assert {row["label"] for row in site.rows.test} <= {row["label"] for row in site.rows.train}
+        assert len(site.rows.train) >= 8
+    made = make_sites(recipe(data=data, partition={**partition, "sites": 3}))
+    assert all(len(site.rows.train) >= 8 for site in made), "rows that are left out do not count"
+
+
 def test_rows_are_moved_only_where_a_site_lacks_them() -> None:
     """The first site lacks a label and two rows; the second has most to spare."""
     parts = {"a": [0, 1], "b": [2, 3, 4, 5, 6, 7], "c": [8, 9, 10, 11]}
