@@ -49,8 +49,7 @@ def make_sites(recipe: Recipe) -> list[SiteShare]:
         sites = [SiteShare(settings, rows) for settings, rows in regression_sites(recipe)]
     else:
         sites = _partitioned(recipe)
-    for site in sites:
-        tell(site.rows)
+    tell([site.rows for site in sites])
     return sites
 
 

@@ -84,10 +84,18 @@ def check_rows(
     return SiteDataset(site, data.task, train, test, labels, *numbers, tuple(dict.fromkeys(notes)), columns)
 
 
-def tell(rows: SiteDataset) -> None:
-    """Log the notes of a site's rows as warnings. Only the site may see them: they can name its files and labels."""
-    for note in rows.notes:
-        logger.warning("site %s: %s", rows.site, note)
+def tell(sites: Sequence[SiteDataset]) -> None:
+    """Log the notes of sites' rows as warnings, once where all sites have the same.
+
+    Only the sites may see them: notes can name files and labels.
+    """
+    shared = [note for note in sites[0].notes if len(sites) > 1 and all(note in site.notes for site in sites)]
+    for note in shared:
+        logger.warning("%s", note)
+    for site in sites:
+        for note in site.notes:
+            if note not in shared:
+                logger.warning("site %s: %s", site.site, note)
 
 
 def _repeated(data: DataSettings, train: Sequence[Row], test: Sequence[Row], numbers: Sequence[int]) -> list[str]:
@@ -102,6 +110,8 @@ def _repeated(data: DataSettings, train: Sequence[Row], test: Sequence[Row], num
     return [f"{len(repeated)} of {len(test)} test rows are training rows too{where}"]
 
 
-def _input_of(row: Row) -> str:
+def _input_of(row: Row) -> object:
     """A text without its label; in generation the whole row, since one prompt can have several answers."""
-    return json.dumps([row["text"], row.get("text_pair")] if "text" in row else row, sort_keys=True, default=str)
+    if "text" in row:
+        return row["text"], row.get("text_pair")
+    return json.dumps(row, sort_keys=True, default=str)

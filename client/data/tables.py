@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +17,9 @@ from .source import Source
 DELIMITERS = {".csv": ",", ".tsv": "\t"}  # expected, by suffix
 CANDIDATES = (",", ";", "\t", "|")
 NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}
-SAMPLE = 100  # rows that decide between delimiters
+SAMPLE, SAMPLE_CHARACTERS = 100, 1 << 20  # rows that decide between delimiters, and characters in which they are
+LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
+EXCEL = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)  # a first line that Excel writes
 MAX_FIELD = 2**31 - 1  # characters
 
 
@@ -38,17 +40,18 @@ def read_table(source: Source) -> Iterator[Row]:
     are not closed.
     """
     text = source.text()
-    first, _, rest = text.partition("\n")
-    declared = first.strip().lower().removeprefix("sep=") if first.lower().startswith("sep=") else None  # by Excel
+    declared = EXCEL.match(text)
     if declared:
-        text = rest
-    delimiter = source.data.delimiter or declared or _sniffed(text, source)
+        text = text[declared.end() :]
+    delimiter = source.data.delimiter or (declared and declared[1]) or _sniffed(text, source)
     table = _parsed(text, delimiter, source)
     _check_columns(table.columns, source)
     _check_lengths(table, delimiter, source)
     width = len(table.columns)
     for record in table.records:
-        yield dict(zip(table.columns, [*record[:width], *[None] * (width - len(record))], strict=True))
+        if len(record) != width:
+            record = [*record[:width], *[None] * (width - len(record))]
+        yield dict(zip(table.columns, record, strict=True))
 
 
 def _sniffed(text: str, source: Source) -> str:
@@ -56,10 +59,10 @@ def _sniffed(text: str, source: Source) -> str:
 
     ``csv.Sniffer`` counts characters anywhere and so takes a comma of the texts for the delimiter of a table with tabs.
     """
-    expected = DELIMITERS[source.suffix]
-    fits = {delimiter: _fit(text, delimiter) for delimiter in CANDIDATES}
-    if fits[expected] > 0:
+    expected, start = DELIMITERS[source.suffix], text[:SAMPLE_CHARACTERS]
+    if _fit(start, expected):
         return expected
+    fits = {delimiter: _fit(start, delimiter) for delimiter in CANDIDATES}
     best = max(CANDIDATES, key=fits.__getitem__)
     if not fits[best]:
         return expected
@@ -128,7 +131,8 @@ def _first_bad_line(text: str, delimiter: str) -> int:
 
 def _reader(text: str, delimiter: str, quoting: Any, *, strict: bool) -> Any:
     csv.field_size_limit(MAX_FIELD)
-    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=strict)
+    lines = (line[0] for line in LINE.finditer(text))  # io.StringIO would take four bytes for every character
+    return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=strict)
 
 
 def _check_columns(columns: Sequence[str], source: Source) -> None:
@@ -145,7 +149,7 @@ def _check_columns(columns: Sequence[str], source: Source) -> None:
 def _check_lengths(table: Table, delimiter: str, source: Source) -> None:
     """Refuse rows with more fields than there are columns; empty ones at the end do not count."""
     width = len(table.columns)
-    numbers = [n for n, row in enumerate(table.records, 1) if any(field.strip() for field in row[width:])]
+    numbers = [n for n, row in enumerate(table.records, 1) if len(row) > width and "".join(row[width:]).strip()]
     if not numbers:
         return
     fields, rows = len(table.records[numbers[0] - 1]), listed(numbers)

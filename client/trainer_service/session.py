@@ -129,7 +129,7 @@ class TrainerSession:
 
     def _own_rows(self, plan: Plan) -> SiteDataset:
         rows = load_site_rows(self.site, plan.seed)
-        tell(rows)
+        tell([rows])
         return rows
 
     def _base_of(self, settings: ModelSettings) -> BaseModel:

@@ -43,7 +43,11 @@ class Classification(Task):
     @staticmethod
     def parse_row(raw: RawRow, data: DataSettings) -> Row | None:
         """``{"text", "label"}``, perhaps with ``"text_pair"``; None where ``data.labels`` lacks the label."""
-        row = {**parse_texts(raw, data), "label": raw.label(raw.column(data.label, "label"))}
+        raw.column(data.text, "text")  # the first to be named where both are missing
+        label = raw.column(data.label, "label")
+        if data.labels is not None and isinstance(label, str) and not label.strip():
+            return None
+        row = {**parse_texts(raw, data), "label": raw.label(label)}
         return row if data.labels is None or row["label"] in data.labels else None
 
     @staticmethod

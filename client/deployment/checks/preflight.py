@@ -193,7 +193,7 @@ class TrainerChecks:
                 if error.expected not in {f"a column {name!r}" for name in columns}:
                     return f"{error.field}: expected {error.expected}, found {_abbreviate(columns)} in {source}"
             return f"{error.field}: expected {error.expected}, found none{where}"
-        if error.field == "data.label":
+        if error.field == "data.label" or (error.field == "data.messages" and error.found[0] in "'\""):
             expected = error.expected.partition(" (")[0]
             return f"{error.field}: expected {expected}, found another value{where} (values are not shown)"
         return _without_site(error)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from colora.client.data.readers import read_rows
+from colora.client.data.row_schema import tell
 from colora.client.data.selection import load_site_rows
 from colora.common.config.loader import load_site
 from colora.common.config.schema import DataSettings, parse
@@ -282,6 +283,12 @@ def test_rows_without_a_label_are_refused_with_their_numbers(blank: str, tmp_pat
     assert message.endswith("data.label: expected a label, found an empty one in rows 3, 6, 9, 12, 15 and 3 more")
 
 
+def test_rows_without_a_label_are_left_out_where_the_labels_are_listed(tmp_path: Path) -> None:
+    rows = loaded(tmp_path / "a.jsonl", with_labels(["a", "b", "", "c"] * 4), labels=("b", "a"))
+    assert rows.labels == ("b", "a")
+    assert len(rows.train) + len(rows.test) == 8
+
+
 def test_labels_that_differ_in_white_space_are_one_and_counted(tmp_path: Path) -> None:
     rows = loaded(tmp_path / "a.jsonl", with_labels(["a", " a", "b c", "b  c"] * 3))
     assert rows.labels == ("a", "b c")
@@ -303,7 +310,16 @@ def test_whole_numbers_sort_by_value_and_may_be_written_as_fractions(tmp_path: P
     assert loaded(tmp_path / "c.jsonl", with_labels(["10", "2", "x"] * 3)).labels == ("10", "2", "x")
 
 
-def test_test_rows_that_are_training_rows_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_notes_are_logged_once_where_all_sites_have_them(caplog: pytest.LogCaptureFixture) -> None:
+    notes = {"ada": ("of the file", "of ada"), "bob": ("of the file",)}
+    tell([SiteDataset(name, "classification", (), (), notes=found) for name, found in notes.items()])
+    assert caplog.messages == ["of the file", "site ada: of ada"]
+    caplog.clear()
+    tell([SiteDataset("bob", "classification", (), (), notes=notes["bob"])])
+    assert caplog.messages == ["site bob: of the file"]
+
+
+def test_test_rows_that_are_training_rows_are_counted(tmp_path: Path) -> None:
     test = written(tmp_path / "test.jsonl", lines([{"text": "new", "label": "no"}, *ROWS[:2]]))
     rows = loaded(tmp_path / "a.jsonl", lines(), test_source=test)
     assert rows.notes == (f"2 of 3 test rows are training rows too: rows 2, 3 of {test}",)
