@@ -45,6 +45,8 @@ def parse_input(raw: RawRow, data: DataSettings) -> Row | None:
 
     None for a row without an input.
     """
+    if data.messages not in raw.values and any(name in raw.values for name in (data.prompt, *RECOGNIZED)):
+        data = dataclasses.replace(data, messages=None)  # the file has another form than the training rows
     name = format_of(raw, data)
     answer = {"alpaca": "output", "prompt-completion": data.completion}.get(name)
     values = {**raw.values, answer: ""} if answer else dict(raw.values)

@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,50 @@ def test_files_of_one_content_give_the_same_rows_without_a_word(name: str, tmp_p
     notes: list[str] = []
     assert list(read_rows(written(tmp_path / name, SAME[name]), notes=notes)) == ROWS
     assert not notes
+
+
+def parquet(path: Path) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    return path.read_bytes()
+
+
+def workbook(path: Path) -> bytes:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in [("text", "label"), *((row["text"], row["label"]) for row in ROWS)]:
+        book.active.append(row)
+    book.save(path)
+    return path.read_bytes()
+
+
+CONTENTS: dict[str, Callable[[Path], bytes]] = {
+    ".jsonl": lambda _: lines().encode(),
+    ".ndjson": lambda _: lines().encode(),
+    ".json": lambda _: json.dumps(ROWS).encode(),
+    ".csv": lambda _: table().encode(),
+    ".tsv": lambda _: table("\t").encode(),
+    ".parquet": parquet,
+    ".xlsx": workbook,
+}
+COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
+@pytest.mark.parametrize("case", [str.lower, str.upper, str.title], ids=["lower", "upper", "title"])
+@pytest.mark.parametrize("compression", COMPRESSED)
+@pytest.mark.parametrize("suffix", CONTENTS)
+def test_every_suffix_is_read_in_any_case_and_compression(
+    suffix: str, compression: str, case: Callable[[str], str], tmp_path: Path
+) -> None:
+    content = COMPRESSED[compression](CONTENTS[suffix](tmp_path / f"plain{suffix}"))
+    assert list(read_rows(written(tmp_path / case(f"rows{suffix}{compression}"), content))) == ROWS
 
 
 @pytest.mark.parametrize(("delimiter", "name"), [(";", "a semicolon"), ("\t", "a tab"), ("|", "a vertical bar")])

@@ -166,6 +166,7 @@ INPUTS: dict[str, tuple[dict[str, Any], Row, Row | None]] = {
     "messages": ({"messages": "messages"}, {"messages": [USER, ANSWER]}, talk(USER)),
     "messages in a table": ({}, {"messages": json.dumps([SYSTEM, USER])}, talk(SYSTEM, USER)),
     "messages before a prompt": ({"messages": "messages"}, {"prompt": "p", "messages": [USER]}, talk(USER)),
+    "another form than in training": ({"messages": "talk"}, {"conversations": [HUMAN, GPT]}, talk(USER)),
     "nothing asked": ({"messages": "m"}, {"m": [SYSTEM, ANSWER]}, None),
     "alpaca": ({}, {"instruction": "add", "input": ""}, {"prompt": SHORT}),
     "sharegpt": ({}, {"conversations": [HUMAN, GPT]}, talk(USER)),
