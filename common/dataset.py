@@ -5,8 +5,8 @@ A new task is one file in ``common/tasks`` and one row of ``TASKS``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 Row = dict[str, Any]
@@ -86,6 +86,10 @@ class SiteDataset:
 
     classification and multilabel: ``{"text", "label"}``, for multilabel with a tuple of labels; generation:
     ``{"messages": [{"role", "content"}, …]}`` or ``{"prompt", "completion"}``; regression: ``{"x", "y"}``.
+
+    ``train_numbers`` and ``test_numbers`` are the rows' numbers in their source (from 1; empty where unknown).
+    ``notes`` tell the site what was decided or left out while its rows were read. ``columns`` are the columns that the
+    inputs came from, by key of ``[data]``.
     """
 
     site: str
@@ -93,6 +97,10 @@ class SiteDataset:
     train: Sequence[Row]
     test: Sequence[Row]
     labels: tuple[str, ...] = ()
+    train_numbers: Sequence[int] = field(default=(), compare=False)
+    test_numbers: Sequence[int] = field(default=(), compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    columns: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 def labels_of(row: Row) -> tuple[str, ...]:

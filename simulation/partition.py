@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,17 +16,21 @@ import numpy as np
 import tomli_w
 
 from ..client.data.readers import as_test_source, read_rows
-from ..client.data.row_schema import check_rows
-from ..client.data.selection import Sources, capped, hold_out, load_site_rows, select_numbered
+from ..client.data.row_schema import SourceRows, check_rows, tell
+from ..client.data.selection import Sources, capped, hold_out, load_site_rows, matches, select_numbered
 from ..common.atomic_io import write_atomically
 from ..common.config.schema import DataSettings, PartitionSettings, Recipe, SimulatedSiteSettings, to_dict
 from ..common.config.site_schema import SiteSettings
-from ..common.dataset import TASKS, Row, SiteDataset
+from ..common.dataset import TASKS, Row, SiteDataset, labels_of
 from ..common.errors import DataError
 from ..common.seeds import seed_from
+from .minimum_shares import follow, top_up
 from .synthetic_sites import SOURCES, regression_sites
 
 Parts = dict[str, list[int]]  # site name → row indices
+COLUMNS = {  # default names of the columns that a row's keys are written as
+    **{key: key for key in ("text", "text_pair", "label", "prompt", "completion", "messages")}
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,25 +44,38 @@ class SiteShare:
 def make_sites(recipe: Recipe) -> list[SiteShare]:
     """Return the sites of a recipe with checked rows, which depend on the recipe only. Raises DataError."""
     if recipe.partition is None:
-        return _explicit(recipe)
-    if recipe.data.source in SOURCES:
-        return [SiteShare(settings, rows) for settings, rows in regression_sites(recipe)]
-    return _partitioned(recipe)
+        sites = _explicit(recipe)
+    elif recipe.data.source in SOURCES:
+        sites = [SiteShare(settings, rows) for settings, rows in regression_sites(recipe)]
+    else:
+        sites = _partitioned(recipe)
+    tell([site.rows for site in sites])
+    return sites
 
 
 def write_site(site: SiteShare, folder: Path) -> None:
-    """Write a site's rows and its ``site.toml`` to ``folder``, in the files of a deployed site."""
+    """Write a site's rows and its ``site.toml`` to ``folder``, in the files of a deployed site.
+
+    Columns keep their names, by which ``colora predict`` finds the inputs of other files.
+    """
+    settings, messages = site.settings.data, any("messages" in row for row in site.rows.train)
+    names = {key: getattr(settings, key) or default for key, default in COLUMNS.items()}
+    if len(set(names.values())) < len(names) or TASKS[site.rows.task].array_columns:
+        names = COLUMNS
     write_rows = _write_arrays if TASKS[site.rows.task].array_columns else _write_lines
-    names = {
-        part: write_rows(folder / "data" / part, rows)
+    files = {
+        part: write_rows(folder / "data" / part, [{names.get(k, k): v for k, v in row.items()} for row in rows])
         for part, rows in (("train", site.rows.train), ("test", site.rows.test))
     }
     data = dataclasses.replace(
         DataSettings(task=site.rows.task, labels=site.rows.labels or None),
-        source=f"data/{names['train']}",
-        test_source=f"data/{names['test']}",
+        source=f"data/{files['train']}",
+        test_source=f"data/{files['test']}",
         shuffle=False,
-        messages="messages" if site.rows.train and "messages" in site.rows.train[0] else None,
+        text_pair=names["text_pair"] if settings.text_pair else None,
+        messages=names["messages"] if messages else None,
+        format=None if messages or site.rows.task != "generation" else "prompt-completion",
+        **{key: names[key] for key in ("text", "label", "prompt", "completion")},
     )
     private = {"private": to_dict(site.settings.private)} if site.settings.private else {}
     text = tomli_w.dumps({"name": site.settings.name, "data": to_dict(data), **private})
@@ -84,25 +102,37 @@ def _partitioned(recipe: Recipe) -> list[SiteShare]:
             message=f"data.source and data.test_source of a partition are both {data.source}.",
             hint="Remove data.test_source: data.test_fraction of the rows is held out for testing.",
         )
-    parts = {"train": _rows_and_parts(recipe, data.source, partition)}
+    notes: list[str] = []
+    parts = {"train": _rows_and_parts(recipe, data.source, partition, notes)}
     if data.test_source:
         with as_test_source():
-            parts["test"] = _rows_and_parts(recipe, data.test_source, partition)
-    sites = []
-    for name in parts["train"]:
-        train = parts["train"][name]
+            parts["test"] = _rows_and_parts(recipe, data.test_source, partition, notes, parts["train"])
+    sites, known = [], SourceRows(notes=notes)
+    for number, row in (pair for part in parts.values() for pairs in part.values() for pair in pairs):
+        known.add(number, row)
+    for name, pairs in parts["train"].items():
+        train = [row for _, row in pairs]
         if data.test_source:
-            test = parts["test"].get(name, [])
+            test = [row for _, row in parts["test"].get(name, [])]
         else:
             train, test = hold_out(train, data, seed_from(recipe.seed, name, "held out"))
-        rows = check_rows(name, data, capped(train, data.train), capped(test, data.test))
+        rows = check_rows(name, data, capped(train, data.train), capped(test, data.test), known)
         sites.append(SiteShare(SimulatedSiteSettings(name, data), rows))
     return sites
 
 
-def _rows_and_parts(recipe: Recipe, source: str, partition: PartitionSettings) -> dict[str, list[Row]]:
-    """Return the rows of every site, parsed; errors name a row by its number in ``source``."""
-    raw = list(read_rows(source))
+def _rows_and_parts(
+    recipe: Recipe,
+    source: str,
+    partition: PartitionSettings,
+    notes: list[str],
+    train: dict[str, list[tuple[int, Row]]] | None = None,
+) -> dict[str, list[tuple[int, Row]]]:
+    """Return the rows of every site, parsed, with their numbers in ``source``, by which errors name them.
+
+    ``train`` are the training rows of every site where ``source`` has the test rows.
+    """
+    raw = list(read_rows(source, None, recipe.data, notes))
     if partition.by == "column" and partition.column not in raw[0]:
         columns = ", ".join(raw[0])
         raise DataError(
@@ -114,8 +144,35 @@ def _rows_and_parts(recipe: Recipe, source: str, partition: PartitionSettings) -
         )
     order = np.random.default_rng(seed_from(recipe.seed, source)).permutation(len(raw)).tolist()
     split = PARTITIONERS[partition.by]([raw[i] for i in order], partition, recipe)
+    if partition.by == "dirichlet":
+        notes += _evened(split, [raw[i] for i in order], recipe, source, train)
     numbered = {name: [(order[k] + 1, raw[order[k]]) for k in rows] for name, rows in split.items()}
-    return {name: [row for _, row in select_numbered(rows, recipe.data, name)] for name, rows in numbered.items()}
+    return {name: select_numbered(rows, recipe.data, name, notes) for name, rows in numbered.items()}
+
+
+def _evened(
+    split: Parts, rows: Sequence[Row], recipe: Recipe, source: str, train: dict[str, list[tuple[int, Row]]] | None
+) -> list[str]:
+    """Move rows of a Dirichlet split, in place, until every site can train, or test on labels that it trains on.
+
+    Rows that ``data.where`` and ``data.labels`` leave out are removed from the split. Returns a note where rows moved.
+    """
+    partition, data = recipe.partition, recipe.data
+    assert partition is not None
+    labels = [_label(row, recipe) for row in rows]
+    kept = {i for i, row in enumerate(rows) if matches(row, data) and (not data.labels or labels[i] in data.labels)}
+    for part in split.values():
+        part[:] = [i for i in part if i in kept]
+    if train is None:
+        moved, reason = top_up(split, labels, partition), f"{partition.min_rows} rows and {partition.min_labels} labels"
+    elif TASKS[data.task].has_labels:
+        trained = {
+            name: Counter(label for _, row in pairs for label in labels_of(row)) for name, pairs in train.items()
+        }
+        moved, reason = follow(split, labels, trained), "test rows of labels that it trains on"
+    else:
+        return []
+    return [f"{moved} of {len(kept)} rows of {source} were moved so that every site has {reason}"] if moved else []
 
 
 def by_column(rows: Sequence[Row], settings: PartitionSettings, recipe: Recipe) -> Parts:
@@ -156,13 +213,17 @@ def dirichlet(rows: Sequence[Row], settings: PartitionSettings, recipe: Recipe) 
     parts: Parts = {_site_number(k): [] for k in range(settings.sites)}
     by_label: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        by_label.setdefault(str(row.get(recipe.data.label)), []).append(i)
+        by_label.setdefault(_label(row, recipe), []).append(i)
     for label in sorted(by_label):
         shares = rng.dirichlet([settings.alpha] * settings.sites)
         cuts = (np.cumsum(shares)[:-1] * len(by_label[label])).astype(int)
         for name, chunk in zip(parts, np.split(np.array(by_label[label]), cuts), strict=True):
             parts[name] += chunk.tolist()
     return parts
+
+
+def _label(row: Row, recipe: Recipe) -> str:
+    return " ".join(str(row.get(recipe.data.label)).split())
 
 
 PARTITIONERS = {"column": by_column, "iid": iid, "dirichlet": dirichlet}  # by partition.by

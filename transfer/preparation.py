@@ -144,6 +144,9 @@ def _check(plan: Plan, site: SiteDataset, previous: TransferArtifacts | None) ->
             site.task,
             message=f"transfer.prepare needs a task of {' or '.join(TEXT_TASKS)}, but data.task is {site.task}.",
         )
+    if any("text_pair" in row for row in site.train):
+        message = "transfer.prepare needs single texts, but the site's rows are pairs of texts (data.text_pair)."
+        raise ConfigError("transfer.prepare", "false, or single texts", "pairs of texts", message=message)
     model, settings = generator_settings(plan, site.task), plan.transfer
     key = _generator_key(site.task)
     check_generates(model, key)
@@ -163,11 +166,11 @@ def _generator_key(task: str) -> str:
 
 
 def _inputs(tokenizer: Any, rows: Sequence[Row], limit: int) -> Iterator[tuple[str, str | None]]:
-    """Yield each different input, truncated to ``limit`` tokens, with its answer."""
+    """Yield each different input that is not blank, truncated to ``limit`` tokens, with its answer."""
     seen: set[str] = set()
     for row in rows:
         text = truncate(tokenizer, one_line(input_of(row)), limit)
-        if text not in seen:
+        if text and text not in seen:
             seen.add(text)
             yield text, answer_of(row)
 
@@ -230,9 +233,9 @@ def _count_tokens(tokenizer: Any, text: str) -> int:
 
 
 def input_of(row: Row) -> str:
-    """Return a row's text, its prompt, or the last user turn of its messages."""
+    """Return a row's text, its prompt, or the last user turn of its messages ("" without one)."""
     if "messages" in row:
-        return next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user")
+        return next((turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user"), "")
     return str(row["text"] if "text" in row else row["prompt"])
 
 

@@ -6,7 +6,8 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from ...common.errors import DataError, StateError
 from ...common.models.base_model import load_base_model
 from ...common.models.saved import SavedModel
 from ...common.models.sources import check_fingerprint
+from ...common.tasks import task_class
+from ...common.tasks.columns import RawRow
 from ..data.readers import read_rows
 from ..training.adapted_model import attach_adapters
 from ..training.state_store import StateStore
@@ -56,18 +59,35 @@ class Predictor:
         return self.trainer.task.predict(rows)
 
 
-def predict_file(
-    saved: SavedModel, source: Path, columns: DataSettings, *, device: str = "auto", batch_size: int | None = None
-) -> tuple[list[Row], int]:
-    """Return the rows of a file with their predictions, and the number of inputs truncated to ``model.max_length``.
+@dataclass(frozen=True)
+class FilePredictions:
+    """The rows of a file with their predictions, and what was special about its inputs.
 
-    A prediction's key that is a column already gets the prefix ``predicted_``. Raises DataError for a row without an
-    input, before the model is loaded.
+    ``truncated`` inputs were longer than ``model.max_length``. ``blank`` are the numbers of rows without an input,
+    which have no prediction. ``notes`` say how the file was read.
     """
-    rows = list(read_rows(str(source)))
-    task_spec = TASKS.get(saved.metadata.task)
-    parse_input = _INPUT_PARSERS.get((task_spec.input_column if task_spec else None, saved.metadata.chat))
-    if parse_input is None:
+
+    rows: list[Row]
+    truncated: int
+    blank: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+def predict_file(
+    saved: SavedModel,
+    source: Path,
+    columns: DataSettings | None = None,
+    *,
+    device: str = "auto",
+    batch_size: int | None = None,
+) -> FilePredictions:
+    """Predict the rows of a file. The inputs are in the columns that the model was trained on.
+
+    ``columns`` names other ones. A prediction's key that is a column already gets the prefix ``predicted_``. Raises
+    DataError for a row that lacks the column, before the model is loaded.
+    """
+    spec = TASKS.get(saved.metadata.task)
+    if spec is None or spec.input_column is None:
         task = saved.metadata.task or "no task"
         raise StateError(
             str(saved.path),
@@ -75,14 +95,25 @@ def predict_file(
             task,
             message=f"{saved.path}: predictions need a site's model of texts, not {task}.",
         )
-    inputs = [parse_input(row, number, columns, source) for number, row in enumerate(rows, 1)]
-    predictions = list(Predictor(saved, device=device, batch_size=batch_size).predict(inputs))
-    truncated = sum(prediction.pop("truncated") for prediction in predictions)
-    results = (
-        {**row, **{f"predicted_{key}" if key in row else key: value for key, value in prediction.items()}}
-        for row, prediction in zip(rows, predictions, strict=True)
-    )
-    return list(results), truncated
+    notes: list[str] = []
+    data = dataclasses.replace(columns or trained_columns(saved), task=saved.metadata.task)
+    rows = list(read_rows(str(source), None, data, notes))
+    inputs = [_input(row, number, data, source) for number, row in enumerate(rows, 1)]
+    given = [row for row in inputs if row is not None]
+    predictor = Predictor(saved, device=device, batch_size=batch_size) if given else None
+    predictions = iter(predictor.predict(given)) if predictor else iter(())
+    results, truncated = [], 0
+    for row, parsed in zip(rows, inputs, strict=True):
+        prediction = next(predictions) if parsed is not None else {}
+        truncated += prediction.pop("truncated", False)
+        results.append({**row, **{f"predicted_{key}" if key in row else key: v for key, v in prediction.items()}})
+    blank = tuple(number for number, parsed in enumerate(inputs, 1) if parsed is None)
+    return FilePredictions(results, truncated, blank, tuple(notes))
+
+
+def trained_columns(saved: SavedModel) -> DataSettings:
+    """The columns that a site's model was trained on."""
+    return DataSettings(**{**saved.metadata.columns, "chat": saved.metadata.chat})  # type: ignore[arg-type]
 
 
 def write_rows(rows: Sequence[Row], out: Path) -> None:
@@ -115,66 +146,17 @@ def render(rows: Iterable[Row], suffix: str) -> str:
     return text.getvalue()
 
 
-def _text(row: Row, number: int, columns: DataSettings, source: Path) -> Row:
-    return {"text": _non_empty(row, columns.text, number, source)}
-
-
-def _prompt(row: Row, number: int, columns: DataSettings, source: Path) -> Row:
-    return {"prompt": _non_empty(row, columns.prompt, number, source)}
-
-
-def _chat(row: Row, number: int, columns: DataSettings, source: Path) -> Row:
-    """Return the conversation up to the answer, or the prompt as its only turn."""
-    if not row.get("messages"):
-        return {"messages": [{"role": "user", "content": _non_empty(row, columns.prompt, number, source)}]}
-    turns = _turns(row["messages"])
-    while turns and turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
-    if not turns:
-        found = f"{str(row['messages'])[:80]!r}"
-        raise DataError(
-            f"row {number} of {source}",
-            "messages of role and content with a turn to answer",
-            found,
-            message=f"Row {number} of {source} has no messages of role and content with a turn to answer: {found}.",
-        )
-    return {"messages": turns}
-
-
-def _turns(value: Any) -> list[dict[str, str]]:
-    """Parse a row's messages, a list or its JSON; return an empty list for anything else."""
+def _input(row: Row, number: int, data: DataSettings, source: Path) -> Row | None:
+    """Return a row's input, or None where it is blank. Raises DataError for a row without the column."""
     try:
-        turns = json.loads(value) if isinstance(value, str) else value
-        return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in turns]
-    except (ValueError, TypeError, KeyError):
-        return []
-
-
-def _non_empty(row: Row, column: str, number: int, source: Path) -> str:
-    value = row.get(column)
-    if value is None:
-        names = ", ".join(map(str, row))
+        return task_class(data.task).parse_input(RawRow(row, number, ""), data)
+    except DataError as error:
+        key = error.field.removeprefix("data.")
+        found = error.found.removesuffix(f" in row {number}")
         raise DataError(
             f"row {number} of {source}",
-            f"a column {column!r}",
-            f"only {names}",
-            message=f"Row {number} of {source} has no column {column!r}, only {names}.",
+            error.expected,
+            found,
+            message=f"Row {number} of {source} needs {error.expected} ({key}), but has {found}.",
             hint="Name the column with --column.",
-        )
-    if not str(value).strip():
-        raise DataError(
-            f"row {number} of {source}",
-            f"a text in {column!r}",
-            "an empty one",
-            message=f"Row {number} of {source} has an empty {column!r}.",
-        )
-    return str(value)
-
-
-_INPUT_PARSERS: dict[
-    tuple[str | None, bool], Callable[[Row, int, DataSettings, Path], Row]
-] = {  # by (input column, chat)
-    ("text", False): _text,
-    ("prompt", False): _prompt,
-    ("prompt", True): _chat,
-}
+        ) from None

@@ -1,22 +1,73 @@
-"""Columns of a source become rows of a task. Raises a DataError that names the row."""
+"""Columns of a source become rows of a task. Raises a DataError that names the rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from ...common.config.schema import DataSettings
-from ...common.dataset import Row, SiteDataset
+from ...common.dataset import TASKS, Row, SiteDataset
 from ...common.errors import DataError
 from ...common.tasks import task_class
-from ...common.tasks.columns import RawRow
+from ...common.tasks.columns import RawRow, listed
+
+logger = logging.getLogger("colora.data")
+INPUT_KEYS = ("text", "text_pair", "prompt", "messages", "system")  # keys of [data] that name columns of inputs
 
 
-def parse_row(values: Row, number: int, data: DataSettings, site: str) -> Row | None:
-    """A row of a source in the form of the site's task; None for a row that ``data.labels`` leaves out."""
-    return task_class(data.task).parse_row(RawRow(values, number, site), data)
+@dataclass
+class SourceRows:
+    """Parsed rows of one site, and what is known of them: numbers in their source, and notes for the site."""
+
+    numbers: dict[int, int] = field(default_factory=dict)  # by identity of a row
+    notes: list[str] = field(default_factory=list)
+    kept: list[Row] = field(default_factory=list)  # so that an identity is never used twice
+
+    def add(self, number: int, row: Row) -> None:
+        """Remember a row's number."""
+        self.numbers[id(row)] = number
+        self.kept.append(row)
+
+    def numbers_of(self, rows: Iterable[Row]) -> tuple[int, ...]:
+        """Return the numbers of rows that were added."""
+        return tuple(self.numbers[id(row)] for row in rows)
 
 
-def check_rows(site: str, data: DataSettings, train: Sequence[Row], test: Sequence[Row]) -> SiteDataset:
+def parse_rows(
+    rows: Iterable[tuple[int, Row]], data: DataSettings, site: str, notes: list[str] | None = None
+) -> list[tuple[int, Row]]:
+    """Parse rows, given with their numbers, for the site's task, without the rows that ``data.labels`` leaves out.
+
+    ``notes`` receives what was changed. Raises a DataError for the first key of ``[data]`` that rows do not fit, with
+    the numbers of all such rows.
+    """
+    parse, parsed, failures = task_class(data.task).parse_row, [], []
+    rows = list(rows)
+    remarks: dict[str, list[int]] = {}
+    for number, values in rows:
+        try:
+            row = parse(RawRow(values, number, site, remarks), data)
+        except DataError as error:
+            failures.append((number, error))
+            continue
+        if row is not None:
+            parsed.append((number, row))
+    if failures:
+        first = failures[0][1]
+        same = [number for number, error in failures if error.field == first.field]
+        found = first.found.removesuffix(f" in row {same[0]}")
+        where = "every row" if len(same) == len(rows) > 1 else listed(same)
+        raise DataError(first.field, first.expected, f"{found} in {where}", site=first.site, hint=first.hint)
+    if notes is not None:
+        notes += [f"{sentence} in {listed(numbers)} of {data.source}" for sentence, numbers in remarks.items()]
+    return parsed
+
+
+def check_rows(
+    site: str, data: DataSettings, train: Sequence[Row], test: Sequence[Row], known: SourceRows | None = None
+) -> SiteDataset:
     """Check the rules that need all rows: some on both sides, and what the task asks for. Raises DataError."""
     if not train:
         raise DataError("data.source", "rows to train on", f"none in {data.source}", site=site)
@@ -27,4 +78,40 @@ def check_rows(site: str, data: DataSettings, train: Sequence[Row], test: Sequen
         labels = task_class(data.task).check_rows(data, train, test)
     except DataError as error:
         raise error.at_site(site) from None
-    return SiteDataset(site, data.task, train, test, labels)
+    numbers = (known.numbers_of(train), known.numbers_of(test)) if known else ((), ())
+    notes = (*(known.notes if known else ()), *_repeated(data, train, test, numbers[1]))
+    columns = {key: name for key in INPUT_KEYS if (name := getattr(data, key)) is not None}
+    return SiteDataset(site, data.task, train, test, labels, *numbers, tuple(dict.fromkeys(notes)), columns)
+
+
+def tell(sites: Sequence[SiteDataset]) -> None:
+    """Log the notes of sites' rows as warnings, once where all sites have the same.
+
+    Only the sites may see them: notes can name files and labels.
+    """
+    shared = [note for note in sites[0].notes if len(sites) > 1 and all(note in site.notes for site in sites)]
+    for note in shared:
+        logger.warning("%s", note)
+    for site in sites:
+        for note in site.notes:
+            if note not in shared:
+                logger.warning("site %s: %s", site.site, note)
+
+
+def _repeated(data: DataSettings, train: Sequence[Row], test: Sequence[Row], numbers: Sequence[int]) -> list[str]:
+    """Note test rows whose inputs are training rows too: their metrics say little about new inputs."""
+    if TASKS[data.task].array_columns:
+        return []
+    inputs = {_input_of(row) for row in train}
+    repeated = [i for i, row in enumerate(test) if _input_of(row) in inputs]
+    if not repeated:
+        return []
+    where = f": {listed(sorted(numbers[i] for i in repeated))} of {data.test_source or data.source}" if numbers else ""
+    return [f"{len(repeated)} of {len(test)} test rows are training rows too{where}"]
+
+
+def _input_of(row: Row) -> object:
+    """A text without its label; in generation the whole row, since one prompt can have several answers."""
+    if "text" in row:
+        return row["text"], row.get("text_pair")
+    return json.dumps(row, sort_keys=True, default=str)

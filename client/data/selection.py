@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -15,23 +16,26 @@ from ...common.dataset import Row, SiteDataset, labels_of
 from ...common.errors import DataError
 from ...common.seeds import seed_from
 from .readers import as_test_source, read_rows
-from .row_schema import check_rows, parse_row
+from .row_schema import SourceRows, check_rows, parse_rows
 
 
 @dataclass
 class Sources:
     """The sources read so far, and the rows taken from them: two sites of one machine never get the same row."""
 
-    rows: dict[str, list[Row]] = field(default_factory=dict)
+    rows: dict[tuple[str | None, ...], tuple[list[Row], list[str]]] = field(default_factory=dict)
     taken: dict[str, set[int]] = field(default_factory=dict)
 
-    def free(self, source: str, site: str) -> list[tuple[int, Row]]:
-        """Return the rows that no site has taken, with their numbers in the source (from 1)."""
+    def free(self, source: str, data: DataSettings, site: str) -> tuple[list[tuple[int, Row]], list[str]]:
+        """Return the rows that no site has taken, with their numbers in the source (from 1), and the reader's notes."""
         key = _source_key(source)
-        if key not in self.rows:
-            self.rows[key] = list(read_rows(source, site))
+        read_as = (key, data.config, data.delimiter, data.encoding)
+        if read_as not in self.rows:
+            notes: list[str] = []
+            self.rows[read_as] = list(read_rows(source, site, data, notes)), notes
+        rows, notes = self.rows[read_as]
         taken = self.taken.setdefault(key, set())
-        free = [(n, row) for n, row in enumerate(self.rows[key], 1) if n not in taken]
+        free = [(n, row) for n, row in enumerate(rows, 1) if n not in taken]
         if not free:
             raise DataError(
                 "data.source",
@@ -41,7 +45,7 @@ class Sources:
                 message=f"data.source: the other sites take all {len(taken)} rows of {source}.",
                 hint="Limit the rows of each site with data.train and data.test.",
             )
-        return free
+        return free, notes
 
     def take(self, source: str, numbers: Iterable[int]) -> None:
         """Mark rows as taken."""
@@ -54,17 +58,20 @@ def load_site_rows(site: SiteSettings, seed: int, sources: Sources | None = None
     The order derives from the seed, the site and the file's name, so that a simulation and a deployed site with the
     same file select the same rows.
     """
-    data, sources = site.data, sources or Sources()
+    data, sources, known = site.data, sources or Sources(), SourceRows()
 
     def draw(source: str, count: int | None) -> list[Row]:
-        free = sources.free(source, site.name)
-        selected = dict(select_numbered(free, data, site.name))
+        free, notes = sources.free(source, data, site.name)
+        known.notes += notes
+        selected = dict(select_numbered(free, data, site.name, known.notes))
         order = (
             _order(len(free), seed_from(seed, site.name, _source_name(source))) if data.shuffle else range(len(free))
         )
         candidates = [(n, selected[n]) for n in (free[i][0] for i in order) if n in selected]
         chosen = balanced(candidates, count) if data.shuffle else candidates
         sources.take(source, (n for n, _ in chosen))
+        for number, row in chosen:
+            known.add(number, row)
         return [row for _, row in chosen]
 
     if data.test_source:
@@ -74,7 +81,7 @@ def load_site_rows(site: SiteSettings, seed: int, sources: Sources | None = None
     else:
         total = None if data.train is None or data.test is None else data.train + data.test
         train, test = hold_out(draw(data.source, total), data, seed_from(seed, site.name, "held out"))
-    return check_rows(site.name, data, capped(train, data.train), capped(test, data.test))
+    return check_rows(site.name, data, capped(train, data.train), capped(test, data.test), known)
 
 
 def _order(count: int, seed: int) -> list[int]:
@@ -82,13 +89,13 @@ def _order(count: int, seed: int) -> list[int]:
 
 
 def _source_key(source: str) -> str:
-    """Return a key that two spellings of one file's path share."""
-    return str(Path(source).resolve()) if Path(source).is_file() else source
+    """Return a key that two spellings of one path share."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def _source_name(source: str) -> str:
-    """Return a file's name without its folder, and any other source as it is."""
-    return Path(source).name if Path(source).is_file() else source
+    """Return the name of a file or folder without its parent, and any other source as it is."""
+    return Path(source).name if Path(source).exists() else source
 
 
 def capped(rows: Sequence[Row], count: int | None) -> list[Row]:
@@ -115,7 +122,7 @@ def hold_out(rows: Sequence[Row], data: DataSettings, seed: int) -> tuple[list[R
 
     The ratio is ``train`` : ``test`` where both are set, otherwise ``test_fraction``. With ``stratify`` it holds for
     every label. The first test row of a label that training lacks is moved to training, so that no site is refused by
-    chance.
+    chance. If that would leave no test row, a training row whose labels others have becomes one.
     """
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     if data.stratify:
@@ -127,7 +134,13 @@ def hold_out(rows: Sequence[Row], data: DataSettings, seed: int) -> tuple[list[R
         if not seen.issuperset(labels_of(rows[i])):
             seen.update(labels_of(rows[i]))
             moved.append(i)
-    return [rows[i] for i in moved + order[:cut]], [rows[i] for i in order[cut:] if i not in moved]
+    taken = set(moved)
+    train, test = moved + order[:cut], [i for i in order[cut:] if i not in taken]
+    if moved and not test:
+        counts = Counter(label for i in train for label in labels_of(rows[i]))
+        test = [i for i in train if all(counts[label] > 1 for label in labels_of(rows[i]))][-1:]
+        train = [i for i in train if i not in test]
+    return [rows[i] for i in train], [rows[i] for i in test]
 
 
 def _interleaved(rows: Sequence[Row], order: Sequence[int]) -> list[int]:
@@ -139,9 +152,13 @@ def _interleaved(rows: Sequence[Row], order: Sequence[int]) -> list[int]:
     return sorted(order, key=places.__getitem__)
 
 
-def select_numbered(rows: Iterable[tuple[int, Row]], data: DataSettings, site: str) -> list[tuple[int, Row]]:
+def select_numbered(
+    rows: Iterable[tuple[int, Row]], data: DataSettings, site: str, notes: list[str] | None = None
+) -> list[tuple[int, Row]]:
     """Parse the rows for their task and filter them by ``where`` and ``labels``; keep their numbers in the source."""
-    where = dict(data.where or {})
-    matching = [(n, row) for n, row in rows if all(str(row.get(k)) == v for k, v in where.items())]
-    parsed = [(n, parse_row(row, n, data, site)) for n, row in matching]
-    return [(n, row) for n, row in parsed if row is not None]
+    return parse_rows([(n, row) for n, row in rows if matches(row, data)], data, site, notes)
+
+
+def matches(row: Row, data: DataSettings) -> bool:
+    """Whether a row of a source has the column values of ``data.where``."""
+    return all(str(row.get(column)) == value for column, value in (data.where or {}).items())

@@ -21,6 +21,7 @@ from ...common.protocol.types import TrainReply, TrainRequest
 from ...common.training.loop import StepCallback
 from ...transfer.preparation import TransferArtifacts
 from ..artifacts.transfer import is_prepared, rows_on_new_base
+from ..data.row_schema import tell
 from ..data.selection import load_site_rows
 from ..training.adapted_model import attach_adapters
 from ..training.state_store import StateStore
@@ -123,8 +124,13 @@ class TrainerSession:
                 gc.collect()
                 rows, artifacts = rows_on_new_base(plan, old, self.folder(plan) / "transfer")
                 return rows, True, artifacts
-            return load_site_rows(self.site, plan.seed), self.site.on_unprepared == "retrain", None
-        return load_site_rows(self.site, plan.seed), True, None
+            return self._own_rows(plan), self.site.on_unprepared == "retrain", None
+        return self._own_rows(plan), True, None
+
+    def _own_rows(self, plan: Plan) -> SiteDataset:
+        rows = load_site_rows(self.site, plan.seed)
+        tell([rows])
+        return rows
 
     def _base_of(self, settings: ModelSettings) -> BaseModel:
         if self._base is None or self._base[0] != settings:

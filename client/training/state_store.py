@@ -67,6 +67,11 @@ class StateStore:
             meta["card"]["plan"],
         )
 
+    def labels(self) -> tuple[str, ...]:
+        """Return the labels of the site's first state on disk, in the order of its head; empty without a state."""
+        path = min(self.folder.glob("round-*.safetensors"), default=None)
+        return tuple(load_arrays(path, prefix=NOTHING)[1]["card"]["labels"]) if path else ()
+
     def reply(self, round_number: int, key: str) -> TrainReply | None:
         """Return the stored reply to the request with this key, or None if there is none."""
         path = self.path(round_number)

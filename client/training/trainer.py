@@ -35,6 +35,7 @@ from ...transfer.preparation import TransferArtifacts, check_preparation, prepar
 from .adapted_model import AdaptedModel
 from .benefit import PersonalFit, benefit_ratio, cross_fitted_loss
 from .evaluation import evaluate
+from .label_list import with_pinned_labels
 from .schedule import phases
 from .spectral import power_step
 from .state_store import PersonalState, StateStore, check_private
@@ -62,6 +63,7 @@ class Trainer:
         trains: bool = True,
         artifacts: TransferArtifacts | None = None,
     ) -> None:
+        rows = with_pinned_labels(rows, store.labels())
         self.site, self.model, self.store, self.trains, self.transfer_artifacts = (
             rows.site,
             model,
@@ -229,6 +231,7 @@ class Trainer:
             task=task.task,
             labels=task.labels,
             chat=bool(task.train) and "messages" in task.train[0],
+            columns=dict(task.columns),
             fingerprint=dataclasses.asdict(fingerprint),
             metrics=dict(reply.metrics),
         )

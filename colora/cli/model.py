@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -40,11 +41,13 @@ def export(
 
 def predict(
     state: Annotated[Path, typer.Argument(show_default=False)],
-    source: Annotated[Path, typer.Option("--input", help="Rows to read: .jsonl, .csv, .tsv or .parquet.")],
+    source: Annotated[Path, typer.Option("--input", help="Rows to read, in a file that a recipe can name.")],
     out: Annotated[
         Path | None, typer.Option(help="File to write: .jsonl, .csv or .tsv. Default: the terminal.")
     ] = None,
-    column: Annotated[str | None, typer.Option(help="The column to read. Default: text or prompt.")] = None,
+    column: Annotated[
+        str | None, typer.Option(help="The column to read. Default: the one that the model was trained on.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's evaluation.batch_size.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:0, …")] = "auto",
 ) -> None:
@@ -52,20 +55,30 @@ def predict(
 
     STATE is a site's folder or one of its state files.
     """
-    from colora.client.artifacts.predict import predict_file, render, write_rows
-    from colora.common.config.schema import DataSettings
+    from colora.client.artifacts.predict import predict_file, render, trained_columns, write_rows
     from colora.common.models.saved import read_saved_model
+    from colora.common.tasks.columns import listed
 
-    columns = DataSettings(text=column or "text", prompt=column or "prompt")
+    saved = read_saved_model(state)
+    columns = trained_columns(saved)
+    if column:
+        columns = dataclasses.replace(columns, text=column, prompt=column, messages=None)
     render([], out.suffix if out else ".jsonl")  # refuse an unknown ending before the work
-    rows, truncated = predict_file(read_saved_model(state), source, columns, device=device, batch_size=batch_size)
+    found = predict_file(saved, source, columns, device=device, batch_size=batch_size)
+    count = len(found.rows)
     if out:
-        write_rows(rows, out)
-        typer.echo(f"{out}: {len(rows)} predictions")
+        write_rows(found.rows, out)
+        typer.echo(f"{out}: {count - len(found.blank)} predictions")
     else:
-        typer.echo(render(rows, ".jsonl"), nl=False)
-    if truncated:
-        typer.echo(f"{truncated} of {len(rows)} inputs were truncated to the model's max_length.", err=True)
+        typer.echo(render(found.rows, ".jsonl"), nl=False)
+    if found.truncated:
+        typer.echo(f"{found.truncated} of {count} inputs were truncated to the model's max_length.", err=True)
+    if found.blank:
+        typer.echo(
+            f"{len(found.blank)} of {count} rows are blank and have no prediction: {listed(found.blank)}.", err=True
+        )
+    for note in found.notes:
+        typer.echo(f"{note}.", err=True)
 
 
 def personalize(

@@ -55,7 +55,6 @@ def simulate(
     from colora.server.reporting.console import LiveDisplay, print_report
     from colora.server.reporting.summary import summarize
     from colora.server.rounds.run_options import read_replay
-    from colora.simulation.run import simulate as run_simulation
 
     overrides = [*(set_ or [])]
     overrides += [f'simulation.engine="{engine}"'] if engine else []
@@ -64,6 +63,10 @@ def simulate(
         settings = _transfer_recipe(transfer_from, transfer_to, recipe, overrides)
     else:
         settings = load_recipe(find_recipe(recipe or "demo"), tuple(overrides))
+    if settings.transfer.source_federation is None:
+        _check_sources(settings)
+    from colora.simulation.run import simulate as run_simulation  # imports torch, which takes seconds
+
     folder = out or Path("runs") / settings.name
     console = Console()
     replayed = read_replay(replay) if replay else None
@@ -77,6 +80,16 @@ def simulate(
         raise typer.Exit(STOPPED) from None
     print_report(summarize(run.events()), run.path, console)
     _print_next_step(settings, run.path, console)
+
+
+def _check_sources(recipe: Recipe) -> None:
+    """Check the files of all sites that can be checked at once. Raises DataError."""
+    from colora.client.data.early_check import check_sources
+
+    if recipe.partition is not None and not recipe.data.source.startswith("synthetic:"):
+        check_sources(recipe.data, None)
+    for site in recipe.site:
+        check_sources(site.data, site.name)
 
 
 def _print_next_step(settings: Recipe, folder: Path, console: Console) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ..dataset import TaskKind
-from .field_types import STRICT, Name, Positive, PositiveFloat
+from .field_types import STRICT, Count, Name, Positive, PositiveFloat
 from .model_schema import Private
 
 
@@ -18,8 +18,8 @@ class DataSettings:
     """Where rows come from and what their columns mean."""
 
     source: str = ""
-    """A .jsonl, .csv, .tsv, .parquet or .npz file, ``asset:NAME/PART``, or a hub data set: ``ID`` or ``ID:SPLIT``.
-    Required at every site."""
+    """A file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .xlsx or .npz, compressed or not), a folder of
+    ``save_to_disk``, ``asset:NAME/PART``, or a hub data set: ``ID`` or ``ID:SPLIT``. Required at every site."""
 
     test_source: str | None = None
     """Source of the test rows. Unset: a part of ``source`` is held out."""
@@ -28,11 +28,25 @@ class DataSettings:
     """Fraction of ``source`` that is held out for testing. Used without ``test_source``, unless both ``train`` and
     ``test`` are set."""
 
+    config: str | None = None
+    """Configuration of a hub data set. Unset: its default."""
+
+    delimiter: Annotated[str, Field(pattern=r"^[^\r\n\"]$")] | None = None
+    """Character between the columns of a .csv or .tsv file. Unset: a comma or a tab, or another one that the first
+    lines show."""
+
+    encoding: str | None = None
+    """Encoding of a text file, such as ``cp1252``. Unset: UTF-8, UTF-16 with a byte order mark, or the most likely
+    one."""
+
     task: TaskKind = "classification"
     """The task that the site trains for."""
 
     text: str = "text"
-    """Column of the input text, in classification and regression."""
+    """Column of the input text, in classification, or a template such as ``{title}: {body}``."""
+
+    text_pair: str | None = None
+    """Column of a second text, for tasks on pairs of texts. Unset: one text per row."""
 
     label: str = "label"
     """Column of the label, in classification."""
@@ -41,19 +55,27 @@ class DataSettings:
     """Multi-label classification: one column of 0 and 1 for each label, instead of ``label``."""
 
     labels: tuple[str, ...] | None = None
-    """Labels to keep, in the order of the head's classes. Unset: all labels in the training rows, sorted."""
+    """Labels to keep, in the order of the head's classes. Unset: all labels in the training rows, sorted, whole numbers
+    by value."""
+
+    format: Literal["prompt-completion", "alpaca", "sharegpt", "messages"] | None = None
+    """Format of instruction data, in generation. Unset: the one that the columns show."""
 
     prompt: str = "prompt"
-    """Column of the prompt, in generation."""
+    """Column of the prompt, in generation, or a template such as ``{question} {choices}``."""
 
     completion: str = "completion"
-    """Column of the completion, in generation."""
+    """Column of the completion, in generation, or a template."""
 
     messages: str | None = None
-    """Column of chat messages, a list of ``{role, content}``. Replaces ``prompt`` and ``completion``."""
+    """Column of chat messages: a list of ``{role, content}`` or of ShareGPT's ``{from, value}``, or its JSON. Replaces
+    ``prompt`` and ``completion``."""
+
+    system: str | None = None
+    """Column of a system message, in generation. Unset: a column ``system`` of a conversation."""
 
     chat: bool = False
-    """Wrap prompt and completion as a user and an assistant turn of the chat template."""
+    """Wrap prompt and completion, or an Alpaca row, as a user and an assistant turn of the chat template."""
 
     where: dict[str, str] | None = None
     """Column values that a row must have. Unset: all rows are kept."""
@@ -87,6 +109,12 @@ class PartitionSettings:
 
     alpha: PositiveFloat = 0.5
     """Concentration of the Dirichlet distribution. Smaller values give sites with fewer labels."""
+
+    min_rows: Count = 8
+    """Minimum number of rows per site, with ``dirichlet``. Sites with fewer get rows of the largest sites."""
+
+    min_labels: Count = 2
+    """Minimum number of labels per site, with ``dirichlet``."""
 
 
 @dataclass(frozen=True, config=STRICT)

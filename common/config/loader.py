@@ -92,10 +92,15 @@ def load_site(path: Path) -> SiteSettings:
 
 
 def resolve_paths(data: DataSettings, folder: Path) -> DataSettings:
-    """Make sources that are files below ``folder`` absolute."""
+    """Make sources that are files or folders below ``folder`` absolute."""
 
     def resolve(source: str | None) -> str | None:
-        return str((folder / source).resolve()) if source and (folder / source).is_file() else source
+        if not source:
+            return source
+        name, colon, split = source.rpartition(":")  # FOLDER:SPLIT
+        if colon and (folder / name).is_dir():
+            return f"{(folder / name).resolve()}:{split}"
+        return str((folder / source).resolve()) if (folder / source).exists() else source
 
     return dataclasses.replace(data, source=resolve(data.source) or "", test_source=resolve(data.test_source))
 

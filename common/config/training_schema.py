@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from .field_types import STRICT, Count, Group, Positive, PositiveFloat, Rate
+from .field_types import STRICT, Count, Group, Positive, PositiveFloat, Probability, Rate
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -88,6 +88,14 @@ class TrainSettings:
     max_update_norm: PositiveFloat | None = None
     """Maximum Frobenius norm of a site's update over all shared arrays. The site scales longer updates down. Unset: no
     limit."""
+
+    class_weights: Literal["balanced"] | None = None
+    """Weights of examples in classification with one label per text. ``balanced`` gives every label of a site the same
+    total weight. Unset: all examples weigh the same."""
+
+    label_smoothing: Probability = 0.0
+    """Fraction of a label's probability that the training loss spreads over all labels. For classification with one
+    label per text."""
 
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     """Learning rate schedule over the optimizer steps of all rounds and the final steps."""

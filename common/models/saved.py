@@ -36,6 +36,7 @@ class ModelMetadata:
     task: str = ""
     labels: tuple[str, ...] = ()
     chat: bool = False  # whether texts pass through the chat template
+    columns: Mapping[str, str] = field(default_factory=dict)  # of inputs, by key of [data]
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from ..config.schema import DataSettings, Plan
 from ..dataset import TASKS, Row, SiteDataset
 from ..errors import DataError
 from ..models.base_model import BaseModel
-from .columns import RawRow
+from .columns import RawRow, listed
+
+logger = logging.getLogger("colora.data")
 
 Batch = dict[str, torch.Tensor]
 Metrics = dict[str, float]
@@ -23,11 +26,15 @@ Prediction = dict[str, Any]  # ``label`` and ``probabilities`` by label, or ``co
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows as tensors. ``truncated`` of them were longer than ``max_length``; ``dropped`` had no text to learn from."""
+    """Rows as tensors. ``truncated`` of them were longer than ``max_length``; ``dropped`` had no text to learn from.
+
+    ``refused`` are the positions of dropped rows that the tokenizer's chat template does not accept, with reasons.
+    """
 
     examples: tuple[Any, ...]
     truncated: int = 0
     dropped: int = 0
+    refused: tuple[tuple[int, str], ...] = ()
 
 
 class Task(ABC):
@@ -47,12 +54,29 @@ class Task(ABC):
         self.rows, self.base, self.plan = rows, base, plan
         self.module, self.head = self._build()
         self.train, self.test = self.encode(rows.train), self.encode(rows.test)
+        self._tell_refused("training", self.train, rows.train_numbers)
+        self._tell_refused("test", self.test, rows.test_numbers)
+
+    def _tell_refused(self, kind: str, encoded: Encoded, numbers: Sequence[int]) -> None:
+        """Log the rows that were left out since the chat template refuses them. The log stays at the site."""
+        if encoded.refused:
+            where = listed([numbers[i] if numbers else i + 1 for i, _ in encoded.refused])
+            reason = encoded.refused[0][1]
+            logger.warning("site %s: %s %s left out: %s", self.rows.site, kind, where, reason)
 
     @staticmethod
     def parse_row(raw: RawRow, data: DataSettings) -> Row | None:
         """Convert a row of a source to the form of ``encode``; None leaves the row out. Raises DataError.
 
         Every task of the table overrides this. Tasks that only train an auxiliary model do not read sources.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def parse_input(raw: RawRow, data: DataSettings) -> Row | None:
+        """Convert a row to the form of ``predict``, without its label or answer; None for one without an input.
+
+        Raises DataError. Tasks with an ``input_column`` override this.
         """
         raise NotImplementedError
 

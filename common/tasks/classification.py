@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..config.schema import DataSettings
 from ..dataset import Row
 from ..errors import DataError
 from .base import Batch, Encoded, Metrics, Prediction, Task, pad
-from .columns import RawRow, abbreviated
+from .columns import RawRow, abbreviated, sorted_labels
 
 Label = int | list[float]  # the index of a class, or one number for each class
 Linear = tuple[np.ndarray, np.ndarray]  # weights (classes, d) and offsets (classes,)
@@ -22,18 +23,40 @@ UNSEEN = -10.0  # the offset (logit) of a class without an example
 NEGLIGIBLE = 0.01  # probabilities below it are ignored in the fit, which copies an example for each of its classes
 
 
+class Tokens(list[int]):
+    """Token ids of a text, with their ``types`` for pairs of texts, and whether the text was ``truncated``."""
+
+    def __init__(self, ids: Sequence[int], truncated: bool = False, types: Sequence[int] = ()) -> None:
+        super().__init__(ids)
+        self.truncated, self.types = truncated, types
+
+
+def parse_texts(raw: RawRow, data: DataSettings) -> Row:
+    """``{"text"}`` of a row or, with ``data.text_pair``, ``{"text", "text_pair"}``."""
+    pair = {"text_pair": raw.text(data.text_pair, "text_pair")} if data.text_pair else {}
+    return {"text": raw.text(data.text, "text"), **pair}
+
+
 class Classification(Task):
     """Predicts one label for each text. Metrics: ``accuracy``, ``macro_f1`` and ``loss``."""
 
     @staticmethod
     def parse_row(raw: RawRow, data: DataSettings) -> Row | None:
-        """``{"text", "label"}`` with the label as text; None where ``data.labels`` lacks the label."""
-        raw.column(data.text, "text")
+        """``{"text", "label"}``, perhaps with ``"text_pair"``; None where ``data.labels`` lacks the label."""
+        raw.column(data.text, "text")  # the first to be named where both are missing
         label = raw.column(data.label, "label")
-        if isinstance(label, float) or label is None:
-            raise raw.error("label", "a text or whole number", repr(label))
-        row = {"text": raw.text(data.text, "text"), "label": str(label)}
+        if data.labels is not None and isinstance(label, str) and not label.strip():
+            return None
+        row = {**parse_texts(raw, data), "label": raw.label(label)}
         return row if data.labels is None or row["label"] in data.labels else None
+
+    @staticmethod
+    def parse_input(raw: RawRow, data: DataSettings) -> Row | None:
+        """``{"text"}``, perhaps with ``"text_pair"``; None for a blank text."""
+        keys = [key for key in ("text", "text_pair") if getattr(data, key)]
+        values = {key: raw.column(getattr(data, key), key) for key in keys}
+        texts = {key: "" if value is None else str(value) for key, value in values.items()}
+        return texts if texts["text"].strip() else None
 
     @classmethod
     def check_rows(cls, data: DataSettings, train: Sequence[Row], test: Sequence[Row]) -> tuple[str, ...]:
@@ -44,7 +67,7 @@ class Classification(Task):
             raise DataError("data.label", f"a label seen in training ({abbreviated(seen)})", repr(unseen[0]))
         if len(seen) < 2:
             raise DataError("data.label", "at least two classes", f"only {abbreviated(seen)}")
-        return data.labels or tuple(sorted(seen))
+        return data.labels or sorted_labels(seen)
 
     def _build(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         module, self._head = self.base.classifier(len(self.rows.labels))
@@ -55,26 +78,29 @@ class Classification(Task):
         kept = [row for row in rows if row["text"].strip()]
         if not kept:
             return Encoded((), dropped=len(rows))
-        limit = self.plan.model.max_length
-        ids = self.base.tokenizer([row["text"] for row in kept], verbose=False)["input_ids"]
-        cut = self.base.tokenizer([row["text"] for row in kept], truncation=True, max_length=limit)["input_ids"]
-        examples = tuple(zip(cut, self._targets(kept), strict=True))
-        return Encoded(examples, sum(len(i) > limit for i in ids), len(rows) - len(kept))
+        encoded = self._tokenized(kept)
+        examples = tuple(zip(encoded, self._targets(kept), strict=True))
+        return Encoded(examples, sum(tokens.truncated for tokens in encoded), len(rows) - len(kept))
 
     def collate(self, examples: Sequence[Any]) -> Batch:
-        """``input_ids`` and ``attention_mask`` (n, longest); ``labels`` (n,), or (n, classes) of probabilities."""
+        """``input_ids`` and ``attention_mask`` (n, longest); ``labels`` (n,), or (n, classes) of probabilities.
+
+        Pairs of texts have ``token_type_ids`` (n, longest), too, where the tokenizer makes them.
+        """
         ids = [tokens for tokens, _ in examples]
         batch = {
             "input_ids": pad(ids, self.base.tokenizer.pad_token_id),
             "attention_mask": pad([[1] * len(i) for i in ids], 0),
             "labels": torch.tensor([label for _, label in examples]),
         }
+        if any(tokens.types for tokens in ids):
+            batch["token_type_ids"] = pad([tokens.types for tokens in ids], 0)
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """The mean loss over the examples; one term per example."""
+        """The mean training loss over the examples; one term per example."""
         labels = batch["labels"]
-        return self._loss(self._logits(batch), labels), len(labels)
+        return self._training_loss(self._logits(batch), labels), len(labels)
 
     @torch.no_grad()
     def measure(self, *, generate: bool) -> Metrics:
@@ -91,16 +117,23 @@ class Classification(Task):
     def predict(self, rows: Sequence[Row]) -> Iterator[Prediction]:
         """The most probable label, and the probabilities of all labels."""
         self.module.eval()
-        size, limit = self.plan.evaluation.batch_size, self.plan.model.max_length
+        size = self.plan.evaluation.batch_size
         for start in range(0, len(rows), size):
-            whole = self.base.tokenizer([row["text"] for row in rows[start : start + size]], verbose=False)["input_ids"]
-            encoded = self.base.tokenizer(
-                [row["text"] for row in rows[start : start + size]], truncation=True, max_length=limit
-            )["input_ids"]
-            logits = self._logits(self.collate([(ids, 0) for ids in encoded]))
-            for ids, given in zip(whole, self._probabilities(logits.float()).tolist(), strict=True):
+            encoded = self._tokenized(rows[start : start + size])
+            logits = self._logits(self.collate([(tokens, 0) for tokens in encoded]))
+            for tokens, given in zip(encoded, self._probabilities(logits.float()).tolist(), strict=True):
                 probabilities = dict(zip(self.rows.labels, given, strict=True))
-                yield {**self._decide(probabilities), "probabilities": probabilities, "truncated": len(ids) > limit}
+                yield {**self._decide(probabilities), "probabilities": probabilities, "truncated": tokens.truncated}
+
+    def _tokenized(self, rows: Sequence[Row]) -> list[Tokens]:
+        """The token ids of texts or pairs of texts, cut to ``max_length``. A pair loses the end of its longer text."""
+        texts, limit = [row["text"] for row in rows], self.plan.model.max_length
+        pairs = [row.get("text_pair", "") for row in rows] if any("text_pair" in row for row in rows) else None
+        whole = self.base.tokenizer(texts, pairs, verbose=False)
+        cut = self.base.tokenizer(texts, pairs, truncation=True, max_length=limit)
+        types = cut.get("token_type_ids", [()] * len(rows)) if pairs else [()] * len(rows)
+        lengths = map(len, whole["input_ids"])
+        return [Tokens(ids, n > limit, t) for ids, n, t in zip(cut["input_ids"], lengths, types, strict=True)]
 
     @torch.no_grad()
     def probe(self) -> Metrics | None:
@@ -142,6 +175,30 @@ class Classification(Task):
         """The mean cross-entropy."""
         return F.cross_entropy(logits, labels)
 
+    def _training_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean cross-entropy with ``train.label_smoothing`` and ``train.class_weights``.
+
+        With balanced weights an example counts n / (K · n_k), for n training examples, K labels with examples and n_k
+        examples of its own label. The weights of all training examples have the mean 1, so that the loss of a batch is
+        the mean of the losses of its parts.
+        """
+        train = self.plan.train
+        if train.class_weights is None and not train.label_smoothing:
+            return self._loss(logits, labels)
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=train.label_smoothing)
+        if train.class_weights == "balanced":
+            weights = self._class_weights.to(logits)
+            losses = losses * (weights[labels] if labels.dim() == 1 else labels.to(weights) @ weights)
+        return losses.mean()
+
+    @cached_property
+    def _class_weights(self) -> torch.Tensor:
+        """The weight (classes,) of an example of each class; 0 for a class without training examples."""
+        counts = torch.zeros(len(self.rows.labels))
+        for _, label in self.train.examples:
+            counts += torch.eye(len(counts))[label] if isinstance(label, int) else torch.tensor(label)
+        return torch.where(counts > 0, counts.sum() / (counts > 0).sum() / counts.clamp(min=1e-12), 0.0)
+
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.softmax(-1)
 
@@ -169,7 +226,7 @@ class Classification(Task):
     # The module and its features.
 
     def _logits(self, batch: Batch) -> torch.Tensor:
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
         return self.module(**inputs).logits
 
     def _in_batches(self, examples: Sequence[Any]) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +13,11 @@ from ..dataset import Row
 from ..errors import DataError
 from .base import Batch, Encoded, Metrics, Prediction, Task, pad
 from .columns import RawRow
+from .conversations import parse_example, parse_input
+from .exchange import ExchangeEncoder, Prompt, RowRefused, keep_head
+from .words import WordTokenizer
 
 MASKED = -100  # the label that Hugging Face models ignore in the loss
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """Token ids, which of them belong to the answer, and prompt and reference text for generated metrics."""
-
-    ids: list[int]
-    answer: list[bool]
-    prompt: list[int]
-    reference: str
 
 
 class Generation(Task):
@@ -33,33 +25,58 @@ class Generation(Task):
 
     @staticmethod
     def parse_row(raw: RawRow, data: DataSettings) -> Row | None:
-        """``{"messages": [{"role", "content"}, …]}``, or ``{"prompt", "completion"}``."""
-        if data.messages:
-            messages = raw.column(data.messages, "messages")
-            if not isinstance(messages, list) or not all(_is_turn(turn) for turn in messages):
-                raise raw.error("messages", "a list of {role, content}", type(messages).__name__)
-            return {"messages": messages}
-        prompt, completion = raw.text(data.prompt, "prompt"), raw.text(data.completion, "completion")
-        if data.chat:
-            turns = (("user", prompt), ("assistant", completion))
-            return {"messages": [{"role": role, "content": content} for role, content in turns]}
-        return {"prompt": prompt, "completion": completion}
+        """``{"messages": [{"role", "content"}, …]}``, or ``{"prompt", "completion"}`` (see ``conversations.py``)."""
+        return parse_example(raw, data)
+
+    @staticmethod
+    def parse_input(raw: RawRow, data: DataSettings) -> Row | None:
+        """``{"prompt"}``, or the ``{"messages"}`` before the answer; None for a blank prompt."""
+        return parse_input(raw, data)
 
     def _build(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         assert self.base.language_model is not None
+        self.encoder = ExchangeEncoder(self.base.tokenizer, self.plan.model.source)
         return self.base.language_model, {}
 
+    @property
+    def new_tokens(self) -> int:
+        """Maximum length of a generated answer: ``max_new_tokens``, at most half of the model's positions."""
+        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        wanted = self.plan.evaluation.max_new_tokens
+        return min(wanted, max(1, positions // 2)) if positions else wanted
+
+    @property
+    def prompt_limit(self) -> int:
+        """Maximum length of a prompt in tokens. An answer of ``new_tokens`` ends at the model's last position."""
+        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        limit = max(1, self.plan.model.max_length - 1)
+        return min(limit, max(1, positions - self.new_tokens)) if positions else limit
+
     def encode(self, rows: Sequence[Row]) -> Encoded:
-        """Tokenize rows. A prompt that is too long loses its beginning; rows without an answer are dropped."""
-        examples, truncated, dropped = [], 0, 0
-        for row in rows:
-            exchange, cut = self._exchange(row)
-            if exchange is None:
-                dropped += 1
+        """Tokenize rows. A long prompt loses its middle; rows without an answer are dropped.
+
+        Raises DataError where the chat template refuses every row.
+        """
+        examples, truncated, refused = [], 0, []
+        for i, row in enumerate(rows):
+            try:
+                exchange, cut = self.encoder.exchange(row, self.plan.model.max_length, self.prompt_limit)
+            except RowRefused as error:
+                refused.append((i, str(error)))
                 continue
-            examples.append(exchange)
-            truncated += cut
-        return Encoded(tuple(examples), truncated, dropped)
+            if exchange is not None:
+                examples.append(exchange)
+                truncated += cut
+        if refused and len(refused) == len(rows):
+            message = f"No conversation can be used: {refused[0][1]}."
+            raise DataError(
+                "messages",
+                "conversations that the template accepts",
+                refused[0][1],
+                site=self.rows.site,
+                message=message,
+            )
+        return Encoded(tuple(examples), truncated, len(rows) - len(examples), tuple(refused))
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         """``input_ids``, ``attention_mask`` and ``labels`` (n, longest); prompt and padding are masked."""
@@ -88,7 +105,7 @@ class Generation(Task):
     def _compare(self) -> Metrics:
         from rouge_score.rouge_scorer import RougeScorer
 
-        scorer = RougeScorer(["rougeL"], use_stemmer=True)
+        scorer = RougeScorer(["rougeL"], tokenizer=WordTokenizer())
         references = [e.reference for e in self.test.examples]
         answers = self.answers([e.prompt for e in self.test.examples])
         pairs = list(zip(references, answers, strict=True))
@@ -101,18 +118,18 @@ class Generation(Task):
     def predict(self, rows: Sequence[Row]) -> Iterator[Prediction]:
         """Generate greedy completions of at most ``evaluation.max_new_tokens`` tokens."""
         self.module.eval()
-        size, limit = self.plan.evaluation.batch_size, max(1, self.plan.model.max_length - 1)
+        size, limit = self.plan.evaluation.batch_size, self.prompt_limit
         for start in range(0, len(rows), size):
             prompts = [self._prompt(row) for row in rows[start : start + size]]
-            answers = self.answers([prompt[-limit:] for prompt in prompts])
+            answers = self.answers([keep_head(prompt, limit) for prompt in prompts])
             for prompt, answer in zip(prompts, answers, strict=True):
-                yield {"completion": answer, "truncated": len(prompt) > limit}
+                yield {"completion": answer, "truncated": len(prompt.ids) > limit}
 
-    def _prompt(self, row: Row) -> list[int]:
-        tokenizer = self.base.tokenizer
-        if "messages" in row:
-            return tokenizer(self._render(row["messages"], True), add_special_tokens=False)["input_ids"]
-        return tokenizer(row["prompt"])["input_ids"] or [tokenizer.eos_token_id]
+    def _prompt(self, row: Row) -> Prompt:
+        try:
+            return self.encoder.prompt(row)
+        except RowRefused as error:
+            raise DataError("messages", "a conversation that the template accepts", str(error)) from None
 
     def answers(self, prompts: Sequence[list[int]]) -> list[str]:
         """Greedy continuations of tokenized prompts, as text."""
@@ -125,74 +142,8 @@ class Generation(Task):
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=False,
-                max_new_tokens=settings.max_new_tokens,
+                max_new_tokens=self.new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
             )
             texts += tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return texts
-
-    def _exchange(self, row: Row) -> tuple[Exchange | None, bool]:
-        pieces = self._chat_pieces(row["messages"]) if "messages" in row else self._plain_pieces(row)
-        if not any(ids for ids, is_answer in pieces if is_answer):
-            return None, False
-        ids = [i for piece, _ in pieces for i in piece]
-        answer = [is_answer for piece, is_answer in pieces for _ in piece]
-        *before, (last, _) = pieces
-        prompt, limit = [i for piece, _ in before for i in piece], self.plan.model.max_length
-        reference = self.base.tokenizer.decode(last, skip_special_tokens=True)
-        cut = len(ids) > limit
-        if cut and len(last) < limit:
-            ids, answer = ids[-limit:], answer[-limit:]
-        elif cut:  # the answer alone is too long: keep its beginning after one token of the prompt
-            ids, answer = (
-                (prompt[-1:] + last)[:limit],
-                ([False] * len(prompt[-1:]) + [True] * len(last))[:limit],
-            )
-        return Exchange(ids, answer, prompt[-max(1, limit - 1) :], reference), cut
-
-    def _plain_pieces(self, row: Row) -> list[tuple[list[int], bool]]:
-        if not row["completion"].strip():
-            return []
-        tokenizer = self.base.tokenizer
-        prompt = self._prompt({"prompt": row["prompt"]})
-        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-        return [(prompt, False), ([*completion, tokenizer.eos_token_id], True)]
-
-    def _chat_pieces(self, messages: Sequence[dict[str, str]]) -> list[tuple[list[int], bool]]:
-        """Every assistant turn is an answer. Turns after the last one are left out."""
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-        turns = [i for i, m in enumerate(messages[: last + 1]) if m["role"] == "assistant" and m["content"].strip()]
-        pieces: list[tuple[str, bool]] = []
-        written = ""
-        for i in turns:
-            before, after = (
-                self._render(messages[:i], True),
-                self._render(messages[: i + 1], False).rstrip("\n"),
-            )
-            if not (before.startswith(written) and after.startswith(before)):
-                raise DataError(
-                    "chat template",
-                    "a conversation to be a prefix of its continuation",
-                    "another text",
-                    message="The chat template renders a conversation differently once it continues.",
-                    hint="Use a base model whose chat template renders earlier turns the same way.",
-                )
-            pieces += [(before[len(written) :], False), (after[len(before) :], True)]
-            written = after
-        tokenizer = self.base.tokenizer
-        return [(tokenizer(text, add_special_tokens=False)["input_ids"], answer) for text, answer in pieces]
-
-    def _render(self, messages: Sequence[dict[str, str]], open_turn: bool) -> str:
-        if not self.base.tokenizer.chat_template:
-            raise DataError(
-                "messages",
-                "a base model with a chat template",
-                self.plan.model.source,
-                message=f"The rows have chat messages, but {self.plan.model.source} has no chat template.",
-                hint="Use prompt and completion, or a base model with a chat template.",
-            )
-        return self.base.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn)
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)

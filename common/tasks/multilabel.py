@@ -13,8 +13,8 @@ from ..config.schema import DataSettings
 from ..dataset import Row, labels_of
 from ..errors import DataError
 from .base import Metrics, Prediction
-from .classification import Classification, Label, Linear, logistic_regression
-from .columns import RawRow, abbreviated
+from .classification import Classification, Label, Linear, logistic_regression, parse_texts
+from .columns import RawRow, abbreviated, sorted_labels
 
 THRESHOLD = 0.5  # a label is predicted where its probability is above
 FLAGS: dict[Any, bool] = {0: False, 1: True, "0": False, "1": True}  # values of a column that stands for one label
@@ -32,15 +32,16 @@ class MultiLabel(Classification):
 
         They come from a column with a list (``data.label``) or from columns of 0 and 1 (``data.label_columns``).
         """
-        text = raw.text(data.text, "text")
+        texts = parse_texts(raw, data)
         if data.label_columns:
             labels = [name for name in data.label_columns if _flag(raw, name)]
         else:
             labels = raw.column(data.label, "label")
             if not isinstance(labels, list | tuple) or not all(isinstance(label, str | int) for label in labels):
                 raise raw.error("label", "a list of labels", type(labels).__name__)
-        kept = [str(label) for label in labels if data.labels is None or str(label) in data.labels]
-        return {"text": text, "label": tuple(dict.fromkeys(kept))}
+            labels = [raw.label(label) for label in labels]
+        kept = [label for label in labels if data.labels is None or label in data.labels]
+        return {**texts, "label": tuple(dict.fromkeys(kept))}
 
     @classmethod
     def check_rows(cls, data: DataSettings, train: Sequence[Row], test: Sequence[Row]) -> tuple[str, ...]:
@@ -48,7 +49,7 @@ class MultiLabel(Classification):
         seen = {label for row in train for label in row["label"]}
         if not seen:
             raise DataError("data.label", "at least one label", "none in the training rows")
-        labels = data.labels or data.label_columns or tuple(sorted(seen))
+        labels = data.labels or data.label_columns or sorted_labels(seen)
         unseen = sorted({label for row in test for label in row["label"]} - set(labels))
         if unseen:
             raise DataError("data.label", f"a label seen in training ({abbreviated(seen)})", repr(unseen[0]))
@@ -61,6 +62,10 @@ class MultiLabel(Classification):
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The mean binary cross-entropy over labels and examples."""
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+    def _training_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean binary cross-entropy. Class weights and label smoothing are for one label per text."""
+        return self._loss(logits, labels)
 
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.sigmoid()

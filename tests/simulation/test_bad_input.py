@@ -21,7 +21,7 @@ import tomli_w
 import torch
 
 from colora.cli import main
-from colora.client.data import readers as data
+from colora.client.data import packaged as data
 from colora.client.training import trainer
 from colora.common.atomic_io import load_arrays
 from colora.common.models import assets
@@ -304,15 +304,16 @@ def lines(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
+DAMAGED = "text,label\ngrößer,x\n".encode() + b"caf\xe9,x\n"
 FILES = {
     "empty": ("a.jsonl", b"", "data.source", "a.jsonl", "rows"),
     "only a header": ("a.csv", b"text,label\n", "data.source", "a.csv", "rows"),
     "broken JSON": ("a.jsonl", lines(GOOD[:2]) + b'{"text": \n', "a.jsonl", "line 3", "JSON"),
     "a JSON list": ("a.jsonl", lines(GOOD[:2]) + b"[1]\n", "a.jsonl", "line 3", "JSON", "list"),
-    "no UTF-8": ("a.csv", b"text,label\n\xff\xfe,x\n", "data.source", "a.csv", "can't decode"),
+    "no UTF-8": ("a.csv", DAMAGED, "data.source", "line 3 of ", "a.csv", "utf-8", "data.encoding"),
     "no parquet": ("a.parquet", b"PAR1 or not", "data.source", "a.parquet"),
     "no npz": ("a.npz", b"PK or not", "data.source", "a.npz"),
-    "no column": ("a.jsonl", lines([{"text": "x"}] * 8), "data.label", "'label'", "text", "row 1"),
+    "no column": ("a.jsonl", lines([{"text": "x"}] * 8), "data.label", "'label'", "text", "every row"),
     "a ragged table": ("a.csv", b"label,text\nyes,x\nno\n", "data.text", "row 2"),
     "one class": ("a.jsonl", lines(ONE_CLASS), "data.label", "two", "yes"),
     "a number": ("a.jsonl", lines([*GOOD, {"text": 5, "label": "no"}]), "data.text", "int", "row 9"),
@@ -341,8 +342,8 @@ def test_a_data_file_that_is_missing_is_named_with_its_site(command: Command, ti
 DATA = {
     "a hub data set": ({"source": "nobody/nothing"}, "data.source", ".jsonl", "nobody/nothing"),
     "an asset": ({"source": "asset:poems/all"}, "data.source", "20newsgroups", "poems"),
-    "another column": ({"text": "body"}, "data.text", "'body'", "text, label", "row 1"),
-    "another task": ({"task": "generation"}, "data.prompt", "'prompt'", "text, label", "row 1"),
+    "another column": ({"text": "body"}, "data.text", "'body'", "text, label", "every row"),
+    "another task": ({"task": "generation"}, "data.prompt", "'prompt'", "text, label", "every row"),
     "labels of others": ({"labels": ["x", "y"]}, "data.source", "train"),
     "one label": ({"labels": ["bob-yes", "z"]}, "data.label", "two", "bob-yes"),
     "where": ({"where": {"text": "z"}}, "data.source", "train"),
@@ -383,7 +384,12 @@ PARTITIONS = {
     "one name for two": ({"by": "column", "column": "who"}, "partition.column", "'a b'", "'a-b'", "site name"),
     "a row without": ({"by": "column", "column": "some"}, "partition.column is 'some'", "a row"),
     "more sites than rows": ({"by": "iid", "sites": 9}, "site site-01: ", "data.test_fraction", "test"),
-    "uneven shares": ({"by": "dirichlet", "alpha": 1e-3}, "site site-01: ", "data.label", "two"),
+    "too many sites": ({"by": "dirichlet", "sites": 2}, "partition.sites is 2", "8 rows", "partition.min_rows"),
+    "uneven shares": (
+        {"by": "dirichlet", "sites": 5, "alpha": 1e-3, "min_rows": 1},
+        "give every site 2 labels",
+        "partition.min_labels",
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from colora.client.data.selection import balanced, load_site_rows
 from colora.common.config.loader import load_site, recipe_from
 from colora.common.config.schema import PartitionSettings, Recipe, SimulatedSiteSettings
 from colora.common.dataset import Row, SiteDataset
+from colora.simulation.minimum_shares import top_up
 from colora.simulation.partition import SiteShare, by_column, dirichlet, iid, make_sites, write_site
 
 LABELS = ("cat", "dog", "sun")
@@ -83,6 +84,51 @@ def test_dirichlet_spreads_a_label_evenly_at_a_large_alpha_and_hardly_at_a_small
         for label in LABELS:
             counts = [sum(ROWS[i]["label"] == label for i in part) for part in parts.values()]
             assert abs(max(counts) - largest) <= 1
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 0.1, 0.5, 100.0])
+@pytest.mark.parametrize(("sites", "rows", "labels"), [(12, 8, 2), (12, 10, 1), (5, 20, 3), (30, 4, 2)])
+def test_every_site_of_a_dirichlet_split_can_train_and_test(
+    source: str, alpha: float, sites: int, rows: int, labels: int
+) -> None:
+    """120 rows of three labels; check_rows refuses a site without test rows or with one label."""
+    table = {"by": "dirichlet", "sites": sites, "alpha": alpha, "min_rows": rows, "min_labels": max(labels, 2)}
+    made = split(source, **table)
+    assert sorted(all_texts(made)) == sorted(texts(ROWS))
+    for site in made:
+        found = [row["label"] for row in (*site.rows.train, *site.rows.test)]
+        assert len(found) >= rows
+        assert len(set(found)) >= labels
+        assert site.rows.test
+    notes = {note for site in made for note in site.rows.notes}
+    assert all(note.endswith(f"so that every site has {rows} rows and {max(labels, 2)} labels") for note in notes)
+    if alpha < 1:
+        assert len(notes) == 1
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 0.1, 0.5])
+def test_the_test_rows_of_a_dirichlet_split_have_labels_that_their_site_trains_on(
+    source: str, alpha: float, tmp_path: Path
+) -> None:
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps({**row, "text": f"test {row['text']}"}) + "\n" for row in ROWS[::2]))
+    partition = {"by": "dirichlet", "sites": 9, "alpha": alpha}
+    data = {"source": source, "test_source": str(test), "where": {"region": "r1"}, "labels": ["cat", "sun"]}
+    made = make_sites(recipe(data={**data, "where": None}, partition=partition))
+    for site in made:
+        assert {row["label"] for row in site.rows.test} <= {row["label"] for row in site.rows.train}
+        assert len(site.rows.train) >= 8
+    made = make_sites(recipe(data=data, partition={**partition, "sites": 3}))
+    assert all(len(site.rows.train) >= 8 for site in made), "rows that are left out do not count"
+
+
+def test_rows_are_moved_only_where_a_site_lacks_them() -> None:
+    """The first site lacks a label and two rows; the second has most to spare."""
+    parts = {"a": [0, 1], "b": [2, 3, 4, 5, 6, 7], "c": [8, 9, 10, 11]}
+    labels = ["x", "x", *"xxyyyy", *"xxyy"]
+    settings = PartitionSettings("dirichlet", min_rows=4, min_labels=2)
+    assert top_up(parts, labels, settings) == 2
+    assert parts == {"a": [0, 1, 6, 7], "b": [2, 3, 4, 5], "c": [8, 9, 10, 11]}
 
 
 @pytest.mark.parametrize("sites", [1, 7, 120])
@@ -179,6 +225,30 @@ def read_back(rows: SiteDataset, folder: Path) -> SiteDataset:
 @pytest.mark.parametrize("rows", WRITTEN.values(), ids=WRITTEN)
 def test_written_rows_are_read_back_equal(rows: SiteDataset, tmp_path: Path) -> None:
     assert read_back(rows, tmp_path) == rows
+
+
+SOURCE_COLUMNS: list[tuple[dict[str, Any], list[Row]]] = [
+    ({"text": "body", "label": "queue"}, [{"body": f"t{i}", "queue": i % 2} for i in range(8)]),
+    ({"text": "a", "text_pair": "b", "label": "c"}, [{"a": f"t{i}", "b": "u", "c": i % 2} for i in range(8)]),
+    ({"text": "{a}: {b}"}, [{"a": f"t{i}", "b": "u", "label": i % 2} for i in range(8)]),
+    ({"task": "generation", "prompt": "q", "completion": "a"}, [{"q": f"t{i}", "a": "u"} for i in range(8)]),
+    ({"task": "generation"}, [{"instruction": f"t{i}", "input": "", "output": "u"} for i in range(8)]),
+    (
+        {"task": "generation", "messages": "talk"},
+        [{"talk": [{"from": "human", "value": f"t{i}"}, {"from": "gpt", "value": "u"}]} for i in range(8)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("data", "rows"), SOURCE_COLUMNS, ids=lambda value: str(value)[:20])
+def test_written_columns_keep_the_names_of_the_source(data: dict[str, Any], rows: list[Row], tmp_path: Path) -> None:
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps(rows))
+    (site,) = make_sites(recipe(data=data, site=[{"name": "ada", "source": str(source)}]))
+    write_site(site, tmp_path / "ada")
+    read = load_site_rows(load_site(tmp_path / "ada" / "site.toml"), seed=99)
+    assert read == site.rows
+    assert {key: read.columns[key] for key in site.rows.columns} == site.rows.columns
 
 
 def test_written_arrays_are_read_back_equal(tmp_path: Path) -> None:

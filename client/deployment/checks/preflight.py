@@ -101,7 +101,8 @@ class TrainerChecks:
         except DataError as error:
             raise CheckFailed(self._without_values(error)) from None
         columns = _abbreviate(self._columns(source))
-        return f"{len(self.rows.train)} training rows, {len(self.rows.test)} test rows; columns {columns}"
+        found = f"{len(self.rows.train)} training rows, {len(self.rows.test)} test rows; columns {columns}"
+        return "; ".join([found, *self.rows.notes])
 
     def labels(self) -> str:
         """Count the rows of every label."""
@@ -180,11 +181,11 @@ class TrainerChecks:
         return detail + (f"; {dropped} empty rows would be left out" if dropped else "")
 
     def _columns(self, source: str) -> list[str]:
-        return [str(name) for name in next(iter(read_rows(source, self.site.name)))]
+        return [str(name) for name in next(iter(read_rows(source, self.site.name, self.site.data)))]
 
     def _without_values(self, error: DataError) -> str:
         """Describe a data error without the values of rows, which its own text may quote."""
-        row = re.search(r"row \d+$", error.found)
+        row = re.search(r"(rows? [\d, ]+( and \d+ more)?|every row)$", error.found)
         where = f" in {row[0]}" if row else ""
         if error.expected.startswith("a column "):
             for source in filter(None, (self.site.data.source, self.site.data.test_source)):
@@ -192,7 +193,7 @@ class TrainerChecks:
                 if error.expected not in {f"a column {name!r}" for name in columns}:
                     return f"{error.field}: expected {error.expected}, found {_abbreviate(columns)} in {source}"
             return f"{error.field}: expected {error.expected}, found none{where}"
-        if error.field == "data.label":
+        if error.field == "data.label" or (error.field == "data.messages" and error.found[0] in "'\""):
             expected = error.expected.partition(" (")[0]
             return f"{error.field}: expected {expected}, found another value{where} (values are not shown)"
         return _without_site(error)

@@ -29,7 +29,7 @@ from colora.client.training.state_store import StateStore
 from colora.client.training.trainer import Trainer
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
-from colora.common.config.schema import DataSettings, to_json
+from colora.common.config.schema import to_json
 from colora.common.config.site_schema import SiteSettings
 from colora.common.errors import ColoraError
 from colora.common.methods import METHODS
@@ -333,7 +333,8 @@ def test_predictions_are_those_of_the_stock_model(tiny_recipe: dict, generation_
     case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "a", "a")
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)))
-    rows, truncated = predict_file(case.saved, source, DataSettings(), batch_size=1)
+    found = predict_file(case.saved, source, batch_size=1)
+    rows, truncated = found.rows, found.truncated
     logits = torch.as_tensor(case.logits()).reshape(len(TEXTS), -1).softmax(-1)
     for i, row in enumerate(rows):
         assert (row["id"], row["text"]) == (i, TEXTS[i])
@@ -342,7 +343,7 @@ def test_predictions_are_those_of_the_stock_model(tiny_recipe: dict, generation_
     assert truncated == 0
     generator = train(varied(generation_recipe, "colora", "lora"), tmp_path / "b", "b")
     source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
-    rows, _ = predict_file(generator.saved, source, DataSettings(), batch_size=2)
+    rows = predict_file(generator.saved, source, batch_size=2).rows
     generator.trainer.load(
         dict(generator.saved.shared), {k: torch.as_tensor(v) for k, v in generator.saved.personal.items()}
     )

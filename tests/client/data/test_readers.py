@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from colora.client.data import readers as data_module
+from colora.client.data import packaged as data_module
 from colora.client.data.readers import read_rows
 from colora.client.data.row_schema import check_rows
 from colora.client.data.selection import hold_out, load_site_rows, select_numbered

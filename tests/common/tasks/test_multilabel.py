@@ -13,7 +13,7 @@ import torch
 from sklearn.metrics import f1_score
 
 from colora.client.artifacts.predict import Predictor
-from colora.client.data.row_schema import check_rows, parse_row
+from colora.client.data.row_schema import check_rows, parse_rows
 from colora.common.config.loader import load_site, recipe_from
 from colora.common.config.schema import DataSettings, ModelSettings, Plan
 from colora.common.dataset import Row, SiteDataset
@@ -71,7 +71,7 @@ def task(tiny_bert: Path) -> MultiLabel:
     ],
 )
 def test_labels_come_from_a_list_or_from_columns_of_0_and_1(data: DataSettings, values: Row, expected: tuple) -> None:
-    assert parse_row(values, 1, data, "ada") == {"text": "x", "label": expected}
+    assert parse_rows([(1, values)], data, "ada") == [(1, {"text": "x", "label": expected})]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_labels_come_from_a_list_or_from_columns_of_0_and_1(data: DataSettings, 
 )
 def test_a_row_that_does_not_fit_is_named_by_its_number(data: DataSettings, values: Row, error: str) -> None:
     with pytest.raises(DataError) as caught:
-        parse_row(values, 41, data, "ada")
+        parse_rows([(41, values)], data, "ada")
     assert str(caught.value) == f"site ada: {error} in row 41"
 
 

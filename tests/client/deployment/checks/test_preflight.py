@@ -160,6 +160,22 @@ def test_a_site_that_generates_counts_prompt_and_answer(place: Place, tiny_llama
     assert results["tokens"].detail.startswith("median 6, longest 6; 0 of 8 ")  # and the end of the text
 
 
+def test_what_was_decided_about_a_file_is_shown(place: Place) -> None:
+    rows = "".join(f"a b {word};{'yes' if i % 2 else 'no'}\n" for i, word in enumerate("cdefghijkl"))
+    (place.folder / "rows.csv").write_text(f"text;label\n{rows}")
+    place.raw["data"]["source"] = "rows.csv"
+    detail = place.check()["data"].detail
+    assert detail.startswith("8 training rows, 2 test rows; columns text, label; ")
+    assert detail.endswith("rows.csv was read with a semicolon between columns; set data.delimiter if it is wrong")
+
+
+def test_an_unknown_role_is_not_shown(place: Place, tiny_llama: Path) -> None:
+    place.raw["data"] |= {"task": "generation"}
+    turns = [{"role": "user", "content": "a"}, {"role": SECRET, "content": "b"}]
+    write_lines(place.folder / "rows.jsonl", [{"messages": turns}] * 8)
+    assert "found another value in every row (values are not shown)" in place.failed(model=str(tiny_llama))["data"]
+
+
 def test_each_part_looks_at_what_it_needs(place: Place) -> None:
     assert list(place.check(component="trainer")) == EVERYTHING[:10]
     assert list(place.check(component="supernode")) == ["site file", *EVERYTHING[9:]]
