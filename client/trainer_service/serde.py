@@ -50,7 +50,8 @@ def request_from(head: pb.TrainRequestHead, shared: Arrays) -> TrainRequest:
     check_protocol(head.protocol)
     if head.kind not in get_args(RequestKind):
         raise RefusedError("kind", " or ".join(get_args(RequestKind)), repr(head.kind[:40]))
-    if not 0 <= head.admitted_round < head.round:
+    before_round_1 = head.kind == "initialize" and head.round == head.admitted_round == 0
+    if not before_round_1 and not 0 <= head.admitted_round < head.round:
         raise RefusedError("admitted_round", f"a round before round {head.round}", head.admitted_round)
     return TrainRequest(**_field_values(head, TrainRequest), shared=shared)
 

@@ -118,15 +118,18 @@ def test_what_is_kept_in_memory_is_what_came_and_not_what_a_header_claims() -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "steal"}, "kind: expected train or finalize, found 'steal'"),
+        ({"kind": "steal"}, "kind: expected initialize or train or finalize, found 'steal'"),
         ({"protocol": 99}, f"The trainer uses protocol version {PROTOCOL}, its client version 99"),
         ({"admitted_round": 2}, "admitted_round: expected a round before round 2, found 2"),
         ({"admitted_round": -1}, "admitted_round"),
         ({"round": 0, "admitted_round": 0}, "admitted_round"),
+        ({"kind": "initialize", "round": 1, "admitted_round": 1}, "admitted_round"),
     ],
 )
 def test_a_head_of_no_possible_order_is_refused(change: dict, message: str) -> None:
     assert serde.request_from(pb.TrainRequestHead(**HEAD), {}).round == 2
+    before_round_1 = {**HEAD, "kind": "initialize", "round": 0, "admitted_round": 0}
+    assert serde.request_from(pb.TrainRequestHead(**before_round_1), {}).round == 0
     with pytest.raises(RefusedError, match=message):
         serde.request_from(pb.TrainRequestHead(**{**HEAD, **change}), {})
 
