@@ -12,6 +12,10 @@ ColoraError
 
 from __future__ import annotations
 
+from .foreign_text import clean, printable
+
+MAX_MESSAGE = 600  # characters of a refusal's sentence, which may quote several texts of the other side
+
 
 class ColoraError(Exception):
     """Base class: an error about one field, with the site, what was expected and what was found.
@@ -40,7 +44,7 @@ class ColoraError(Exception):
         message = self.message or f"{self.field}: expected {self.expected}, found {self.found}"
         if self.hint:
             message = f"{message.rstrip('.')}. {self.hint}"
-        return " ".join(f"{where}{message}".split())
+        return printable(" ".join(f"{where}{message}".split()))
 
     def __reduce__(self) -> tuple:
         return _rebuild, (type(self), self.field, self.expected, self.found, self._rest())
@@ -84,7 +88,21 @@ class StateError(ColoraError, RuntimeError):
 
 
 class RefusedError(ColoraError, ValueError):
-    """A request or reply is refused."""
+    """A request or reply is refused. Field, found value and site may be of the other side's choice, so they are cut."""
+
+    def __init__(
+        self,
+        field: str,
+        expected: str,
+        found: object,
+        *,
+        site: str | None = None,
+        message: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        cut_site = None if site is None else clean(site)
+        cut_message = None if message is None else clean(message, MAX_MESSAGE)
+        super().__init__(clean(field), expected, clean(found), site=cut_site, message=cut_message, hint=hint)
 
 
 class QuorumError(ColoraError, RuntimeError):

@@ -21,7 +21,7 @@ from ...common.atomic_io import write_atomically
 from ...common.config.schema import Recipe, to_dict
 from ...common.errors import ColoraError, ConfigError, QuorumError, StateError
 from ...common.processes.supervised import Signals, exclusive_lock, listens, write_services
-from ..reporting.events import Event, EventLog, EventTail
+from ..reporting.events import Event, EventLog, EventTail, notify
 from ..reporting.run_folder import RunFolder
 from ..rounds.run_options import RosterEntry
 from .gateway.proxy import Upstream
@@ -164,7 +164,7 @@ class Supervisor:
             self.failed_runs = 0
         if event["event"] == "run_failed":
             self.failure = event
-        self.listener(event)
+        notify(self.listener, event)
 
     def _signalled(self) -> bool:
         """Whether to exit now. The first signal lets the current round finish; the second does not."""

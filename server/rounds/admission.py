@@ -7,11 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ...common.dataset import TASKS
 from ...common.errors import RefusedError
+from ...common.protocol.limits import MAX_COUNT
 from ...common.protocol.types import PROTOCOL, Arrays, SiteInfo, TrainReply, TrainRequest, check_arrays, check_metrics
 
 Layout = Mapping[str, tuple[int, ...]]
-MAX_TERMS = 10**12  # largest accepted count of loss terms or examples in one round
 PINNED = ("model", "tokenizer", "chat_template")  # fingerprints in SiteInfo that all sites must have in common
 
 
@@ -30,8 +31,8 @@ def admit_reply(reply: TrainReply, site: str, request: TrainRequest, layout: Lay
     check_metrics(reply.metrics, site)
     if request.kind == "train":
         for field in ("terms", "examples"):
-            if not 0 < getattr(reply, field) <= MAX_TERMS:
-                raise RefusedError(field, f"1 to {MAX_TERMS}", getattr(reply, field), site=site)
+            if not 0 < getattr(reply, field) <= MAX_COUNT:
+                raise RefusedError(field, f"1 to {MAX_COUNT}", getattr(reply, field), site=site)
     check_values(reply.shared, request.shared, max_update_norm, site)
 
 
@@ -55,6 +56,8 @@ def admit_site(info: SiteInfo, expected: Mapping[str, object]) -> None:
     for field, value in {"protocol": PROTOCOL, **expected}.items():
         if actual[field] != value:
             raise RefusedError(field, str(value)[:16], str(actual[field])[:16], site=info.site)
+    if info.task not in TASKS:
+        raise RefusedError("task", f"one of {', '.join(TASKS)}", info.task, site=info.site)
     if info.train < 1 and info.test < 1:
         raise RefusedError(
             "train",

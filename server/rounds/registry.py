@@ -16,7 +16,9 @@ from ...common.atomic_io import write_atomically
 from ...common.errors import ColoraError, RefusedError
 from ...common.protocol import flower_messages as messages
 from ...common.protocol.types import SiteInfo
+from .replies import ReplyCollector
 
+PULL_WAIT = 0.1  # seconds to wait for replies to join requests (deployed)
 REJOIN_INTERVAL = 30.0  # seconds before a node whose join requests all failed is asked again
 
 
@@ -69,6 +71,7 @@ class NodeRegistry:
     ) -> None:
         self._grid, self._names, self._query, self._cache_file = grid, names, query, cache_file
         self._on_join = on_join or (lambda site: None)
+        self._replies = ReplyCollector(grid, background=cache_file is not None)
         self._cached = _read_cache(cache_file) if cache_file else {}
         self.connected: dict[str, ConnectedSite] = {}
         self.failures: list[tuple[str, str | None]] = []  # (node or site, reason); the caller reports and clears them
@@ -113,11 +116,11 @@ class NodeRegistry:
 
     def _take_replies(self) -> list[ConnectedSite]:
         joined = []
-        while replies := list(self._grid.pull_messages(list(self._pending))) if self._pending else []:
-            for message in replies:
-                node = self._pending.pop(message.metadata.reply_to_message_id)
-                pending = self._online.get(node)
-                if pending and (site := self._connect(node, pending, message)):
+        while replies := self._replies.take(list(self._pending), PULL_WAIT) if self._pending else []:
+            for message_id, message in replies:
+                node = self._pending.pop(message_id, None)
+                pending = self._online.get(node) if node is not None else None
+                if node is not None and pending and (site := self._connect(node, pending, message)):
                     joined.append(site)
         return joined
 

@@ -22,6 +22,7 @@ from ...common.config.schema import Recipe, to_json
 from ...common.errors import QuorumError, RefusedError
 from ...common.protocol import flower_messages as messages
 from ...common.protocol.codec import as_received
+from ...common.protocol.limits import measured
 from ...common.protocol.types import RequestKind, SiteInfo, TrainReply, TrainRequest, hash_layout
 from ...common.seeds import seed_from
 from ..reporting.events import EventLog, EventRecorder
@@ -235,7 +236,7 @@ class AdapterStrategy:
                 continue
             results = {
                 "kind": request.kind,
-                "metrics": dict(reply.metrics),
+                "metrics": measured(reply.metrics),
                 "terms": reply.terms,
                 "fresh": reply.fresh,
             }
