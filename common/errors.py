@@ -6,6 +6,7 @@ ColoraError
 ├── ModelError (ValueError)       the base model, or an adapter that does not fit
 ├── DataError (ValueError)        a site's rows
 ├── StateError (RuntimeError)     files on disk: run folders, checkpoints, personal state
+│   └── DamagedError              a file that was whole and is not any more
 ├── RefusedError (ValueError)     a request that a site refuses, or a reply that the coordinator refuses
 └── QuorumError (RuntimeError)    too few sites or admitted replies
 """
@@ -85,6 +86,10 @@ class DataError(ColoraError, ValueError):
 
 class StateError(ColoraError, RuntimeError):
     """A run folder, checkpoint or personal state is missing, belongs to another run, or cannot be written."""
+
+
+class DamagedError(StateError):
+    """A state, a checkpoint or another file of colora is damaged: it is cut, or its bytes have changed."""
 
 
 class RefusedError(ColoraError, ValueError):

@@ -151,8 +151,8 @@ def _federations(state: Path) -> list[Path]:
 
 
 def _federation(folder: Path, now: float) -> FederationStatus:
-    newest = max(folder.glob(STATES), default=None)
-    number = int(newest.stem.removeprefix("round-")) if newest else None
+    newest = max((path for path in folder.glob(STATES) if path.stem[6:].isdecimal()), default=None)
+    number = int(newest.stem[6:]) if newest else None  # after "round-"
     try:
         age = now - newest.stat().st_mtime if newest else None
     except OSError:  # deleted in this moment, after a newer state was written

@@ -125,7 +125,7 @@ def run_status(folder: Path, now: float | None = None) -> RunStatus:
     """Read a run folder and check its services. Raises StateError or ConfigError if it is not a run folder."""
     now = time.time() if now is None else now
     recipe = load_recipe(folder / "recipe.toml")
-    (events, skipped), checkpoint = _events(folder), latest_checkpoint_info(folder / "checkpoints")
+    (events, skipped), (checkpoint, damaged) = _events(folder), latest_checkpoint_info(folder / "checkpoints")
     summary, record = summarize(events), read_services(folder)
     phase, about = _phase(events, summary, checkpoint)
     idle = now - events[-1]["time"] if events else None
@@ -134,6 +134,7 @@ def run_status(folder: Path, now: float | None = None) -> RunStatus:
     if phase not in ("finished", "not running") and _coordinator_gone(processes, idle, recipe.server.timeout):
         phase, about = "not running", f"it was last {phase}"
     problems = _problems(phase, about, services, processes) + ([skipped] if skipped else [])
+    problems += [f"checkpoints/{name} is damaged" for name in damaged]
     if phase not in ("finished", "not running") and (idle or 0) > _longest_idle(phase, summary, recipe.server.timeout):
         problems.append(f"no event for {format_age(idle).removesuffix(' ago')}")
     return RunStatus(

@@ -91,7 +91,9 @@ def _line(summary: RunSummary, event: Event) -> str | None:
     if name == "started":
         return f"{prefix}{event['federation']}: {event['method']} on {event['model']}, {len(event['sites'])} sites"
     if name == "resumed":
-        return f"{prefix}resuming after round {event['round']} of {summary.rounds}"
+        damaged = ", ".join(event.get("damaged", ()))
+        skipped = f"; skipped damaged checkpoints: {damaged}" if damaged else ""
+        return f"{prefix}resuming after round {event['round']} of {summary.rounds}{skipped}"
     if name == "round":
         rows = summary.rows.values()
         losses = [x for x in (row.alone_loss if prefix else row.loss for row in rows) if x is not None]

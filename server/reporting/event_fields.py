@@ -65,6 +65,7 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
     "restarted": {"what": _text},
 }
 OPTIONAL: Mapping[str, Mapping[str, Check]] = {  # where present
+    "resumed": {"damaged": _names},
     "started": {"learning_rates": _values(_number)},
     "round": {"residual": _optional(_number)},
     "waiting": {"missing": _names, "present": _names, "quorum": _count, "reason": _text},

@@ -10,7 +10,8 @@ event              fields
 =================  ====================================================================================================
 started            A coordinator process began: federation, method, model, rounds, sites (names in roster order),
                    learning_rates (by parameter group), recipe (hash of all settings that can change a result).
-resumed            It continues from a checkpoint: round (of the checkpoint).
+resumed            It continues from a checkpoint: round (of the checkpoint), damaged (names of newer checkpoints
+                   that are damaged and were skipped).
 transfer_started   Sites that join write and label texts for the new base model: source_federation, sites.
 site_ready         A site has its texts for the transfer: site.
 waiting            Too few sites. While joining: when ("join"), quorum, present, missing (names).
