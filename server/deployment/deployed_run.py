@@ -15,6 +15,7 @@ from ...common.errors import ColoraError, QuorumError
 from ...common.flower_compat import shorten_pull_backoff
 from ..reporting.events import EventLog
 from ..reporting.run_folder import RunFolder
+from ..rounds.agreement import own_fingerprints
 from ..rounds.run_options import RosterEntry, Run, RunOptions, StopRequested
 from .superlink import RUN_FOLDER
 
@@ -38,7 +39,7 @@ def deployed() -> Iterator[tuple[Run, RunOptions]]:
             roster = tuple(RosterEntry(*entry) for entry in files.read_roster())
             yield (
                 Run(load_recipe(files.recipe), roster, files.path),
-                RunOptions(deployed=True, should_stop=files.stop.exists),
+                RunOptions(deployed=True, should_stop=files.stop.exists, fingerprints=own_fingerprints),
             )
         except StopRequested:
             events.emit("stopped")

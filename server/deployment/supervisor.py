@@ -5,6 +5,7 @@ A failed process is restarted. A new Flower run of the same federation continues
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -106,6 +107,9 @@ def run_server(job: ServerJob, listener: Callable[[Event], None]) -> bool:
     """
     run = RunFolder(job.folder)
     roster = roster_of(job.recipe, job.keys)
+    if job.keys:  # a key outside the roster is a stranger's
+        known = {entry.site: job.keys.sites[entry.site] for entry in roster}
+        job = dataclasses.replace(job, keys=dataclasses.replace(job.keys, sites=known))
     if run.recipe.exists():
         run.check_same(job.recipe)
     else:
