@@ -13,8 +13,11 @@ ColoraError
 
 from __future__ import annotations
 
+import re
+
 from .foreign_text import clean, printable
 
+_PUBLIC = re.compile(r"(?!.*\brow \d)[A-Za-z_][A-Za-z0-9_.+ \[\]-]*")  # keys and names of arrays, but no paths
 MAX_MESSAGE = 600  # characters of a refusal's sentence, which may quote several texts of the other side
 
 
@@ -54,8 +57,11 @@ class ColoraError(Exception):
         return {"site": self.site, "message": self.message, "hint": self.hint}
 
     def public(self) -> str:
-        """Return the error type and the field, the only parts that the coordinator receives."""
-        return f"{type(self).__name__}: {self.field}"
+        """Return the error type and the field, the only parts that the coordinator receives.
+
+        A field that names a file or a row is left out.
+        """
+        return f"{type(self).__name__}: {clean(self.field)}" if _PUBLIC.fullmatch(self.field) else type(self).__name__
 
     def at_site(self, site: str) -> ColoraError:
         """Return the same error with a site's name, unless it has one already."""
