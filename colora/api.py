@@ -100,11 +100,10 @@ class Run:
     @property
     def sites(self) -> tuple[str, ...]:
         """Site names in roster order."""
-        import json
 
         from colora.server.reporting.run_folder import RunFolder
 
-        return tuple(entry[0] for entry in json.loads(RunFolder(self.path).roster.read_text()))
+        return tuple(site for site, _ in RunFolder(self.path).read_roster())
 
     def events(self) -> list[Event]:
         """All events, in order; see ``read_events``."""

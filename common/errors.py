@@ -6,11 +6,19 @@ ColoraError
 ├── ModelError (ValueError)       the base model, or an adapter that does not fit
 ├── DataError (ValueError)        a site's rows
 ├── StateError (RuntimeError)     files on disk: run folders, checkpoints, personal state
+│   └── DamagedError              a file that was whole and is not any more
 ├── RefusedError (ValueError)     a request that a site refuses, or a reply that the coordinator refuses
 └── QuorumError (RuntimeError)    too few sites or admitted replies
 """
 
 from __future__ import annotations
+
+import re
+
+from .foreign_text import clean, printable
+
+_PUBLIC = re.compile(r"(?!.*\brow \d)[A-Za-z_][A-Za-z0-9_.+ \[\]-]*")  # keys and names of arrays, but no paths
+MAX_MESSAGE = 600  # characters of a refusal's sentence, which may quote several texts of the other side
 
 
 class ColoraError(Exception):
@@ -40,7 +48,7 @@ class ColoraError(Exception):
         message = self.message or f"{self.field}: expected {self.expected}, found {self.found}"
         if self.hint:
             message = f"{message.rstrip('.')}. {self.hint}"
-        return " ".join(f"{where}{message}".split())
+        return printable(" ".join(f"{where}{message}".split()))
 
     def __reduce__(self) -> tuple:
         return _rebuild, (type(self), self.field, self.expected, self.found, self._rest())
@@ -49,8 +57,11 @@ class ColoraError(Exception):
         return {"site": self.site, "message": self.message, "hint": self.hint}
 
     def public(self) -> str:
-        """Return the error type and the field, the only parts that the coordinator receives."""
-        return f"{type(self).__name__}: {self.field}"
+        """Return the error type and the field, the only parts that the coordinator receives.
+
+        A field that names a file or a row is left out.
+        """
+        return f"{type(self).__name__}: {clean(self.field)}" if _PUBLIC.fullmatch(self.field) else type(self).__name__
 
     def at_site(self, site: str) -> ColoraError:
         """Return the same error with a site's name, unless it has one already."""
@@ -83,8 +94,26 @@ class StateError(ColoraError, RuntimeError):
     """A run folder, checkpoint or personal state is missing, belongs to another run, or cannot be written."""
 
 
+class DamagedError(StateError):
+    """A state, a checkpoint or another file of colora is damaged: it is cut, or its bytes have changed."""
+
+
 class RefusedError(ColoraError, ValueError):
-    """A request or reply is refused."""
+    """A request or reply is refused. Field, found value and site may be of the other side's choice, so they are cut."""
+
+    def __init__(
+        self,
+        field: str,
+        expected: str,
+        found: object,
+        *,
+        site: str | None = None,
+        message: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        cut_site = None if site is None else clean(site)
+        cut_message = None if message is None else clean(message, MAX_MESSAGE)
+        super().__init__(clean(field), expected, clean(found), site=cut_site, message=cut_message, hint=hint)
 
 
 class QuorumError(ColoraError, RuntimeError):

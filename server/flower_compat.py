@@ -9,26 +9,34 @@ which takes a second: ``colora server`` starts the SuperLink first, and loads Fl
 from __future__ import annotations
 
 import hashlib
+import time
+from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..common.flower_compat import version_interceptor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
     from flwr.app import Message
     from flwr.common.constant import ErrorCode
     from flwr.proto.node_pb2 import NodeInfo
+    from flwr.serverapp import Grid
     from flwr.supercore.control import ControlHttpClient
     from flwr.supercore.run import Run
 
 __all__ = [
+    "BadReply",
+    "DownloadLimits",
     "ErrorCode",
     "Run",
+    "announced_replies",
     "build_app_bundle",
+    "error_reply",
     "identify_process",
     "list_nodes",
     "open_control_api",
@@ -156,3 +164,121 @@ def set_message_id(message: Message, message_id: str) -> None:
     (``flwr/server/superlink/fleet/vce/vce_api.py``) sets it in the same way.
     """
     message.metadata.__dict__["_message_id"] = message_id
+
+
+@dataclass(frozen=True)
+class DownloadLimits:
+    """Limits of one reply's download: seconds without a further part, parts, and bytes of all parts together."""
+
+    stall: float
+    max_bytes: int
+    max_parts: int = 10_000  # of at most 5 MiB
+
+
+class BadReply(Exception):
+    """A reply that never comes whole, is too large, or is no message. The text says which; it quotes no site."""
+
+
+def announced_replies(
+    grid: Grid, message_ids: Iterable[str], limits: DownloadLimits
+) -> list[tuple[str, Callable[[], Message]]]:
+    """Return (id of the request, download of the reply) for each reply that a site has announced.
+
+    Flower's ``Grid.pull_messages`` downloads all of them one after the other, so that one reply whose parts never come
+    holds up the others for two hours, and one that is no message loses them. A download raises BadReply for the first
+    two of these. An announced reply is not announced again.
+
+    Does what ``HttpGrid.pull_messages`` does, read in 1.40, 1.41 and 1.42: ``superlink/grid/http_grid.py`` and
+    ``supercore/inflatable`` are the same in all three. Grids without a network return whole messages.
+    """
+    client, ids = getattr(grid, "_runtime_client", None), list(message_ids)
+    if client is None:
+        replies = grid.pull_messages(ids) if ids else []
+        return [(reply.metadata.reply_to_message_id, lambda reply=reply: reply) for reply in replies]
+    from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+
+    response = client.PullMessages(PullAppMessagesRequest(message_ids=ids))
+    announced = zip(response.messages_list, response.message_object_trees, strict=True)
+    return [
+        (proto.metadata.reply_to_message_id, lambda proto=proto, tree=tree: _download(grid, proto, tree, limits))
+        for proto, tree in announced
+    ]
+
+
+def _download(grid: Any, proto: Any, tree: Any, limits: DownloadLimits) -> Message:
+    """Download one announced reply. Raises BadReply, and ``httpx.HTTPError`` if the SuperLink is gone."""
+    from flwr.app import Message
+    from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+    from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+    from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents, pull_objects
+
+    client, run_id, message_id = grid._runtime_client, grid.run.run_id, proto.metadata.message_id
+    parts = list(islice((node.object_id for node in iterate_object_tree(tree)), limits.max_parts + 1))
+    if len(parts) > limits.max_parts:
+        raise BadReply(f"a reply of more than {limits.max_parts} parts")
+    pull = make_pull_object_fn_protobuf(pull_object_protobuf=client.PullObject, node=grid.node, run_id=run_id)
+    watched = _Watch(pull, limits)
+    try:
+        contents = pull_objects(object_ids=parts, pull_object_fn=watched)
+    except ObjectPullError:
+        raise BadReply(watched.fault or "a reply that was announced but not uploaded") from None
+    client.ConfirmMessageReceived(
+        ConfirmMessageReceivedRequest(node=grid.node, run_id=run_id, message_object_id=message_id)
+    )
+    try:
+        message = inflate_object_from_contents(message_id, contents)
+    except Exception as error:  # the parts are a site's bytes
+        raise BadReply(f"a reply that cannot be decoded ({type(error).__name__})") from None
+    if not isinstance(message, Message):
+        raise BadReply("a reply that is not a message")
+    if message.metadata.reply_to_message_id != proto.metadata.reply_to_message_id:
+        raise BadReply("a reply that names another request")
+    set_message_id(message, message_id)
+    return message
+
+
+class _Watch:
+    """Flower's function that pulls one part, with limits on all parts together. Called by several threads."""
+
+    def __init__(self, pull: Callable[[str], bytes], limits: DownloadLimits) -> None:
+        self.pull, self.limits = pull, limits
+        self.fault, self.size, self.arrived = "", 0, time.monotonic()
+
+    def __call__(self, part: str) -> bytes:
+        from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
+
+        try:
+            data = self.pull(part)
+        except ObjectUnavailableError:
+            if time.monotonic() - self.arrived <= self.limits.stall:
+                raise
+            self.fault = f"a reply that was announced but not uploaded for {self.limits.stall:g} s"
+        else:
+            self.arrived, self.size = time.monotonic(), self.size + len(data)
+            if self.size <= self.limits.max_bytes:
+                return data
+            self.fault = f"a reply of more than {self.limits.max_bytes} bytes"
+        raise ObjectPullError(part, self.fault)
+
+
+def error_reply(request_id: str, code: int, reason: str) -> Message:
+    """Return a reply that reports an error of the request ``request_id``, as Flower makes it for a lost reply.
+
+    ``make_message``: read in 1.40, 1.41 and 1.42, one file in all three.
+    """
+    from flwr.app import Error, Metadata
+    from flwr.app.message import make_message
+
+    metadata = Metadata(
+        run_id=0,
+        message_id=f"error of {request_id}",
+        src_node_id=0,
+        dst_node_id=0,
+        reply_to_message_id=request_id,
+        group_id="",
+        created_at=time.time(),
+        ttl=0,
+        message_type="system",
+    )
+    return make_message(metadata=metadata, error=Error(code=code, reason=reason))

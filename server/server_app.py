@@ -37,7 +37,7 @@ def train_federation(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpo
     if last and last.finalized:
         return last
     if last:
-        strategy.events.emit("resumed", round=last.round)
+        strategy.events.emit("resumed", round=last.round, damaged=checkpoints.damaged)
     state = strategy.join(grid, last, lambda classes: _initial_state(recipe, classes))
     if strategy.spectral and not last:
         state = strategy.start_spectrally(state)

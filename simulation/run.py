@@ -64,7 +64,7 @@ def simulate(
         run.check_same(recipe)
     if not run.recipe.exists():
         initialize_run(run, recipe)
-    roster = tuple(RosterEntry(*entry) for entry in json.loads(run.roster.read_text()))
+    roster = tuple(RosterEntry(*entry) for entry in run.read_roster())
     federate(recipe, RunPaths(folder, folder), roster, listener, RunOptions(replay=replay))
     if recipe.simulation.baseline:
         mark = (lambda event: listener({**event, "baseline": True})) if listener else None
@@ -87,7 +87,7 @@ def initialize_run(run: RunFolder, recipe: Recipe) -> None:
 def _initialize_transfer(run: RunFolder, recipe: Recipe) -> None:
     """Write the run folder of a transfer: the sites of the source run, without their data."""
     source = _source_run(recipe)
-    roster = [(site, 1) for site, _ in json.loads(source.roster.read_text())]
+    roster = [(site, 1) for site, _ in source.read_roster()]
     for site, _ in roster:
         states = source.path / "sites" / site / "state"
         if not is_prepared(states):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import yaml
 
 from ...common.dataset import TASKS
+from ...common.foreign_text import markdown
 from ...common.models.sources import stock_name
 
 if TYPE_CHECKING:
@@ -30,7 +32,10 @@ LOADING_OPTIONS = {  # by model.precision
 
 
 def render_model_card(exported: ExportedAdapter, *, merged: bool) -> str:
-    """Render a README.md with the hub's front matter; the card of a shared adapter names no site or its data."""
+    """Render a README.md with the hub's front matter; the card of a shared adapter names no site or its data.
+
+    Every text of a recipe, a site or a state file is escaped, in Markdown and in the Python code.
+    """
     plan, metadata = exported.saved.plan, exported.saved.metadata
     personal = exported.part != "shared"
     front = {
@@ -40,21 +45,24 @@ def render_model_card(exported: ExportedAdapter, *, merged: bool) -> str:
     }
     source = plan.transfer.source_federation
     form = ", merged into the base model" if merged else f", as one LoRA of rank {exported.rank}"
+    last = min(metadata.round, plan.rounds)
     facts = {
         "content": PARTS[exported.part] + form,
-        "base model": plan.model.source + (f" ({plan.model.revision})" if plan.model.revision else ""),
+        "base model": markdown(plan.model.source + (f" ({plan.model.revision})" if plan.model.revision else "")),
         "precision in training": plan.model.precision,
-        "fingerprint": "; ".join(f"{name} {value}" for name, value in sorted(metadata.fingerprint.items()) if value),
-        "federation": f"{metadata.federation}, after round {min(metadata.round, plan.rounds)} of {plan.rounds}",
-        "transferred": f"from the base model of {source} with synthetic texts" if source else "",
-        "site": metadata.site if personal else "",
+        "fingerprint": "; ".join(
+            markdown(f"{name} {value}") for name, value in sorted(metadata.fingerprint.items()) if value
+        ),
+        "federation": f"{markdown(metadata.federation)}, after round {last} of {plan.rounds}",
+        "transferred": f"from the base model of {markdown(source)} with synthetic texts" if source else "",
+        "site": markdown(metadata.site) if personal else "",
         "method": plan.method.name + (f", private adapter: {plan.private.kind}" if personal else ""),
         "task": metadata.task + ("" if exported.complete else "; without a head, as each site has its own"),
         "maximum length in training": f"{plan.model.max_length} tokens",
         "metrics on the site's test data": _metrics(exported) if personal else "",
     }
     lines = [f"- **{name}**: {value}" for name, value in facts.items() if value]
-    title = f"{metadata.federation} {metadata.site if personal else 'shared'}".strip()
+    title = markdown(f"{metadata.federation} {metadata.site if personal else 'shared'}".strip())
     header = yaml.safe_dump(front, sort_keys=False)
     return f"---\n{header}---\n\n# {title}\n\n" + "\n".join(lines) + f"\n\n{_usage(exported, merged=merged)}"
 
@@ -75,7 +83,9 @@ def _usage(exported: ExportedAdapter, *, merged: bool) -> str:
     if merged:
         lines += [f'model = {kind}.from_pretrained("HERE", {LOADING_OPTIONS[precision][0]})']
     else:
-        options = LOADING_OPTIONS[precision] + ([f'revision="{plan.model.revision}"'] if plan.model.revision else [])
+        options = LOADING_OPTIONS[precision] + (
+            [f"revision={json.dumps(plan.model.revision)}"] if plan.model.revision else []
+        )
         if labels:
             lines += [f"labels = {list(labels)}"]
             options += ["id2label=dict(enumerate(labels))", "label2id={label: i for i, label in enumerate(labels)}"]
@@ -83,7 +93,7 @@ def _usage(exported: ExportedAdapter, *, merged: bool) -> str:
             options += [f"num_labels={_classes(exported)}"]
         options += [f'problem_type="{task.problem_type}"'] if task.problem_type else []
         lines += ["from peft import PeftModel"]
-        lines += [f'base = {kind}.from_pretrained("{stock_name(plan.model)}", {", ".join(options)})']
+        lines += [f"base = {kind}.from_pretrained({json.dumps(stock_name(plan.model))}, {', '.join(options)})"]
         lines += ['model = PeftModel.from_pretrained(base, "HERE")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("HERE")']
     if task.has_labels and not merged:

@@ -26,6 +26,7 @@ from rich.table import Table
 from ...common.config.loader import load_site
 from ...common.config.site_schema import SiteSettings
 from ...common.errors import ColoraError
+from ...common.foreign_text import sanitize
 from ...common.processes.health import (
     ProcessStatus,
     ServiceRecord,
@@ -34,7 +35,6 @@ from ...common.processes.health import (
     format_age,
     grpc_health,
     read_services,
-    sanitize,
     show_services,
 )
 from ..trainer_service.audit_log import FILE as AUDIT
@@ -117,13 +117,15 @@ def show_site(status: SiteStatus, console: Console) -> None:
     """Print the status as a page of text."""
     coordinator = f", coordinator {status.coordinator}" if status.coordinator else ""
     console.print(
-        f"site {status.site}{coordinator}; state in {status.folder}", highlight=False, markup=False, soft_wrap=True
+        sanitize(f"site {status.site}{coordinator}; state in {status.folder}"), highlight=False, soft_wrap=True
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("federation", "round", "written", "last audit entry"):
         table.add_column(name, no_wrap=name != "last audit entry")
     for each in status.federations:
-        table.add_row(each.federation, str(each.round or ""), format_age(each.age), sanitize(_describe(each.audit)))
+        table.add_row(
+            sanitize(each.federation), str(each.round or ""), format_age(each.age), sanitize(_describe(each.audit))
+        )
     if status.federations:
         console.print(table)
     show_services(status.services, status.processes, status.problems, console)
@@ -149,8 +151,8 @@ def _federations(state: Path) -> list[Path]:
 
 
 def _federation(folder: Path, now: float) -> FederationStatus:
-    newest = max(folder.glob(STATES), default=None)
-    number = int(newest.stem.removeprefix("round-")) if newest else None
+    newest = max((path for path in folder.glob(STATES) if path.stem[6:].isdecimal()), default=None)
+    number = int(newest.stem[6:]) if newest else None  # after "round-"
     try:
         age = now - newest.stat().st_mtime if newest else None
     except OSError:  # deleted in this moment, after a newer state was written

@@ -13,7 +13,7 @@ from typing import Literal
 from ...common.config.loader import load_site
 from ...common.config.site_schema import SiteSettings
 from ...common.errors import ColoraError, ConfigError
-from ...common.processes.health import sanitize
+from ...common.foreign_text import sanitize
 from ...common.processes.supervised import Command, Signals, SupervisedProcess, exclusive_lock, write_services
 from .supernode import SuperNode
 

@@ -18,7 +18,7 @@ def check_allowed(plan: Plan, federation: str, site: SiteSettings) -> None:
     """Raise RefusedError for the first setting that ``[allow]`` forbids, naming the plan's key and the site's key.
 
     The error's public part is the plan's key only: the coordinator learns what was refused, not what is allowed.
-    The trainer enforces ``max_seconds`` while it runs.
+    ``plan_bounds.py`` checks the limits on single numbers, and ``time_limit.py`` enforces ``max_seconds``.
     """
     allow = site.allow
     _check_choice("federation", federation, "federations", site)
@@ -67,6 +67,8 @@ def _check_transfer(plan: Plan, site: SiteSettings) -> None:
     What a site keeps of its texts outlives its data, so both are the site's decision.
     """
     transfer = plan.transfer
+    if transfer.source_federation:
+        _check_choice("transfer.source_federation", transfer.source_federation, "federations", site)
     tuned = (transfer.prepare or transfer.source_federation) and transfer.generator.mode == "tuned"
     if tuned and not site.allow.tuned_generator:
         wanted = "target or source (or true in allow.tuned_generator)"

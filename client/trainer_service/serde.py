@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from ...common.errors import RefusedError
+from ...common.protocol.limits import check_values
 from ...common.protocol.types import PROTOCOL, Arrays, RequestKind, SiteInfo, TrainReply, TrainRequest
 from .proto import trainer_pb2 as pb
 
@@ -53,7 +54,9 @@ def request_from(head: pb.TrainRequestHead, shared: Arrays) -> TrainRequest:
     before_round_1 = head.kind == "initialize" and head.round == head.admitted_round == 0
     if not before_round_1 and not 0 <= head.admitted_round < head.round:
         raise RefusedError("admitted_round", f"a round before round {head.round}", head.admitted_round)
-    return TrainRequest(**_field_values(head, TrainRequest), shared=shared)
+    values = _field_values(head, TrainRequest)
+    check_values(values)
+    return TrainRequest(**values, shared=shared)
 
 
 def check_protocol(protocol: int) -> None:

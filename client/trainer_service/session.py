@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -26,7 +25,9 @@ from ..data.selection import load_site_rows
 from ..training.adapted_model import attach_adapters
 from ..training.state_store import StateStore
 from ..training.trainer import Trainer
+from .plan_bounds import check_bounds, check_disk, check_request
 from .policy import check_allowed
+from .time_limit import TimeLimit
 
 
 class TrainerSession:
@@ -72,6 +73,7 @@ class TrainerSession:
         plan = parse(Plan, raw)
         if federation != plan.name:
             raise RefusedError("federation", plan.name, federation[:80], site=self.site.name)
+        check_bounds(plan, self.site)
         check_allowed(plan, federation, self.site)
         return self._with_site_settings(plan)
 
@@ -99,16 +101,27 @@ class TrainerSession:
         if self._current is None or self._current[0] != plan:
             self._current = None  # frees the old model before the new one is built
             gc.collect()
-            rows, trains, artifacts = self._rows(plan)
+            with TimeLimit(self.site.allow.max_seconds, self.site.name):  # a transfer trains here
+                rows, trains, artifacts = self._rows(plan)
             model, store = attach_adapters(self._base_of(plan.model), plan), StateStore(self.folder(plan), plan.name)
             self._current = plan, Trainer(model, rows, store, trains=trains, artifacts=artifacts)
         return self._current[1]
 
     def answer(self, plan: Plan, request: TrainRequest, on_step: StepCallback) -> tuple[TrainReply, bool]:
         """Return the reply to a request, and whether it had been stored before."""
+        check_request(plan, request, self.site)
         trainer = self.trainer(plan)
         stored = trainer.store.reply(request.round, request.key)
-        return (stored, True) if stored else (trainer.handle(request, self._time_limited(on_step)), False)
+        if stored:
+            return stored, True
+        check_disk(self.folder(plan), self.site)
+        with TimeLimit(self.site.allow.max_seconds, self.site.name) as limit:
+
+            def count(done: int, total: int) -> None:
+                on_step(done, total)
+                limit.on_step(done, total)
+
+            return trainer.handle(request, count), False
 
     def _rows(self, plan: Plan) -> tuple[SiteDataset, bool, TransferArtifacts | None]:
         """Return the rows, whether the site trains on them, and its artifacts for the next transfer.
@@ -140,17 +153,3 @@ class TrainerSession:
         base = self._base[1]
         detach(base.backbone)
         return base
-
-    def _time_limited(self, on_step: StepCallback) -> StepCallback:
-        """Wrap ``on_step`` so that it raises RefusedError once the training exceeds ``allow.max_seconds``."""
-        limit, began = self.site.allow.max_seconds, time.monotonic()
-
-        def check_time(done: int, total: int) -> None:
-            nonlocal began
-            began = began if done else time.monotonic()
-            on_step(done, total)
-            if limit is not None and time.monotonic() - began > limit:
-                progress = f"more after {done} of {total} steps"
-                raise RefusedError("allow.max_seconds", f"at most {limit:g} s", progress, site=self.site.name)
-
-        return check_time

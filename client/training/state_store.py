@@ -7,8 +7,10 @@ round 7 as admitted. Until then training starts from the file of the last admitt
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +19,12 @@ import torch
 
 from ...common.atomic_io import load_arrays, save_arrays
 from ...common.config.schema import Plan, PrivateSettings, parse, to_dict
-from ...common.errors import RefusedError, StateError
-from ...common.models.saved import DISCRIMINATOR, PERSONAL, SHARED, TRAINED, WRITER, ModelMetadata
+from ...common.errors import DamagedError, RefusedError, StateError
+from ...common.models.saved import DISCRIMINATOR, FILES, PERSONAL, SHARED, TRAINED, WRITER, ModelMetadata
 from ...common.protocol.types import Arrays, TrainReply
 from ...transfer.preparation import TransferArtifacts
 
+logger = logging.getLogger("colora.trainer")
 MOMENTS = "moments/"  # prefix of the optimizer state's names in the file
 NOTHING = "none/"  # a prefix that no array has: reads the metadata alone
 MAX_STATES = 3  # admitted states kept on disk; the coordinator keeps as many checkpoints
@@ -48,38 +51,66 @@ class StateStore:
         self.folder, self.federation = folder, federation
 
     def state(self, round_number: int) -> PersonalState | None:
-        """Return the state after ``round_number``, or None if there is none. Round 0 always exists."""
+        """Return the state after ``round_number``, or None if there is none. Round 0 always exists.
+
+        In place of a damaged file, the newest whole state of an earlier round is returned, and the log says so.
+        """
         if round_number == 0:
             return PersonalState()
         path = self.path(round_number)
         if not path.exists():
             return None
+        try:
+            return self._read(path, round_number)
+        except DamagedError as error:
+            logger.error("%s", error)
+        for older in sorted(self.folder.glob(FILES), reverse=True):
+            if older < path:
+                try:
+                    state = self._read(older, int(older.stem.removeprefix("round-")))
+                except (StateError, ValueError):
+                    continue
+                logger.error("Round %d continues from the state of round %d.", round_number + 1, state.round)
+                return state
+        logger.error("No earlier state is whole. The site starts from the shared adapter.")
+        return None
+
+    def _read(self, path: Path, round_number: int) -> PersonalState:
         arrays, meta = load_arrays(path)
         self._check(path, meta)
-        return PersonalState(
-            round_number,
-            meta["previous"],
-            meta["position"],
-            _under(arrays, PERSONAL),
-            _under(arrays, MOMENTS),
-            meta["base"],
-            tuple(meta.get("row_scores", ())),
-            meta["card"]["plan"],
-        )
+        try:
+            return PersonalState(
+                round_number,
+                meta["previous"],
+                meta["position"],
+                _under(arrays, PERSONAL),
+                _under(arrays, MOMENTS),
+                meta["base"],
+                tuple(meta.get("row_scores", ())),
+                meta["card"]["plan"],
+            )
+        except (KeyError, TypeError) as error:
+            raise _incomplete(path, error) from None
 
     def labels(self) -> tuple[str, ...]:
         """Return the labels of the site's first state on disk, in the order of its head; empty without a state."""
-        path = min(self.folder.glob("round-*.safetensors"), default=None)
-        return tuple(load_arrays(path, prefix=NOTHING)[1]["card"]["labels"]) if path else ()
+        for path in sorted(self.folder.glob(FILES)):
+            with contextlib.suppress(DamagedError, KeyError):
+                return tuple(load_arrays(path, prefix=NOTHING)[1]["card"]["labels"])
+        return ()
 
     def reply(self, round_number: int, key: str) -> TrainReply | None:
-        """Return the stored reply to the request with this key, or None if there is none."""
+        """Return the stored reply to the request with this key; None if there is none or its file is damaged."""
         path = self.path(round_number)
         if not path.exists():
             return None
-        arrays, meta = load_arrays(path, prefix=TRAINED)
-        self._check(path, meta)
-        return TrainReply(**meta["reply"], shared=arrays) if meta["reply"]["key"] == key else None
+        try:
+            arrays, meta = load_arrays(path, prefix=TRAINED)
+            self._check(path, meta)
+            return TrainReply(**meta["reply"], shared=arrays) if meta["reply"]["key"] == key else None
+        except (DamagedError, KeyError, TypeError) as error:
+            logger.error("The stored reply of round %d is damaged, so the round runs again: %s", round_number, error)
+            return None
 
     def write(
         self,
@@ -120,14 +151,17 @@ class StateStore:
         """Delete states older than the last admitted one, except the few that it was trained from.
 
         A coordinator that was reset to an older checkpoint may name these. Candidates that were never admitted are
-        deleted. A round of which the site has no state deletes nothing.
+        deleted. A round of which the site has no state, or a damaged one, deletes nothing.
         """
         if not self.path(admitted).exists():
             return
         ancestors, number = [], admitted
         while number and len(ancestors) < MAX_STATES and self.path(number).exists():
             ancestors.append(self.path(number))
-            number = load_arrays(ancestors[-1], prefix=NOTHING)[1]["previous"]
+            try:
+                number = load_arrays(ancestors[-1], prefix=NOTHING)[1]["previous"]
+            except (DamagedError, KeyError):  # what it was trained from is unknown, and may be the newest whole state
+                return
         for path in self.folder.glob("round-*.safetensors"):
             if path < self.path(admitted) and path not in ancestors:
                 path.unlink(missing_ok=True)
@@ -137,6 +171,8 @@ class StateStore:
         return self.folder / f"round-{round_number:06d}.safetensors"
 
     def _check(self, path: Path, meta: Mapping[str, object]) -> None:
+        if "federation" not in meta:
+            raise _incomplete(path, KeyError("federation"))
         if meta.get("federation") != self.federation:
             other = meta.get("federation")
             raise StateError(
@@ -165,6 +201,11 @@ def check_private(state: PersonalState, private: PrivateSettings, site: str) -> 
 
 def _describe_private(private: PrivateSettings) -> str:
     return ", ".join(f"{k} {v}" for k, v in to_dict(private).items()) if private.present else "none"
+
+
+def _incomplete(path: Path, error: Exception) -> DamagedError:
+    message = f"{path} is damaged: its metadata are incomplete ({error})."
+    return DamagedError(str(path), "complete metadata", error, message=message)
 
 
 def _under(arrays: Mapping[str, object], prefix: str) -> dict[str, torch.Tensor]:

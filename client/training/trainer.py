@@ -25,6 +25,7 @@ from ...common.protocol.types import (
     TrainRequest,
     check_arrays,
     check_metrics,
+    hash_labels,
     hash_layout,
 )
 from ...common.seeds import seed_from
@@ -104,6 +105,7 @@ class Trainer:
             truncated=task.train.truncated + task.test.truncated,
             dropped=task.train.dropped + task.test.dropped,
             classes=len(task.rows.labels),
+            labels=hash_labels(task.rows.labels) if self.method.head is SHARED else "",
         )
 
     def handle(self, request: TrainRequest, on_step: StepCallback | None = None) -> TrainReply:

@@ -185,6 +185,10 @@ class ServerSettings:
     max_update_norm: PositiveFloat = 1e4
     """Maximum Frobenius norm of a site's update over all arrays. A reply beyond it is refused."""
 
+    fingerprints: dict[Literal["model", "tokenizer", "chat_template"], str] | None = None
+    """SHA-256 fingerprints that every site's base model must have, as the event ``agreed`` of a run shows them. Unset:
+    those of the coordinator's own copy of the model or, without one, those that most sites have."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class SimulationSettings:

@@ -81,7 +81,28 @@ class AllowSettings:
     any."""
 
     max_seconds: PositiveFloat | None = None
-    """Maximum training time of one round in seconds. Unset: any."""
+    """Maximum time in seconds of one round's training and evaluation, and of a transfer. Unset: any."""
+
+    max_rounds: Positive | None = None
+    """Maximum number of rounds of a federation. Unset: any."""
+
+    max_batch_size: Positive | None = None
+    """Maximum batch size in training, evaluation and generation. Unset: any."""
+
+    max_new_tokens: Positive | None = None
+    """Maximum number of tokens generated per example or prompt. Unset: any."""
+
+    max_calls: Positive | None = None
+    """Maximum number of generator calls in a transfer. Unset: any."""
+
+    max_samples: Positive | None = None
+    """Maximum number of synthetic texts in a transfer. Unset: any."""
+
+    max_epochs: Positive | None = None
+    """Maximum number of passes over the synthetic texts in a transfer. Unset: any."""
+
+    max_disk: PositiveFloat = 20.0
+    """Maximum size of one federation's state folder in GB. At this size the site refuses further rounds."""
 
     max_tokens: Positive | None = None
     """Maximum ``model.max_length`` in tokens. Unset: any."""

@@ -7,6 +7,7 @@ version of it, and ``state/`` for the site's personal groups.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,9 @@ import numpy as np
 
 from ..atomic_io import load_arrays
 from ..config.schema import Plan, parse
-from ..errors import StateError
+from ..errors import ColoraError, DamagedError, StateError
 
+logger = logging.getLogger("colora.models")
 FINGERPRINTS = ("model", "tokenizer", "chat_template")  # fields of Fingerprint
 SHARED, TRAINED, PERSONAL = "shared/", "reply/", "state/"
 DISCRIMINATOR, WRITER = "transfer/", "writer/"  # of a later transfer
@@ -62,21 +64,44 @@ class SavedModel:
 
 
 def read_saved_model(place: Path) -> SavedModel:
-    """Read the model at ``place``: a file, or a folder of a run or site, of which the newest file is read.
+    """Read the model at ``place``: a file, or a folder of a run or site, of which the newest whole file is read.
 
-    Raises StateError if there is no model, or more than one.
+    Newer files that are damaged are skipped with a warning. Raises StateError if there is no model, or more than one,
+    and DamagedError if none is whole.
     """
-    path = find_saved_model(place)
+    newest = find_saved_model(place)
+    others = [] if newest == place else [path for path in newest.parent.glob(FILES) if path != newest]
+    damage: DamagedError | None = None
+    for path in (newest, *sorted(others, reverse=True)):
+        try:
+            saved = _read(path)
+        except DamagedError as error:
+            damage = damage or error
+            continue
+        if damage:
+            logger.warning("%s is damaged. Using %s.", newest, path)
+        return saved
+    raise damage or StateError(str(place), "a model", "none")
+
+
+def _read(path: Path) -> SavedModel:
     arrays, meta = load_arrays(path)
     if "card" not in meta:
         message = f"{path} is not a state or checkpoint of this version of colora."
         raise StateError(str(path), "a state or checkpoint of this version", "a file without metadata", message=message)
-    metadata = ModelMetadata(**{**meta["card"], "labels": tuple(meta["card"]["labels"])})
+    try:
+        metadata = ModelMetadata(**{**meta["card"], "labels": tuple(meta["card"]["labels"])})
+        plan = _plan(path, metadata)
+    except ColoraError:  # damaged, or a plan of another version
+        raise
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
+        message = f"The metadata of {path} are damaged: {error}."
+        raise DamagedError(str(path), "complete metadata", error, message=message) from None
     shared, trained = _below(arrays, SHARED), _below(arrays, TRAINED)
     return SavedModel(
         path,
         metadata,
-        _plan(path, metadata),
+        plan,
         trained or shared,
         _below(arrays, PERSONAL),
         _below(arrays, DISCRIMINATOR),
@@ -109,7 +134,7 @@ def find_saved_model(place: Path) -> Path:
 def _plan(path: Path, metadata: ModelMetadata) -> Plan:
     raw: Any = json.loads(metadata.plan)
     if not isinstance(raw, dict):
-        raise StateError(str(path), "a plan", metadata.plan[:40], message=f"The plan in {path} is damaged.")
+        raise DamagedError(str(path), "a plan", metadata.plan[:40], message=f"The plan in {path} is damaged.")
     return parse(Plan, raw)
 
 

@@ -15,9 +15,9 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
-from rich.markup import escape
 
 from ..errors import StateError
+from ..foreign_text import sanitize
 
 FILE = "services.json"
 PATIENCE = 2.0  # timeout of one health check in seconds
@@ -102,11 +102,6 @@ def format_age(seconds: float | None) -> str:
     return f"{seconds / 86400:.0f} days ago"
 
 
-def sanitize(text: str) -> str:
-    """Make foreign text safe for a terminal: escape rich markup and replace control characters."""
-    return escape("".join(character if character.isprintable() else " " for character in text))
-
-
 def show_services(
     services: Sequence[ServiceStatus], processes: Sequence[ProcessStatus], problems: Sequence[str], console: Console
 ) -> None:
@@ -115,7 +110,7 @@ def show_services(
     pids = [f"{p.name} {p.pid or ''} {'alive' if p.alive else 'gone'}" for p in processes]
     for name, entries in (("services", addresses), ("processes", pids)):
         if entries:
-            console.print(f"{name}: {', '.join(entries)}", highlight=False, markup=False, soft_wrap=True)
+            console.print(sanitize(f"{name}: {', '.join(entries)}"), highlight=False, soft_wrap=True)
     for problem in problems:
         console.print(sanitize(f"! {problem}"), style="red", highlight=False, soft_wrap=True)
 

@@ -10,6 +10,7 @@ from flwr.app import Error as FlowerError
 
 from ..errors import RefusedError
 from .codec import DEFAULT, codec_of, decode, encode
+from .limits import check_values
 from .types import Arrays, SiteInfo, TrainReply, TrainRequest
 
 ARRAYS, METRICS, CONFIG = "shared", "metrics", "colora"
@@ -37,9 +38,14 @@ def join_message(federation: str, plan: str, node_id: int) -> Message:
 
 
 def join_from(message: Message) -> tuple[str, str]:
-    """Return (federation, plan) of a join message."""
-    config = message.content.config_records[CONFIG]
-    return str(config["federation"]), str(config["plan"])
+    """Return (federation, plan) of a join message. Raises RefusedError for another message."""
+    try:
+        config = message.content.config_records[CONFIG]
+        federation, plan = str(config["federation"]), str(config["plan"])
+    except Exception as error:  # as in _unpack
+        raise RefusedError("message", "a join request", type(error).__name__) from None
+    check_values({"federation": federation, "plan": plan})
+    return federation, plan
 
 
 def request_from(message: Message) -> TrainRequest:
@@ -107,6 +113,15 @@ def _unpack(kind: type[T], message: Message, request: TrainRequest | None = None
 
     Raises RefusedError for anything that is not as expected.
     """
+    try:
+        return _unpack_fields(kind, message, request)
+    except RefusedError:
+        raise
+    except Exception as error:  # the records come from another machine and may be of any type at any depth
+        raise RefusedError("message", f"a {kind.__name__}", type(error).__name__) from None
+
+
+def _unpack_fields(kind: type[T], message: Message, request: TrainRequest | None) -> T:
     content, hints = message.content, get_type_hints(kind)
     expected = {CONFIG: ConfigRecord}
     expected |= {name: record for name, record in ((ARRAYS, ArrayRecord), (METRICS, MetricRecord)) if name in hints}
@@ -126,6 +141,7 @@ def _unpack(kind: type[T], message: Message, request: TrainRequest | None = None
             raise RefusedError(name, hint.__name__, type(values[name]).__name__)
         if get_origin(hint) is Literal and values[name] not in get_args(hint):
             raise RefusedError(name, " or ".join(get_args(hint)), repr(values[name]))
+    check_values({name: value for name, value in values.items() if name in hints and name not in (ARRAYS, METRICS)})
     return kind(**values)
 
 

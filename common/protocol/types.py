@@ -7,7 +7,8 @@ names that they do not expect. No field can carry a core, a head, a private adap
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -18,7 +19,7 @@ from ..config.schema import digest
 from ..dataset import EVAL_MODES, METRICS
 from ..errors import RefusedError
 
-PROTOCOL = 1  # version of these types; a site with another one is refused
+PROTOCOL = 2  # version of these types; a site with another one is refused
 UPDATE_SCALE = "update.scale"  # metric: the factor by which a site scaled its update before it sent it
 BENEFIT = "train.benefit"  # metric: loss with the shared adapter ÷ loss without it; in [0, MAX_BENEFIT]
 MAX_BENEFIT = 10.0
@@ -85,6 +86,7 @@ class SiteInfo:
     truncated: int
     dropped: int
     classes: int = 0  # number of labels of a classification task
+    labels: str = ""  # hash of the labels' names and order where heads are shared; empty where they are personal
 
 
 def hash_arrays(arrays: Arrays) -> str:
@@ -102,6 +104,11 @@ def hash_layout(layout: Mapping[str, tuple[int, ...]]) -> str:
     return digest("\n".join(f"{key}:{tuple(layout[key])}" for key in sorted(layout)))
 
 
+def hash_labels(labels: Sequence[str]) -> str:
+    """Return a hash of the labels' names and order."""
+    return digest(json.dumps(list(labels)))
+
+
 def check_metrics(metrics: Mapping[str, float], site: str) -> None:
     """Check that all metrics have known names. Both sides do. Raises RefusedError."""
     unknown = sorted(set(metrics) - METRIC_NAMES)
@@ -116,7 +123,7 @@ def check_arrays(arrays: Arrays, layout: Mapping[str, tuple[int, ...]], site: st
     """
     extra, missing = sorted(set(arrays) - set(layout)), sorted(set(layout) - set(arrays))
     if extra:
-        raise RefusedError("arrays", "the shared groups only", f"also {extra[0]}", site=site)
+        raise RefusedError("arrays", "the shared groups only", f"also {extra[0][:80]}", site=site)
     if missing:
         raise RefusedError("arrays", missing[0], "no such array", site=site)
     for key, array in arrays.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import threading
 import time
@@ -16,6 +15,7 @@ from ...common.errors import ColoraError, QuorumError
 from ...common.flower_compat import shorten_pull_backoff
 from ..reporting.events import EventLog
 from ..reporting.run_folder import RunFolder
+from ..rounds.agreement import own_fingerprints
 from ..rounds.run_options import RosterEntry, Run, RunOptions, StopRequested
 from .superlink import RUN_FOLDER
 
@@ -34,12 +34,12 @@ def deployed() -> Iterator[tuple[Run, RunOptions]]:
     files = RunFolder(Path(os.environ[RUN_FOLDER]))
     with (files.path / "leading.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        roster = tuple(RosterEntry(*entry) for entry in json.loads(files.roster.read_text()))
         events = EventLog(files.path / "events.jsonl")
         try:
+            roster = tuple(RosterEntry(*entry) for entry in files.read_roster())
             yield (
                 Run(load_recipe(files.recipe), roster, files.path),
-                RunOptions(deployed=True, should_stop=files.stop.exists),
+                RunOptions(deployed=True, should_stop=files.stop.exists, fingerprints=own_fingerprints),
             )
         except StopRequested:
             events.emit("stopped")

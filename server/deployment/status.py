@@ -31,6 +31,7 @@ from rich.table import Table
 from ...common.config.loader import load_recipe
 from ...common.dataset import EVAL_MODES
 from ...common.errors import StateError
+from ...common.foreign_text import sanitize
 from ...common.processes.health import (
     PATIENCE,
     HealthState,
@@ -41,10 +42,9 @@ from ...common.processes.health import (
     format_age,
     grpc_health,
     read_services,
-    sanitize,
     show_services,
 )
-from ..reporting.events import Event, read_events
+from ..reporting.events import Event, parse_lines
 from ..reporting.summary import RunSummary, SiteSummary, summarize
 from ..rounds.checkpoint import CheckpointInfo, latest_checkpoint_info
 
@@ -125,7 +125,7 @@ def run_status(folder: Path, now: float | None = None) -> RunStatus:
     """Read a run folder and check its services. Raises StateError or ConfigError if it is not a run folder."""
     now = time.time() if now is None else now
     recipe = load_recipe(folder / "recipe.toml")
-    events, checkpoint = _events(folder), latest_checkpoint_info(folder / "checkpoints")
+    (events, skipped), (checkpoint, damaged) = _events(folder), latest_checkpoint_info(folder / "checkpoints")
     summary, record = summarize(events), read_services(folder)
     phase, about = _phase(events, summary, checkpoint)
     idle = now - events[-1]["time"] if events else None
@@ -133,7 +133,8 @@ def run_status(folder: Path, now: float | None = None) -> RunStatus:
     services = tuple(_services(record)) if record and phase != "finished" else ()
     if phase not in ("finished", "not running") and _coordinator_gone(processes, idle, recipe.server.timeout):
         phase, about = "not running", f"it was last {phase}"
-    problems = _problems(phase, about, services, processes)
+    problems = _problems(phase, about, services, processes) + ([skipped] if skipped else [])
+    problems += [f"checkpoints/{name} is damaged" for name in damaged]
     if phase not in ("finished", "not running") and (idle or 0) > _longest_idle(phase, summary, recipe.server.timeout):
         problems.append(f"no event for {format_age(idle).removesuffix(' ago')}")
     return RunStatus(
@@ -180,7 +181,7 @@ def _site_table(sites: Sequence[SiteProgress]) -> Table:
         values = [summary.metric(mode) for mode in EVAL_MODES]
         failure = [sanitize(f"round {t}: {reason}") for t, reason in site.failures.items()][-1:]
         cells = ["" if value is None else f"{value:.3f}" for value in values]
-        table.add_row(site.site, format_age(site.seen), str(site.admitted or ""), *cells, *failure)
+        table.add_row(sanitize(site.site), format_age(site.seen), str(site.admitted or ""), *cells, *failure)
     return table
 
 
@@ -188,10 +189,10 @@ def _changing_files(folder: Path) -> list[Path]:
     return [path for path in (folder / "recipe.toml", folder / "events.jsonl") if path.exists()]
 
 
-def _events(folder: Path) -> list[Event]:
+def _events(folder: Path) -> tuple[list[Event], str]:
     try:
-        return read_events(folder / "events.jsonl")
-    except (OSError, ValueError) as error:
+        return parse_lines(folder / "events.jsonl")
+    except OSError as error:
         path = folder / "events.jsonl"
         message = f"{path} cannot be read: {error}."
         raise StateError(str(path), "one JSON object per line", error, message=message) from None

@@ -5,6 +5,7 @@ A failed process is restarted. A new Flower run of the same federation continues
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from ...common.atomic_io import write_atomically
 from ...common.config.schema import Recipe, to_dict
 from ...common.errors import ColoraError, ConfigError, QuorumError, StateError
 from ...common.processes.supervised import Signals, exclusive_lock, listens, write_services
-from ..reporting.events import Event, EventLog, EventTail
+from ..reporting.events import Event, EventLog, EventTail, notify
 from ..reporting.run_folder import RunFolder
 from ..rounds.run_options import RosterEntry
 from .gateway.proxy import Upstream
@@ -106,6 +107,9 @@ def run_server(job: ServerJob, listener: Callable[[Event], None]) -> bool:
     """
     run = RunFolder(job.folder)
     roster = roster_of(job.recipe, job.keys)
+    if job.keys:  # a key outside the roster is a stranger's
+        known = {entry.site: job.keys.sites[entry.site] for entry in roster}
+        job = dataclasses.replace(job, keys=dataclasses.replace(job.keys, sites=known))
     if run.recipe.exists():
         run.check_same(job.recipe)
     else:
@@ -164,7 +168,7 @@ class Supervisor:
             self.failed_runs = 0
         if event["event"] == "run_failed":
             self.failure = event
-        self.listener(event)
+        notify(self.listener, event)
 
     def _signalled(self) -> bool:
         """Whether to exit now. The first signal lets the current round finish; the second does not."""

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from ...common.dataset import EVAL_MODES, TASKS
+from ...common.foreign_text import printable, sanitize
 from .events import Event
 from .summary import RunSummary, SiteSummary, note_of
 
@@ -49,7 +50,7 @@ class LiveDisplay:
             new = len(self.summary.ready) > before
             line = f"{self.summary.note} ({event['site']})" if new else _line(self.summary, event)
             if line:
-                self.console.print(line, highlight=False, soft_wrap=True)
+                self.console.print(Text(printable(line)), soft_wrap=True)
 
 
 def print_report(summary: RunSummary, folder: Path, console: Console) -> None:
@@ -58,17 +59,18 @@ def print_report(summary: RunSummary, folder: Path, console: Console) -> None:
     for target in (console, page):
         target.print(_final_table(summary))
         for line in _conclusions(summary):
-            target.print(line, highlight=False)
+            target.print(Text(printable(line)))
     page.save_html(str(folder / "report.html"))
-    console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)
+    console.print(Text(printable(f"Run folder: {folder}")), soft_wrap=True)
 
 
 def _headline(summary: RunSummary) -> Text:
     if summary.baseline:
-        return Text(f"{summary.federation}: baseline (each site alone), round {summary.round} of {summary.rounds}")
+        where = f"round {summary.round} of {summary.rounds}"
+        return Text(printable(f"{summary.federation}: baseline (each site alone), {where}"))
     phase = f"round {summary.round} of {summary.rounds}" if summary.round else "waiting for sites to join"
     note = f" ({summary.note})" if summary.note else ""
-    return Text(f"{summary.federation}: {summary.method} on {summary.model}, {phase}{note}")
+    return Text(printable(f"{summary.federation}: {summary.method} on {summary.model}, {phase}{note}"))
 
 
 def _progress_table(summary: RunSummary) -> Table:
@@ -77,7 +79,7 @@ def _progress_table(summary: RunSummary) -> Table:
         table.add_column(name, justify="left" if name == "site" else "right")
     for row in summary.rows.values():
         metrics = [_number(row.metric(mode)) for mode in EVAL_MODES]
-        progress = [row.site, str(row.round or ""), _number(row.alone_loss if summary.baseline else row.loss)]
+        progress = [sanitize(row.site), str(row.round or ""), _number(row.alone_loss if summary.baseline else row.loss)]
         cells = [*progress, *metrics, _bytes(row.bytes_up), f"{row.seconds:.0f}"]
         table.add_row(*cells, style="yellow" if row.failures else None)
     return table
@@ -89,7 +91,9 @@ def _line(summary: RunSummary, event: Event) -> str | None:
     if name == "started":
         return f"{prefix}{event['federation']}: {event['method']} on {event['model']}, {len(event['sites'])} sites"
     if name == "resumed":
-        return f"{prefix}resuming after round {event['round']} of {summary.rounds}"
+        damaged = ", ".join(event.get("damaged", ()))
+        skipped = f"; skipped damaged checkpoints: {damaged}" if damaged else ""
+        return f"{prefix}resuming after round {event['round']} of {summary.rounds}{skipped}"
     if name == "round":
         rows = summary.rows.values()
         losses = [x for x in (row.alone_loss if prefix else row.loss for row in rows) if x is not None]
@@ -113,7 +117,7 @@ def _final_table(summary: RunSummary) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=0,
-        title=f"{summary.federation}: {', '.join(metrics)}",
+        title=sanitize(f"{summary.federation}: {', '.join(metrics)}"),
         title_justify="left",
         pad_edge=False,
     )
@@ -124,7 +128,7 @@ def _final_table(summary: RunSummary) -> Table:
     for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
     for row in summary.rows.values():
-        table.add_row(row.site, *(cell(row) for cell in shown.values()))
+        table.add_row(sanitize(row.site), *(cell(row) for cell in shown.values()))
     means = {c: _number(summary.mean(c)) for c in COLUMNS}
     if any(means.values()):
         gains = known_gains(summary) if means["alone"] else []
@@ -145,9 +149,9 @@ _CELLS: dict[str, Callable[[SiteSummary], str]] = {
 }
 
 
-def _conclusions(summary: RunSummary) -> list[RenderableType]:
+def _conclusions(summary: RunSummary) -> list[str]:
     """The lines below the final table."""
-    lines: list[RenderableType] = [_legend(summary)]
+    lines = [_legend(summary)]
     if summary.source_federation:
         lines.append(
             f"The rows are generated texts, labelled by the models from {summary.source_federation}; some of them were "
@@ -156,7 +160,8 @@ def _conclusions(summary: RunSummary) -> list[RenderableType]:
     if summary.residual is not None:
         lines.append(f"In the last round mean(B)·mean(A) differed from mean(BA) by {summary.residual:.1%}.")
     lines += [*_comparison(summary), *_advice(summary)]
-    base, personal, tasks = summary.mean("base"), summary.mean("personal"), [row.task for row in summary.rows.values()]
+    base, personal = summary.mean("base"), summary.mean("personal")
+    tasks = [row.task for row in summary.rows.values() if row.task]
     if base is not None and personal is not None and _better(personal, base, tasks[0]) < 0:
         lines.append(
             "The personal models are worse than the base model. Train for more steps or change the learning rate."

@@ -2,15 +2,16 @@
 
 Every event has ``time`` (seconds since 1970) and ``event``, its name. ``round`` counts from 1. Replies and failures
 of the finalization have the last round + 1, those of a spectral start have 0. Failures while sites join have the
-round of the last checkpoint, or 0.
-Numbers that JSON cannot represent (NaN, infinity) are null.
+round of the last checkpoint, or 0. Numbers that JSON cannot represent (NaN, infinity) and metrics beyond 1e15 are null.
+A site's text has at most 200 characters. A reader skips a line that is not an event, with a warning.
 
 =================  ====================================================================================================
 event              fields
 =================  ====================================================================================================
 started            A coordinator process began: federation, method, model, rounds, sites (names in roster order),
                    learning_rates (by parameter group), recipe (hash of all settings that can change a result).
-resumed            It continues from a checkpoint: round (of the checkpoint).
+resumed            It continues from a checkpoint: round (of the checkpoint), damaged (names of newer checkpoints
+                   that are damaged and were skipped).
 transfer_started   Sites that join write and label texts for the new base model: source_federation, sites.
 site_ready         A site has its texts for the transfer: site.
 waiting            Too few sites. While joining: when ("join"), quorum, present, missing (names).
@@ -44,6 +45,7 @@ restarted          The supervisor restarted a component: what ("superlink" or "r
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -52,6 +54,11 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import ColoraError, QuorumError
+from ...common.foreign_text import clean
+from .event_fields import parse_event
+
+MAX_REASON = 1000  # characters of a refusal, which quotes texts of the site; each of these is cut already
+logger = logging.getLogger("colora.events")
 
 
 class EventRecorder:
@@ -66,15 +73,17 @@ class EventRecorder:
         self.events.emit(event, **fields)
 
     def failed(self, t: int, site: str, reason: str | None) -> None:
-        """Record that a site sent an error or no reply in round ``t``."""
+        """Record that a site sent an error or no reply in round ``t``. ``reason`` may be the site's own text."""
+        site, reason = clean(site), clean(reason or "an error without a reason")
         self.failures.append(f"{site}: {reason}")
         self.emit("failed", round=t, site=site, reason=reason)
 
     def refused(self, t: int, error: ColoraError) -> None:
         """Record that a reply or a joining site was refused in round ``t``."""
-        self.failures.append(str(error))
-        details = {key: getattr(error, key) for key in ("site", "field", "expected", "found")}
-        self.emit("refused", round=t, **details, reason=str(error))
+        reason = clean(error, MAX_REASON)
+        self.failures.append(reason)
+        details = {key: clean(getattr(error, key)) for key in ("field", "expected", "found")}
+        self.emit("refused", round=t, site=error.site and clean(error.site), **details, reason=reason)
 
     def require_quorum(self, quorum: int, present: list[str], when: str) -> None:
         """Check that enough sites are present at ``when``: "join", "round 3" or "finalize".
@@ -117,15 +126,40 @@ class EventLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
         if self.listener:
-            self.listener(record)
+            notify(self.listener, record)
+
+
+def notify(listener: Listener, event: Event) -> None:
+    """Pass an event to a listener. If the listener raises, the error is logged and the run continues."""
+    try:
+        listener(event)
+    except Exception as error:  # a listener is a display or a user's function, and may raise anything
+        logger.warning(
+            "The listener failed on the event %s: %s", event["event"], clean(f"{type(error).__name__}: {error}")
+        )
 
 
 def read_events(path: Path) -> list[Event]:
-    """Return all complete events of a file, oldest first; none if there is no file."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    """Return all complete events of a file, oldest first; none if there is no file.
+
+    Lines that are not events are skipped with a warning.
+    """
+    events, skipped = parse_lines(path)
+    if skipped:
+        logger.warning("%s", skipped)
+    return events
+
+
+def parse_lines(path: Path) -> tuple[list[Event], str]:
+    """Return the complete events of a file, and a sentence about lines that are not events; empty if there are none."""
+    return _parse(path.read_bytes().rpartition(b"\n")[0], path) if path.exists() else ([], "")
+
+
+def _parse(lines: bytes, path: Path) -> tuple[list[Event], str]:
+    parsed = [parse_event(line) for line in lines.split(b"\n") if line.strip()]
+    events = [event for event in parsed if event is not None]
+    skipped = len(parsed) - len(events)
+    return events, f"{path}: {skipped} of {len(parsed)} lines are not events and were skipped" if skipped else ""
 
 
 class EventTail:
@@ -142,7 +176,10 @@ class EventTail:
             file.seek(min(self._offset, self.path.stat().st_size))
             whole, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.splitlines() if line]
+        events, skipped = _parse(whole, self.path)
+        if skipped:
+            logger.warning("%s", skipped)
+        return events
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,23 @@ class RunFolder:
     def baseline(self) -> Path:
         """The run folder of the local-only baseline."""
         return self.path / "baseline"
+
+    def read_roster(self) -> list[tuple[str, int]]:
+        """Return each site's name and first round, in order. Raises StateError if the file is missing or damaged."""
+        try:
+            entries = json.loads(self.roster.read_text(encoding="utf-8"))
+            roster = [(str(site), first) for site, first in entries]
+            if not roster or not all(isinstance(first, int) and first > 0 for _, first in roster):
+                raise ValueError("an entry is not a name and a round")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise StateError(
+                str(self.roster),
+                'a JSON list of ["SITE", FIRST ROUND]',
+                error,
+                message=f"{self.roster} is missing or damaged: {error}.",
+                hint='Restore it, or write a JSON list with one ["SITE", FIRST ROUND] per site, in the original order.',
+            ) from None
+        return roster
 
     def events(self) -> list[Event]:
         """Return all events; the baseline's have ``baseline`` set to True."""

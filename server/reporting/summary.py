@@ -208,10 +208,11 @@ def _compared(summary: RunSummary, event: Event) -> None:
 
 def _left_out(summary: RunSummary, event: Event) -> None:
     site = event.get("site")
+    reason = str(event["reason"]).removeprefix(f"site {site}: ")
     if site in summary.rows:
-        summary.rows[site].failures.setdefault(event["round"], str(event["reason"]).removeprefix(f"site {site}: "))
+        summary.rows[site].failures.setdefault(event["round"], reason)
     else:
-        summary.failures.append(f"{site or 'unknown node'}: {event['reason']}")
+        summary.failures.append(f"{site or 'unknown node'}: {reason}")
 
 
 def _finished(summary: RunSummary, event: Event) -> None:

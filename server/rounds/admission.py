@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ...common.dataset import TASKS
 from ...common.errors import RefusedError
+from ...common.protocol.limits import MAX_COUNT
 from ...common.protocol.types import (
     BENEFIT,
     MAX_BENEFIT,
@@ -21,7 +23,6 @@ from ...common.protocol.types import (
 )
 
 Layout = Mapping[str, tuple[int, ...]]
-MAX_TERMS = 10**12  # largest accepted count of loss terms or examples in one round
 PINNED = ("model", "tokenizer", "chat_template")  # fingerprints in SiteInfo that all sites must have in common
 
 
@@ -42,8 +43,8 @@ def admit_reply(reply: TrainReply, site: str, request: TrainRequest, layout: Lay
         raise RefusedError(BENEFIT, f"0 to {MAX_BENEFIT:g}", reply.metrics[BENEFIT], site=site)
     if request.kind == "train":
         for field in ("terms", "examples"):
-            if not 0 < getattr(reply, field) <= MAX_TERMS:
-                raise RefusedError(field, f"1 to {MAX_TERMS}", getattr(reply, field), site=site)
+            if not 0 < getattr(reply, field) <= MAX_COUNT:
+                raise RefusedError(field, f"1 to {MAX_COUNT}", getattr(reply, field), site=site)
     check_values(reply.shared, request.shared, max_update_norm, site)
 
 
@@ -67,6 +68,8 @@ def admit_site(info: SiteInfo, expected: Mapping[str, object]) -> None:
     for field, value in {"protocol": PROTOCOL, **expected}.items():
         if actual[field] != value:
             raise RefusedError(field, str(value)[:16], str(actual[field])[:16], site=info.site)
+    if info.task not in TASKS:
+        raise RefusedError("task", f"one of {', '.join(TASKS)}", info.task, site=info.site)
     if info.train < 1 and info.test < 1:
         raise RefusedError(
             "train",

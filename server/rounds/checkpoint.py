@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,11 @@ import numpy as np
 
 from ...common.atomic_io import load_arrays, save_arrays
 from ...common.config.schema import Recipe, to_json
-from ...common.errors import StateError
-from ...common.models.saved import FINGERPRINTS, SHARED, ModelMetadata
+from ...common.errors import DamagedError, StateError
+from ...common.models.saved import FILES, FINGERPRINTS, SHARED, ModelMetadata
 
 OPTIMIZER_STATE, AGGREGATOR_STATE = "memory/", "aggregator/"  # prefixes of array names in the file
+logger = logging.getLogger("colora.checkpoints")
 MAX_CHECKPOINTS = 3  # newest checkpoints kept on disk
 
 
@@ -40,38 +42,60 @@ class Checkpoints:
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.folder, self.identity = folder, {"federation": recipe.name, "recipe": recipe.identity}
         self.plan = to_json(recipe.plan)
+        self.damaged: list[str] = []
 
     def latest(self) -> ServerState | None:
-        """Return the newest state, or None. Raises StateError if it belongs to another federation or recipe."""
-        paths = sorted(self.folder.glob("round-*.safetensors"))
-        if not paths:
-            return None
-        arrays, meta = load_arrays(paths[-1])
+        """Return the newest whole state, or None; ``damaged`` then has the names of the newer, damaged files.
+
+        Raises StateError if a file belongs to another federation or recipe, or if all are damaged.
+        """
+        paths, self.damaged = sorted(self.folder.glob(FILES)), []
+        for path in reversed(paths):
+            try:
+                return self._read(path)
+            except DamagedError as error:
+                logger.warning("%s", error)
+                self.damaged.append(path.name)
+        if paths:
+            raise StateError(
+                str(self.folder),
+                "a whole checkpoint",
+                "damaged ones only",
+                message=f"All checkpoints in {self.folder} are damaged: {', '.join(self.damaged)}.",
+                hint="Restore one from a backup, or delete them to begin again at round 1.",
+            )
+        return None
+
+    def _read(self, path: Path) -> ServerState:
+        arrays, meta = load_arrays(path)
         for name, expected in self.identity.items():
-            if meta[name] != expected:
+            if meta.get(name) != expected:
                 raise StateError(
-                    f"{paths[-1]}: {name}",
+                    f"{path}: {name}",
                     expected,
-                    meta[name],
-                    message=f"{paths[-1]} belongs to another {name}: {meta[name]}, not {expected}.",
+                    meta.get(name),
+                    message=f"{path} belongs to another {name}: {meta.get(name)}, not {expected}.",
                     hint="Use the recipe that the run began with, or another run folder.",
                 )
         shared, optimizer_state, aggregator_state = (
             {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)}
             for p in (SHARED, OPTIMIZER_STATE, AGGREGATOR_STATE)
         )
-        return ServerState(
-            meta["round"],
-            shared,
-            optimizer_state,
-            aggregator_state,
-            meta["admitted"],
-            meta["pins"],
-            meta["weights"],
-            meta.get("benefit", {}),
-            meta["closed"],
-            meta["task"],
-        )
+        try:
+            return ServerState(
+                meta["round"],
+                shared,
+                optimizer_state,
+                aggregator_state,
+                meta["admitted"],
+                meta["pins"],
+                meta["weights"],
+                meta.get("benefit", {}),
+                meta["closed"],
+                meta["task"],
+            )
+        except KeyError as error:
+            raise _incomplete(path, error) from None
 
     def write(self, state: ServerState) -> None:
         """Write a state and delete all but the newest checkpoints."""
@@ -90,7 +114,7 @@ class Checkpoints:
             "card": dataclasses.asdict(self._metadata(state)),
         }
         save_arrays(self.folder / f"round-{state.round:06d}.safetensors", arrays, meta)
-        for path in sorted(self.folder.glob("round-*.safetensors"))[:-MAX_CHECKPOINTS]:
+        for path in sorted(self.folder.glob(FILES))[:-MAX_CHECKPOINTS]:
             path.unlink(missing_ok=True)
 
     def _metadata(self, state: ServerState) -> ModelMetadata:
@@ -109,13 +133,22 @@ class CheckpointInfo:
     written: float
 
 
-def latest_checkpoint_info(folder: Path) -> CheckpointInfo | None:
-    """Describe the newest checkpoint in ``folder``, of any federation; another process may be writing there."""
-    while paths := sorted(folder.glob("round-*.safetensors")):
+def latest_checkpoint_info(folder: Path) -> tuple[CheckpointInfo | None, list[str]]:
+    """Describe the newest whole checkpoint in ``folder``, of any federation, and name the newer, damaged ones.
+
+    Only the metadata are checked. Another process may be writing there.
+    """
+    damaged: list[str] = []
+    for path in sorted(folder.glob(FILES), reverse=True):
         try:
-            _, meta = load_arrays(paths[-1], prefix=" ")
-            return CheckpointInfo(meta["round"], meta["admitted"], meta["closed"], paths[-1].stat().st_mtime)
-        except (StateError, OSError):
-            if paths[-1].exists():
-                raise
-    return None
+            _, meta = load_arrays(path, prefix=" ")
+            return CheckpointInfo(meta["round"], meta["admitted"], meta["closed"], path.stat().st_mtime), damaged
+        except (StateError, OSError, KeyError):
+            if path.exists():  # otherwise a newer one has replaced it
+                damaged.append(path.name)
+    return None, damaged
+
+
+def _incomplete(path: Path, error: KeyError) -> DamagedError:
+    message = f"{path} is damaged: its metadata have no {error}."
+    return DamagedError(str(path), f"metadata with {error}", "none", message=message)

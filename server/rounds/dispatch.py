@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from ...common.protocol.flower_messages import SITE_FAILED
+from ...common.protocol.flower_messages import SITE_FAILED, payload_bytes
 from ..flower_compat import ErrorCode
 from .registry import NodeRegistry
+from .replies import MIN_BYTES, ReplyCollector
 
 # Errors that a site caused; all others come from Flower's infrastructure.
 SITE_ERRORS = frozenset({SITE_FAILED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION})
@@ -58,7 +58,7 @@ class Dispatcher:
         self._grid, self._registry, self._policy, self._on_late = grid, registry, policy, on_late
         self._late: dict[str, str] = {}  # message id → site
         self._refreshed = 0.0
-        self._pull: BackgroundPull | None = None  # in flight
+        self._replies = ReplyCollector(grid, background=policy.deployed)
 
     def dispatch(
         self, requests: Mapping[str, Callable[[], Message]], enough: Callable[[], bool] = lambda: False
@@ -84,7 +84,7 @@ class Dispatcher:
                     break
                 time.sleep(self._policy.interval)
         self._late |= {message_id: site for message_id, site in sent.items() if site in waiting}
-        self._pull = None
+        self._replies.abandon()
 
     def _send(self, waiting: Mapping[str, PendingReply], sent: dict[str, str]) -> None:
         now = time.monotonic()
@@ -94,29 +94,21 @@ class Dispatcher:
             pending.due, pending.sent, pending.tries = None, now, pending.tries + 1
             pending.presence = self._registry.presence(site)
             pending.silence = pending.silence * 2 or self._policy.silence
-            for message_id in self._grid.push_messages([pending.message()]):
+            message = pending.message()
+            self._replies.max_bytes = max(self._replies.max_bytes, MIN_BYTES + 4 * payload_bytes(message))
+            for message_id in self._grid.push_messages([message]):
                 sent[message_id], pending.newest = site, message_id
 
     def _take(self, sent: dict[str, str]) -> list[tuple[str, Message]]:
+        """Return (site, reply) for the replies that have arrived. Replies to other requests are ignored."""
         replies = []
-        for message in self._pull_messages([*sent, *self._late]):
-            message_id = message.metadata.reply_to_message_id
+        for message_id, message in self._replies.take([*sent, *self._late], self._policy.interval):
             if late_site := self._late.pop(message_id, None):
                 if not message.has_error():
                     self._on_late(late_site)
             elif site := sent.pop(message_id, None):
                 replies.append((site, message))
         return replies
-
-    def _pull_messages(self, message_ids: list[str]) -> list[Message]:
-        """Return the replies that have arrived. Deployed, pull in a thread: see ``BackgroundPull``."""
-        if not self._policy.deployed:
-            return list(self._grid.pull_messages(message_ids))
-        self._pull = self._pull or BackgroundPull(self._grid, message_ids)
-        if not self._pull.wait(self._policy.interval):
-            return []
-        pull, self._pull = self._pull, None
-        return pull.result()
 
     def _retry(self, pending: PendingReply, message: Message) -> bool:
         """Whether a reply is an error after which the request is sent again."""
@@ -140,41 +132,10 @@ class Dispatcher:
         self._registry.refresh()
         presences = {site: self._registry.presence(site) for site in waiting}
         back = {s for s, p in waiting.items() if presences[s] is not None and presences[s] != p.presence}
-        stuck = bool(back) and self._pull is not None
+        stuck = bool(back) and self._replies.stuck
         if stuck:
-            self._pull = None
+            self._replies.abandon()
         for site, pending in waiting.items():
             if pending.due is None and (stuck or site in back or now - pending.sent > pending.silence):
                 pending.due = now
         return enough() and not any(presences.values())
-
-
-class BackgroundPull:
-    """A call of ``grid.pull_messages`` in a thread of its own, because it can block for minutes.
-
-    When a site dies while it sends its reply, Flower announces the reply and then waits for its missing parts until
-    their upload times out. The dispatcher can abandon such a pull and send the requests again.
-    """
-
-    def __init__(self, grid: Grid, message_ids: list[str]) -> None:
-        self._messages: list[Message] = []
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._work, args=(grid, message_ids), daemon=True)
-        self._thread.start()
-
-    def _work(self, grid: Grid, message_ids: list[str]) -> None:
-        try:
-            self._messages = list(grid.pull_messages(message_ids))
-        except Exception as error:  # any error is raised again by result()
-            self._error = error
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for the pull to end, ``seconds`` at most; return whether it has."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def result(self) -> list[Message]:
-        """Return the replies, or raise the error that the grid raised."""
-        if self._error:
-            raise self._error
-        return self._messages

@@ -16,7 +16,9 @@ from ...common.atomic_io import write_atomically
 from ...common.errors import ColoraError, RefusedError
 from ...common.protocol import flower_messages as messages
 from ...common.protocol.types import SiteInfo
+from .replies import ReplyCollector
 
+PULL_WAIT = 0.1  # seconds to wait for replies to join requests (deployed)
 REJOIN_INTERVAL = 30.0  # seconds before a node whose join requests all failed is asked again
 
 
@@ -51,6 +53,10 @@ class PendingJoin:
     due: float = 0.0  # monotonic time of the next request; infinity while one is in flight and after the reply
 
 
+class TakenName(RefusedError):
+    """A node claims the name of another node that is connected."""
+
+
 class NodeRegistry:
     """Binds nodes to sites without blocking.
 
@@ -69,6 +75,7 @@ class NodeRegistry:
     ) -> None:
         self._grid, self._names, self._query, self._cache_file = grid, names, query, cache_file
         self._on_join = on_join or (lambda site: None)
+        self._replies = ReplyCollector(grid, background=cache_file is not None)
         self._cached = _read_cache(cache_file) if cache_file else {}
         self.connected: dict[str, ConnectedSite] = {}
         self.failures: list[tuple[str, str | None]] = []  # (node or site, reason); the caller reports and clears them
@@ -99,7 +106,7 @@ class NodeRegistry:
             if pending is None or pending.since != node_info.last_activated_at:
                 pending = self._online[node] = PendingJoin(node_info.last_activated_at)
                 cached = self._cached.get(node)
-                if cached and cached.since == pending.since and cached.site in self._names:
+                if cached and cached.since == pending.since and self._may_join(cached):
                     self.connected[cached.site], pending.due = cached, float("inf")
                     self._on_join(cached.site)
             if pending.due <= now:
@@ -113,11 +120,11 @@ class NodeRegistry:
 
     def _take_replies(self) -> list[ConnectedSite]:
         joined = []
-        while replies := list(self._grid.pull_messages(list(self._pending))) if self._pending else []:
-            for message in replies:
-                node = self._pending.pop(message.metadata.reply_to_message_id)
-                pending = self._online.get(node)
-                if pending and (site := self._connect(node, pending, message)):
+        while replies := self._replies.take(list(self._pending), PULL_WAIT) if self._pending else []:
+            for message_id, message in replies:
+                node = self._pending.pop(message_id, None)
+                pending = self._online.get(node) if node is not None else None
+                if node is not None and pending and (site := self._connect(node, pending, message)):
                     joined.append(site)
         return joined
 
@@ -136,6 +143,8 @@ class NodeRegistry:
             self._check_name(connected)
         except RefusedError as error:
             self.refusals.append(error if error.site else error.at_site(name))
+            if isinstance(error, TakenName):  # the other node may be the same site before its restart
+                pending.tries, pending.due = 0, time.monotonic() + REJOIN_INTERVAL
             return None
         self.connected[connected.site] = connected
         self._on_join(connected.site)
@@ -147,9 +156,26 @@ class NodeRegistry:
             entries = [dataclasses.asdict(connected) for connected in self.connected.values()]
             write_atomically(self._cache_file, json.dumps(entries).encode(), lasting=False)
 
+    def _may_join(self, connected: ConnectedSite) -> bool:
+        try:
+            self._check_name(connected)
+        except RefusedError:
+            return False
+        return True
+
     def _check_name(self, connected: ConnectedSite) -> None:
-        """Refuse a name that is not the key owner's, and one that is not in the roster."""
+        """Refuse a name that is not the key owner's, one that is not in the roster, and one that a live node has.
+
+        Where nodes have keys, a node without one has no name.
+        """
         owner = self._key_owners.get(connected.node)
+        if not owner and any(self._key_owners.get(node) for node in self._online):
+            raise RefusedError(
+                "site",
+                "a node with a registered key",
+                "a node without one",
+                message=f"A node without a registered key tried to join as {connected.site!r}.",
+            )
         if owner and connected.site != owner:
             raise RefusedError(
                 "site",
@@ -158,6 +184,15 @@ class NodeRegistry:
                 site=owner,
                 message=f"The node with the key of {owner!r} tried to join as {connected.site!r}.",
                 hint="Check name and [coordinator] key in the site file.",
+            )
+        holder = self.connected.get(connected.site)
+        if holder and holder.node != connected.node and holder.node in self._online:
+            raise TakenName(
+                "site",
+                "a name that no connected node has",
+                connected.site,
+                message=f"Another connected node has the name {connected.site!r} already.",
+                hint="Stop one of the two, or give each site a name of its own.",
             )
         if connected.site not in self._names:
             raise RefusedError(

@@ -45,12 +45,13 @@ class RunOptions:
 
     ``deployed``: sites are separate processes, so the coordinator waits for missing sites and retries failed rounds.
     ``should_stop`` is called between rounds and while waiting. ``replay`` limits each round to the sites of an earlier
-    run.
+    run. ``fingerprints`` returns those of the coordinator's own copy of the base model, by field of ``SiteInfo``.
     """
 
     deployed: bool = False
     should_stop: Callable[[], bool] = lambda: False
     replay: Replay | None = None
+    fingerprints: Callable[[Recipe], Mapping[str, str]] = lambda recipe: {}
 
 
 class StopRequested(Exception):

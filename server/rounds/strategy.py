@@ -22,12 +22,14 @@ from ...common.config.schema import Recipe, to_json
 from ...common.errors import QuorumError, RefusedError
 from ...common.protocol import flower_messages as messages
 from ...common.protocol.codec import as_received
-from ...common.protocol.types import BENEFIT, RequestKind, SiteInfo, TrainReply, TrainRequest, hash_layout
+from ...common.protocol.limits import measured
+from ...common.protocol.types import BENEFIT, RequestKind, TrainReply, TrainRequest, hash_layout
 from ...common.seeds import seed_from
 from ..reporting.events import EventLog, EventRecorder
 from . import aggregation
-from .admission import PINNED, admit_reply
+from .admission import admit_reply
 from .aggregation import AGGREGATORS, RoundState, WeightedUpdate
+from .agreement import agree_on_pins, has_mixed_tasks, number_of_classes
 from .checkpoint import ServerState
 from .dispatch import Dispatcher, RetryPolicy
 from .membership import Membership
@@ -91,15 +93,17 @@ class AdapterStrategy:
         if not deployed:
             wait_for_nodes(grid, len(names))
         joined = self.membership.wait_for_quorum(quorum, self.settings.timeout)
+        pins = dict(state.pins if state else {})
+        pins = pins or agree_on_pins(self.recipe, joined, self.options.fingerprints(self.recipe))
         if state is None:
-            initial = first(max((info.classes for info in joined), default=0))
+            initial = first(number_of_classes(self.recipe, joined, pins))
             initial = orthonormalize(initial) if self.spectral else initial
             state = ServerState(0, as_received(self.codec, initial))
         self.layout = {key: tuple(array.shape) for key, array in state.shared.items()}
-        pins = dict(state.pins) or most_common(joined)
         self.membership.pin(pins, hash_layout(self.layout), quorum, state.round)
-        tasks = {site.info.task for site in self.membership.sites.values()}
-        weights = state.weights or self._weights(mixed=len(tasks) > 1)
+        admitted = [site.info for site in self.membership.sites.values()]
+        tasks = {info.task for info in admitted}
+        weights = state.weights or self._weights(mixed=has_mixed_tasks(self.recipe, admitted))
         task = state.task or (tasks.pop() if len(tasks) == 1 else "")
         self.recorder.emit("agreed", weights=weights, pins=pins)
         return dataclasses.replace(state, pins=pins, weights=weights, task=task)
@@ -269,7 +273,7 @@ class AdapterStrategy:
                 continue
             results = {
                 "kind": request.kind,
-                "metrics": dict(reply.metrics),
+                "metrics": measured(reply.metrics),
                 "terms": reply.terms,
                 "fresh": reply.fresh,
             }
@@ -286,12 +290,6 @@ class AdapterStrategy:
     def _emit_late(self, site: str) -> None:
         reason = "replied after its round had ended: ignored"
         self.recorder.emit("late", round=self.current_round, site=site, reason=reason)
-
-
-def most_common(infos: list[SiteInfo]) -> dict[str, str]:
-    """The fingerprints that most sites have; in a tie, those of the site that comes first in the roster."""
-    prints = [tuple(getattr(info, name) for name in PINNED) for info in infos]
-    return dict(zip(PINNED, max(prints, key=prints.count), strict=True)) if prints else {}
 
 
 def sample(sites: list[str], fraction: float, seed: int) -> list[str]:

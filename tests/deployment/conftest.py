@@ -182,7 +182,7 @@ def tensors(path: Path, owner: str) -> dict[str, bytes]:
     """Return the arrays, and the metadata without durations, which differ between runs."""
     with safe_open(path, "numpy") as file:
         found = {f"{owner}/{path.stem}/{key}": file.get_tensor(key).tobytes() for key in file.keys()}  # noqa: SIM118
-        notes = json.loads(file.metadata()["colora"])
+        notes = json.loads(file.metadata()["colora"].partition("\n")[2])  # after the checksum
     notes.get("reply", {}).pop("seconds", None)
     return {**found, f"{owner}/{path.stem}/notes": json.dumps(notes, sort_keys=True).encode()}
 

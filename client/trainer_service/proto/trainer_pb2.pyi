@@ -17,7 +17,7 @@ class SiteInfoRequest(_message.Message):
     def __init__(self, federation: _Optional[str] = ..., plan: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class SiteInfo(_message.Message):
-    __slots__ = ("site", "protocol", "model", "tokenizer", "chat_template", "layout", "task", "train", "test", "truncated", "dropped", "classes")
+    __slots__ = ("site", "protocol", "model", "tokenizer", "chat_template", "layout", "task", "train", "test", "truncated", "dropped", "classes", "labels")
     SITE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class SiteInfo(_message.Message):
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     site: str
     protocol: int
     model: str
@@ -42,7 +43,8 @@ class SiteInfo(_message.Message):
     truncated: int
     dropped: int
     classes: int
-    def __init__(self, site: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., tokenizer: _Optional[str] = ..., chat_template: _Optional[str] = ..., layout: _Optional[str] = ..., task: _Optional[str] = ..., train: _Optional[int] = ..., test: _Optional[int] = ..., truncated: _Optional[int] = ..., dropped: _Optional[int] = ..., classes: _Optional[int] = ...) -> None: ...
+    labels: str
+    def __init__(self, site: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., tokenizer: _Optional[str] = ..., chat_template: _Optional[str] = ..., layout: _Optional[str] = ..., task: _Optional[str] = ..., train: _Optional[int] = ..., test: _Optional[int] = ..., truncated: _Optional[int] = ..., dropped: _Optional[int] = ..., classes: _Optional[int] = ..., labels: _Optional[str] = ...) -> None: ...
 
 class TrainRequestPart(_message.Message):
     __slots__ = ("head", "chunk")

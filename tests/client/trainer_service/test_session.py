@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from colora.client.trainer_service import session as module
+from colora.client.trainer_service import time_limit
 from colora.client.trainer_service.session import TrainerSession
 from colora.client.training.trainer import Trainer
 from colora.common.adapters.inject import attach, detach
@@ -142,19 +143,18 @@ def test_a_site_that_kept_nothing_does_in_a_moved_federation_as_its_file_says(si
     assert {name.partition(".")[0] for name in reply.metrics} == {"base", "shared"}
 
 
-def test_the_limit_of_seconds_counts_from_the_first_step_on(
-    site_setup: SiteSetup, monkeypatch: pytest.MonkeyPatch
+def test_the_limit_of_seconds_counts_training_and_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a fake clock: the evaluation before the training took 100 s, which do not count."""
+    """With a fake clock, in which every forward pass takes 4 s: the third one is too late."""
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    session = TrainerSession(load_site(site_setup.configure("[allow]", "max_seconds = 10").file))
-    seen: list[tuple[int, int]] = []
-    on_step = session._time_limited(lambda done, total: seen.append((done, total)))
-    for second, done in ((100.0, 0), (105.0, 1), (110.0, 2)):
-        now[0] = second
-        on_step(done, 5)
-    now[0] = 110.5
-    with pytest.raises(RefusedError, match=r"allow.max_seconds: expected at most 10 s, found more after 3 of 5 steps"):
-        on_step(3, 5)
-    assert seen == [(0, 5), (1, 5), (2, 5), (3, 5)]
+    monkeypatch.setattr(time_limit.time, "monotonic", lambda: now[0])
+    with time_limit.TimeLimit(10.0, "ada") as limit:
+        for second, done in ((0.0, 0), (4.0, 1), (8.0, 2)):
+            now[0] = second
+            limit.on_step(done, 5)
+        now[0] = 12.0
+        message = r"allow.max_seconds: expected at most 10 s, found more after 2 of 5 steps"
+        with pytest.raises(RefusedError, match=message):
+            torch.nn.Linear(2, 2)(torch.ones(1, 2))
+    torch.nn.Linear(2, 2)(torch.ones(1, 2))

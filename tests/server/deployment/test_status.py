@@ -108,6 +108,9 @@ def _lists(value: dict) -> dict:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
 
 
+ROUND_2 = {"event": "round", "round": 2, "admitted": [], "weights": {}, "seconds": 1.0}
+
+
 @pytest.mark.parametrize(
     ("after", "more", "phase", "about"),
     [
@@ -123,7 +126,7 @@ def _lists(value: dict) -> dict:
         ("round_started", [{"event": "joined", "site": "cyd", **dict.fromkeys(["task"], "classification")}], None, ""),
         ("reply", [], "training", ""),
         ("round", [], "training", ""),
-        ("round", [{"event": "round_started", "round": 2}, {"event": "round", "round": 2}], "finalizing", ""),
+        ("round", [{"event": "round_started", "round": 2, "sites": []}, ROUND_2], "finalizing", ""),
         ("round", [{"event": "waiting", "when": "round 2", "reason": "two of three"}], "waiting", "two of three"),
         ("round", [{"event": "run_failed", "reason": "quorum", "final": False}], "waiting", "quorum"),
         ("round", [{"event": "run_failed", "reason": "bad", "final": True}], "not running", "bad"),
@@ -266,7 +269,10 @@ def test_the_commands_exit_codes_and_its_json(run: Path, command: Callable[..., 
     code, out, _ = command(str(run), "--json", folder=home)
     assert (code, json.loads(out)["phase"]) == (1, "not running")
     (run / "events.jsonl").write_text("no json\n")
-    for wrong in (str(run), str(home / "nowhere"), str(run / "sites")):
+    code, out, _ = command(str(run), folder=home)
+    assert code == 1
+    assert "events.jsonl: 1 of 1 lines are not events" in out
+    for wrong in (str(home / "nowhere"), str(run / "sites")):
         code, out, err = command(wrong, folder=home)
         assert (code, out) == (2, "")
         assert err.startswith("colora: ")

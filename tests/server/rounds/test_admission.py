@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from colora.common.errors import RefusedError
+from colora.common.protocol.limits import MAX_COUNT
 from colora.common.protocol.types import BENEFIT, PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
-from colora.server.rounds.admission import MAX_TERMS, PINNED, admit_reply, admit_site
+from colora.server.rounds.admission import PINNED, admit_reply, admit_site
 
 LAYOUT = {"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)}
 SENT = {key: np.ones(shape, np.float32) for key, shape in LAYOUT.items()}
@@ -62,15 +63,15 @@ REFUSALS: dict[str, tuple[Callable[[TrainReply], TrainReply], str, str, str]] = 
     "NaN": (with_value(float("nan")), B, "finite values", "NaN or infinity"),
     "infinity": (with_value(float("inf")), B, "finite values", "NaN or infinity"),
     "minus infinity": (with_value(float("-inf")), B, "finite values", "NaN or infinity"),
-    "no terms": (with_fields(terms=0), "terms", f"1 to {MAX_TERMS}", "0"),
-    "negative terms": (with_fields(terms=-5), "terms", f"1 to {MAX_TERMS}", "-5"),
-    "far too many terms": (with_fields(terms=MAX_TERMS + 1), "terms", f"1 to {MAX_TERMS}", str(MAX_TERMS + 1)),
-    "no examples": (with_fields(examples=0), "examples", f"1 to {MAX_TERMS}", "0"),
+    "no terms": (with_fields(terms=0), "terms", f"1 to {MAX_COUNT}", "0"),
+    "negative terms": (with_fields(terms=-5), "terms", f"1 to {MAX_COUNT}", "-5"),
+    "far too many terms": (with_fields(terms=MAX_COUNT + 1), "terms", f"1 to {MAX_COUNT}", str(MAX_COUNT + 1)),
+    "no examples": (with_fields(examples=0), "examples", f"1 to {MAX_COUNT}", "0"),
     "absurdly many examples": (
-        with_fields(examples=2 * MAX_TERMS),
+        with_fields(examples=2 * MAX_COUNT),
         "examples",
-        f"1 to {MAX_TERMS}",
-        str(2 * MAX_TERMS),
+        f"1 to {MAX_COUNT}",
+        str(2 * MAX_COUNT),
     ),
     "a step too far": (with_value(12.0), "update norm", "at most 10", "11.5758"),  # √(13·1² + 11²) = √134
     "one number of 1e30": (with_value(1e30), "update norm", "at most 10", "1e+30"),

@@ -338,3 +338,57 @@ def test_a_late_answer_is_told_and_ignored(tmp_path: Path) -> None:
     assert [event["site"] for event in recorded(tmp_path, "late")] == ["cyd"]
     assert recorded(tmp_path, "round")[0]["admitted"] == ["ada", "bob"]
     assert state.admitted["cyd"] == 4
+
+
+def test_a_second_live_node_with_a_sites_name_is_refused_and_the_first_one_stays(tmp_path: Path) -> None:
+    """Without keys, any node may claim any name. It used to take the site's place in silence."""
+    settings = recipe(quorum=2)
+    sites = fake_sites(settings)
+    eve = FakeSite("bob", sites[1].layout)
+    grid = FakeGrid([*sites, eve])
+    grid.keys = dict.fromkeys(grid.keys, "")
+    assert run(settings, grid, tmp_path).finalized
+    (refused,) = recorded(tmp_path, "refused")
+    assert (refused["site"], refused["found"]) == ("node 4", "bob")
+    assert "Another connected node has the name 'bob' already" in refused["reason"]
+    assert (sites[1].rounds, eve.rounds) == ([1, 2, 3, 4], [])
+
+
+def test_where_nodes_have_keys_a_node_without_one_has_no_name(tmp_path: Path) -> None:
+    settings = recipe(quorum=2)
+    sites = fake_sites(settings)
+    grid = FakeGrid(sites)
+    grid.keys[2] = ""
+    assert run(settings, grid, tmp_path).finalized
+    (refused,) = recorded(tmp_path, "refused")
+    assert refused["site"] == "node 2"
+    assert "without a registered key" in refused["reason"]
+    assert sites[1].rounds == []
+
+
+def test_only_keys_of_the_roster_are_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from colora.server.deployment import supervisor
+
+    class Stop(Exception):
+        pass
+
+    def endpoints(job: supervisor.ServerJob) -> None:
+        assert job.keys is not None
+        assert list(job.keys.sites) == list(NAMES)
+        raise Stop
+
+    monkeypatch.setattr(supervisor, "_endpoints", endpoints)
+    keys = supervisor.Keys(None, dict.fromkeys([*NAMES, "eve"], b"key"))  # type: ignore[arg-type]
+    with pytest.raises(Stop):
+        supervisor.run_server(supervisor.ServerJob(recipe(), tmp_path / "run", "127.0.0.1", 0, keys), print)
+
+
+def test_a_coordinators_own_copy_of_the_model_pins_its_fingerprints(tmp_path: Path) -> None:
+    """All three sites have another model than the coordinator: none is admitted."""
+    settings = recipe(quorum=2)
+    stop = iter([False] * 3 + [True] * 9)
+    options = RunOptions(deployed=True, fingerprints=lambda _: {"model": "own"}, should_stop=lambda: next(stop))
+    with pytest.raises(StopRequested):
+        run(settings, FakeGrid(fake_sites(settings)), tmp_path, options)
+    refused = recorded(tmp_path, "refused")
+    assert {(e["site"], e["field"], e["expected"]) for e in refused} == {(name, "model", "own") for name in NAMES}

@@ -18,13 +18,14 @@ from colora.client.client_app import make_app
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
 from colora.common.config.schema import CommunicationSettings, Recipe
-from colora.common.errors import DataError, QuorumError, StateError
+from colora.common.errors import DataError, QuorumError, RefusedError, StateError
 from colora.common.protocol import flower_messages as messages
 from colora.common.protocol.codec import DEFAULT, as_received
-from colora.common.protocol.types import PROTOCOL, Arrays, SiteInfo, TrainReply, TrainRequest, hash_layout
+from colora.common.protocol.types import PROTOCOL, Arrays, SiteInfo, TrainReply, TrainRequest, hash_labels, hash_layout
 from colora.common.seeds import seed_from
 from colora.server.reporting.events import Event, EventLog, read_events
-from colora.server.rounds.admission import PINNED
+from colora.server.rounds.admission import PINNED, admit_site
+from colora.server.rounds.agreement import agree_on_pins, number_of_classes
 from colora.server.rounds.checkpoint import Checkpoints, ServerState
 from colora.server.rounds.run_options import RosterEntry
 from colora.server.rounds.strategy import AdapterStrategy, sample
@@ -72,6 +73,13 @@ def recipe(rounds: int = 4, **server: Any) -> Recipe:
     data, settings = {"task": "regression"}, {"quorum": 2, **server}
     raw = {"name": "fed", "rounds": rounds, "seed": 1, "model": model, "adapter": adapter, "data": data, "site": sites}
     return recipe_from({**raw, "server": settings})
+
+
+def with_task(settings: Recipe, task: Any) -> Recipe:
+    """The recipe with another task for its first site."""
+    first, *others = settings.site
+    first = dataclasses.replace(first, data=dataclasses.replace(first.data, task=task))
+    return dataclasses.replace(settings, site=(first, *others))
 
 
 @dataclass
@@ -286,6 +294,62 @@ def test_too_few_sites_at_the_start_stop_before_anything_is_written(hall: Hall) 
     assert not (hall.folder / "checkpoints").exists()
 
 
+def test_a_claimed_task_does_not_change_how_all_sites_are_weighted(hall: Hall) -> None:
+    """The recipe says that all sites do regression; one site of four claims another task."""
+    settings = recipe(rounds=1)
+    sites = hall.sites(settings)
+    sites[0].about = {"task": "generation"}
+    hall.run(settings, sites)
+    assert hall.events("agreed")[0]["weights"] == "tokens"
+
+
+def test_a_task_that_does_not_exist_is_refused(hall: Hall) -> None:
+    settings = recipe(rounds=1)
+    sites = hall.sites(settings)
+    sites[0].about = {"task": "poetry"}
+    hall.run(settings, sites)
+    assert [(e["site"], e["field"]) for e in hall.events("refused")] == [("ada", "task")]
+
+
+def test_the_recipe_pins_fingerprints_whatever_most_sites_have(hall: Hall) -> None:
+    """Three of four sites have another model, and would have been the majority."""
+    settings = recipe(rounds=1, quorum=1, fingerprints={"model": "the right one"})
+    sites = hall.sites(settings)
+    sites[2].about = {"model": "the right one"}
+    hall.run(settings, sites)
+    assert hall.admitted == {1: ["cyd"]}
+    assert {e["site"] for e in hall.events("refused")} == {"ada", "bob", "dee"}
+
+
+def shared_head(rounds: int = 1, **server: Any) -> Recipe:
+    raw = {"name": "fed", "rounds": rounds, "model": {"source": "synthetic:bilinear-6"}, "method": {"head": "shared"}}
+    sites = [{"name": name, "source": "none.npz"} for name in NAMES]
+    return recipe_from({**raw, "data": {"task": "classification"}, "site": sites, "server": {"quorum": 2, **server}})
+
+
+@pytest.mark.parametrize("classes", [1000, 10**10, -1])
+def test_the_shape_of_a_shared_head_is_not_one_sites_claim(classes: int) -> None:
+    info = SiteInfo("ada", PROTOCOL, "m", "t", "c", "l", "classification", 20, 5, 0, 0, 3, "yes|no|maybe")
+    liar = dataclasses.replace(info, site="bob", classes=classes)
+    misfit = dataclasses.replace(info, site="cyd", classes=7, model="another")
+    joined = [liar, info, dataclasses.replace(info, site="dee"), misfit]
+    settings = shared_head()
+    pins = agree_on_pins(settings, joined, {})
+    assert number_of_classes(settings, joined, pins) == 3
+    declared = dataclasses.replace(settings, data=dataclasses.replace(settings.data, labels=("a", "b")))
+    assert number_of_classes(declared, joined, agree_on_pins(declared, joined, {})) == 2
+
+
+def test_a_shared_head_needs_the_same_labels_in_the_same_order() -> None:
+    names = [hash_labels(("yes", "no")), hash_labels(("no", "yes")), hash_labels(("yes", "no"))]
+    info = SiteInfo("ada", PROTOCOL, "m", "t", "c", "l", "classification", 20, 5, 0, 0, 2)
+    joined = [dataclasses.replace(info, site=NAMES[k], labels=labels) for k, labels in enumerate(names)]
+    pins = agree_on_pins(shared_head(), joined, {})
+    with pytest.raises(RefusedError, match="site bob: labels"):
+        [admit_site(site, pins) for site in joined]
+    assert "labels" not in agree_on_pins(recipe(), joined, {})
+
+
 # --- what it admits -------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +378,7 @@ def test_mixed_tasks_weigh_all_sites_alike_unless_told_otherwise(hall: Hall, tmp
     """Answer tokens and labelled texts cannot be compared."""
     told = Hall(tmp_path / "told")
     for place, server in ((hall, {}), (told, {"weights": "tokens"})):
-        settings = recipe(rounds=1, **server)
+        settings = with_task(recipe(rounds=1, **server), "generation")
         sites = place.sites(settings)
         sites[0].about = {"task": "generation"}
         place.run(settings, sites)
@@ -658,7 +722,7 @@ def test_a_close_without_quorum_is_asked_again_after_a_restart(hall: Hall) -> No
 
 
 def test_the_way_of_weighing_outlives_a_restart_without_the_odd_site(hall: Hall) -> None:
-    settings = recipe(rounds=3, max_attempts=1)
+    settings = with_task(recipe(rounds=3, max_attempts=1), "classification")
     mixed = hall.sites(settings, {name: crash_in(2) for name in NAMES})
     mixed[0].about["task"] = "classification"
     with pytest.raises(QuorumError):

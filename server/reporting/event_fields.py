@@ -1,0 +1,92 @@
+"""The fields that readers rely on in each kind of event, and their types. A line without them is not an event."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Check = Callable[[Any], bool]
+LARGEST = 1e15  # absolute value of a number in an event; all numbers that colora writes are smaller
+
+
+def _number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= LARGEST and math.isfinite(value)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and _number(value) and value >= 0
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _values(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+_ROUND, _SITE, _SITES, _REASON = {"round": _count}, {"site": _text}, {"sites": _names}, {"reason": _text}
+_ROWS = dict.fromkeys(("train", "test", "truncated", "dropped"), _count)
+REQUIRED: Mapping[str, Mapping[str, Check]] = {
+    "started": {"federation": _text, "method": _text, "model": _text, "rounds": _count, **_SITES},
+    "resumed": _ROUND,
+    "transfer_started": {"source_federation": _text, **_SITES},
+    "site_ready": _SITE,
+    "joined": {**_SITE, "task": _text, **_ROWS},
+    "agreed": {"weights": _text},
+    "round_started": {**_ROUND, **_SITES},
+    "reply": {
+        **_ROUND,
+        **_SITE,
+        "metrics": _values(_optional(_number)),
+        **dict.fromkeys(("bytes_down", "bytes_up"), _count),
+        "seconds": _number,
+    },
+    "failed": {**_ROUND, "site": _optional(_text), "reason": _optional(_text)},
+    "refused": {**_ROUND, "site": _optional(_text), **_REASON},
+    "late": {**_ROUND, **_SITE, **_REASON},
+    "round": {**_ROUND, "admitted": _names, "weights": _values(_number), "seconds": _number},
+    "finalizing": {**_ROUND, **_SITES, "prepares": lambda value: isinstance(value, bool)},
+    "finalized": {**_ROUND, **_SITES},
+    "compared": {**_SITE, "gain": _number, "standard_error": _optional(_number)},
+    "finished": {"seconds": _number},
+    "run_failed": {**_REASON, "final": lambda value: isinstance(value, bool)},
+    "restarted": {"what": _text},
+}
+OPTIONAL: Mapping[str, Mapping[str, Check]] = {  # where present
+    "resumed": {"damaged": _names},
+    "started": {"learning_rates": _values(_number)},
+    "round": {"residual": _optional(_number)},
+    "waiting": {"missing": _names, "present": _names, "quorum": _count, "reason": _text},
+    "restarted": {"reason": _optional(_text)},
+}
+
+
+def is_event(value: Any) -> bool:
+    """Whether a parsed line is an event: a name, a finite time, and the fields of its kind."""
+    if not isinstance(value, dict) or not _text(value.get("event")) or not _number(value.get("time")):
+        return False
+    required, optional = (table.get(value["event"], {}) for table in (REQUIRED, OPTIONAL))
+    return all(name in value and check(value[name]) for name, check in required.items()) and all(
+        check(value[name]) for name, check in optional.items() if name in value
+    )
+
+
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """Return the event in a line of an event log; None if the line is not an event."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if is_event(value) else None

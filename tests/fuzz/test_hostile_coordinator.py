@@ -1,0 +1,181 @@
+"""A coordinator's plans and requests at a site: what is out of bounds is refused at once, and nothing else happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colora.client.trainer_service import plan_bounds
+from colora.client.trainer_service.plan_bounds import BOUNDS, check_bounds, check_disk, check_request, numbers
+from colora.client.trainer_service.policy import check_allowed
+from colora.client.trainer_service.session import TrainerSession
+from colora.common.config.schema import DataSettings, PhaseSettings, Plan, to_dict, to_json
+from colora.common.config.site_schema import AllowSettings, SiteSettings
+from colora.common.errors import ColoraError, DataError, RefusedError, StateError
+from colora.common.protocol.types import TrainRequest
+
+from .mutations import NUMBERS, TEXTS
+from .test_hostile_sites import recipe
+
+SITE = SiteSettings("ada", DataSettings())
+
+
+def full_plan() -> dict[str, Any]:
+    """A plan in which every number is set."""
+    plan = recipe(3).plan
+    rates = dict.fromkeys(("core_lr", "head_lr", "private_lr", "max_update_norm"), 1.0)
+    phase = (PhaseSettings(1, ("A",)),)
+    train = dataclasses.replace(plan.train, **rates, micro_batch=1, phase=phase, schedule="phases")
+    transfer = dataclasses.replace(plan.transfer, samples=1)
+    return to_dict(dataclasses.replace(plan, train=train, transfer=transfer))
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [leaf for key, inner in items for leaf in leaves(inner, (*path, key))]
+    return [path]
+
+
+def changed(raw: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    raw = json.loads(json.dumps(raw))
+    table: Any = raw
+    for key in path[:-1]:
+        table = table[key]
+    table[path[-1]] = value
+    return raw
+
+
+def test_every_number_of_a_plan_has_a_bound() -> None:
+    found = {key for key, _ in numbers(full_plan())}
+    assert found == set(BOUNDS)
+    check_bounds(recipe(3).plan, SITE)
+
+
+@pytest.mark.parametrize(
+    "key",
+    sorted(set(BOUNDS) - {"adapter.dropout", "private.dropout", "train.label_smoothing", "transfer.generator.top_p"}),
+)
+def test_a_number_beyond_its_bound_is_refused(key: str) -> None:
+    """The schema checks the range of the four probabilities."""
+    raw = full_plan()
+    path = next(p for p in leaves(raw) if ".".join(k for k in p if isinstance(k, str)) == key)
+    number = int(BOUNDS[key]) * 2
+    plan = changed(raw, path, float(number) if isinstance(_at(raw, path), float) else number)
+    with pytest.raises(RefusedError, match=key.rpartition(".")[2]):
+        TrainerSession(SITE).accept("fed", json.dumps(plan))
+
+
+def _at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutated_plans_are_refused_or_harmless(count: int) -> None:
+    rng, raw, refused = random.Random(5), full_plan(), 0
+    places = leaves(raw)
+    for _ in range(count):
+        plan = changed(raw, rng.choice(places), rng.choice((*NUMBERS, *TEXTS, None, [], {}, [[]], "(a+)+$")))
+        text, began = json.dumps(plan), time.monotonic()
+        try:
+            accepted = TrainerSession(SITE).accept(str(plan.get("name")), text[: rng.choice((len(text), 10**9, 50))])
+            assert all(abs(number) <= BOUNDS[key] for key, number in numbers(to_dict(accepted)) if key != "seed")
+        except ColoraError as error:
+            refused += 1
+            public = error.public()
+            assert len(public) < 300, public
+            assert public.isprintable()
+        assert time.monotonic() - began < 5
+    assert refused > count * 0.3
+
+
+@pytest.mark.parametrize("name", ["(a+)+$", ".*", "q|v", "x" * 201, "", "a/b", "query$"])
+@pytest.mark.parametrize("as_list", [True, False])
+def test_module_names_are_plain(name: str, as_list: bool) -> None:
+    plan = recipe(3).plan
+    adapter = dataclasses.replace(plan.adapter, target_modules=(name,) if as_list else name)
+    with pytest.raises(RefusedError, match=r"adapter.target_modules"):
+        check_bounds(dataclasses.replace(plan, adapter=adapter), SITE)
+
+
+@pytest.mark.parametrize("name", ["flower", "Flower", "logs", "node.json", "services.json", "client.lock", "x.sock"])
+def test_a_federation_is_not_named_like_the_sites_own_files(name: str) -> None:
+    with pytest.raises(RefusedError, match="name: expected a name that the state folder does not use"):
+        TrainerSession(SITE).accept(name, to_json(dataclasses.replace(recipe(3).plan, name=name)))
+
+
+def test_a_transfer_names_an_allowed_source() -> None:
+    site = dataclasses.replace(SITE, allow=AllowSettings(federations=("fed",)))
+    plan = recipe(3).plan
+    plan = dataclasses.replace(plan, transfer=dataclasses.replace(plan.transfer, source_federation="other"))
+    with pytest.raises(RefusedError, match=r"transfer.source_federation: expected one of fed"):
+        check_allowed(plan, "fed", site)
+
+
+@pytest.mark.parametrize(
+    ("key", "plan"),
+    [
+        ("max_rounds", {"rounds": 8}),
+        ("max_batch_size", {"train": {"batch_size": 8}}),
+        ("max_batch_size", {"evaluation": {"batch_size": 8}}),
+        ("max_new_tokens", {"evaluation": {"max_new_tokens": 8}}),
+        ("max_new_tokens", {"transfer": {"generator": {"max_new_tokens": 8}}}),
+        ("max_calls", {"transfer": {"generator": {"max_calls": 8}}}),
+        ("max_samples", {"transfer": {"samples": 8}}),
+        ("max_epochs", {"transfer": {"distillation": {"epochs": 8}}}),
+    ],
+)
+def test_each_number_has_a_limit_of_the_site(key: str, plan: dict[str, Any]) -> None:
+    limits = dict.fromkeys(("max_rounds", "max_batch_size", "max_new_tokens", "max_calls", "max_samples"), 1000)
+    strict = AllowSettings(**{**limits, "max_epochs": 1000, key: 7})  # type: ignore[arg-type]
+    raw = json.dumps({**to_dict(recipe(3).plan), **plan})
+    TrainerSession(SITE).accept("fed", raw)
+    with pytest.raises(RefusedError, match=rf"at most 7 \(allow.{key}\), found "):
+        TrainerSession(dataclasses.replace(SITE, allow=strict)).accept("fed", raw)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(4, "train"), (5, "finalize"), (2**62, "train"), (0, "train")])
+def test_a_round_that_the_plan_does_not_have_is_refused(number: int, kind: Any) -> None:
+    plan: Plan = recipe(3).plan
+    check_request(plan, TrainRequest("fed", 3, "train", 0, "", {}, False), SITE)
+    check_request(plan, TrainRequest("fed", 4, "finalize", 0, "", {}, False), SITE)
+    with pytest.raises(RefusedError, match="round: expected 1 to "):
+        check_request(plan, TrainRequest("fed", number, kind, 0, "", {}, False), SITE)
+
+
+def test_the_disk_that_a_federation_uses_is_bounded(tmp_path: Path) -> None:
+    site = dataclasses.replace(SITE, allow=AllowSettings(max_disk=1e-6))
+    check_disk(tmp_path / "none", site)
+    (tmp_path / "round-000001.safetensors").write_bytes(b"x" * 2000)
+    with pytest.raises(RefusedError, match=r"allow.max_disk"):
+        check_disk(tmp_path, site)
+    assert plan_bounds.RESERVED
+
+
+def test_an_error_to_the_coordinator_has_no_path_and_no_row() -> None:
+    assert StateError("/home/ada/state/fed/round-000001.safetensors", "x", "y").public() == "StateError"
+    assert DataError("row 7 of patients.csv", "x", "y").public() == "DataError"
+    assert DataError("data.label", "x", "y").public() == "DataError: data.label"
+    assert RefusedError("train.personal_steps + train.shared_steps", "x", "y").public().endswith("train.shared_steps")
+
+
+def test_time_is_limited_in_evaluation_and_generation_too() -> None:
+    import torch
+
+    from colora.client.trainer_service.time_limit import TimeLimit
+
+    layer = torch.nn.Linear(2, 2)
+    with TimeLimit(0.05, "ada"):  # an evaluation has no steps
+        layer(torch.ones(1, 2))
+        time.sleep(0.06)
+        with pytest.raises(RefusedError, match=r"allow.max_seconds: expected at most 0.05"):
+            layer(torch.ones(1, 2))
+    layer(torch.ones(1, 2))  # nothing stays hooked

@@ -1,0 +1,136 @@
+"""Replies over a network grid: one that is bad or never comes whole costs its own site only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Message, Metadata, RecordDict
+from flwr.app.message import make_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+
+from colora.common.protocol.flower_messages import SITE_FAILED
+from colora.server.rounds import replies
+from colora.server.rounds.replies import ReplyCollector
+
+
+def reply_to(request: str, text: str = "whole") -> Message:
+    metadata = Metadata(
+        run_id=1,
+        message_id="",
+        src_node_id=2,
+        dst_node_id=1,
+        reply_to_message_id=request,
+        group_id="1",
+        created_at=time.time(),
+        ttl=60,
+        message_type="train",
+    )
+    return make_message(metadata=metadata, content=RecordDict({"colora": ConfigRecord({"text": text})}))
+
+
+class Network:
+    """What ``HttpGrid`` uses of the Runtime API: announced replies with their parts, some of which never arrive."""
+
+    def __init__(self) -> None:
+        self.announced: dict[str, tuple[Any, ObjectTree]] = {}
+        self.parts: dict[str, bytes] = {}
+        self.node, self.run, self._runtime_client = None, SimpleNamespace(run_id=1), self
+
+    def announce(self, request: str, message: Message, *, root: Any = None, leave_out: int = 0) -> None:
+        """Announce a reply; ``root`` replaces the message as the root object, ``leave_out`` parts are not sent."""
+        sent = root or message
+        objects = get_all_nested_objects(sent)
+        tree = get_object_tree(sent)
+        message.metadata.__dict__["_message_id"] = sent.object_id
+        proto = message_to_proto(message)
+        proto.metadata.reply_to_message_id = request
+        self.announced[request] = proto, tree
+        kept = list(objects.items())[: len(objects) - leave_out]
+        self.parts |= {object_id: part.deflate() for object_id, part in kept}
+
+    def PullMessages(self, request: Any) -> Any:
+        found = [self.announced.pop(i) for i in request.message_ids if i in self.announced]
+        return SimpleNamespace(messages_list=[p for p, _ in found], message_object_trees=[t for _, t in found])
+
+    def PullObject(self, request: Any) -> Any:
+        data = self.parts.get(request.object_id)
+        return SimpleNamespace(object_found=True, object_available=data is not None, object_content=data)
+
+    def ConfirmMessageReceived(self, request: Any) -> None: ...
+
+
+def foreign(network: Network) -> None:
+    network.announce("bad", reply_to("another site's request"))
+
+
+def another_root(network: Network) -> None:
+    network.announce("bad", reply_to("bad"), root=ConfigRecord({"x": 1}))
+
+
+def damaged_part(network: Network) -> None:
+    network.announce("bad", reply_to("bad", "damaged"))
+    part = next(i for i in reversed(network.parts) if b"damaged" in network.parts[i])
+    network.parts[part] = network.parts[part][:20]
+
+
+def missing_child(network: Network) -> None:
+    message = reply_to("bad", "childless")
+    network.announce("bad", message)
+    proto, tree = network.announced["bad"]
+    network.announced["bad"] = proto, ObjectTree(object_id=tree.object_id)
+
+
+def never_sent(network: Network) -> None:
+    network.announce("bad", reply_to("bad", "unsent"), leave_out=1)
+
+
+def too_large(network: Network) -> None:
+    network.announce("bad", reply_to("bad", "x" * 5000))
+
+
+BAD: dict[str, tuple[Callable[[Network], None], str]] = {
+    "names another request": (foreign, "sent a reply that names another request"),
+    "is no message": (another_root, "sent a reply that is not a message"),
+    "has a damaged part": (damaged_part, "sent a reply that cannot be decoded"),
+    "lacks a part": (missing_child, "sent a reply that cannot be decoded"),
+    "is announced and never sent": (never_sent, "sent a reply that was announced but not uploaded"),
+    "is too large": (too_large, "sent a reply of more than 2000 bytes"),
+}
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("name", BAD)
+def test_a_reply_is_its_own_sites_failure_and_no_one_elses(
+    name: str, background: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replies, "STALL", 0.5)
+    network, (make, reason) = Network(), BAD[name]
+    make(network)
+    network.announce("good", reply_to("good"))
+    collector, began, arrived = ReplyCollector(network, background=background), time.monotonic(), {}  # type: ignore[arg-type]
+    collector.max_bytes = 2000
+    while len(arrived) < 2 and time.monotonic() < began + 10:
+        for request, message in collector.take([i for i in ("bad", "good") if i not in arrived], 0.1):
+            arrived[request] = message, time.monotonic() - began
+    message, seconds = arrived["good"]
+    assert message.content.config_records["colora"]["text"] == "whole"
+    assert seconds < 0.5 or not background
+    error = arrived["bad"][0].error
+    assert error.code == SITE_FAILED
+    assert error.reason.startswith(reason)
+
+
+def test_errors_of_the_grid_itself_are_raised() -> None:
+    class Gone(Network):
+        def PullMessages(self, request: Any) -> Any:
+            raise ConnectionError("the SuperLink is gone")
+
+    collector = ReplyCollector(Gone(), background=True)  # type: ignore[arg-type]
+    with pytest.raises(ConnectionError):
+        collector.take(["a"], 10.0)
