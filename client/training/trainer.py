@@ -176,9 +176,16 @@ class Trainer:
         self.task.fit_head()
         arrays, terms = power_step(self.task, self.model.base.backbone, request.shared)
         check_arrays(arrays, self.layout, self.site)
-        counts = {"terms": terms, "examples": len(self.task.train.examples)}
-        seconds = time.perf_counter() - started
-        return TrainReply(self.site, request.federation, request.round, request.key, arrays, **counts, seconds=seconds)
+        return TrainReply(
+            site=self.site,
+            federation=request.federation,
+            round=request.round,
+            key=request.key,
+            shared=arrays,
+            terms=terms,
+            examples=len(self.task.train.examples),
+            seconds=time.perf_counter() - started,
+        )
 
     def _benefit(self, request: TrainRequest) -> dict[str, float]:
         """The benefit ratio of the adapter that arrived, if the plan asks for it."""

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/evidence.md from the results of ``benchmarks/claim.py``.
+"""Writes the tables of docs/evidence.md from the results of ``benchmarks/claim.py`` and ``benchmarks/regression.py``.
 
 python docs/scripts/evidence.py [--check]
 """
@@ -57,6 +57,19 @@ def gain_table(arms: dict[str, dict[int, Result]], ours: str, baseline: str) -> 
     return lines
 
 
+def regression_table(arms: dict[str, dict[int, Result]]) -> list[str]:
+    """One row for each arm: the error over seeds, and the least share of the weight that the similar tasks had."""
+    lines = ["| arm | seeds | median error | least | greatest | least weight of the similar |", "|---|---|---|---|---|---|"]
+    for arm, results in arms.items():
+        errors = [result["error"] for result in results.values()]
+        weight = min(result["weight"] for result in results.values())
+        lines.append(
+            f"| {arm} | {len(errors)} | {statistics.median(errors):.3f} | {min(errors):.3f} | {max(errors):.3f} | "
+            f"{weight:.4f} |"
+        )
+    return lines
+
+
 def best(arms: dict[str, dict[int, Result]], method: str) -> str:
     """Return the arm of a method with the best mean over the seeds that all its arms have."""
     candidates = [arm for arm in arms if arm == method or arm.startswith(f"{method},")]
@@ -70,6 +83,8 @@ def page() -> str:
     tables = {
         "arms": arms_table(demo),
         "gain": gain_table(demo, best(demo, "colora"), best(demo, "local")),
+        "regression": regression_table(read("regression")),
+        "mixed": arms_table(read("mixed")),
     }
     text = PAGE.read_text()
     for name, lines in tables.items():
