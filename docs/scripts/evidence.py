@@ -59,7 +59,10 @@ def gain_table(arms: dict[str, dict[int, Result]], ours: str, baseline: str) -> 
 
 def regression_table(arms: dict[str, dict[int, Result]]) -> list[str]:
     """One row for each arm: the error over seeds, and the least share of the weight that the similar tasks had."""
-    lines = ["| arm | seeds | median error | least | greatest | least weight of the similar |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| arm | seeds | median error | least | greatest | least weight of the similar |",
+        "|---|---|---|---|---|---|",
+    ]
     for arm, results in arms.items():
         errors = [result["error"] for result in results.values()]
         weight = min(result["weight"] for result in results.values())
