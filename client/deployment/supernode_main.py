@@ -2,7 +2,7 @@
 
 Without this change the process stays alive and does no work: its HTTP server keeps running after the main thread has
 failed, and without the heartbeat thread the coordinator considers it offline. A supervisor could not see either. The
-command also polls sooner for the parts of an incoming message.
+command also polls sooner for the parts of an incoming message, and sends a reply that Flower would leave waiting.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import traceback
 
 from ...common.flower_compat import shorten_pull_backoff
-from ..flower_compat import supernode_command
+from ..flower_compat import send_waiting_replies, supernode_command
 
 
 def main() -> None:
@@ -21,6 +21,7 @@ def main() -> None:
     flower_supernode = supernode_command()
     threading.excepthook = _exit_on_failure
     shorten_pull_backoff()
+    send_waiting_replies()
     code = 1  # the command returns when it has lost its coordinator
     try:
         flower_supernode()
