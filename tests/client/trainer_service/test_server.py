@@ -487,7 +487,7 @@ def test_a_full_disk_is_a_clear_error_and_the_same_order_is_answered_when_there_
     fill(small_disk / "filler")
     with pytest.raises(TrainerError) as caught:
         site.handle(second)
-    assert caught.value.public().startswith("StateError: ")
+    assert caught.value.public().startswith("StateError")
     assert trainer.wait_for("No space left")
     assert {path.name: path.read_bytes() for path in (small_disk / "state" / "town").glob("*round-*")} == kept
     (small_disk / "filler").unlink()
