@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("endurance")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(autouse=True)
+def _logs_reach_pytest() -> None:
+    """A simulation sends the sites' log to a file only; a later test of the same process may read what is logged."""
+    logging.getLogger("colora").propagate = True
 
 
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z red blue green cat dog sun moon sea hill".split()  # noqa: SIM905
