@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 
-from .foreign_text import clean, printable
+from .foreign_text import MAX_TEXT, clean, printable
 
 _PUBLIC = re.compile(r"(?!.*\brow \d)[A-Za-z_][A-Za-z0-9_.+ \[\]-]*")  # keys and names of arrays, but no paths
 MAX_MESSAGE = 600  # characters of a refusal's sentence, which may quote several texts of the other side
@@ -101,19 +101,10 @@ class DamagedError(StateError):
 class RefusedError(ColoraError, ValueError):
     """A request or reply is refused. Field, found value and site may be of the other side's choice, so they are cut."""
 
-    def __init__(
-        self,
-        field: str,
-        expected: str,
-        found: object,
-        *,
-        site: str | None = None,
-        message: str | None = None,
-        hint: str | None = None,
-    ) -> None:
-        cut_site = None if site is None else clean(site)
-        cut_message = None if message is None else clean(message, MAX_MESSAGE)
-        super().__init__(clean(field), expected, clean(found), site=cut_site, message=cut_message, hint=hint)
+    def __init__(self, field: str, expected: str, found: object, **texts: str | None) -> None:
+        limits = {"site": MAX_TEXT, "message": MAX_MESSAGE}
+        cut = {name: clean(text, limits[name]) if text and name in limits else text for name, text in texts.items()}
+        super().__init__(clean(field), expected, clean(found), **cut)
 
 
 class QuorumError(ColoraError, RuntimeError):

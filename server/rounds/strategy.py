@@ -144,13 +144,8 @@ class AdapterStrategy:
 
     def aggregate_initialize(self, state: ServerState, asked: Mapping[str, PendingRequest]) -> ServerState:
         """Return the state with the next orthonormal A and B. Raises QuorumError."""
-        shutil.rmtree(self.spool, ignore_errors=True)
-        quorum, weights = self.settings.quorum or len(asked) // 2 + 1, {}
-        for site, reply in self._admitted(asked, 0, lambda: len(weights) >= quorum):
-            weights[site] = 1.0
-            save_arrays(self.spool / f"{site}.safetensors", dict(reply.shared), {}, lasting=False)
-        self.recorder.require_quorum(quorum, list(weights), "initialize")
-        total = aggregation.weighted_mean(self._spooled([site for site in asked if site in weights], weights))
+        order = list(self._spool_replies(asked, 0, "initialize"))
+        total = aggregation.weighted_mean(self._spooled(order, dict.fromkeys(order, 1.0)))
         shutil.rmtree(self.spool, ignore_errors=True)
         return dataclasses.replace(state, shared=as_received(self.codec, orthonormalize(total)))
 
@@ -174,16 +169,12 @@ class AdapterStrategy:
     def aggregate_train(self, t: int, state: ServerState, asked: Mapping[str, PendingRequest]) -> ServerState:
         """Compute S_t from the admitted replies, read from disk in roster order. Raises QuorumError."""
         started = time.monotonic()
-        shutil.rmtree(self.spool, ignore_errors=True)
-        replies: dict[str, Contribution] = {}
-        quorum = self.settings.quorum or len(asked) // 2 + 1
-        for site, reply in self._admitted(asked, t, lambda: len(replies) >= quorum):
-            benefit = running_mean(state.benefit.get(site), reply.metrics.get(BENEFIT, 1.0))
-            replies[site] = Contribution(reply.terms, reply.examples, benefit)
-            save_arrays(self.spool / f"{site}.safetensors", dict(reply.shared), {}, lasting=False)
-        self.recorder.require_quorum(quorum, list(replies), f"round {t}")
-        order = [site for site in asked if site in replies]
-        weights = WEIGHTS[state.weights]({site: replies[site] for site in order}, (t - 1) / self.recipe.rounds)
+        replies = {
+            site: Contribution(reply.terms, reply.examples, self._benefit(state, site, reply))
+            for site, reply in self._spool_replies(asked, t, f"round {t}").items()
+        }
+        order = list(replies)
+        weights = WEIGHTS[state.weights](replies, (t - 1) / self.recipe.rounds)
         before = RoundState(t, state.shared, self.settings)
         aggregated, aggregator_state = aggregation.aggregate(
             self._spooled(order, weights), dataclasses.replace(before, arrays=state.aggregator_state)
@@ -206,6 +197,22 @@ class AdapterStrategy:
             admitted={**state.admitted, **dict.fromkeys(order, t)},
             benefit={**state.benefit, **{site: replies[site].benefit for site in order}},
         )
+
+    def _benefit(self, state: ServerState, site: str, reply: TrainReply) -> float:
+        return running_mean(state.benefit.get(site), reply.metrics.get(BENEFIT, 1.0))
+
+    def _spool_replies(self, asked: Mapping[str, PendingRequest], t: int, when: str) -> dict[str, TrainReply]:
+        """Write the arrays of admitted replies to disk, and return the replies without them, in roster order.
+
+        Raises QuorumError.
+        """
+        shutil.rmtree(self.spool, ignore_errors=True)
+        quorum, replies = self.settings.quorum or len(asked) // 2 + 1, {}
+        for site, reply in self._admitted(asked, t, lambda: len(replies) >= quorum):
+            save_arrays(self.spool / f"{site}.safetensors", dict(reply.shared), {}, lasting=False)
+            replies[site] = dataclasses.replace(reply, shared={})
+        self.recorder.require_quorum(quorum, list(replies), when)
+        return {site: replies[site] for site in asked if site in replies}
 
     def _spooled(self, order: list[str], weights: Mapping[str, float]) -> Iterator[WeightedUpdate]:
         for site in order:

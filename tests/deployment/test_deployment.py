@@ -47,6 +47,21 @@ def test_a_deployed_federation_equals_its_simulation_and_leaves_nothing_behind(t
     assert {line.get("round") for line in audited} >= {1, 2, 3, 4}
 
 
+def test_benefit_weights_and_a_spectral_start_give_the_same_bits_when_deployed(
+    tmp_path: Path, place: Path, tiny_recipe: dict
+) -> None:
+    tiny_recipe["server"] = {"quorum": 3, "weights": "benefit"}
+    tiny_recipe["adapter"] |= {"init": "spectral"}
+    town = Town(place / "town", tiny_recipe).build()
+    try:
+        town.start()
+        assert town.wait("server", 300) == 0
+    finally:
+        town.stop()
+    simulated = simulate(recipe_from(tiny_recipe), tmp_path / "simulated", resume=False)
+    assert town.outcome() == simulated_outcome(simulated.path, town.names)
+
+
 @pytest.mark.parametrize("command", ["server", "ada"])
 def test_kill_9_of_a_command_leaves_no_orphan(town: Town, command: str) -> None:
     town.start("server", "ada")
