@@ -1,6 +1,7 @@
 """The ServerApp: CoLoRA at the coordinator, as in the paper.
 
 S_0: A ~ Kaiming, B = 0                  (at the sites, cores Λ_k start as the identity; or a spectral start)
+                                         (with server.groups, what follows holds for each group of sites)
 for t = 1 … T:
     send S_{t-1} to the sites of round t
     each site k trains A, B and its core Λ_k, and returns S_k = (A, B)
@@ -21,6 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 from ..common.config.loader import recipe_from
 from ..common.config.schema import Recipe, to_json
 from .reporting.events import EventLog, Listener
+from .rounds import preparation
 from .rounds.checkpoint import Checkpoints, ServerState
 from .rounds.run_options import RosterEntry, Run, RunOptions, StopRequested
 from .rounds.strategy import AdapterStrategy
@@ -39,8 +41,8 @@ def train_federation(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpo
     if last:
         strategy.events.emit("resumed", round=last.round, damaged=checkpoints.damaged)
     state = strategy.join(grid, last, lambda classes: _initial_state(recipe, classes))
-    if strategy.spectral and not last:
-        state = strategy.start_spectrally(state)
+    if preparation.is_needed(strategy) and not last:
+        state = preparation.prepare(strategy, state)
         checkpoints.write(state)
     for t in range(state.round + 1, recipe.rounds + 1):
         if strategy.options.should_stop():

@@ -49,6 +49,7 @@ BOUNDS: Mapping[str, float] = {  # by key of the plan, without list indices
     "transfer.distillation.lr": _RATE,
 }
 ROUNDS: Mapping[str, Callable[[int], tuple[int, int]]] = {  # rounds of the plan → first and last round of a request
+    "trial": lambda rounds: (0, 0),
     "initialize": lambda rounds: (0, 0),
     "train": lambda rounds: (1, rounds),
     "finalize": lambda rounds: (1, rounds + 1),

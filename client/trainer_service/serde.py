@@ -12,7 +12,7 @@ import numpy as np
 
 from ...common.errors import RefusedError
 from ...common.protocol.limits import check_values
-from ...common.protocol.types import PROTOCOL, Arrays, RequestKind, SiteInfo, TrainReply, TrainRequest
+from ...common.protocol.types import PRELIMINARY, PROTOCOL, Arrays, RequestKind, SiteInfo, TrainReply, TrainRequest
 from .proto import trainer_pb2 as pb
 
 CHUNK = 1 << 20  # bytes of array data in one message
@@ -51,7 +51,7 @@ def request_from(head: pb.TrainRequestHead, shared: Arrays) -> TrainRequest:
     check_protocol(head.protocol)
     if head.kind not in get_args(RequestKind):
         raise RefusedError("kind", " or ".join(get_args(RequestKind)), repr(head.kind[:40]))
-    before_round_1 = head.kind == "initialize" and head.round == head.admitted_round == 0
+    before_round_1 = head.kind in PRELIMINARY and head.round == head.admitted_round == 0
     if not before_round_1 and not 0 <= head.admitted_round < head.round:
         raise RefusedError("admitted_round", f"a round before round {head.round}", head.admitted_round)
     values = _field_values(head, TrainRequest)

@@ -18,6 +18,7 @@ from ...common.methods import PERSONAL, SHARED, Method, group_of
 from ...common.models.saved import ModelMetadata
 from ...common.protocol.types import (
     BENEFIT,
+    PRELIMINARY,
     PROTOCOL,
     Arrays,
     SiteInfo,
@@ -121,8 +122,8 @@ class Trainer:
             raise RefusedError("federation", self.plan.name, request.federation, site=self.site)
         check_arrays(request.shared, self.layout, self.site)
         started = time.perf_counter()
-        if request.kind == "initialize":
-            return self._power_step(request, started)
+        if request.kind in PRELIMINARY:
+            return self._preliminary(request, started, on_step)
         stored_state = self.store.state(request.admitted_round)
         state = stored_state or PersonalState()
         check_private(state, self.plan.private, self.site)
@@ -170,11 +171,20 @@ class Trainer:
         context = UpdateContext(request.round, seed_from(self.site_seed, "update", request.round))
         return process_update(trained, request.shared, self.plan.train, context)
 
-    def _power_step(self, request: TrainRequest, started: float) -> TrainReply:
-        """The reply to an ``initialize`` request, a function of the request and the site's rows: nothing is stored."""
+    def _preliminary(self, request: TrainRequest, started: float, on_step: StepCallback | None) -> TrainReply:
+        """The reply to a request before round 1, a function of the request and the site's rows: nothing is stored.
+
+        A linear head is fitted first. Heads that begin at random turn the updates of like sites in unlike directions.
+        """
         self.load(request.shared, {})
         self.task.fit_head()
-        arrays, terms = power_step(self.task, self.model.base.backbone, request.shared)
+        if request.kind == "trial":
+            first = dataclasses.replace(request, round=1, kind="train")
+            trained = self._train(first, PersonalState(tensors=self._values(PERSONAL)), on_step)
+            arrays, terms, examples = self._shared_update(first)[0], trained.terms, trained.examples
+        else:
+            arrays, terms = power_step(self.task, self.model.base.backbone, request.shared)
+            examples = len(self.task.train.examples)
         check_arrays(arrays, self.layout, self.site)
         return TrainReply(
             site=self.site,
@@ -183,7 +193,7 @@ class Trainer:
             key=request.key,
             shared=arrays,
             terms=terms,
-            examples=len(self.task.train.examples),
+            examples=examples,
             seconds=time.perf_counter() - started,
         )
 

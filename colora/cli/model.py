@@ -13,6 +13,11 @@ import typer
 
 PARTS = ("shared", "personal")
 
+GroupOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Group of sites, if the run has several: 1 is the largest. See the event `grouped`."),
+]
+
 
 def export(
     state: Annotated[Path, typer.Argument(show_default=False)],
@@ -21,6 +26,7 @@ def export(
     only: Annotated[
         str | None, typer.Option(help="shared (what all sites have) or personal (what this site adds).")
     ] = None,
+    group: GroupOption = None,
 ) -> None:
     """Export a personalized model as a stock PEFT adapter.
 
@@ -35,7 +41,7 @@ def export(
         raise ConfigError(
             "--only", "shared or personal", repr(only), message=f"--only must be shared or personal, not {only!r}."
         )
-    written = write(read_saved_model(state), out, only or "all", merge=merge)  # type: ignore[arg-type]
+    written = write(read_saved_model(state, group), out, only or "all", merge=merge)  # type: ignore[arg-type]
     typer.echo(written.about(out, merged=merge))
 
 
@@ -88,6 +94,7 @@ def personalize(
         int | None,
         typer.Option(min=1, help="Optimizer steps. Default: train.final_steps or, where that is 0, all rounds' steps."),
     ] = None,
+    group: GroupOption = None,
 ) -> None:
     """Personalize a finished shared adapter for a new site.
 
@@ -101,4 +108,4 @@ def personalize(
     from colora.common.config.loader import load_site
     from colora.common.models.saved import read_saved_model
 
-    print_result(train(load_site(site), read_saved_model(source), steps=steps), Console())
+    print_result(train(load_site(site), read_saved_model(source, group), steps=steps), Console())

@@ -156,6 +156,22 @@ def _check(recipe: Recipe) -> None:
             message=f'adapter.init = "spectral" needs shared A and B and a core, which {recipe.method.name!r} lacks.',
             hint='Use method.name = "colora", or adapter.init = "kaiming".',
         )
+    if recipe.server.groups != "none" and recipe.adapter.init == "spectral":
+        raise ConfigError(
+            "server.groups",
+            'none with adapter.init = "spectral"',
+            recipe.server.groups,
+            message=f'server.groups = "{recipe.server.groups}" cannot compare updates that begin with cores of zero.',
+            hint='Use adapter.init = "kaiming", or server.weights = "benefit" instead of groups.',
+        )
+    if recipe.server.groups != "none" and not recipe.row().shares:
+        raise ConfigError(
+            "server.groups",
+            "none, or a method that shares parameters",
+            f"{recipe.server.groups} with method {recipe.method.name}",
+            message=f"server.groups needs shared parameters, which method {recipe.method.name!r} lacks.",
+            hint="Use another method, or remove server.groups.",
+        )
     if recipe.train.head_init == "probe" and row.head is not Role.PERSONAL:
         raise ConfigError(
             "train.head_init",

@@ -167,6 +167,11 @@ class ServerSettings:
     weight to sites that the shared adapter helps, by one number that each site reports. Unset: ``tokens``, or
     ``uniform`` if the sites have different tasks."""
 
+    groups: Literal["none", "similarity"] = "none"
+    """Which sites share an adapter. ``none``: all of them. ``similarity``: before round 1 all sites train once from the
+    same start. Sites whose updates point in like directions form a group with a shared adapter of its own, if a
+    permutation test supports the division. It takes at least six sites to find two groups."""
+
     fraction: Fraction = 1.0
     """Fraction of the roster that is sampled each round, at least one site."""
 

@@ -55,6 +55,7 @@ class SavedModel:
     discriminator: Mapping[str, np.ndarray] = field(default_factory=dict)
     tuned_generator: Mapping[str, np.ndarray] = field(default_factory=dict)
     transfer_metadata: Mapping[str, Any] | None = None  # seeds and settings of a prepared transfer
+    groups: int = 1  # shared adapters in the file, of which this is one: of a federation whose sites were grouped
     closed: bool = True  # ``shared`` is the adapter of all sites, not this site's trained version of it
 
     @property
@@ -63,18 +64,19 @@ class SavedModel:
         return bool(self.metadata.site)
 
 
-def read_saved_model(place: Path) -> SavedModel:
+def read_saved_model(place: Path, group: int | None = None) -> SavedModel:
     """Read the model at ``place``: a file, or a folder of a run or site, of which the newest whole file is read.
 
-    Newer files that are damaged are skipped with a warning. Raises StateError if there is no model, or more than one,
-    and DamagedError if none is whole.
+    ``group`` counts from 1, the largest, where a checkpoint has a shared adapter for each group of sites; unset, the
+    largest is read with a warning. Newer files that are damaged are skipped with a warning. Raises StateError if there
+    is no model, more than one, or no such group, and DamagedError if none is whole.
     """
     newest = find_saved_model(place)
     others = [] if newest == place else [path for path in newest.parent.glob(FILES) if path != newest]
     damage: DamagedError | None = None
     for path in (newest, *sorted(others, reverse=True)):
         try:
-            saved = _read(path)
+            saved = _read(path, group)
         except DamagedError as error:
             damage = damage or error
             continue
@@ -84,7 +86,7 @@ def read_saved_model(place: Path) -> SavedModel:
     raise damage or StateError(str(place), "a model", "none")
 
 
-def _read(path: Path) -> SavedModel:
+def _read(path: Path, group: int | None) -> SavedModel:
     arrays, meta = load_arrays(path)
     if "card" not in meta:
         message = f"{path} is not a state or checkpoint of this version of colora."
@@ -97,18 +99,33 @@ def _read(path: Path) -> SavedModel:
     except (TypeError, KeyError, ValueError, RecursionError) as error:
         message = f"The metadata of {path} are damaged: {error}."
         raise DamagedError(str(path), "complete metadata", error, message=message) from None
-    shared, trained = _below(arrays, SHARED), _below(arrays, TRAINED)
+    prefix = group_prefix(_chosen_group(path, meta, group) - 1)
+    shared, trained = below(arrays, prefix + SHARED), below(arrays, TRAINED)
     return SavedModel(
         path,
         metadata,
         plan,
         trained or shared,
-        _below(arrays, PERSONAL),
-        _below(arrays, DISCRIMINATOR),
-        _below(arrays, WRITER),
+        below(arrays, PERSONAL),
+        below(arrays, DISCRIMINATOR),
+        below(arrays, WRITER),
         meta.get("transfer"),
+        groups=meta.get("groups", 1),
         closed=not trained,
     )
+
+
+def _chosen_group(path: Path, meta: Mapping[str, Any], group: int | None) -> int:
+    count = meta.get("groups", 1)
+    members = [[site for site, index in meta.get("group", {}).items() if index == g] for g in range(count)]
+    told = "; ".join(f"{g}: {', '.join(sites)}" for g, sites in enumerate(members, 1))
+    if group is None and count > 1:
+        logger.warning("%s has %d groups of sites (%s). Using group 1; --group selects another.", path, count, told)
+    if group is not None and not 1 <= group <= count:
+        message = f"{path} has no group {group}."
+        hint = f"The groups are {told}." if count > 1 else "It has one shared adapter. Remove --group."
+        raise StateError(str(path), f"a group from 1 to {count}", group, message=message, hint=hint)
+    return group or 1
 
 
 def find_saved_model(place: Path) -> Path:
@@ -138,5 +155,11 @@ def _plan(path: Path, metadata: ModelMetadata) -> Plan:
     return parse(Plan, raw)
 
 
-def _below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def group_prefix(index: int) -> str:
+    """Return the prefix of a group's arrays in a checkpoint; those of the largest group have none."""
+    return f"group-{index + 1}/" if index else ""
+
+
+def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Return the arrays whose names begin with a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}

@@ -27,7 +27,8 @@ METRIC_NAMES = frozenset(
     {"train.loss", UPDATE_SCALE, BENEFIT} | {f"{mode}.{name}" for mode in EVAL_MODES for name in METRICS}
 )
 Arrays = Mapping[str, np.ndarray]
-RequestKind = Literal["initialize", "train", "finalize"]
+RequestKind = Literal["trial", "initialize", "train", "finalize"]
+PRELIMINARY = ("trial", "initialize")  # requests before round 1, of which a site stores nothing
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class TrainRequest:
     """A request of the coordinator to one site: the shared adapter of the previous round, and what to do with it.
 
     ``admitted_round`` is the last round in which this site's reply was admitted (0: none); the site continues from its
-    state of that round. ``plan`` is the plan as JSON. ``initialize`` asks for a step of the spectral start before
-    round 1, of which the site stores nothing. ``finalize`` asks for the final steps and the final metrics.
+    state of that round. ``plan`` is the plan as JSON. Before round 1, ``trial`` asks for an update to compare with
+    those of other sites, and ``initialize`` for a step of the spectral start; a site stores nothing of either.
+    ``finalize`` asks for the final steps and the final metrics.
     """
 
     federation: str

@@ -102,6 +102,10 @@ def _line(summary: RunSummary, event: Event) -> str | None:
         metric = f", personal {personal:.3f}" if personal is not None else ""
         sites = f"{len(event['admitted'])} sites"
         return f"{prefix}round {event['round']}/{summary.rounds}: {sites}{loss}{metric}, {event['seconds']:.1f} s"
+    if name == "grouped":
+        return f"{len(event['groups'])} group{'s' * (len(event['groups']) > 1)} of sites: " + "; ".join(
+            map(", ".join, event["groups"])
+        )
     if name in NOTED:
         return f"{prefix}{note_of(event)}"
     if name in ("refused", "failed"):
@@ -159,6 +163,11 @@ def _conclusions(summary: RunSummary) -> list[str]:
         )
     if summary.residual is not None:
         lines.append(f"In the last round mean(B)·mean(A) differed from mean(BA) by {summary.residual:.1%}.")
+    if len(summary.groups) > 1:
+        told = "; ".join(", ".join(group) for group in summary.groups)
+        lines.append(
+            f"The sites' first updates point in {len(summary.groups)} directions. Groups with an adapter each: {told}."
+        )
     lines += [*_comparison(summary), *_advice(summary)]
     base, personal = summary.mean("base"), summary.mean("personal")
     tasks = [row.task for row in summary.rows.values() if row.task]

@@ -28,6 +28,10 @@ def _names(value: Any) -> bool:
     return isinstance(value, list) and all(map(_text, value))
 
 
+def _lists_of_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_names, value))
+
+
 def _optional(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
@@ -45,6 +49,7 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
     "site_ready": _SITE,
     "joined": {**_SITE, "task": _text, **_ROWS},
     "agreed": {"weights": _text},
+    "grouped": {"groups": _lists_of_names, "cosines": _values(_values(_number))},
     "round_started": {**_ROUND, **_SITES},
     "reply": {
         **_ROUND,

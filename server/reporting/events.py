@@ -1,8 +1,8 @@
 """The event log of a run: ``events.jsonl``, one JSON object per line, append-only. All reports are made from it.
 
 Every event has ``time`` (seconds since 1970) and ``event``, its name. ``round`` counts from 1. Replies and failures
-of the finalization have the last round + 1, those of a spectral start have 0. Failures while sites join have the
-round of the last checkpoint, or 0. Numbers that JSON cannot represent (NaN, infinity) and metrics beyond 1e15 are null.
+of the finalization have the last round + 1, those before round 1 have 0. Failures while sites join have the round of
+the last checkpoint, or 0. Numbers that JSON cannot represent (NaN, infinity) and metrics beyond 1e15 are null.
 A site's text has at most 200 characters. A reader skips a line that is not an event, with a warning.
 
 =================  ====================================================================================================
@@ -19,11 +19,14 @@ waiting            Too few sites. While joining: when ("join"), quorum, present,
 joined             A site was admitted: site, task, train, test (examples), truncated, dropped (of these).
 agreed             What all sites have in common is fixed: weights ("tokens", "examples", "uniform", "benefit"),
                    pins (fingerprints of the base model, tokenizer and chat template).
+grouped            Sites were compared before round 1: groups (lists of sites, the largest first; one if all share an
+                   adapter), tests (each with the two groups and the p_value of a division), cosines (between the
+                   updates of any two sites, by site).
 initialized        The spectral start has ended: sites (that are connected).
 round_started      round, sites (sampled for this round).
-reply              A reply was admitted: round, site, kind ("initialize", "train" or "finalize"), metrics (by name, for
-                   example personal.accuracy), terms (loss terms trained on), fresh (the site had lost its state),
-                   bytes_down, bytes_up (payload), seconds (of work at the site).
+reply              A reply was admitted: round, site, kind ("trial", "initialize", "train" or "finalize"), metrics (by
+                   name, for example personal.accuracy), terms (loss terms trained on), fresh (the site had lost its
+                   state), bytes_down, bytes_up (payload), seconds (of work at the site).
 failed             A site sent an error or no reply: round, site, reason.
 refused            A reply or a joining site was refused: round, site, field, expected, found, reason.
 late               A reply came after its round had ended and was ignored: round, site, reason.

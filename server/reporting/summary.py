@@ -61,6 +61,7 @@ class RunSummary:
     seconds: float = 0.0
     learning_rates: dict[str, float] = field(default_factory=dict)  # by parameter group
     source_federation: str = ""  # of a transfer: the federation in which the sites trained before
+    groups: list[list[str]] = field(default_factory=list)  # of sites with an adapter of their own, the largest first
     note: str = ""  # the current unusual condition, in words
     ready_event: str = ""  # the event by which a site reports the end of work that takes minutes; empty for none
     ready: list[str] = field(default_factory=list)  # sites that have reported it
@@ -169,6 +170,10 @@ def _joined(summary: RunSummary, event: Event) -> None:
         setattr(row, name, event[name])
 
 
+def _grouped(summary: RunSummary, event: Event) -> None:
+    summary.groups = event["groups"]
+
+
 def _round_started(summary: RunSummary, event: Event) -> None:
     summary.round, summary.note, summary.ready_event = event["round"], "", ""
 
@@ -224,6 +229,7 @@ _HANDLERS: dict[tuple[str, bool | None], Callable[[RunSummary, Any], None]] = {
     ("started", False): _started,
     ("started", True): _baseline_started,
     ("joined", False): _joined,
+    ("grouped", False): _grouped,
     ("round_started", None): _round_started,
     ("round", False): _round,
     ("reply", False): _reply,

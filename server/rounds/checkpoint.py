@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import numpy as np
 from ...common.atomic_io import load_arrays, save_arrays
 from ...common.config.schema import Recipe, to_json
 from ...common.errors import DamagedError, StateError
-from ...common.models.saved import FILES, FINGERPRINTS, SHARED, ModelMetadata
+from ...common.models.saved import FILES, FINGERPRINTS, SHARED, ModelMetadata, below, group_prefix
+from .shared_adapter import SharedAdapter
 
 OPTIMIZER_STATE, AGGREGATOR_STATE = "memory/", "aggregator/"  # prefixes of array names in the file
 logger = logging.getLogger("colora.checkpoints")
@@ -25,15 +26,31 @@ class ServerState:
     """The state of a federation after ``round``. ``admitted`` is each site's last round whose reply was admitted."""
 
     round: int
-    shared: Mapping[str, np.ndarray]
-    optimizer_state: Mapping[str, np.ndarray] = field(default_factory=dict)  # of the server optimizer
-    aggregator_state: Mapping[str, np.ndarray] = field(default_factory=dict)  # of the aggregator
+    adapters: tuple[SharedAdapter, ...]  # of the groups, the largest first; one where sites were not grouped
+    group: Mapping[str, int] = field(default_factory=dict)  # index of a site's adapter; 0 for a site that is not in it
     admitted: Mapping[str, int] = field(default_factory=dict)
     pins: Mapping[str, str] = field(default_factory=dict)  # fingerprints that every site must have
     weights: str = ""  # how updates are weighted, decided at the first join
     benefit: Mapping[str, float] = field(default_factory=dict)  # running mean of each site's benefit ratio
     finalized: bool = False
     task: str = ""  # of all sites; empty if they have different tasks
+
+    @property
+    def shared(self) -> Mapping[str, np.ndarray]:
+        """The shared adapter of the largest group."""
+        return self.adapters[0].shared
+
+    def by_group(self, sites: Iterable[str]) -> dict[int, list[str]]:
+        """Return these sites by the index of their adapter, in the given order."""
+        members: dict[int, list[str]] = {}
+        for site in sites:
+            members.setdefault(self.group.get(site, 0), []).append(site)
+        return dict(sorted(members.items()))
+
+    def divided(self, groups: Sequence[Sequence[str]]) -> ServerState:
+        """Return the state in which each of these groups continues with a copy of the one adapter."""
+        index = {site: i for i, group in enumerate(groups) for site in group}
+        return dataclasses.replace(self, adapters=self.adapters * max(1, len(groups)), group=index)
 
 
 class Checkpoints:
@@ -77,20 +94,15 @@ class Checkpoints:
                     message=f"{path} belongs to another {name}: {meta.get(name)}, not {expected}.",
                     hint="Use the recipe that the run began with, or another run folder.",
                 )
-        shared, optimizer_state, aggregator_state = (
-            {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)}
-            for p in (SHARED, OPTIMIZER_STATE, AGGREGATOR_STATE)
-        )
         try:
             return ServerState(
                 meta["round"],
-                shared,
-                optimizer_state,
-                aggregator_state,
+                tuple(_adapter(arrays, index) for index in range(meta["groups"])),
+                meta["group"],
                 meta["admitted"],
                 meta["pins"],
                 meta["weights"],
-                meta.get("benefit", {}),
+                meta["benefit"],
                 meta["closed"],
                 meta["task"],
             )
@@ -99,12 +111,16 @@ class Checkpoints:
 
     def write(self, state: ServerState) -> None:
         """Write a state and delete all but the newest checkpoints."""
-        arrays = {SHARED + k: v for k, v in state.shared.items()}
-        arrays |= {OPTIMIZER_STATE + k: v for k, v in state.optimizer_state.items()}
-        arrays |= {AGGREGATOR_STATE + k: v for k, v in state.aggregator_state.items()}
+        arrays: dict[str, np.ndarray] = {}
+        for index, adapter in enumerate(state.adapters):
+            arrays |= _under(group_prefix(index) + SHARED, adapter.shared)
+            arrays |= _under(group_prefix(index) + OPTIMIZER_STATE, adapter.optimizer_state)
+            arrays |= _under(group_prefix(index) + AGGREGATOR_STATE, adapter.aggregator_state)
         meta = {
             **self.identity,
             "round": state.round,
+            "groups": len(state.adapters),
+            "group": dict(state.group),
             "admitted": dict(state.admitted),
             "pins": dict(state.pins),
             "weights": state.weights,
@@ -147,6 +163,16 @@ def latest_checkpoint_info(folder: Path) -> tuple[CheckpointInfo | None, list[st
             if path.exists():  # otherwise a newer one has replaced it
                 damaged.append(path.name)
     return None, damaged
+
+
+def _adapter(arrays: Mapping[str, np.ndarray], group: int) -> SharedAdapter:
+    prefix = group_prefix(group)
+    parts = (below(arrays, prefix + part) for part in (SHARED, OPTIMIZER_STATE, AGGREGATOR_STATE))
+    return SharedAdapter(*parts)
+
+
+def _under(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {prefix + key: value for key, value in arrays.items()}
 
 
 def _incomplete(path: Path, error: KeyError) -> DamagedError:

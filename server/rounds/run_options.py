@@ -30,13 +30,14 @@ class RosterEntry:
 
 @dataclass(frozen=True)
 class Replay:
-    """The admitted sites of an earlier run, by round (finalization is the last round + 1), and its weighting.
+    """The admitted sites of an earlier run, by round (finalization is the last round + 1), its weighting and groups.
 
     A run that asks only these sites produces the same bits from the same data.
     """
 
     admitted: Mapping[int, Sequence[str]]
     weights: str
+    groups: Sequence[Sequence[str]] = ()
 
 
 @dataclass(frozen=True)
@@ -72,4 +73,5 @@ def read_replay(path: Path) -> Replay:
             message=f"--replay {path} is not the event log of a finished federation.",
             hint="Use the events.jsonl of a run that has ended.",
         )
-    return Replay({**admitted, **finalized}, weights[0])
+    groups = [event["groups"] for event in events if event["event"] == "grouped"]
+    return Replay({**admitted, **finalized}, weights[0], groups[-1] if groups else ())

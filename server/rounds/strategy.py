@@ -11,10 +11,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
 from ...common.atomic_io import ArrayFile, save_arrays
@@ -26,16 +27,16 @@ from ...common.protocol.limits import measured
 from ...common.protocol.types import BENEFIT, RequestKind, TrainReply, TrainRequest, hash_layout
 from ...common.seeds import seed_from
 from ..reporting.events import EventLog, EventRecorder
-from . import aggregation
 from .admission import admit_reply
-from .aggregation import AGGREGATORS, RoundState, WeightedUpdate
+from .aggregation import WeightedUpdate
 from .agreement import agree_on_pins, has_mixed_tasks, number_of_classes
 from .checkpoint import ServerState
 from .dispatch import Dispatcher, RetryPolicy
 from .membership import Membership
 from .registry import JoinQuery, NodeRegistry, wait_for_nodes
 from .run_options import RosterEntry, RunOptions, StopRequested
-from .spectral import POWER_ITERATIONS, orthonormalize
+from .shared_adapter import ServerStep, SharedAdapter
+from .spectral import orthonormalize
 from .weighting import WEIGHTS, Contribution, running_mean
 
 INTERVAL = 0.25  # seconds between two polls of a SuperLink for replies
@@ -98,7 +99,7 @@ class AdapterStrategy:
         if state is None:
             initial = first(number_of_classes(self.recipe, joined, pins))
             initial = orthonormalize(initial) if self.spectral else initial
-            state = ServerState(0, as_received(self.codec, initial))
+            state = ServerState(0, (SharedAdapter(as_received(self.codec, initial)),))
         self.layout = {key: tuple(array.shape) for key, array in state.shared.items()}
         self.membership.pin(pins, hash_layout(self.layout), quorum, state.round)
         admitted = [site.info for site in self.membership.sites.values()]
@@ -127,28 +128,6 @@ class AdapterStrategy:
                     raise StopRequested from None
                 time.sleep(self.settings.retry_interval)
 
-    # --- the spectral start ---
-
-    def start_spectrally(self, state: ServerState) -> ServerState:
-        """Return the state whose A and B are the subspaces that the sites' gradients have in common."""
-        for _ in range(POWER_ITERATIONS):
-            state = self.retry_until_quorum(lambda s=state: self.aggregate_initialize(s, self.configure_initialize(s)))
-        self.recorder.emit("initialized", sites=[m.site for m in self.roster if m.site in self.membership.sites])
-        return state
-
-    def configure_initialize(self, state: ServerState) -> dict[str, PendingRequest]:
-        """Make the requests of one power iteration: to all sites of the first round that are connected."""
-        self.membership.update(0)
-        first = [m.site for m in self.roster if m.from_round == 1 and self.membership.can_train(m.site)]
-        return self._requests(first, state, 0, "initialize", False)
-
-    def aggregate_initialize(self, state: ServerState, asked: Mapping[str, PendingRequest]) -> ServerState:
-        """Return the state with the next orthonormal A and B. Raises QuorumError."""
-        order = list(self._spool_replies(asked, 0, "initialize"))
-        total = aggregation.weighted_mean(self._spooled(order, dict.fromkeys(order, 1.0)))
-        shutil.rmtree(self.spool, ignore_errors=True)
-        return dataclasses.replace(state, shared=as_received(self.codec, orthonormalize(total)))
-
     # --- a round ---
 
     def configure_train(self, t: int, state: ServerState) -> dict[str, PendingRequest]:
@@ -158,7 +137,7 @@ class AdapterStrategy:
         every = self.recipe.evaluation.every
         evaluate = bool(every) and (t == 1 or (t - 1) % every == 0)
         self.recorder.emit("round_started", round=t, sites=chosen)
-        return self._requests([site for site in chosen if self.membership.can_train(site)], state, t, "train", evaluate)
+        return self.requests([site for site in chosen if self.membership.can_train(site)], state, t, "train", evaluate)
 
     def _chosen(self, t: int) -> list[str]:
         if self.options.replay:
@@ -171,29 +150,22 @@ class AdapterStrategy:
         started = time.monotonic()
         replies = {
             site: Contribution(reply.terms, reply.examples, self._benefit(state, site, reply))
-            for site, reply in self._spool_replies(asked, t, f"round {t}").items()
+            for site, reply in self.collect(asked, t, f"round {t}").items()
         }
-        order = list(replies)
-        weights = WEIGHTS[state.weights](replies, (t - 1) / self.recipe.rounds)
-        before = RoundState(t, state.shared, self.settings)
-        aggregated, aggregator_state = aggregation.aggregate(
-            self._spooled(order, weights), dataclasses.replace(before, arrays=state.aggregator_state)
-        )
-        shared, optimizer_state = aggregation.apply_optimizer(
-            aggregated, dataclasses.replace(before, arrays=state.optimizer_state)
-        )
-        residual = None
-        if self.method.averages_products and AGGREGATORS[self.settings.aggregator].averages:
-            residual = aggregation.product_residual(list(self._spooled(order, weights)), aggregated)
+        order, adapters, weights, residuals = list(replies), list(state.adapters), {}, []
+        step = ServerStep(t, self.settings, self.codec, self.method.averages_products)
+        for group, members in state.by_group(order).items():
+            weigh = WEIGHTS[state.weights]
+            weights |= weigh({site: replies[site] for site in members}, (t - 1) / self.recipe.rounds)
+            adapters[group], residual = step(adapters[group], partial(self.spooled, members, weights))
+            residuals += [] if residual is None else [residual]
         shutil.rmtree(self.spool, ignore_errors=True)
-        seconds = time.monotonic() - started
+        seconds, residual = time.monotonic() - started, max(residuals, default=None)
         self.recorder.emit("round", round=t, admitted=order, weights=weights, residual=residual, seconds=seconds)
         return dataclasses.replace(
             state,
             round=t,
-            shared=as_received(self.codec, shared),
-            aggregator_state=aggregator_state,
-            optimizer_state=optimizer_state,
+            adapters=tuple(adapters),
             admitted={**state.admitted, **dict.fromkeys(order, t)},
             benefit={**state.benefit, **{site: replies[site].benefit for site in order}},
         )
@@ -201,7 +173,7 @@ class AdapterStrategy:
     def _benefit(self, state: ServerState, site: str, reply: TrainReply) -> float:
         return running_mean(state.benefit.get(site), reply.metrics.get(BENEFIT, 1.0))
 
-    def _spool_replies(self, asked: Mapping[str, PendingRequest], t: int, when: str) -> dict[str, TrainReply]:
+    def collect(self, asked: Mapping[str, PendingRequest], t: int, when: str) -> dict[str, TrainReply]:
         """Write the arrays of admitted replies to disk, and return the replies without them, in roster order.
 
         Raises QuorumError.
@@ -214,7 +186,8 @@ class AdapterStrategy:
         self.recorder.require_quorum(quorum, list(replies), when)
         return {site: replies[site] for site in asked if site in replies}
 
-    def _spooled(self, order: list[str], weights: Mapping[str, float]) -> Iterator[WeightedUpdate]:
+    def spooled(self, order: list[str], weights: Mapping[str, float]) -> Iterator[WeightedUpdate]:
+        """Yield the updates that ``collect`` has written to disk, in the given order."""
         for site in order:
             yield WeightedUpdate(weights[site], ArrayFile(self.spool / f"{site}.safetensors"))
 
@@ -227,7 +200,7 @@ class AdapterStrategy:
         chosen = [m.site for m in self.roster if not replay or m.site in replay.admitted.get(state.round + 1, ())]
         connected = [site for site in chosen if site in self.membership.sites]
         self.recorder.emit("finalizing", round=state.round, sites=connected, prepares=self.recipe.transfer.prepare)
-        return self._requests(connected, state, state.round + 1, "finalize", True)
+        return self.requests(connected, state, state.round + 1, "finalize", True)
 
     def aggregate_finalize(self, state: ServerState, asked: Mapping[str, PendingRequest]) -> ServerState:
         """Return the final state: the adapter of the last round, and the sites that personalized on it."""
@@ -242,18 +215,23 @@ class AdapterStrategy:
 
     # --- requests and replies ---
 
-    def _requests(
+    def requests(
         self, sites: list[str], state: ServerState, t: int, kind: RequestKind, evaluate: bool
     ) -> dict[str, PendingRequest]:
-        packed, asked = messages.pack_arrays(state.shared, self.codec), {}
-        for site in sites:
-            admitted = state.admitted.get(site, 0)
-            request = TrainRequest(self.recipe.name, t, kind, admitted, self.plan, state.shared, evaluate)
-            asked[site] = PendingRequest(
-                request,
-                lambda r=request, s=site: messages.train_message(r, packed, self.membership.registry.connected[s].node),
-            )
-        return asked
+        """Make a request to each of these sites with the shared adapter of its group."""
+        asked: dict[str, PendingRequest] = {}
+        for group, members in state.by_group(sites).items():
+            shared = state.adapters[group].shared
+            packed = messages.pack_arrays(shared, self.codec)
+            for site in members:
+                request = TrainRequest(
+                    self.recipe.name, t, kind, state.admitted.get(site, 0), self.plan, shared, evaluate
+                )
+                asked[site] = PendingRequest(request, partial(self._message, request, packed, site))
+        return {site: asked[site] for site in sites}
+
+    def _message(self, request: TrainRequest, packed: ArrayRecord, site: str) -> Message:
+        return messages.train_message(request, packed, self.membership.registry.connected[site].node)
 
     def _admitted(
         self, asked: Mapping[str, PendingRequest], t: int, enough: Callable[[], bool]

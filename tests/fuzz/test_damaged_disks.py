@@ -25,6 +25,7 @@ from colora.common.protocol.types import TrainReply
 from colora.server.reporting.events import read_events
 from colora.server.reporting.run_folder import RunFolder
 from colora.server.rounds.checkpoint import Checkpoints, ServerState, latest_checkpoint_info
+from colora.server.rounds.shared_adapter import SharedAdapter
 
 from .test_hostile_sites import recipe
 
@@ -94,7 +95,9 @@ def checkpoints(folder: Path) -> Checkpoints:
     written = Checkpoints(folder / "checkpoints", recipe(5))
     for t in (1, 2, 3):
         shared = {"a": np.full((2, 2), t, np.float32)}
-        written.write(ServerState(t, shared, pins={"model": "m"}, weights="tokens", task="regression"))
+        written.write(
+            ServerState(t, (SharedAdapter(shared),), pins={"model": "m"}, weights="tokens", task="regression")
+        )
     return written
 
 

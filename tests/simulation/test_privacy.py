@@ -97,6 +97,14 @@ def test_benefit_weights_and_a_spectral_start_send_nothing_personal_but_one_numb
     assert len(set(weights[1].values())) == 3
 
 
+def test_a_trial_sends_nothing_personal(tiny_recipe: dict, tmp_path: Path, wire: list[Message]) -> None:
+    run = simulate(
+        recipe_from({**tiny_recipe, "server": {"quorum": 3, "groups": "similarity"}}), tmp_path / "run", resume=False
+    )
+    assert [e["kind"] for e in run.events() if e["event"] == "reply" and e["round"] == 0] == ["trial"] * 3
+    assert leaks(wire, run.path) == []
+
+
 def _plant_array(message: Message, secret: np.ndarray, text: str) -> None:
     message.content[messages.ARRAYS] = messages.pack_arrays({"x": secret})
 

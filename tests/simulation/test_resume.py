@@ -58,14 +58,15 @@ def durable(folder: Path) -> dict[str, tuple[dict[str, np.ndarray], dict]]:
 
 
 ADAM = {"private": "multilora", "server": {"quorum": 3, "optimizer": "adam"}}
+GROUPS = {"server": {"quorum": 3, "groups": "similarity"}}
 BENEFIT = {"server": {"quorum": 3, "weights": "benefit"}, "adapter": {"init": "spectral"}}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kills", "rounds", "options"),
-    [(3, 12, ADAM), (3, 12, BENEFIT), pytest.param(10, 40, ADAM, marks=pytest.mark.endurance)],
-    ids=["adam", "benefit weights and spectral start", "endurance"],
+    [(3, 12, ADAM), (3, 12, BENEFIT), (3, 12, GROUPS), pytest.param(10, 40, ADAM, marks=pytest.mark.endurance)],
+    ids=["adam", "benefit weights and spectral start", "groups", "endurance"],
 )
 def test_kills_change_no_bit_of_adapter_or_personal_state(
     tiny_recipe: dict, tmp_path: Path, kills: int, rounds: int, options: dict

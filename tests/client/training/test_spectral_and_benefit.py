@@ -48,6 +48,18 @@ def factors(left: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
     return {B: np.ascontiguousarray(left, np.float32), A: np.ascontiguousarray(right, np.float32)}
 
 
+def test_a_trial_is_the_first_round_of_training_and_stores_nothing(tmp_path: Path) -> None:
+    made, trainer = plan(), site(plan(), tmp_path / "one")
+    start = {key: trainer.initial[key].numpy() for key in (A, B)}
+    tried = [trainer.handle(request(made, start, "trial", 0)) for _ in range(2)]
+    assert not (tmp_path / "one").exists() or not list((tmp_path / "one").rglob("*.safetensors"))
+    trained = site(plan(), tmp_path / "other").handle(request(made, start))
+    for reply in tried:
+        assert all(np.array_equal(reply.shared[key], trained.shared[key]) for key in (A, B))
+        assert (reply.terms, reply.examples, reply.metrics) == (trained.terms, trained.examples, {})
+    assert np.array_equal(trainer.handle(request(made, start)).shared[B], trained.shared[B])
+
+
 def common_subspaces() -> dict[str, np.ndarray]:
     u, _, v = np.linalg.svd(TRUTH[0])
     return factors(u[:, :3], v[:3])

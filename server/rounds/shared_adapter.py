@@ -1,0 +1,45 @@
+"""One shared adapter at the coordinator, and its step from one round to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...common.config.schema import ServerSettings
+from ...common.protocol.codec import as_received
+from . import aggregation
+from .aggregation import AGGREGATORS, RoundState, WeightedUpdate
+
+
+@dataclass(frozen=True)
+class SharedAdapter:
+    """The shared arrays of one group of sites, with the arrays of its server optimizer and of its aggregator."""
+
+    shared: Mapping[str, np.ndarray]
+    optimizer_state: Mapping[str, np.ndarray] = field(default_factory=dict)
+    aggregator_state: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ServerStep:
+    """S_{t-1} → S_t: the aggregator, the server optimizer, and the codec in which the sites receive the result."""
+
+    round: int
+    settings: ServerSettings
+    codec: str
+    averages_products: bool  # of the method: mean(B)·mean(A) is not mean(BA)
+
+    def __call__(
+        self, adapter: SharedAdapter, updates: Callable[[], Iterable[WeightedUpdate]]
+    ) -> tuple[SharedAdapter, float | None]:
+        """Return the adapter after this round and the product residual of its mean, where that has a meaning."""
+        before = RoundState(self.round, adapter.shared, self.settings, adapter.aggregator_state)
+        aggregated, aggregator_state = aggregation.aggregate(updates(), before)
+        before = RoundState(self.round, adapter.shared, self.settings, adapter.optimizer_state)
+        shared, optimizer_state = aggregation.apply_optimizer(aggregated, before)
+        residual = None
+        if self.averages_products and AGGREGATORS[self.settings.aggregator].averages:
+            residual = aggregation.product_residual(list(updates()), aggregated)
+        return SharedAdapter(as_received(self.codec, shared), optimizer_state, aggregator_state), residual
