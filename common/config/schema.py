@@ -190,6 +190,10 @@ class ServerSettings:
     max_update_norm: PositiveFloat = 1e4
     """Maximum Frobenius norm of a site's update over all arrays. A reply beyond it is refused."""
 
+    max_relative_norm: Annotated[float, Field(gt=1, le=1e9)] = 3.0
+    """Largest norm of an update, relative to the median norm of its round. A larger update is scaled down, and the run
+    says so. It applies to rounds of at least three updates; 1e9 turns it off."""
+
     fingerprints: dict[Literal["model", "tokenizer", "chat_template"], str] | None = None
     """SHA-256 fingerprints that every site's base model must have, as the event ``agreed`` of a run shows them. Unset:
     those of the coordinator's own copy of the model or, without one, those that most sites have."""

@@ -176,6 +176,11 @@ def _conclusions(summary: RunSummary) -> list[str]:
             "The personal models are worse than the base model. Train for more steps or change the learning rate."
         )
     for row in summary.rows.values():
+        if row.clipped:
+            rounds = ", ".join(map(str, row.clipped))
+            lines.append(
+                f"The update of {row.site} was much larger than the others and was scaled down in round {rounds}."
+            )
         lines += [f"{row.site} was left out of round {t}: {reason}" for t, reason in row.failures.items()]
         lines += [
             f"{row.site} had lost its personal state in round {t} and started from the shared adapter."

@@ -60,6 +60,7 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
     },
     "failed": {**_ROUND, "site": _optional(_text), "reason": _optional(_text)},
     "refused": {**_ROUND, "site": _optional(_text), **_REASON},
+    "clipped": {**_ROUND, **_SITE, "norm": _number, "bound": _number},
     "late": {**_ROUND, **_SITE, **_REASON},
     "round": {**_ROUND, "admitted": _names, "weights": _values(_number), "seconds": _number},
     "finalizing": {**_ROUND, **_SITES, "prepares": lambda value: isinstance(value, bool)},

@@ -29,6 +29,7 @@ reply              A reply was admitted: round, site, kind ("trial", "initialize
                    state), bytes_down, bytes_up (payload), seconds (of work at the site).
 failed             A site sent an error or no reply: round, site, reason.
 refused            A reply or a joining site was refused: round, site, field, expected, found, reason.
+clipped            An update was much larger than the others of its round and was scaled: round, site, norm, bound.
 late               A reply came after its round had ended and was ignored: round, site, reason.
 round              A round ended with its quorum: round, admitted (sites), weights (by site), residual (relative
                    distance of mean(B)·mean(A) from mean(BA), or null), seconds.

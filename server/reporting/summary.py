@@ -37,6 +37,7 @@ class SiteSummary:
     bytes_down: int = 0
     seconds: float = 0.0
     failures: dict[int, str] = field(default_factory=dict)  # round → why its reply was left out
+    clipped: list[int] = field(default_factory=list)  # rounds in which its update was scaled down
     fresh: list[int] = field(default_factory=list)  # rounds in which it had lost its personal state
 
     def metric(self, mode: str) -> float | None:
@@ -220,6 +221,12 @@ def _left_out(summary: RunSummary, event: Event) -> None:
         summary.failures.append(f"{site or 'unknown node'}: {reason}")
 
 
+def _clipped(summary: RunSummary, event: Event) -> None:
+    rounds = summary.site(event["site"]).clipped
+    if event["round"] not in rounds:
+        rounds.append(event["round"])
+
+
 def _finished(summary: RunSummary, event: Event) -> None:
     summary.seconds += event["seconds"]
 
@@ -235,6 +242,7 @@ _HANDLERS: dict[tuple[str, bool | None], Callable[[RunSummary, Any], None]] = {
     ("reply", False): _reply,
     ("reply", True): _baseline_reply,
     ("compared", True): _compared,
+    ("clipped", False): _clipped,
     ("refused", None): _left_out,
     ("failed", None): _left_out,
     ("finished", None): _finished,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
+from ...common.config.schema import Recipe
 from ...common.dataset import TASKS
 from ...common.errors import RefusedError
 from ...common.protocol.limits import MAX_COUNT
@@ -23,11 +25,28 @@ from ...common.protocol.types import (
 )
 
 Layout = Mapping[str, tuple[int, ...]]
+MAX_POWER_STEP = 1.01  # norm of an array in a spectral start; bf16 rounds it by less than 1 %
 PINNED = ("model", "tokenizer", "chat_template")  # fingerprints in SiteInfo that all sites must have in common
 
 
-def admit_reply(reply: TrainReply, site: str, request: TrainRequest, layout: Layout, max_update_norm: float) -> None:
-    """Check a reply against the request that it answers.
+@dataclass(frozen=True)
+class ReplyLimits:
+    """The largest values that a reply may have. ``examples`` and ``terms`` are those of a round's training."""
+
+    update_norm: float
+    examples: int = MAX_COUNT
+    terms: int = MAX_COUNT
+
+
+def reply_limits(recipe: Recipe, task: str) -> ReplyLimits:
+    """The limits of a site with this task: it cannot train on more examples, or weigh more, than the plan has steps."""
+    examples = recipe.train.steps_per_round * recipe.train.batch_size
+    tokens = recipe.model.max_length if TASKS[task].needs_causal_lm else 1
+    return ReplyLimits(recipe.server.max_update_norm, examples, examples * tokens)
+
+
+def admit_reply(reply: TrainReply, site: str, request: TrainRequest, layout: Layout, limits: ReplyLimits) -> float:
+    """Check a reply against the request that it answers, and return the norm of its update.
 
     ``layout`` maps the names of the expected arrays to their shapes: none for a finalize request, else all shared
     arrays. Raises RefusedError.
@@ -43,13 +62,23 @@ def admit_reply(reply: TrainReply, site: str, request: TrainRequest, layout: Lay
         raise RefusedError(BENEFIT, f"0 to {MAX_BENEFIT:g}", reply.metrics[BENEFIT], site=site)
     if request.kind == "train":
         for field in ("terms", "examples"):
-            if not 0 < getattr(reply, field) <= MAX_COUNT:
-                raise RefusedError(field, f"1 to {MAX_COUNT}", getattr(reply, field), site=site)
-    check_values(reply.shared, request.shared, max_update_norm, site)
+            if not 0 < getattr(reply, field) <= getattr(limits, field):
+                raise RefusedError(field, f"1 to {getattr(limits, field)}", getattr(reply, field), site=site)
+    if request.kind == "initialize":
+        check_power_step(reply.shared, site)
+    return check_values(reply.shared, request.shared, limits.update_norm, site)
 
 
-def check_values(arrays: Arrays, previous: Arrays, max_update_norm: float, site: str) -> None:
-    """Check that all values are finite and that the update is not too large.
+def check_power_step(arrays: Arrays, site: str) -> None:
+    """Check the arrays of a spectral start: ‖G Gᵀ B‖ ≤ 1 and ‖A Gᵀ G‖ ≤ 1, since ‖G‖ ≤ 1. Raises RefusedError."""
+    for key, array in arrays.items():
+        norm = float(np.linalg.norm(array.astype(np.float64)))
+        if "lora_" in key and norm > MAX_POWER_STEP:
+            raise RefusedError(f"norm of {key}", "at most 1", f"{norm:g}", site=site)
+
+
+def check_values(arrays: Arrays, previous: Arrays, max_update_norm: float, site: str) -> float:
+    """Check that all values are finite and that the update is not too large, and return the norm of the update.
 
     The update norm is the Frobenius norm of ``arrays - previous`` over all arrays. Raises RefusedError.
     """
@@ -60,6 +89,7 @@ def check_values(arrays: Arrays, previous: Arrays, max_update_norm: float, site:
         squares += float(np.sum(np.square(array.astype(np.float64) - previous[key])))
     if squares > max_update_norm**2:
         raise RefusedError("update norm", f"at most {max_update_norm:g}", f"{squares**0.5:g}", site=site)
+    return squares**0.5
 
 
 def admit_site(info: SiteInfo, expected: Mapping[str, object]) -> None:

@@ -61,7 +61,7 @@ def aggregate_initialize(
 ) -> ServerState:
     """Return the state with the next orthonormal A and B. Raises QuorumError."""
     order = list(strategy.collect(asked, 0, "initialize"))
-    total = aggregation.weighted_mean(strategy.spooled(order, dict.fromkeys(order, 1.0)))
+    total = aggregation.weighted_mean(strategy.spooled(dict.fromkeys(order, 1.0), dict.fromkeys(order), state.shared))
     shutil.rmtree(strategy.spool, ignore_errors=True)
     shared = as_received(strategy.codec, orthonormalize(total))
     return dataclasses.replace(state, adapters=(SharedAdapter(shared),))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
@@ -27,10 +28,11 @@ from ...common.protocol.limits import measured
 from ...common.protocol.types import BENEFIT, RequestKind, TrainReply, TrainRequest, hash_layout
 from ...common.seeds import seed_from
 from ..reporting.events import EventLog, EventRecorder
-from .admission import admit_reply
+from .admission import admit_reply, reply_limits
 from .aggregation import WeightedUpdate
 from .agreement import agree_on_pins, has_mixed_tasks, number_of_classes
 from .checkpoint import ServerState
+from .clipping import Clipped, norm_bound
 from .dispatch import Dispatcher, RetryPolicy
 from .membership import Membership
 from .registry import JoinQuery, NodeRegistry, wait_for_nodes
@@ -48,6 +50,13 @@ class PendingRequest:
 
     request: TrainRequest
     message: Callable[[], Message]
+
+
+class AdmittedReply(NamedTuple):
+    """A reply that was admitted, and the norm of its update."""
+
+    reply: TrainReply
+    norm: float
 
 
 class AdapterStrategy:
@@ -148,16 +157,24 @@ class AdapterStrategy:
     def aggregate_train(self, t: int, state: ServerState, asked: Mapping[str, PendingRequest]) -> ServerState:
         """Compute S_t from the admitted replies, read from disk in roster order. Raises QuorumError."""
         started = time.monotonic()
+        collected = self.collect(asked, t, f"round {t}")
         replies = {
-            site: Contribution(reply.terms, reply.examples, self._benefit(state, site, reply))
-            for site, reply in self.collect(asked, t, f"round {t}").items()
+            site: Contribution(found.reply.terms, found.reply.examples, self._benefit(state, site, found.reply))
+            for site, found in collected.items()
         }
         order, adapters, weights, residuals = list(replies), list(state.adapters), {}, []
         step = ServerStep(t, self.settings, self.codec, self.method.averages_products)
         for group, members in state.by_group(order).items():
             weigh = WEIGHTS[state.weights]
             weights |= weigh({site: replies[site] for site in members}, (t - 1) / self.recipe.rounds)
-            adapters[group], residual = step(adapters[group], partial(self.spooled, members, weights))
+            bound = norm_bound({site: collected[site].norm for site in members}, self.settings.max_relative_norm)
+            factors = {site: bound / norm for site in members if (norm := collected[site].norm) > bound}
+            for site in factors:
+                self.recorder.emit("clipped", round=t, site=site, norm=collected[site].norm, bound=bound)
+            updates = partial(
+                self.spooled, weights, {site: factors.get(site) for site in members}, adapters[group].shared
+            )
+            adapters[group], residual = step(adapters[group], updates)
             residuals += [] if residual is None else [residual]
         shutil.rmtree(self.spool, ignore_errors=True)
         seconds, residual = time.monotonic() - started, max(residuals, default=None)
@@ -173,23 +190,26 @@ class AdapterStrategy:
     def _benefit(self, state: ServerState, site: str, reply: TrainReply) -> float:
         return running_mean(state.benefit.get(site), reply.metrics.get(BENEFIT, 1.0))
 
-    def collect(self, asked: Mapping[str, PendingRequest], t: int, when: str) -> dict[str, TrainReply]:
+    def collect(self, asked: Mapping[str, PendingRequest], t: int, when: str) -> dict[str, AdmittedReply]:
         """Write the arrays of admitted replies to disk, and return the replies without them, in roster order.
 
         Raises QuorumError.
         """
         shutil.rmtree(self.spool, ignore_errors=True)
         quorum, replies = self.settings.quorum or len(asked) // 2 + 1, {}
-        for site, reply in self._admitted(asked, t, lambda: len(replies) >= quorum):
-            save_arrays(self.spool / f"{site}.safetensors", dict(reply.shared), {}, lasting=False)
-            replies[site] = dataclasses.replace(reply, shared={})
+        for site, found in self._admitted(asked, t, lambda: len(replies) >= quorum):
+            save_arrays(self.spool / f"{site}.safetensors", dict(found.reply.shared), {}, lasting=False)
+            replies[site] = AdmittedReply(dataclasses.replace(found.reply, shared={}), found.norm)
         self.recorder.require_quorum(quorum, list(replies), when)
         return {site: replies[site] for site in asked if site in replies}
 
-    def spooled(self, order: list[str], weights: Mapping[str, float]) -> Iterator[WeightedUpdate]:
-        """Yield the updates that ``collect`` has written to disk, in the given order."""
-        for site in order:
-            yield WeightedUpdate(weights[site], ArrayFile(self.spool / f"{site}.safetensors"))
+    def spooled(
+        self, weights: Mapping[str, float], factors: Mapping[str, float | None], start: Mapping[str, np.ndarray]
+    ) -> Iterator[WeightedUpdate]:
+        """Yield the updates of these sites from disk, in the given order. One with a factor is scaled."""
+        for site, factor in factors.items():
+            arrays = ArrayFile(self.spool / f"{site}.safetensors")
+            yield WeightedUpdate(weights[site], arrays if factor is None else Clipped(arrays, start, factor))
 
     # --- finalization ---
 
@@ -204,7 +224,7 @@ class AdapterStrategy:
 
     def aggregate_finalize(self, state: ServerState, asked: Mapping[str, PendingRequest]) -> ServerState:
         """Return the final state: the adapter of the last round, and the sites that personalized on it."""
-        finalized: dict[str, TrainReply] = {}
+        finalized: dict[str, AdmittedReply] = {}
         quorum = self.settings.quorum or len(asked) // 2 + 1
         for site, reply in self._admitted(asked, state.round + 1, lambda: len(finalized) >= quorum):
             finalized[site] = reply
@@ -235,7 +255,7 @@ class AdapterStrategy:
 
     def _admitted(
         self, asked: Mapping[str, PendingRequest], t: int, enough: Callable[[], bool]
-    ) -> Iterator[tuple[str, TrainReply]]:
+    ) -> Iterator[tuple[str, AdmittedReply]]:
         """Yield admitted replies as they arrive. Failures, refusals and missing replies are emitted and left out."""
         down = {site: messages.payload_bytes(a.message()) for site, a in asked.items()}
         silent = set(asked)
@@ -252,7 +272,8 @@ class AdapterStrategy:
             try:
                 reply = messages.reply_from(message, request)
                 layout = {} if request.kind == "finalize" else self.layout
-                admit_reply(reply, site, request, layout, self.settings.max_update_norm)
+                task = self.membership.sites[site].info.task
+                norm = admit_reply(reply, site, request, layout, reply_limits(self.recipe, task))
             except RefusedError as error:
                 self.recorder.refused(t, error.at_site(site))
                 continue
@@ -264,7 +285,7 @@ class AdapterStrategy:
             }
             costs = {"bytes_down": down[site], "bytes_up": messages.payload_bytes(message), "seconds": reply.seconds}
             self.recorder.emit("reply", round=t, site=site, **results, **costs)
-            yield site, reply
+            yield site, AdmittedReply(reply, norm)
         for site in [s for s in asked if s in silent]:
             limit = self.settings.timeout
             self.recorder.failed(t, site, f"no reply within {limit:g} s" if limit else "not connected")

@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from colora.common.config.loader import recipe_from
 from colora.common.errors import RefusedError
 from colora.common.protocol.limits import MAX_COUNT
 from colora.common.protocol.types import BENEFIT, PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
-from colora.server.rounds.admission import PINNED, admit_reply, admit_site
+from colora.server.rounds.admission import PINNED, ReplyLimits, admit_reply, admit_site, reply_limits
 
 LAYOUT = {"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)}
 SENT = {key: np.ones(shape, np.float32) for key, shape in LAYOUT.items()}
 TRAIN = TrainRequest("fed", 7, "train", 6, "{}", SENT, True)
 FINALIZE = dataclasses.replace(TRAIN, kind="finalize")
 GOOD = TrainReply("ada", "fed", 7, TRAIN.key, {key: value + 1 for key, value in SENT.items()}, terms=40, examples=8)
-BOUND = 10.0  # the good update's norm is √14 = 3.74
+BOUND = ReplyLimits(10.0, examples=16, terms=64)  # the good update's norm is √14 = 3.74
 
 
 def put(key: str, value: Any) -> Callable[[TrainReply], TrainReply]:
@@ -63,14 +64,14 @@ REFUSALS: dict[str, tuple[Callable[[TrainReply], TrainReply], str, str, str]] = 
     "NaN": (with_value(float("nan")), B, "finite values", "NaN or infinity"),
     "infinity": (with_value(float("inf")), B, "finite values", "NaN or infinity"),
     "minus infinity": (with_value(float("-inf")), B, "finite values", "NaN or infinity"),
-    "no terms": (with_fields(terms=0), "terms", f"1 to {MAX_COUNT}", "0"),
-    "negative terms": (with_fields(terms=-5), "terms", f"1 to {MAX_COUNT}", "-5"),
-    "far too many terms": (with_fields(terms=MAX_COUNT + 1), "terms", f"1 to {MAX_COUNT}", str(MAX_COUNT + 1)),
-    "no examples": (with_fields(examples=0), "examples", f"1 to {MAX_COUNT}", "0"),
+    "no terms": (with_fields(terms=0), "terms", "1 to 64", "0"),
+    "negative terms": (with_fields(terms=-5), "terms", "1 to 64", "-5"),
+    "far too many terms": (with_fields(terms=65), "terms", "1 to 64", "65"),
+    "no examples": (with_fields(examples=0), "examples", "1 to 16", "0"),
     "absurdly many examples": (
         with_fields(examples=2 * MAX_COUNT),
         "examples",
-        f"1 to {MAX_COUNT}",
+        "1 to 16",
         str(2 * MAX_COUNT),
     ),
     "a step too far": (with_value(12.0), "update norm", "at most 10", "11.5758"),  # √(13·1² + 11²) = √134
@@ -98,13 +99,13 @@ def test_each_refusal_names_site_field_expected_and_found(name: str) -> None:
 
 def test_the_norm_is_of_the_update_over_all_arrays_and_its_bound_is_met_exactly() -> None:
     """Each of the 6 + 8 values changes by 1, so the norm is √14."""
-    admit_reply(GOOD, "ada", TRAIN, LAYOUT, 14**0.5 + 1e-9)
+    admit_reply(GOOD, "ada", TRAIN, LAYOUT, ReplyLimits(14**0.5 + 1e-9))
     with pytest.raises(RefusedError, match=r"update norm: expected at most 3\.74, found 3\.74166"):
-        admit_reply(GOOD, "ada", TRAIN, LAYOUT, 3.74)
+        admit_reply(GOOD, "ada", TRAIN, LAYOUT, ReplyLimits(3.74))
     large = {key: value + 1e6 for key, value in SENT.items()}  # large values, but a small update
     request = dataclasses.replace(TRAIN, shared=large)
     reply = dataclasses.replace(GOOD, shared=large, key=request.key)
-    admit_reply(reply, "ada", request, LAYOUT, 1e-3)
+    admit_reply(reply, "ada", request, LAYOUT, ReplyLimits(1e-3))
 
 
 def test_a_finalize_reply_needs_no_terms_and_carries_no_array() -> None:
@@ -161,3 +162,28 @@ def test_another_protocol_or_an_empty_site_may_not_join() -> None:
     with pytest.raises(RefusedError, match="site ada: The site has no training examples and no test examples"):
         admit_site(dataclasses.replace(SITE, train=0, test=0), PINS)
     admit_site(dataclasses.replace(SITE, train=0), PINS)
+
+
+@pytest.mark.parametrize(("task", "tokens"), [("classification", 1), ("regression", 1), ("generation", 32)])
+def test_a_site_cannot_weigh_more_than_the_plan_has_steps(task: str, tokens: int) -> None:
+    """Twelve steps of four examples; a generator's example has at most max_length loss terms."""
+    raw = {
+        "name": "fed",
+        "rounds": 2,
+        "model": {"source": "synthetic:bilinear-6", "max_length": 32},
+        "train": {"schedule": "alternating", "personal_steps": 5, "shared_steps": 7, "batch_size": 4},
+        "site": [{"name": "ada", "source": "none.npz"}],
+    }
+    limits = reply_limits(recipe_from(raw), task)
+    assert (limits.examples, limits.terms) == (48, 48 * tokens)
+
+
+def test_a_power_step_has_norm_one_at_most() -> None:
+    """‖G‖ = 1 bounds G Gᵀ B and A Gᵀ G, so one site cannot decide the subspaces of all."""
+    request = dataclasses.replace(TRAIN, kind="initialize", round=0, admitted_round=0)
+    whole = {key: np.full(shape, 1 / np.sqrt(np.prod(shape)), np.float32) for key, shape in LAYOUT.items()}
+    reply = dataclasses.replace(GOOD, key=request.key, round=0, shared=whole)
+    admit_reply(reply, "ada", request, LAYOUT, BOUND)
+    larger = dataclasses.replace(reply, shared={**whole, B: 1.1 * whole[B]})
+    with pytest.raises(RefusedError, match=r"site ada: norm of q\.lora_B\.weight: expected at most 1, found 1\.1"):
+        admit_reply(larger, "ada", request, LAYOUT, BOUND)

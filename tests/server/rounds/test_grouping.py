@@ -114,7 +114,7 @@ class Pretender:
         if self.crash_in and order.round == self.crash_in:
             raise RuntimeError("power cut")
         shared = {} if order.kind == "finalize" else self.trained(order)
-        terms = 10 * (1 + NAMES.index(self.name))
+        terms = 1 + NAMES.index(self.name)
         return TrainReply(self.name, order.federation, order.round, order.key, shared, terms, 5, {"personal.loss": 1})
 
     def trained(self, order: TrainRequest) -> dict[str, np.ndarray]:
