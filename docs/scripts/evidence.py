@@ -73,6 +73,18 @@ def regression_table(arms: dict[str, dict[int, Result]]) -> list[str]:
     return lines
 
 
+def groups_table() -> list[str]:
+    """One row for each recipe: the p-value and the number of groups at every seed."""
+    found: dict[str, dict[int, str]] = defaultdict(dict)
+    for line in (RESULTS / "groups.jsonl").read_text().splitlines():
+        result = json.loads(line)
+        p_value, count = result["tests"][0]["p_value"], len(result["groups"])
+        found[result["recipe"]][result["seed"]] = f"{p_value:.4f}: {count} group{'s' * (count > 1)}"
+    seeds = sorted({seed for row in found.values() for seed in row})
+    lines = [f"| recipe | {' | '.join(f'seed {seed}' for seed in seeds)} |", f"|---|{'---|' * len(seeds)}"]
+    return lines + [f"| `{name}` | {' | '.join(row.get(s, '') for s in seeds)} |" for name, row in found.items()]
+
+
 def best(arms: dict[str, dict[int, Result]], method: str) -> str:
     """Return the arm of a method with the best mean over the seeds that all its arms have."""
     candidates = [arm for arm in arms if arm == method or arm.startswith(f"{method},")]
@@ -88,6 +100,7 @@ def page() -> str:
         "gain": gain_table(demo, best(demo, "colora"), best(demo, "local")),
         "regression": regression_table(read("regression")),
         "mixed": arms_table(read("mixed")),
+        "groups": groups_table(),
     }
     text = PAGE.read_text()
     for name, lines in tables.items():
