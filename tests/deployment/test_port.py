@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 HALF_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
 HALF_HEADER = b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: gateway\r\nflwr-public-key: "
 SWEEP = 2.0  # seconds after which the connections that were closed are opened again
-CALM, CROWDED, PHASES = 30.0, 40.0, 3  # seconds, and how often
+CALM, CROWDED, PHASES, ROUNDS = 20.0, 40.0, 3, 4  # least seconds, how often, and least rounds in a phase
 
 
 class Crowd(threading.Thread):
@@ -118,12 +118,17 @@ def signed(site: Path) -> dict[str, str]:
     return {"flwr-public-key": public, "flwr-timestamp": signed_at, "flwr-signature": signature}
 
 
-def statuses(town: Town, site: str, until: float) -> Counter[str]:
-    """Call the coordinator with a site's key until a time, on a kept connection and on new ones; count the answers."""
+def statuses(town: Town, site: str, seconds: float) -> Counter[str]:
+    """Call the coordinator with a site's key, on a kept connection and on new ones, and count the answers.
+
+    This lasts for a number of seconds and for ``ROUNDS`` whole rounds at least.
+    """
     found = Counter[str]()
     trust, url = ssl.create_default_context(cafile=town.site(site) / "ca.crt"), f"https://127.0.0.1:{town.port}"
     with httpx.Client(verify=trust, trust_env=False, timeout=10) as kept:
-        while time.monotonic() < until:
+        began, ends = time.time(), time.monotonic() + 300
+        while time.time() < began + seconds or len(seconds_of_rounds(town, [(began, time.time())])) < ROUNDS:
+            assert time.monotonic() < ends, town.last_words()
             with httpx.Client(verify=trust, trust_env=False, timeout=10) as new:
                 for name, client in (("kept", kept), ("new", new)):
                     try:
@@ -156,11 +161,11 @@ def test_idle_and_half_sent_connections_slow_no_round(place: Path, tiny_recipe: 
         town.wait_for("round", 300, round=3)
         for _ in range(PHASES):
             began = time.time()
-            statuses(town, "ada", time.monotonic() + CALM)
+            statuses(town, "ada", CALM)
             calm_phases.append((began, time.time()))
             began = time.time()
             with crowded(town.port, 1100, 200) as crowd:
-                answers += statuses(town, "ada", time.monotonic() + CROWDED)
+                answers += statuses(town, "ada", CROWDED)
             busy_phases.append((began, time.time()))
             opened += crowd.opened
         calm, busy = seconds_of_rounds(town, calm_phases), seconds_of_rounds(town, busy_phases)
@@ -168,7 +173,6 @@ def test_idle_and_half_sent_connections_slow_no_round(place: Path, tiny_recipe: 
         for name, rounds in (("calm", calm), ("crowded", busy)):
             print(f"{name}: {len(rounds)} rounds, median {statistics.median(rounds):.2f} s, max {max(rounds):.2f} s")
         print(f"opened {opened} connections; answers to a site: {dict(answers)}")
-        assert min(len(calm), len(busy)) >= 5, town.last_words()
         assert statistics.median(busy) <= 1.3 * statistics.median(calm)
         assert not [answer for answer in answers if "503" in answer]
         assert not [answer for answer in answers if answer.startswith("kept") and "Error" in answer]
