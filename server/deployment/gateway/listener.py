@@ -27,23 +27,30 @@ class Listener:
     def __init__(self, config: uvicorn.Config, state: ServerState, limits: Limits) -> None:
         self.config, self.state, self.limits = config, state, limits
         self.table = ConnectionTable(limits)
+        self.accepting: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._failing = False
 
     def start(self, listener: socket.socket) -> None:
         """Begin to accept."""
         listener.setblocking(False)
-        self._spawn(self._accept_all(listener))
+        self.accepting = self._spawn(self._accept_all(listener))
 
     def stop(self) -> None:
         """Stop accepting, and end the handshakes in progress."""
         for task in self._tasks:
             task.cancel()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("unexpected: %r", error)
 
     async def _accept_all(self, listener: socket.socket) -> None:
         while True:

@@ -106,8 +106,9 @@ class GatewayServer:
 
     @property
     def alive(self) -> bool:
-        """Whether the server thread is running."""
-        return self.thread.is_alive()
+        """Whether the server thread is running and accepts connections."""
+        accepting = self.server.listener.accepting
+        return self.thread.is_alive() and accepting is not None and not accepting.done()
 
     def _run(self) -> None:
         self.server.run(sockets=[self.socket])
