@@ -31,7 +31,7 @@ FIRST_PAUSE, LONGEST_PAUSE, SETTLED = 0.5, 30.0, 60.0
 class Command:
     """A command line: its name in logs, arguments, additional environment variables, and log file.
 
-    ``commands`` is a folder that comes first in its PATH.
+    ``commands`` is a folder that comes first in its PATH. ``files`` are descriptors that it inherits.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Command:
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     commands: Path | None = None
+    files: tuple[int, ...] = ()
 
 
 class SupervisedProcess:
@@ -85,6 +86,7 @@ class SupervisedProcess:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PATH": _path(self.command.commands), **self.command.environment},
                 start_new_session=True,
+                pass_fds=self.command.files,
             )
         now = time.monotonic()
         self._pause = FIRST_PAUSE if now - self._started > SETTLED else min(2 * self._pause, LONGEST_PAUSE)

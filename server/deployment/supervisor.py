@@ -1,4 +1,4 @@
-"""``colora server``: supervises SuperLink, gateway and ServerApp until the federation has ended.
+"""``colora server``: supervises gateway, SuperLink and ServerApp until the federation has ended.
 
 A failed process is restarted. A new Flower run of the same federation continues from the last checkpoint.
 """
@@ -21,12 +21,14 @@ import tomli_w
 from ...common.atomic_io import write_atomically
 from ...common.config.schema import Recipe, to_dict
 from ...common.errors import ColoraError, ConfigError, QuorumError, StateError
+from ...common.processes.file_limit import raise_file_limit
 from ...common.processes.supervised import Signals, exclusive_lock, listens, write_services
 from ..reporting.events import Event, EventLog, EventTail, notify
 from ..reporting.run_folder import RunFolder
 from ..rounds.run_options import RosterEntry
-from .gateway.proxy import Upstream
-from .gateway.server import GatewayServer, ListenAddress
+from .gateway.process import GatewayProcess
+from .gateway.server import ListenAddress
+from .gateway.upstream import Upstream
 from .superlink import Certificates, SuperLink, point_of
 
 EVENT_INTERVAL, PROCESS_INTERVAL = 0.1, 0.5  # seconds between two checks of the events, and of the processes
@@ -123,16 +125,23 @@ def run_server(job: ServerJob, listener: Callable[[Event], None]) -> bool:
             job.folder / "logs" / "superlink.log",
             job.keys.certificates if job.keys else None,
         )
-        with GatewayServer(address, upstream(link.url)) as gateway:
-            gateway.hold()
+        logger.info("open files: at most %d", raise_file_limit())
+        gateway = GatewayProcess(address, upstream(link.url), link.home, job.folder / "logs" / "gateway.log")
+        gateway.hold()
+        with gateway:
             return Supervisor(run, link, gateway, job, listener).run_until_done()
 
 
 class Supervisor:
-    """Keeps one SuperLink and one Flower run alive."""
+    """Keeps one gateway, one SuperLink and one Flower run alive."""
 
     def __init__(
-        self, run: RunFolder, link: SuperLink, gateway: GatewayServer, job: ServerJob, listener: Callable[[Event], None]
+        self,
+        run: RunFolder,
+        link: SuperLink,
+        gateway: GatewayProcess,
+        job: ServerJob,
+        listener: Callable[[Event], None],
     ) -> None:
         self.run, self.link, self.gateway, self.job, self.listener = run, link, gateway, job, listener
         self.events = EventTail(run.path / "events.jsonl")
@@ -178,7 +187,11 @@ class Supervisor:
         return self.signals.count > 1 or not (self.submitted and self.link.child.running)
 
     def _reconcile(self) -> None:
-        """Start the SuperLink if it is down, else submit a run if there is none, else check the run."""
+        """Start gateway and SuperLink if they are down, else submit a run if there is none, else check the run."""
+        if self.gateway.ensure_running():
+            logger.warning("the gateway ended and was started again; see %s", self.gateway.log)
+            self._emit("restarted", what="gateway")
+            self._write_services()
         if not self.link.child.running:
             self.submitted = None
             if self.link.child.due and not self.signals.count:
@@ -246,7 +259,7 @@ class Supervisor:
         EventLog(self.run.path / "events.jsonl").emit(event, **fields)
 
     def _write_services(self) -> None:
-        pids = {"server": os.getpid(), "superlink": self.link.child.pid}
+        pids = {"server": os.getpid(), "gateway": self.gateway.child.pid, "superlink": self.link.child.pid}
         health = f"127.0.0.1:{self.link.health_port}"
         services = {"gateway": self.gateway.address, "superlink_health": health, "pids": pids}
         write_services(self.run.path / "services.json", services)

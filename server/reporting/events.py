@@ -42,7 +42,8 @@ compared           In the baseline's log, for tasks whose primary metric is a me
 finished           The run has ended: seconds (of this process).
 stopped            The coordinator stopped on request; the same command continues the run.
 run_failed         The coordinator process ended with an error: reason, final (false if the supervisor retries).
-restarted          The supervisor restarted a component: what ("superlink" or "run"), reason (of a run).
+restarted          The supervisor restarted a component: what ("gateway", "superlink" or "run"), reason (of
+                   a run).
 =================  ====================================================================================================
 """
 

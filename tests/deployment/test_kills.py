@@ -1,6 +1,6 @@
 """kill -9 of any process at a random moment: the run finishes with the same results as an undisturbed one.
 
-Run with ``COLORA_KILLS=21 pytest -n 0 -s -m endurance tests/deployment/test_kills.py`` for more victims.
+Run with ``COLORA_KILLS=24 pytest -n 0 -s -m endurance tests/deployment/test_kills.py`` for more victims.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from colora.simulation.run import simulate
 
 from .conftest import Town, simulated_outcome
 
-KILLS = int(os.environ.get("COLORA_KILLS", "7"))
+KILLS = int(os.environ.get("COLORA_KILLS", "8"))
 SEED = int(os.environ.get("COLORA_KILL_SEED", "0"))
 VICTIMS = {  # kind → the process of a command (none: the command itself)
     "trainer": "colora.client.trainer_service.server",
@@ -28,10 +28,11 @@ VICTIMS = {  # kind → the process of a command (none: the command itself)
     "ClientApp": "flwr-clientapp",
     "ServerApp": "flwr-serverapp",
     "SuperLink": "flower-superlink",
+    "gateway": "colora.server.deployment.gateway.process",
     "colora server": None,
     "colora client": None,
 }
-AT_SERVER = {"ServerApp", "SuperLink", "colora server"}
+AT_SERVER = {"ServerApp", "SuperLink", "gateway", "colora server"}
 
 
 def kill_one(town: Town, kind: str, rng: random.Random) -> None:

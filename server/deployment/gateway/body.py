@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 
 BUFFER_SIZE = 1 << 20  # bytes; a body up to this size is buffered, so that it can be sent again
 MAX_BODY = 64 << 20  # bytes; Flower sends chunks of 5 MiB
+MIN_RATE = 4 << 10  # bytes per second that a caller must send on average, after the first READ_TIMEOUT seconds
 READ_TIMEOUT = 25.0  # seconds for the next bytes from either side; SuperNode gives up after 30
 
 
@@ -26,6 +28,7 @@ class Body:
         self.whole = False  # whether that is the complete body
         self.spent = False  # whether the stream has been read from
         self._chunks, self._seen = request.stream().__aiter__(), 0
+        self._waited = 0.0  # seconds for the caller
 
     async def begin(self) -> None:
         """Fill the buffer. Raises TooLarge, TimeoutError or ClientDisconnect."""
@@ -49,8 +52,10 @@ class Body:
             yield chunk
 
     async def _next(self) -> bytes | None:
-        async with asyncio.timeout(READ_TIMEOUT):
+        began = time.monotonic()
+        async with asyncio.timeout(min(READ_TIMEOUT, READ_TIMEOUT + self._seen / MIN_RATE - self._waited)):
             chunk = await anext(self._chunks, None)
+        self._waited += time.monotonic() - began
         self._seen += len(chunk or b"")
         if self._seen > MAX_BODY:
             raise TooLarge

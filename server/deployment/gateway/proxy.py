@@ -16,12 +16,10 @@ The gateway also shortens delays:
 from __future__ import annotations
 
 import asyncio
-import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 from starlette.applications import Starlette
@@ -30,8 +28,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
-from ....common.errors import StateError
 from .body import BUFFER_SIZE, MAX_BODY, READ_TIMEOUT, Body, TooLarge, in_batches
+from .connections import CALLER, MAX_UPSTREAM
+from .signatures import REFUSALS, SignatureCheck
+from .upstream import Upstream, trust
 
 RETRY_INTERVAL = 0.2  # seconds between two attempts to reach the SuperLink
 WAKE_INTERVAL = 1.0  # minimum seconds between two times at which a message for one node wakes all pulls
@@ -79,39 +79,15 @@ CALLS = {
     OBJECT: Call(),
     b"/v1/fleet/confirm-message-received": Call(),
 }
-# In the format of Flower's errors, so that SuperNode shows it. The SuperLink's own response has no reason.
-UNKNOWN_KEY = {"code": 2004, "detail": "This key is not registered with the coordinator."}
 REGISTRATION = {
     b"/v1/fleet/register-node": Call(idempotent=False),
     b"/v1/fleet/unregister-node": Call(idempotent=False),
 }
 
 
-@dataclass(frozen=True)
-class Upstream:
-    """The SuperLink behind the gateway, and the timing in seconds.
-
-    ``registration`` lets nodes register themselves, as SuperNodes without a key do; for ``--insecure`` only.
-    ``hold``: for how long requests are held while the SuperLink is down. ``linger``: for how long an empty pull is
-    repeated. ``pause``: between two repetitions for one node or object. The pause grows with the number of waiting
-    calls, so that all pulls together, and all objects together, cause at most ``rate`` requests per second (each takes
-    12 ms of the SuperLink's CPU time). It does not grow beyond ``slowest``; SuperNode alone would pull every 3 s.
-    """
-
-    url: str  # https://127.0.0.1:PORT
-    ca: Path | None = None  # PEM; needed for https
-    registration: bool = False
-    keys: frozenset[str] | None = None  # registered public keys as SuperNodes send them; None accepts any
-    hold: float = 25.0
-    linger: float = 20.0
-    pause: float = 0.1
-    rate: float = 12.0
-    slowest: float = 2.0
-
-
-def make_gateway(upstream: Upstream) -> Starlette:
+def make_gateway(upstream: Upstream, max_connections: int = MAX_UPSTREAM) -> Starlette:
     """Build the gateway's ASGI app. Raises StateError if the CA certificate cannot be read."""
-    proxy = FleetProxy(upstream)
+    proxy = FleetProxy(upstream, max_connections)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -126,15 +102,16 @@ def make_gateway(upstream: Upstream) -> Starlette:
 class FleetProxy:
     """Filters, holds and forwards requests. One instance serves all requests in one event loop."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: Upstream, max_connections: int) -> None:
         self.upstream = upstream
+        self.signatures = None if upstream.keys is None else SignatureCheck(upstream.keys)
         self.calls = CALLS | (REGISTRATION if upstream.registration else {})
         self.client = httpx.AsyncClient(
-            verify=_trust(upstream),
+            verify=trust(upstream),
             trust_env=False,  # no proxy between two processes of one machine
             timeout=httpx.Timeout(READ_TIMEOUT, connect=2.0),
             # The SuperLink closes idle connections after 5 s.
-            limits=httpx.Limits(max_connections=256, max_keepalive_connections=32, keepalive_expiry=2.0),
+            limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=32, keepalive_expiry=2.0),
             headers={"accept-encoding": "identity", "user-agent": "colora-gateway"},
         )
         self.waiting: dict[tuple[str, bytes], object] = {}  # node → its latest empty pull
@@ -169,13 +146,26 @@ class FleetProxy:
         call = self.calls.get(path) if plain and request.method == "POST" else None
         if call is None:
             return _refuse(404, "not found")
-        if self.upstream.keys is not None and request.headers.get("flwr-public-key") not in self.upstream.keys:
-            return JSONResponse(UNKNOWN_KEY, 400, {"connection": "close"})
+        refusal = self._identify(request)
+        if refusal:
+            return refusal
         body = Body(request)
         await body.begin()
         held = HeldRequest(request, body, path.decode(), call, time.monotonic() + min(call.hold, self.upstream.hold))
         handlers = {PULL: self._pull, OBJECT: self._pull_object}
         return await handlers.get(path, self._send)(held, stack)
+
+    def _identify(self, request: Request) -> Response | None:
+        """Check the signature, if there are keys, and make the connection a known one; else return the refusal."""
+        caller, key = request.scope["state"][CALLER], None
+        if self.signatures:
+            verdict = self.signatures.check(request.headers, caller.connection)
+            if verdict != "valid":
+                status, content = REFUSALS[verdict]
+                return JSONResponse(content, status, {"connection": "close"})
+            key = request.headers["flwr-public-key"]
+        caller.accept_key(key)
+        return None
 
     async def _pull(self, held: HeldRequest, stack: AsyncExitStack) -> Response:
         """Repeat a pull until there is a message. A later pull of the same node ends it: its caller must be gone."""
@@ -214,6 +204,9 @@ class FleetProxy:
         finally:
             self.waiting_objects -= 1
 
+    def _is_holding(self) -> bool:
+        return self.held or (self.upstream.held_by is not None and self.upstream.held_by.exists())
+
     def _pause(self, waiting: int) -> float:
         return max(self.upstream.pause, min(waiting / self.upstream.rate, self.upstream.slowest))
 
@@ -239,7 +232,7 @@ class FleetProxy:
         """Forward a request; hold and repeat it while the SuperLink is down and sending it again is safe."""
         while True:
             try:
-                if not self.held:
+                if not self._is_holding():
                     return await self._forward(held, stack)
                 safe = True
             except (httpx.ConnectError, httpx.ConnectTimeout):
@@ -299,13 +292,3 @@ def is_incomplete(answer: Response) -> bool:
 
 def _refuse(status: int, reason: str) -> Response:
     return PlainTextResponse(reason, status, {"connection": "close"})
-
-
-def _trust(upstream: Upstream) -> ssl.SSLContext | bool:
-    if upstream.url.startswith("http://"):
-        return False
-    try:
-        return ssl.create_default_context(cafile=upstream.ca)
-    except (OSError, ssl.SSLError) as error:
-        message = f"The CA certificate {upstream.ca} cannot be read: {error}."
-        raise StateError(str(upstream.ca), "a CA certificate (PEM)", error, message=message) from None

@@ -11,11 +11,14 @@ from pathlib import Path
 import uvicorn
 
 from ....common.errors import StateError
+from .connections import Limits
+from .listener import Listener
 from .proxy import FleetProxy, Upstream, make_gateway
 
 LOG_LEVEL = 60  # above logging.CRITICAL: nothing that callers send may reach the coordinator's terminal
 STARTUP_TIMEOUT = 10.0  # seconds, also for the shutdown
-MAX_CONNECTIONS = 1024  # further ones receive status 503, after which a SuperNode retries
+MAX_HEADER = 16 << 10  # bytes of a request's header; SuperNode's has about 1 KiB
+BACKLOG = 1024  # connections that wait for the gateway to accept them, or to be started again
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,15 @@ class GatewayServer:
     It installs no signal handlers and prints nothing. On exit it answers held requests and closes the port.
     """
 
-    def __init__(self, listen: ListenAddress, upstream: Upstream) -> None:
-        app = make_gateway(upstream)
+    def __init__(
+        self,
+        listen: ListenAddress,
+        upstream: Upstream,
+        limits: Limits = Limits(),  # noqa: B008 (immutable)
+        listener: socket.socket | None = None,
+    ) -> None:
+        """``listener`` is an open socket to use instead of a new one."""
+        app = make_gateway(upstream, limits.upstream)
         config = uvicorn.Config(
             app,
             loop="asyncio",
@@ -47,8 +57,8 @@ class GatewayServer:
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=MAX_CONNECTIONS,
-            timeout_keep_alive=30,  # seconds; longer than SuperNode keeps an idle connection
+            h11_max_incomplete_event_size=MAX_HEADER,
+            timeout_keep_alive=round(limits.idle),
             timeout_graceful_shutdown=3,
             ssl_certfile=listen.certificate,
             ssl_keyfile=listen.key,
@@ -62,12 +72,12 @@ class GatewayServer:
                 error,
                 message=f"The certificate {listen.certificate} cannot be used with the key {listen.key}: {error}.",
             ) from None
-        self.listen = listen
-        self.server = _Server(config, app.state.proxy)
+        self.listen, self.listener = listen, listener
+        self.server = _Server(config, app.state.proxy, limits)
         self.thread = threading.Thread(target=self._run, name="colora-gateway", daemon=True)
 
     def __enter__(self) -> GatewayServer:
-        self.socket = _bind(self.listen)
+        self.socket = self.listener or bind(self.listen)
         self.host, self.port = self.socket.getsockname()[:2]
         self.thread.start()
         if not self.server.open.wait(STARTUP_TIMEOUT) or not self.server.started:
@@ -92,36 +102,47 @@ class GatewayServer:
     @property
     def address(self) -> str:
         """``host:port`` of the open socket."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return address_of(self.socket)
 
     @property
     def alive(self) -> bool:
-        """Whether the server thread is running."""
-        return self.thread.is_alive()
+        """Whether the server thread is running and accepts connections."""
+        accepting = self.server.listener.accepting
+        return self.thread.is_alive() and accepting is not None and not accepting.done()
 
     def _run(self) -> None:
         self.server.run(sockets=[self.socket])
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn's server, with an event for the end of its startup; at shutdown it first releases held requests."""
+    """Uvicorn's server with a listener of its own; at shutdown it first releases held requests."""
 
-    def __init__(self, config: uvicorn.Config, proxy: FleetProxy) -> None:
+    def __init__(self, config: uvicorn.Config, proxy: FleetProxy, limits: Limits) -> None:
         super().__init__(config)
-        self.proxy, self.open = proxy, threading.Event()
+        self.proxy, self.open = proxy, threading.Event()  # set at the end of the startup
+        self.listener = Listener(config, self.server_state, limits)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
-            await super().startup(sockets)
+            await super().startup([])
+            for listening in sockets or ():
+                self.listener.start(listening)
         finally:
             self.open.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.listener.stop()
         self.proxy.stop()
         await super().shutdown(sockets)
 
 
-def _bind(listen: ListenAddress) -> socket.socket:
+def address_of(listener: socket.socket) -> str:
+    """Return ``host:port`` of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def bind(listen: ListenAddress) -> socket.socket:
     """Open a listening socket. Raises StateError if the port is in use or the address is not this machine's."""
     listener = None
     try:
@@ -129,7 +150,7 @@ def _bind(listen: ListenAddress) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen()
+        listener.listen(BACKLOG)
     except OSError as error:
         if listener:
             listener.close()
