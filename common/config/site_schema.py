@@ -151,9 +151,9 @@ class AllowSettings:
 
 
 ORDINARY = AllowSettings(
-    max_rank=64,
-    min_examples=16,
-    min_batch_size=4,
+    max_rank=32,
+    min_examples=24,
+    min_batch_size=8,
     min_max_length=32,
     optimizers=("adamw", "adam"),
     max_evaluations=1,
