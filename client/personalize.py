@@ -57,7 +57,8 @@ def personalize(
     train = saved.plan.train
     steps = steps or train.final_steps or saved.plan.rounds * train.steps_per_round
     plan = dataclasses.replace(saved.plan, train=dataclasses.replace(train, final_steps=steps))
-    session = TrainerSession(site)
+    # Nothing leaves the site, so its seeds need no secret and a repetition gives the same bits.
+    session = TrainerSession(dataclasses.replace(site, trainer=dataclasses.replace(site.trainer, seeds="recipe")))
     session.start()
     accepted: Plan = session.accept(plan.name, to_json(plan))
     check_fingerprint(plan.model, saved.metadata.fingerprint)

@@ -1,4 +1,7 @@
-"""The audit log of a site: one JSON line for everything that leaves the trainer, written to disk before it is sent."""
+"""The audit log of a site: one JSON line for everything that leaves the trainer, written to disk before it is sent.
+
+A federation's log is in its state folder. Refused plans are in a log of the whole site, since they get no folder.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,36 +21,62 @@ from ...common.errors import StateError
 from ...common.protocol.types import Arrays, SiteInfo, TrainReply, TrainRequest
 
 FILE = "audit.jsonl"
+OLDER = "audit-older.jsonl"  # the site's log before it reached MAX_SITE_LOG; what was there is overwritten
+MAX_SITE_LOG = 8_000_000  # bytes of the log of refused plans, which anyone who reaches the trainer can fill
+MAX_REASON = 600  # characters
 
 
 class AuditLog:
     """The ``audit.jsonl`` of one federation. One thread at a time may write to it.
 
+    ``unusual`` are the sentences on what is out of the ordinary in the federation's plan; every line repeats them.
     Every method raises StateError when the line cannot be written. Nothing may be sent in that case.
     """
 
-    def __init__(self, folder: Path, federation: str) -> None:
-        self.path, self.federation = folder / FILE, federation
+    def __init__(self, folder: Path, federation: str, unusual: Sequence[str] = ()) -> None:
+        self.path, self.federation, self.unusual = folder / FILE, federation, list(unusual)
 
     def site_info(self, info: SiteInfo) -> int:
         """Record a site description; return its size in bytes."""
         size = len(json.dumps(dataclasses.asdict(info)))
         return self._record("description", {"bytes": size})
 
-    def reply(self, reply: TrainReply, request: TrainRequest, *, replayed: bool) -> int:
-        """Record a reply with each of its arrays; return its size in bytes (arrays and named metrics)."""
+    def reply(
+        self,
+        reply: TrainReply,
+        request: TrainRequest,
+        *,
+        replayed: bool,
+        withheld: Sequence[str] = (),
+        rounded: Sequence[str] = (),
+    ) -> int:
+        """Record a reply with each of its arrays; return its size in bytes (arrays and named metrics).
+
+        ``withheld`` are the metrics that the site did not send, and ``rounded`` those that it rounded.
+        """
         arrays = describe_arrays(reply.shared)
         size = sum(each["bytes"] for each in arrays) + sum(len(name) + 8 for name in reply.metrics)
         context = {"round": reply.round, "phase": request.kind, "key": reply.key, "replayed": replayed}
-        return self._record("reply", {**context, "arrays": arrays, "metrics": sorted(reply.metrics), "bytes": size})
+        kept = {name: list(values) for name, values in (("withheld", withheld), ("rounded", rounded)) if values}
+        fields = {**context, "arrays": arrays, "metrics": sorted(reply.metrics), **kept, "bytes": size}
+        return self._record("reply", fields)
 
-    def error(self, public: str) -> int:
-        """Record the public text of an error; return its size in bytes."""
-        return self._record("error", {"text": public, "bytes": len(public.encode())})
+    def error(self, public: str, reason: str = "") -> int:
+        """Record the public text of an error and, for the site only, its full text; return the size of the first."""
+        told = {"reason": reason[:MAX_REASON]} if reason else {}
+        return self._record("error", {"text": public, **told, "bytes": len(public.encode())})
+
+    def refusal(self, public: str, reason: str) -> int:
+        """Record a refused plan in the log of the whole site: what was answered, and why. Return the answer's size."""
+        if self.path.is_file() and self.path.stat().st_size > MAX_SITE_LOG:
+            self.path.replace(self.path.with_name(OLDER))
+        return self._record("refusal", {"text": public, "reason": reason[:MAX_REASON], "bytes": len(public.encode())})
 
     def _record(self, kind: str, fields: Mapping[str, Any]) -> int:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {"time": time, "federation": self.federation, "kind": kind, **fields}
+        if self.unusual:
+            line["unusual"] = self.unusual
         _append(self.path, json.dumps(line))
         return fields["bytes"]
 

@@ -70,7 +70,7 @@ ALLOWED = {  # keys of ``[allow]`` that bound one number each; ``policy.py`` has
 MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+){0,31}")  # a module's name or the end of one
 MAX_MODULES, MAX_PHASES, MAX_NAME = 256, 100, 200
 # Names in a site's state folder that are not federations; file systems may ignore case.
-RESERVED = frozenset(("flower", "logs", "node.json", "services.json", "audit.jsonl", "trainer.sock"))
+RESERVED = frozenset(("flower", "logs", "node.json", "services.json", "audit.jsonl", "trainer.sock", "site.secret"))
 RESERVED_ENDINGS = (".lock", ".sock", ".json", ".jsonl", ".log", ".toml")
 
 

@@ -27,13 +27,13 @@ def check_allowed(plan: Plan, federation: str, site: SiteSettings) -> None:
         _check_choice("model.precision", plan.model.precision, "precision", site)
     _check_method(plan, site)
     _check_transfer(plan, site)
-    for field, value, key in (*_round_limits(plan, site), *_preparation_limits(plan.transfer)):
+    for field, value, key in (*round_limits(plan, site), *_preparation_limits(plan.transfer)):
         limit = getattr(allow, key)
         if limit is not None and value > limit:
             raise RefusedError(field, f"at most {limit} (allow.{key})", value, site=site.name)
 
 
-def _round_limits(plan: Plan, site: SiteSettings) -> Iterator[tuple[str, int, str]]:
+def round_limits(plan: Plan, site: SiteSettings) -> Iterator[tuple[str, int, str]]:
     """Yield (plan's key, its value, key of the limit in ``[allow]``) for the rounds."""
     train = plan.train
     steps = {"joint": "train.steps", "phases": "train.phase.steps"}.get(train.schedule, ALTERNATING)

@@ -29,13 +29,16 @@ from ...common.config.loader import load_site
 from ...common.config.schema import Plan
 from ...common.config.site_schema import SiteSettings
 from ...common.errors import ColoraError, ConfigError, RefusedError
-from ...common.protocol.types import Arrays, TrainReply, TrainRequest
+from ...common.foreign_text import clean
+from ...common.protocol.types import Arrays, TrainRequest
 from . import listener, serde
 from .audit_log import AuditLog
+from .lower_bounds import out_of_the_ordinary
 from .proto import trainer_pb2 as pb
 from .proto import trainer_pb2_grpc
 
 if TYPE_CHECKING:
+    from .release import ReleasedReply
     from .session import TrainerSession
 
 
@@ -61,9 +64,9 @@ END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A reply, and the number of training steps; None for a stored reply."""
+    """The reply to send, with what was left out of it, and the number of training steps; None for a stored reply."""
 
-    reply: TrainReply
+    released: ReleasedReply
     steps: int | None
 
 
@@ -81,7 +84,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         audit = None
         try:
             serde.check_protocol(request.protocol)
-            plan, audit = self._accept(request.federation, request.plan)
+            plan, audit = await self._accept(request.federation, request.plan)
             info = await _result(self.model_thread.submit(lambda: self.session.trainer(plan).site_info()))
             await _result(self.audit_thread.submit(audit.site_info, info))
             return serde.site_info_message(info)
@@ -101,13 +104,13 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             async with self.slots:
                 head = await self._receive_head(context)
                 request = serde.request_from(head, {})
-                plan, audit = self._accept(request.federation, request.plan)
+                plan, audit = await self._accept(request.federation, request.plan)
                 layout = await _result(self.model_thread.submit(lambda: self.session.trainer(plan).layout))
                 request = serde.request_from(head, await self._receive_arrays(context, layout))
                 job = self.model_thread.submit(self._run, plan, request)
                 result = await _result(job, lambda: context.write(pb.TrainReplyPart(progress=self.progress)))
-            reply, replayed = result.reply, result.steps is None
-            size = await _result(self.audit_thread.submit(audit.reply, reply, request, replayed=replayed))
+            reply = result.released.reply
+            size = await _result(self.audit_thread.submit(_record, audit, request, result))
             _log_reply(result, size)
             await context.write(pb.TrainReplyPart(head=serde.reply_head(reply)))
             for chunk in serde.chunks(reply.shared):
@@ -115,9 +118,15 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         except Exception as error:
             await self._abort(error, context, audit)
 
-    def _accept(self, federation: str, text: str) -> tuple[Plan, AuditLog]:
-        plan = self.session.accept(federation, text)
-        return plan, AuditLog(self.session.folder(plan), plan.name)
+    async def _accept(self, federation: str, text: str) -> tuple[Plan, AuditLog]:
+        try:
+            plan = self.session.accept(federation, text)
+        except ColoraError as error:
+            log = AuditLog(Path(self.site.trainer.state), clean(federation))
+            await _result(self.audit_thread.submit(log.refusal, error.public(), str(error)))
+            raise
+        unusual = out_of_the_ordinary(plan, self.site)
+        return plan, AuditLog(self.session.folder(plan), plan.name, unusual)
 
     async def _receive_head(self, context: Context) -> pb.TrainRequestHead:
         async with asyncio.timeout(RECEIVE_TIMEOUT):
@@ -143,7 +152,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
 
         on_step(0, 0)
         reply, replayed = self.session.answer(plan, request, on_step)
-        return TrainResult(reply, None if replayed else self.progress.step)
+        return TrainResult(self.session.released(plan, request, reply), None if replayed else self.progress.step)
 
     async def _abort(self, error: Exception, context: Context, audit: AuditLog | None) -> Any:
         """Log an error in full, and end the call with its public text."""
@@ -153,7 +162,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         public = public.encode(errors="replace")[:MAX_ERROR_BYTES].decode(errors="ignore")
         if audit is not None:
             try:
-                await _result(self.audit_thread.submit(audit.error, public))
+                reason = str(error) if isinstance(error, RefusedError) else ""  # other errors may quote data
+                await _result(self.audit_thread.submit(audit.error, public, reason))
             except ColoraError as audit_error:
                 _log_error(audit_error)
                 public = audit_error.public()
@@ -184,8 +194,14 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def _record(audit: AuditLog, request: TrainRequest, result: TrainResult) -> int:
+    released, replayed = result.released, result.steps is None
+    kept = {"withheld": released.withheld, "rounded": released.rounded}
+    return audit.reply(released.reply, request, replayed=replayed, **kept)
+
+
 def _log_reply(result: TrainResult, size: int) -> None:
-    reply, loss = result.reply, result.reply.metrics.get("train.loss")
+    reply, loss = result.released.reply, result.released.reply.metrics.get("train.loss")
     work = "stored reply" if result.steps is None else f"{result.steps} steps, {reply.seconds:.1f} s"
     metrics = "" if loss is None else f"loss {loss:.4f}, "
     logger.info("%s round %d: %s%s, %d bytes sent", reply.federation, reply.round, metrics, work, size)

@@ -25,8 +25,12 @@ from ..data.selection import load_site_rows
 from ..training.adapted_model import attach_adapters
 from ..training.state_store import StateStore
 from ..training.trainer import Trainer
+from .lower_bounds import check_lower_bounds
 from .plan_bounds import check_bounds, check_disk, check_request
 from .policy import check_allowed
+from .release import ReleasedReply, SiteSize, release
+from .request_ledger import check_requests_of_day, may_send_metrics
+from .site_secret import site_secret
 from .time_limit import TimeLimit
 
 
@@ -75,6 +79,7 @@ class TrainerSession:
             raise RefusedError("federation", plan.name, federation[:80], site=self.site.name)
         check_bounds(plan, self.site)
         check_allowed(plan, federation, self.site)
+        check_lower_bounds(plan, self.site)
         return self._with_site_settings(plan)
 
     def _with_site_settings(self, plan: Plan) -> Plan:
@@ -103,7 +108,9 @@ class TrainerSession:
             gc.collect()
             with TimeLimit(self.site.allow.max_seconds, self.site.name):  # a transfer trains here
                 rows, trains, artifacts = self._rows(plan)
-            model, store = attach_adapters(self._base_of(plan.model), plan), StateStore(self.folder(plan), plan.name)
+            secret = site_secret(Path(self.site.trainer.state)) if self.site.trainer.seeds == "secret" else None
+            store = StateStore(self.folder(plan), plan.name, secret)
+            model = attach_adapters(self._base_of(plan.model), plan)
             self._current = plan, Trainer(model, rows, store, trains=trains, artifacts=artifacts)
         return self._current[1]
 
@@ -115,6 +122,7 @@ class TrainerSession:
         if stored:
             return stored, True
         check_disk(self.folder(plan), self.site)
+        check_requests_of_day(self.site, request.key)
         with TimeLimit(self.site.allow.max_seconds, self.site.name) as limit:
 
             def count(done: int, total: int) -> None:
@@ -122,6 +130,14 @@ class TrainerSession:
                 limit.on_step(done, total)
 
             return trainer.handle(request, count), False
+
+    def released(self, plan: Plan, request: TrainRequest, reply: TrainReply) -> ReleasedReply:
+        """Return the reply with the metrics that may leave the site."""
+        rule, task = self.site.allow.metrics, self.trainer(plan).task
+        size = SiteSize(len(task.train.examples), len(task.test.examples))
+        asks = bool(reply.metrics) and rule != "none"
+        evaluates = not asks or may_send_metrics(self.site, self.folder(plan), request.round, request.key)
+        return release(reply, rule, size, evaluates=evaluates)
 
     def _rows(self, plan: Plan) -> tuple[SiteDataset, bool, TransferArtifacts | None]:
         """Return the rows, whether the site trains on them, and its artifacts for the next transfer.

@@ -45,10 +45,13 @@ class PersonalState:
 
 
 class StateStore:
-    """The state folder of one site in one federation."""
+    """The state folder of one site in one federation.
 
-    def __init__(self, folder: Path, federation: str) -> None:
-        self.folder, self.federation = folder, federation
+    A ``secret`` of the site takes the place of the recipe's seed in everything random at the site.
+    """
+
+    def __init__(self, folder: Path, federation: str, secret: str | None = None) -> None:
+        self.folder, self.federation, self.secret = folder, federation, secret
 
     def state(self, round_number: int) -> PersonalState | None:
         """Return the state after ``round_number``, or None if there is none. Round 0 always exists.

@@ -80,7 +80,7 @@ class Trainer:
         self.parameters: dict[str, nn.Parameter] = {**model.adapter, **self.private.parameters, **self.task.head}
         layout = layout_of(self.parameters)
         self.layout = self.method.having(layout, SHARED)
-        self.site_seed = seed_from(self.plan.seed, self.plan.name, self.site)
+        self.site_seed = seed_from(store.secret or self.plan.seed, self.plan.name, self.site)
         self.initial = initial_values(layout, self.plan.adapter, self.plan.seed)
         if self.method.head is PERSONAL:
             heads = {key: layout[key] for key in self.task.head}

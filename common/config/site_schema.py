@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from .field_types import PositiveFloat
 from .schema import STRICT, Count, DataSettings, Name, Positive, Precision, Private
+from .training_schema import Optimizer
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -57,6 +58,11 @@ class TrainerSettings:
 
     micro_batch: Positive | None = None
     """Examples per forward and backward pass. Unset: the recipe's."""
+
+    seeds: Literal["secret", "recipe"] = "secret"
+    """Where the order of the examples, dropout and the first values of personal parameters come from. ``secret`` is a
+    random number that never leaves the site. ``recipe`` is the recipe's seed, which the coordinator knows; a simulation
+    can then repeat the run bit for bit."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -115,6 +121,45 @@ class AllowSettings:
 
     tuned_generator: bool = False
     """Whether the site may also keep a generator fine-tuned on its texts, which can repeat parts of them."""
+
+    min_examples: Positive | None = None
+    """Minimum number of examples behind one update: the optimizer steps of a round on a shared group, times the batch
+    size. Unset: any."""
+
+    min_batch_size: Positive | None = None
+    """Minimum ``train.batch_size``. Unset: any."""
+
+    min_max_length: Positive | None = None
+    """Minimum ``model.max_length`` in tokens. Unset: any."""
+
+    optimizers: tuple[Optimizer, ...] | None = None
+    """Optimizers. Unset: any."""
+
+    require_clipping: bool = False
+    """Whether a recipe must set ``train.max_update_norm``."""
+
+    metrics: Literal["all", "rounded", "none"] = "all"
+    """Which metrics a reply holds. ``rounded`` rounds them as far as the number of examples makes them uncertain.
+    ``none`` holds none, not even the training loss, and refuses a recipe with ``train.report_benefit``."""
+
+    max_evaluations: Positive | None = None
+    """Maximum number of different requests of one round that are answered with metrics. Unset: any."""
+
+    max_requests_per_day: Positive | None = None
+    """Maximum number of different requests of all federations in a day (UTC). A repeated request does not count. Unset:
+    any."""
+
+
+ORDINARY = AllowSettings(
+    max_rank=32,
+    min_examples=24,
+    min_batch_size=8,
+    min_max_length=32,
+    optimizers=("adamw", "adam"),
+    max_evaluations=1,
+    max_requests_per_day=500,
+)
+"""The limits that ``colora provision`` writes, and that ``colora client --check`` compares plans with."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -8,6 +8,8 @@ from pydantic.dataclasses import dataclass
 
 from .field_types import STRICT, Count, Group, Positive, PositiveFloat, Probability, Rate
 
+Optimizer = Literal["adamw", "adam", "sgd"]
+
 
 @dataclass(frozen=True, config=STRICT)
 class PhaseSettings:
@@ -60,7 +62,7 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
 
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Optimizer = "adamw"
     """Local optimizer."""
 
     lr: Rate = 1e-3

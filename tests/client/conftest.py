@@ -94,7 +94,9 @@ class SiteSetup:
         self, *extra: str, listen: str = "unix:state/trainer.sock", data: str = "", trainer: str = ""
     ) -> SiteSetup:
         """Write the site file and the rows; ``extra`` lines are appended to the site file."""
-        trainer = f'[trainer]\nlisten = "{listen}"\nthreads = 1\ndevice = "cpu"\n{trainer}\n'
+        own = f'listen = "{listen}"\nthreads = 1\ndevice = "cpu"'
+        seeds = "" if "seeds = " in trainer else 'seeds = "recipe"  # as a Trainer of the test has them'
+        trainer = f"[trainer]\n{own}\n{seeds}\n{trainer}\n"
         source = data or 'source = "rows.csv"\n'
         self.file.write_text(f'name = "{self.name}"\n[data]\n{source}{trainer}' + "\n".join(extra) + "\n")
         rows = [f"{' '.join(np.roll(LETTERS, k)[:8])},{('no', 'yes')[k % 2]}" for k in range(24)]

@@ -59,7 +59,7 @@ class Town:
         provision(self.folder / "sites.toml", self.folder / "keys")
         for site in self.recipe["site"]:
             data = {key: site[key] for key in ("source", "test_source")}
-            self.write_site(site["name"], data=data, trainer={"threads": 1})
+            self.write_site(site["name"], data=data, trainer={"threads": 1, "seeds": "recipe"})
         return self
 
     def write_site(self, name: str, **tables: Any) -> Path:

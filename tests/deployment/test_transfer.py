@@ -73,7 +73,9 @@ def newsroom(place: Path) -> Iterator[Town]:
     town = Town(place / "town", {**RECIPE, "site": sites}).build()
     for site in sites:
         data = {key: site[key] for key in ("source", "test_source")}
-        town.write_site(site["name"], data=data, trainer={"threads": 1}, allow={"tuned_generator": True})
+        town.write_site(
+            site["name"], data=data, trainer={"threads": 1, "seeds": "recipe"}, allow={"tuned_generator": True}
+        )
     yield town
     town.stop()
 

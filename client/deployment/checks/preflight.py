@@ -21,6 +21,7 @@ from ....common.errors import ColoraError, DataError
 from ...data.readers import read_rows
 from ...data.selection import load_site_rows
 from .credentials import check_ca, check_coordinator, check_key, check_link
+from .plans import check_plans
 from .result import CheckFailed, CheckResult, print_checks, size
 from .system import check_device, check_socket, check_state, check_threads, memory_left
 
@@ -89,6 +90,7 @@ class TrainerChecks:
             ("model", self.model),
             ("tokens", self.tokens),
             ("state", lambda: check_state(Path(trainer.state))),
+            ("plans", lambda: check_plans(Path(trainer.state))),
         ]
 
     def data(self) -> str:

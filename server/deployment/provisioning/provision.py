@@ -14,6 +14,7 @@ Each site's link has an authority of its own. Its private key is not stored, so 
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ from pydantic.dataclasses import dataclass
 from ....common.atomic_io import write_atomically
 from ....common.config.loader import read_toml
 from ....common.config.schema import STRICT, Name, parse
+from ....common.config.site_schema import ORDINARY
 from ....common.errors import ConfigError, StateError
 from .certificates import CLIENT, SERVER, Authority, Pair, hosts_of, new_site_key
 
@@ -204,13 +206,18 @@ def _make_site(folder: Path, name: str, keys: KeyPlan, authority: Authority) -> 
     private, public = new_site_key(name)
     write_private(folder / "site.key", private)
     write_public(folder / "ca.crt", authority.pair.certificate)
-    write_public(folder / "site.toml", SITE.format(name=name, address=keys.coordinator.address).encode())
+    write_public(folder / "site.toml", _site_file(name, keys.coordinator.address).encode())
     link, link_authority = _folder(folder / "link"), Authority.new(f"link of {name}")
     write_public(link / "ca.crt", link_authority.pair.certificate)
     hosts = (*LOCAL_HOSTS, "trainer", f"trainer-{name}".lower())  # the last two are containers
     _write_pair(link, "trainer", link_authority.sign("trainer", name, SERVER, hosts))
     _write_pair(link, "node", link_authority.sign("node", name, CLIENT))
     return public
+
+
+def _site_file(name: str, address: str) -> str:
+    optimizers = json.dumps(ORDINARY.optimizers)
+    return SITE.format(name=name, address=address, limits=ORDINARY, optimizers=optimizers)
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -287,12 +294,22 @@ key = "site.key"
 # precision = "int4"               # of the base model, instead of the recipe's; for a small GPU
 # gradient_checkpointing = true
 # micro_batch = 2                  # examples per forward pass; default: as many as fit
+# seeds = "secret"                 # or "recipe": a simulation can then repeat the run, and the coordinator knows them
 
 [allow]                            # limits for the coordinator's requests; most unset keys allow everything
+# An update over few tokens shows them. Ordinary recipes are within these limits.
+max_rank = {limits.max_rank}
+min_examples = {limits.min_examples}                  # steps of a round × batch size
+min_batch_size = {limits.min_batch_size}
+min_max_length = {limits.min_max_length}
+optimizers = {optimizers}
+max_evaluations = {limits.max_evaluations}                # different requests of one round that get metrics
+max_requests_per_day = {limits.max_requests_per_day}
+# require_clipping = true          # a recipe must set train.max_update_norm
+# metrics = "rounded"              # or "none"; default: "all"
 # federations = ["my-federation"]
 # models = ["sentence-transformers/all-MiniLM-L6-v2"]
 # methods = ["colora"]             # "colora+head" also allows a recipe to share the head; forbidden by default
-# max_rank = 16
 # max_steps = 100                  # optimizer steps per round
 # max_seconds = 600                # training and evaluation time per round
 # max_tokens = 256                 # per text

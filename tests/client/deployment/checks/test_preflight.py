@@ -40,8 +40,8 @@ from colora.server.deployment.provisioning.provision import provision
 from tests.conftest import labelled_rows, write_lines
 
 SECRET = "zzgeheim"  # a word in the rows that no result may show
-EVERYTHING = ["site file", "data", "labels", "device", "threads", "memory", "model", "tokens", "state", "socket"]
-EVERYTHING += ["key", "CA", "coordinator"]
+EVERYTHING = ["site file", "data", "labels", "device", "threads", "memory", "model", "tokens", "state"]
+EVERYTHING += ["plans", "socket", "key", "CA", "coordinator"]
 
 
 def make_keys(folder: Path) -> Path:
@@ -177,8 +177,8 @@ def test_an_unknown_role_is_not_shown(place: Place, tiny_llama: Path) -> None:
 
 
 def test_each_part_looks_at_what_it_needs(place: Place) -> None:
-    assert list(place.check(component="trainer")) == EVERYTHING[:10]
-    assert list(place.check(component="supernode")) == ["site file", *EVERYTHING[9:]]
+    assert list(place.check(component="trainer")) == EVERYTHING[:11]
+    assert list(place.check(component="supernode")) == ["site file", *EVERYTHING[10:]]
 
 
 def _remove_rows(place: Place) -> None:

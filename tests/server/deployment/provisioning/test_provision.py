@@ -27,7 +27,7 @@ from flwr.cli.supernode.register import try_load_public_key
 from colora.cli import main
 from colora.common.config.loader import load_site
 from colora.common.config.schema import parse
-from colora.common.config.site_schema import AllowSettings, SiteSettings, TrainerSettings
+from colora.common.config.site_schema import ORDINARY, AllowSettings, SiteSettings, TrainerSettings
 from colora.common.errors import ColoraError, ConfigError, StateError
 from colora.server.deployment.provisioning import provision as module
 from colora.server.deployment.provisioning.provision import provision
@@ -232,7 +232,7 @@ def test_a_site_file_is_ready_but_for_its_data(made: Path) -> None:
     for path in (site.coordinator.ca, site.coordinator.key):
         assert Path(path).is_file()
     assert {p.name for p in Path(site.trainer.link).iterdir()} == LINK
-    assert site.allow == AllowSettings()
+    assert site.allow == ORDINARY
 
 
 def test_every_commented_example_of_a_site_file_is_a_key_that_exists(made: Path) -> None:

@@ -1,0 +1,87 @@
+"""Lower bounds of a plan: what keeps one update from showing one text.
+
+The fewer examples and tokens an update sums over, and the simpler the optimizer, the easier it is to compute the inputs
+from it (``tests/client/trainer_service/test_inversion.py``). The bounds are those of ``[allow]``. ``ORDINARY`` has the
+values that ``colora provision`` writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ...common.config.schema import Plan
+from ...common.config.site_schema import ORDINARY, AllowSettings, SiteSettings
+from ...common.errors import RefusedError
+from ...common.methods import GROUPS, SHARED
+from .policy import round_limits
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A key of a plan that is outside a site's limits."""
+
+    key: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.key} is {self.found}, ordinarily {self.expected}"
+
+
+def check_lower_bounds(plan: Plan, site: SiteSettings) -> None:
+    """Raise RefusedError for the first key of the plan that is below a bound of the site."""
+    for finding in below(plan, site.allow):
+        raise RefusedError(finding.key, finding.expected, finding.found, site=site.name)
+
+
+def out_of_the_ordinary(plan: Plan, site: SiteSettings) -> tuple[str, ...]:
+    """What a person should see of a plan, whatever the site allows: one sentence for each unusual key."""
+    high = (
+        Finding(key, f"at most {ORDINARY.max_rank}", str(value))
+        for key, value, limit in round_limits(plan, site)
+        if limit == "max_rank" and value > (ORDINARY.max_rank or value)
+    )
+    return tuple(str(finding).partition(" (allow.")[0] for finding in (*below(plan, ORDINARY), *high))
+
+
+def below(plan: Plan, allow: AllowSettings) -> Iterator[Finding]:
+    """Yield what is below the bounds. Only the metrics matter for a method that shares nothing."""
+    train = plan.train
+    if allow.metrics == "none" and train.report_benefit:
+        yield Finding("train.report_benefit", "false (allow.metrics is none)", "true")
+    if not plan.row().shares:
+        return
+    steps = shared_steps(plan)
+    sizes = (
+        ("train.batch_size", train.batch_size, "min_batch_size"),
+        ("model.max_length", plan.model.max_length, "min_max_length"),
+    )
+    if allow.min_examples is not None and steps * train.batch_size < allow.min_examples:
+        found = f"{steps} × batch size {train.batch_size}"
+        yield Finding(_steps_key(plan), f"at least {allow.min_examples} examples (allow.min_examples)", found)
+    for key, value, limit in sizes:
+        least = getattr(allow, limit)
+        if least is not None and value < least:
+            yield Finding(key, f"at least {least} (allow.{limit})", str(value))
+    if allow.optimizers is not None and train.optimizer not in allow.optimizers:
+        names = ", ".join(allow.optimizers)
+        yield Finding("train.optimizer", f"one of {names} (allow.optimizers)", train.optimizer)
+    if allow.require_clipping and train.max_update_norm is None:
+        yield Finding("train.max_update_norm", "a number (allow.require_clipping)", "none")
+
+
+def shared_steps(plan: Plan) -> int:
+    """The fewest optimizer steps of a round on a shared group that is trained at all."""
+    train, row = plan.train, plan.row()
+    if train.schedule == "joint":
+        return train.steps
+    if train.schedule == "alternating":
+        return train.shared_steps
+    shared = [group for group in GROUPS if getattr(row, group) is SHARED]
+    steps = [sum(phase.steps for phase in train.phase if group in phase.groups) for group in shared]
+    return min(filter(None, steps), default=0)
+
+
+def _steps_key(plan: Plan) -> str:
+    return {"joint": "train.steps", "alternating": "train.shared_steps"}.get(plan.train.schedule, "train.phase.steps")

@@ -1,0 +1,65 @@
+"""The secret of a site: made once, readable by its user only, never replaced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from colora.client.trainer_service.session import TrainerSession
+from colora.client.trainer_service.site_secret import site_secret
+from colora.common.config.loader import load_site
+from colora.common.config.schema import to_json
+from colora.common.errors import RefusedError, StateError
+
+if TYPE_CHECKING:
+    from conftest import SiteSetup
+
+
+def test_the_secret_is_made_once_with_mode_0600(tmp_path: Path) -> None:
+    first = site_secret(tmp_path)
+    assert site_secret(tmp_path) == first
+    assert int(first, 16).bit_length() > 200
+    assert (tmp_path / "site.secret").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "other").mkdir()
+    assert site_secret(tmp_path / "other") != first
+
+
+@pytest.mark.parametrize("content", ["", "abc", "g" * 64, "\x00" * 64])
+def test_a_damaged_secret_is_an_error_and_stays(tmp_path: Path, content: str) -> None:
+    (tmp_path / "site.secret").write_text(content)
+    with pytest.raises(StateError, match=r"site.secret does not hold the secret of a site"):
+        site_secret(tmp_path)
+    assert (tmp_path / "site.secret").read_text() == content
+
+
+def test_a_round_that_runs_again_has_the_same_bits_and_those_of_another_secret_differ(site_setup: SiteSetup) -> None:
+    """The stored reply is deleted in between, so that the round is trained again in a new session."""
+    site_setup.configure(trainer='seeds = "secret"')
+    plan = site_setup.plan()
+    request, store = site_setup.request(plan), site_setup.state / plan.name / "round-000001.safetensors"
+
+    def train_again() -> object:
+        store.unlink(missing_ok=True)
+        session = TrainerSession(load_site(site_setup.file))
+        reply, replayed = session.answer(session.accept(plan.name, to_json(plan)), request, lambda done, total: None)
+        assert not replayed
+        return reply
+
+    site_setup.state.mkdir()
+    first, again = train_again(), train_again()
+    assert site_setup.equal(first, again)  # type: ignore[arg-type]
+    simulated = site_setup.expected(plan, request)[0]
+    assert not site_setup.equal(first, simulated)  # type: ignore[arg-type]
+    (site_setup.state / "site.secret").unlink()
+    assert not site_setup.equal(first, train_again())  # type: ignore[arg-type]
+    site_setup.configure(trainer='seeds = "recipe"')
+    assert site_setup.equal(train_again(), simulated)  # type: ignore[arg-type]
+
+
+def test_a_federation_cannot_be_called_like_the_secret(site_setup: SiteSetup) -> None:
+    session = TrainerSession(load_site(site_setup.configure().file))
+    plan = site_setup.plan("Site.secret")
+    with pytest.raises(RefusedError, match="name: expected a name that the state folder does not use"):
+        session.accept(plan.name, to_json(plan))
