@@ -14,11 +14,11 @@ from ...common.config.loader import load_site
 from ...common.config.site_schema import SiteSettings
 from ...common.errors import ColoraError, ConfigError
 from ...common.foreign_text import sanitize
+from ...common.processes.log_tail import LogTail
 from ...common.processes.supervised import Command, Signals, SupervisedProcess, exclusive_lock, write_services
 from .supernode import SuperNode
 
 POLL_INTERVAL = 0.4  # seconds
-MAX_LOG_READ = 1 << 20  # bytes of a log per poll
 UNIX = "unix:"
 BAD_INPUT = 2  # the trainer's exit code for bad input
 MAX_BAD_STARTS = 3  # consecutive exits with that code before the command gives up
@@ -80,7 +80,7 @@ class TrainerSupervisor:
         Raises TrainerRefused after ``MAX_BAD_STARTS`` exits because of bad input.
         """
         for refusal in self.refusals.new():
-            self.log(sanitize(f"refused: {refusal}"))
+            self.log(sanitize(f"refused: {refusal[0]}"))
         if not self.child.due:
             return False
         self.bad_starts = self.bad_starts + 1 if self.child.ended_with(BAD_INPUT) else 0
@@ -98,31 +98,6 @@ class TrainerSupervisor:
     def services(self) -> dict[str, object]:
         """Return the trainer's address, for ``services.json``."""
         return {"trainer": self.site.trainer.listen}
-
-
-class LogTail:
-    """Returns new matches in a growing log file, without consecutive duplicates. Starts at the current end."""
-
-    def __init__(self, path: Path, pattern: re.Pattern[str]) -> None:
-        self.path, self.pattern = path, pattern
-        self.position = path.stat().st_size if path.exists() else 0
-        self.last = ""
-
-    def new(self) -> list[str]:
-        """Return the matches in the complete lines written since the last call."""
-        if not self.path.exists() or self.path.stat().st_size <= self.position:
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self.position)
-            text, end, _ = file.read(MAX_LOG_READ).rpartition(b"\n")
-        self.position += len(text) + len(end)
-        matches = []
-        for line in text.decode(errors="replace").splitlines():
-            match = self.pattern.search(line)
-            if match and match[0] != self.last:
-                self.last = match[0]
-                matches.append(match[0])
-        return matches
 
 
 class NodeSupervisor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from colora.common.config.schema import Recipe
+    from colora.common.dataset import SiteDataset
+    from colora.server.reporting.console import LiveDisplay
 
 STOPPED = 130  # exit code after Ctrl-C
+MAX_SITES = 20  # more are counted, not listed
 
 
 def simulate(
@@ -53,7 +57,7 @@ def simulate(
 
     from colora.common.config.loader import load_recipe
     from colora.server.reporting.console import LiveDisplay, print_report
-    from colora.server.reporting.summary import summarize
+    from colora.server.reporting.run_folder import RunFolder
     from colora.server.rounds.run_options import read_replay
 
     overrides = [*(set_ or [])]
@@ -65,8 +69,6 @@ def simulate(
         settings = load_recipe(find_recipe(recipe or "demo"), tuple(overrides))
     if settings.transfer.source_federation is None:
         _check_sources(settings)
-    from colora.simulation.run import simulate as run_simulation  # imports torch, which takes seconds
-
     folder = out or Path("runs") / settings.name
     console = Console()
     replayed = read_replay(replay) if replay else None
@@ -74,11 +76,22 @@ def simulate(
         console.print(f"{folder} holds no run yet. Starting one.", highlight=False)
     try:
         with LiveDisplay(console) as display:
-            run = run_simulation(settings, folder, resume=resume, listener=display, replay=replayed)
+            from colora.simulation.run import simulate as run_simulation  # imports torch, which takes seconds
+
+            for event in RunFolder(folder).events() if resume else ():
+                display.summary.update(event)
+            run = run_simulation(
+                settings,
+                folder,
+                resume=resume,
+                listener=display,
+                replay=replayed,
+                on_sites=lambda sites: _show_rows(sites, display),
+            )
     except KeyboardInterrupt:
         typer.echo("Stopped. Run the same command with --resume to continue from the last completed round.", err=True)
         raise typer.Exit(STOPPED) from None
-    print_report(summarize(run.events()), run.path, console)
+    print_report(display.summary, run.path, console)  # with the sites' own words, which events.jsonl does not have
     _print_next_step(settings, run.path, console)
 
 
@@ -90,6 +103,16 @@ def _check_sources(recipe: Recipe) -> None:
         check_sources(recipe.data, None)
     for site in recipe.site:
         check_sources(site.data, site.name)
+
+
+def _show_rows(sites: Sequence[SiteDataset], display: LiveDisplay) -> None:
+    """Print the rows of every site by label. They are shown on this terminal only."""
+    from colora.client.data.label_counts import describe_rows
+
+    for rows in sites[:MAX_SITES]:
+        display.say(f"{rows.site}: {describe_rows(rows)}")
+    if len(sites) > MAX_SITES:
+        display.say(f"… and {len(sites) - MAX_SITES} more sites")
 
 
 def _print_next_step(settings: Recipe, folder: Path, console: Console) -> None:

@@ -60,6 +60,7 @@ from ...common.errors import ColoraError, QuorumError
 from ...common.foreign_text import clean
 from .event_fields import parse_event
 
+FIRST_FAILURE = " First failure: "  # in the message of a missed quorum
 MAX_REASON = 1000  # characters of a refusal, which quotes texts of the site; each of these is cut already
 logger = logging.getLogger("colora.events")
 
@@ -96,7 +97,7 @@ class EventRecorder:
         if len(present) < quorum:
             names = f" ({', '.join(present)})" if present else ""
             counts = f"at least {quorum} sites are required, {len(present)} took part{names}"
-            first = f" First failure: {self.failures[0].rstrip('.')}." if self.failures else ""
+            first = f"{FIRST_FAILURE}{self.failures[0].rstrip('.')}." if self.failures else ""
             raise QuorumError(
                 f"server.quorum at {when}",
                 f"at least {quorum} sites",

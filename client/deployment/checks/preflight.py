@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Literal
 from ....common.config.loader import load_site
 from ....common.config.schema import EvaluationSettings, ModelSettings, Plan
 from ....common.config.site_schema import SiteSettings
-from ....common.dataset import TASKS, SiteDataset, labels_of
+from ....common.dataset import TASKS, SiteDataset
 from ....common.errors import ColoraError, DataError
+from ...data.label_counts import describe_labels
 from ...data.readers import read_rows
 from ...data.selection import load_site_rows
 from .credentials import check_ca, check_coordinator, check_key, check_link
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["preflight", "print_checks"]
 
 UNIX = "unix:"
-MAX_LABELS, MAX_LABEL_LENGTH = 20, 40  # more or longer labels are counted, not shown
 MAX_COLUMNS, MAX_COLUMN_LENGTH = 20, 30  # more columns are left out, longer names are cut
 UNLIMITED = 1 << 30  # tokens
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}  # per weight
@@ -110,14 +109,7 @@ class TrainerChecks:
             return f"none: the task is {self.site.data.task}"
         if self.rows is None:
             return "not checked: no rows"
-        train, test = (
-            Counter(label for row in rows for label in labels_of(row)) for rows in (self.rows.train, self.rows.test)
-        )
-        names = self.rows.labels
-        if len(names) > MAX_LABELS or any(len(name) > MAX_LABEL_LENGTH for name in names):
-            counts = [train[name] for name in names]
-            return f"{len(names)}, with {min(counts)} to {max(counts)} training rows (too many or too long to show)"
-        return ", ".join(f"{name} {train[name]}+{test[name]}" for name in names) + " (train+test)"
+        return f"{describe_labels(self.rows)} (train+test)"
 
     def find_device(self) -> str:
         """Check the device. The model is loaded on the CPU when the device is not available."""

@@ -354,7 +354,7 @@ def test_one_failure_hides_no_other(place: Place) -> None:
 def test_labels_that_look_like_texts_are_counted_and_not_shown(place: Place) -> None:
     rows = [{"text": "a b c", "label": f"{SECRET} {'word ' * 8}{i % 3}"} for i in range(40)]
     write_lines(place.folder / "rows.jsonl", rows)
-    assert place.check()["labels"].detail.startswith("3, with ")
+    assert place.check()["labels"].detail.startswith("3 labels with 10 to 10 training rows")
     rows = [{"text": "a b c", "label": str(i % 21)} for i in range(210)]
     write_lines(place.folder / "rows.jsonl", rows)
     assert place.check()["labels"].detail.startswith("21, with ")
