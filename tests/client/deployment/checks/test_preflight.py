@@ -357,7 +357,7 @@ def test_labels_that_look_like_texts_are_counted_and_not_shown(place: Place) -> 
     assert place.check()["labels"].detail.startswith("3 labels with 10 to 10 training rows")
     rows = [{"text": "a b c", "label": str(i % 21)} for i in range(210)]
     write_lines(place.folder / "rows.jsonl", rows)
-    assert place.check()["labels"].detail.startswith("21, with ")
+    assert place.check()["labels"].detail.startswith("21 labels with ")
 
 
 def test_an_unexpected_error_is_a_finding_by_its_kind_alone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
