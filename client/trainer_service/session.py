@@ -27,6 +27,7 @@ from ..training.state_store import StateStore
 from ..training.trainer import Trainer
 from .plan_bounds import check_bounds, check_disk, check_request
 from .policy import check_allowed
+from .site_report import report_rows
 from .time_limit import TimeLimit
 
 
@@ -143,6 +144,7 @@ class TrainerSession:
     def _own_rows(self, plan: Plan) -> SiteDataset:
         rows = load_site_rows(self.site, plan.seed)
         tell([rows])
+        report_rows(rows)
         return rows
 
     def _base_of(self, settings: ModelSettings) -> BaseModel:

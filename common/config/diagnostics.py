@@ -12,15 +12,20 @@ import pydantic
 from ..errors import ColoraError, ConfigError
 
 NAME_RULE = "a letter or digit, then at most 63 letters, digits, '.', '_' or '-'"
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")  # pydantic's types of errors about unknown keys
 REPLACEMENTS = {"an object": "a table", "a valid array": "a list", "a valid string": "a string"}
 
 
 def config_error(kind: type, error: pydantic.ValidationError) -> ConfigError:
-    """Return the first validation error as a ConfigError; ``kind`` is the settings dataclass that was validated."""
-    first = error.errors()[0]
+    """Return one validation error as a ConfigError: an unknown key, which may be why another is missing, or the first.
+
+    ``kind`` is the settings dataclass that was validated.
+    """
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] in UNKNOWN), errors[0])
     path = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
     key = _dotted(path)
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if first["type"] in UNKNOWN:
         return _unknown_key(key, str(path[-1]), _fields_at(kind, path[:-1]))
     if first["type"] in ("missing", "missing_argument"):
         return ConfigError(key, "a value", "nothing", message=f"{key} is missing.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +17,7 @@ from ....common.config.schema import EvaluationSettings, ModelSettings, Plan
 from ....common.config.site_schema import SiteSettings
 from ....common.dataset import TASKS, SiteDataset
 from ....common.errors import ColoraError, DataError
+from ...data.early_check import check_sources
 from ...data.label_counts import describe_labels
 from ...data.readers import read_rows
 from ...data.selection import load_site_rows
@@ -41,8 +42,8 @@ Component = Literal["trainer", "supernode"]
 COMPONENTS: tuple[Component, ...] = ("trainer", "supernode")
 
 
-def preflight(path: Path, model: str | None = None, component: Component | None = None) -> list[CheckResult]:
-    """Check a site file and everything it names.
+def preflight(path: Path, model: str | None = None, component: Component | None = None) -> Iterator[CheckResult]:
+    """Check a site file and everything it names, and yield each result at once.
 
     ``component`` limits the checks to what one of the site's two processes needs. ``model`` is the base model to load;
     the default is the entry of ``allow.models`` if there is exactly one.
@@ -50,7 +51,8 @@ def preflight(path: Path, model: str | None = None, component: Component | None 
     try:
         site = load_site(path)
     except ColoraError as error:
-        return [CheckResult("site file", False, str(error))]
+        yield CheckResult("site file", False, str(error))
+        return
     checks: list[Check] = [("site file", lambda: f"site {site.name}, {path}")]
     if component != "supernode":
         checks += TrainerChecks(site, model).checks()
@@ -61,7 +63,7 @@ def preflight(path: Path, model: str | None = None, component: Component | None 
         checks += [("link", lambda: check_link(Path(site.trainer.link), components))]
     if component != "trainer":
         checks += _supernode_checks(site)
-    return [_run(name, check) for name, check in checks]
+    yield from (_run(name, check) for name, check in checks)
 
 
 class TrainerChecks:
@@ -91,11 +93,12 @@ class TrainerChecks:
         ]
 
     def data(self) -> str:
-        """Read the rows."""
+        """Read the rows. Missing files and columns are found before torch is imported, which takes seconds."""
         source = self.site.data.source
         if not source:
             raise CheckFailed("data.source is empty; it must name a file, an asset or a data set")
         try:
+            check_sources(self.site.data, self.site.name)
             self.rows = load_site_rows(self.site, seed=0)
         except DataError as error:
             raise CheckFailed(self._without_values(error)) from None

@@ -85,7 +85,7 @@ class Place:
         return path
 
     def check(self, **options: Any) -> dict[str, CheckResult]:
-        results = preflight(self.path, **options)
+        results = list(preflight(self.path, **options))
         assert len({result.name for result in results}) == len(results)
         for result in results:
             assert SECRET not in result.detail
