@@ -118,7 +118,14 @@ def _restarted_note(event: Event) -> str:
 def _waiting_note(event: Event) -> str:
     if not event.get("missing"):
         return f"waiting: {event['reason']}"
-    return f"waiting for {', '.join(event['missing'])}: {len(event['present'])} online, {event['quorum']} needed"
+    seconds, present, quorum = event.get("seconds", 0), len(event["present"]), event["quorum"]
+    if "round" not in event:
+        since = f" for {seconds:.0f} s" if seconds else ""
+        return f"waiting for {', '.join(event['missing'])}{since}: {present} online, {quorum} needed"
+    offline = event.get("offline", ())
+    sites = ", ".join(f"{site} (offline)" if site in offline else site for site in event["missing"])
+    silence = f"waiting for {sites}, silent for {seconds:.0f} s"
+    return f"{event.get('when', 'a round')}: {silence}; {present} replied, quorum {quorum}"
 
 
 _NOTES: dict[str, Callable[[Event], str]] = {
