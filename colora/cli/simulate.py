@@ -27,7 +27,8 @@ MAX_SITES = 20  # more are counted, not listed
 def simulate(
     recipe: Annotated[str | None, typer.Argument(show_default=False)] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Set a recipe key, for example train.lr=1e-3. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="Set a recipe key, for example train.lr=1e-3 or site.NAME.train=16. Repeatable."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run folder.")] = False,
@@ -50,8 +51,8 @@ def simulate(
 ) -> None:
     """Simulate all sites of a federation on this machine.
 
-    RECIPE is a .toml file, or demo (the default), newsgroups, dissimilar, regression or chatterbot. The final table
-    shows what each site gains.
+    RECIPE is a .toml file, or demo (the default), newsgroups, dissimilar, regression or chatterbot. With --resume and
+    --out it can be left out: the run folder has its recipe. The final table shows what each site gains.
     """
     from rich.console import Console
 
@@ -66,13 +67,14 @@ def simulate(
     if transfer_from or transfer_to:
         settings = _transfer_recipe(transfer_from, transfer_to, recipe, overrides)
     else:
-        settings = load_recipe(find_recipe(recipe or "demo"), tuple(overrides))
-    if settings.transfer.source_federation is None:
-        _check_sources(settings)
+        settings = load_recipe(_recipe_path(recipe, out if resume else None), tuple(overrides))
     folder = out or Path("runs") / settings.name
+    continues = resume and (folder / "recipe.toml").exists()  # with the rows in its folder
+    if settings.transfer.source_federation is None and not continues:
+        _check_sources(settings)
     console = Console()
     replayed = read_replay(replay) if replay else None
-    if resume and not (folder / "recipe.toml").exists():
+    if resume and not continues:
         console.print(f"{folder} holds no run yet. Starting one.", highlight=False)
     try:
         with LiveDisplay(console) as display:
@@ -93,6 +95,13 @@ def simulate(
         raise typer.Exit(STOPPED) from None
     print_report(display.summary, run.path, console)  # with the sites' own words, which events.jsonl does not have
     _print_next_step(settings, run.path, console)
+
+
+def _recipe_path(recipe: str | None, resumed: Path | None) -> Path:
+    """Return the path of the recipe: as named, that of the run to resume, or the demo's."""
+    if recipe is None and resumed and (resumed / "recipe.toml").is_file():
+        return resumed / "recipe.toml"
+    return find_recipe(recipe or "demo")
 
 
 def _check_sources(recipe: Recipe) -> None:

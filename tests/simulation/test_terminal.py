@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -102,3 +103,16 @@ def test_a_terminal_shows_the_phase_and_its_time_from_the_first_moment_and_a_fil
     assert "starting 0:00:00" in first
     assert "round 1 of 2 0:00:01" in later, "no event came in this second"
     assert shown[False] == ("", "f: colora on m, 1 sites\n")
+
+
+def test_a_run_is_resumed_by_its_folder_alone_and_without_its_sources(
+    simulated, tiny_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulated({**tiny_recipe, "rounds": 1})[0] == 0
+    shutil.rmtree(tmp_path / "rows")
+    (tmp_path / "recipe.toml").unlink()
+    monkeypatch.setattr(sys, "argv", ["colora", "simulate", "--resume", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    out = capsys.readouterr().out
+    assert "tiny: accuracy" in out, "the final table of this run, not of the demo"
