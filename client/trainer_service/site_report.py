@@ -33,7 +33,8 @@ def report_reply(request: TrainRequest, reply: TrainReply, *, task: str, steps: 
     metric = f"personal.{TASKS[task].primary_metric}"
     numbers = {"loss": reply.metrics.get("train.loss"), metric: reply.metrics.get(metric)}
     results = [f"{name} {value:.4f}" for name, value in numbers.items() if value is not None]
-    work = ["stored reply"] if steps is None else [f"{steps} steps", f"{reply.seconds:.1f} s"]
+    measuring = f" (of which measuring {reply.measuring:.1f} s)" if reply.measuring else ""
+    work = ["stored reply"] if steps is None else [f"{steps} steps", f"{reply.seconds:.1f} s{measuring}"]
     logger.info("%s %s: %s", reply.federation, place, ", ".join([*results, *work, f"{sent} bytes sent"]))
 
 

@@ -116,7 +116,9 @@ def _line(summary: RunSummary, event: Event) -> str | None:
         personal = summary.mean("personal") if not prefix else None
         metric = f", personal {personal:.3f}" if personal is not None else ""
         sites = f"{len(event['admitted'])} sites"
-        return f"{prefix}round {event['round']}/{summary.rounds}: {sites}{loss}{metric}, {event['seconds']:.1f} s"
+        share = summary.measuring_share(event["round"], baseline=bool(prefix))
+        took = f"{event['seconds']:.1f} s" + (f" ({share:.0%} measuring)" if share else "")
+        return f"{prefix}round {event['round']}/{summary.rounds}: {sites}{loss}{metric}, {took}"
     if name == "grouped":
         return f"{len(event['groups'])} group{'s' * (len(event['groups']) > 1)} of sites: " + "; ".join(
             map(", ".join, event["groups"])
@@ -171,7 +173,7 @@ _CELLS: dict[str, Callable[[SiteSummary], str]] = {
 
 def _conclusions(summary: RunSummary) -> list[str]:
     """The lines below the final table."""
-    lines = [_legend(summary)]
+    lines = [_legend(summary), *_measuring(summary)]
     if summary.source_federation:
         lines.append(
             f"The rows are generated texts, labelled by the models from {summary.source_federation}; some of them were "
@@ -217,6 +219,20 @@ def _legend(summary: RunSummary) -> str:
         f"{alone}. sent: bytes that the site sent; sec: seconds of its work; cut: rows longer than max_length; drop: "
         f"rows without anything to learn from. Total time: {summary.seconds:.0f} s."
     )
+
+
+def _measuring(summary: RunSummary) -> list[str]:
+    """A line that says how much of the sites' work was measuring, and what makes it less."""
+    seconds, measuring = (sum(getattr(row, name) for row in summary.rows.values()) for name in ("seconds", "measuring"))
+    if not measuring:
+        return []
+    keys = "evaluation.every and data.test"
+    if any(row.task in TASKS and TASKS[row.task].needs_causal_lm for row in summary.rows.values()):
+        keys = "evaluation.every, evaluation.max_new_tokens and data.test"
+    return [
+        f"The sites worked for {seconds:.0f} s: {seconds - measuring:.0f} s of training and other work, "
+        f"{measuring:.0f} s of measuring, which {keys} limit."
+    ]
 
 
 def known_gains(summary: RunSummary) -> list[float]:

@@ -28,7 +28,8 @@ initialized        The spectral start has ended: sites (that are connected).
 round_started      round, sites (sampled for this round).
 reply              A reply was admitted: round, site, kind ("trial", "initialize", "train" or "finalize"), metrics (by
                    name, for example personal.accuracy), terms (loss terms trained on), fresh (the site had lost its
-                   state), bytes_down, bytes_up (payload), seconds (of work at the site).
+                   state), bytes_down, bytes_up (payload), seconds (of work at the site), measuring (of these: not
+                   training).
 failed             A site sent an error or no reply: round, site, reason, silent (whether it sent nothing).
 refused            A reply or a joining site was refused: round, site, field, expected, found, reason.
 late               A reply came after its round had ended and was ignored: round, site, reason.

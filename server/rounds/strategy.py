@@ -265,7 +265,8 @@ class AdapterStrategy:
                 "terms": reply.terms,
                 "fresh": reply.fresh,
             }
-            costs = {"bytes_down": down[site], "bytes_up": messages.payload_bytes(message), "seconds": reply.seconds}
+            costs = {"bytes_down": down[site], "bytes_up": messages.payload_bytes(message)}
+            costs |= {"seconds": reply.seconds, "measuring": min(reply.measuring, reply.seconds)}
             self.recorder.emit("reply", round=t, site=site, **results, **costs)
             admitted.append(site)
             yield site, reply
