@@ -79,7 +79,7 @@ def recipe_without(path: Path, site: str, seed: int) -> Recipe:
 def personalized(site: SiteSettings, saved: SavedModel, steps: int) -> Outcome:
     """Fit the site's core and head to the finished adapter."""
     stopwatch = Stopwatch()
-    result = personalize(site, saved, steps=steps, on_step=stopwatch)
+    result = personalize(site, saved, steps=steps, replace=True, on_step=stopwatch)
     return Outcome(_primary(site, result.metrics), stopwatch.seconds, result.trained)
 
 

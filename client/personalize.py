@@ -38,13 +38,19 @@ class PersonalizationResult:
 
 
 def personalize(
-    site: SiteSettings, saved: SavedModel, *, steps: int | None = None, on_step: StepCallback | None = None
+    site: SiteSettings,
+    saved: SavedModel,
+    *,
+    steps: int | None = None,
+    replace: bool = False,
+    on_step: StepCallback | None = None,
 ) -> PersonalizationResult:
     """Train the site's personal groups on a finished shared adapter and write its state, as the final request does.
 
     ``steps`` defaults to the recipe's ``train.final_steps`` or, where that is 0, to the steps of all rounds. A repeated
-    call with the same adapter and steps returns the stored result. Raises RefusedError for a plan that the site does
-    not allow, StateError for a method that shares nothing or a site that took part in the federation.
+    call with the same adapter and settings returns the stored result; with others it needs ``replace``. Raises
+    RefusedError for a plan that the site does not allow, StateError for a method that shares nothing, for another
+    stored result and for a site that took part in the federation.
     """
     method = saved.plan.method
     if not method.row().shares:
@@ -65,9 +71,12 @@ def personalize(
     final_round = plan.rounds + 1
     with exclusive_state_dir(Path(site.trainer.state)):
         store = StateStore(session.folder(accepted), plan.name)
-        _discard_other_result(store, final_round, to_json(accepted), site.name)
         shared = dict(saved.shared)
         request = TrainRequest(plan.name, final_round, "finalize", 0, to_json(plan), shared, evaluate=True)
+        if other := _other_result(store, request, to_json(accepted), site.name):
+            if not replace:
+                raise other
+            store.path(final_round).unlink()
         trainer, started = session.trainer(accepted), time.monotonic()
         reply, _ = session.answer(accepted, request, on_step or (lambda done, total: None))
     counts: dict[str, int] = {}
@@ -76,15 +85,15 @@ def personalize(
     return PersonalizationResult(store.path(final_round), counts, steps, time.monotonic() - started, reply.metrics)
 
 
-def _discard_other_result(store: StateStore, final_round: int, plan: str, site: str) -> None:
-    """Delete an earlier result with another plan; keep one with the same plan, and a participant's states.
+def _other_result(store: StateStore, request: TrainRequest, plan: str, site: str) -> StateError | None:
+    """Return an error if the store holds a result of another adapter or other settings; None if it may be written.
 
     Raises StateError where the site took part in the federation.
     """
     states = sorted(store.folder.glob("round-*.safetensors"))
     if not states:
-        return
-    last = store.state(final_round)
+        return None
+    last = store.state(request.round)
     if last is None or last.previous or len(states) > 1:
         found = f"its states of {len(states)} rounds in {store.folder}"
         raise StateError(
@@ -95,8 +104,17 @@ def _discard_other_result(store: StateStore, final_round: int, plan: str, site: 
             message=f"colora personalize needs a site that took no part in the federation, but found {found}.",
             hint="A participant's own model is its state after the last round.",
         )
-    if last.plan != plan:
-        store.path(final_round).unlink()
+    if last.plan == plan and store.reply(request.round, request.key):
+        return None
+    path = store.path(request.round)
+    return StateError(
+        str(path),
+        "no result yet, or one of this adapter and these settings",
+        "another result",
+        site=site,
+        message=f"{path} holds a result of another adapter or of other settings.",
+        hint="Use --replace to overwrite it, or set trainer.state in the site file to another folder.",
+    )
 
 
 def print_result(result: PersonalizationResult, console: Console) -> None:

@@ -68,6 +68,14 @@ METHODS: dict[str, Method] = {
     "multilora": Method(SHARED, SHARED, ABSENT, PERSONAL, scale=SHARED),  # MultiLoRA, arXiv 2311.11501, averaged
 }
 
+ALSO_CALLED: dict[str, str] = {  # what other tools call a method → its name here, for the suggestion in an error
+    **dict.fromkeys(("fedavg", "fed-avg", "fedlora", "fed-it", "lora"), "fedit"),
+    **dict.fromkeys(("ffa-lora", "ffalora"), "ffa"),
+    **dict.fromkeys(("fedsa-lora", "fedsalora", "fed-sa"), "fedsa"),
+    **dict.fromkeys(("fedalora", "alora"), "fed-alora"),
+    **dict.fromkeys(("alone", "local-only", "none"), "local"),
+}
+
 PRIVATE_KINDS: dict[str, bool] = {  # kind of a private adapter → whether it has MultiLoRA modules
     "none": False,
     "lora": False,

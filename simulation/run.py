@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from ..client.client_app import make_app as make_client_app
 from ..common.adapters.initialization import initial_shared_state
 from ..common.atomic_io import write_atomically
 from ..common.config.schema import MethodSettings, Recipe, to_dict
-from ..common.errors import ConfigError, StateError
+from ..common.dataset import SiteDataset
+from ..common.errors import ConfigError, QuorumError, StateError
 from ..server.reporting.events import Event
 from ..server.reporting.run_folder import RunFolder
 from ..server.rounds.run_options import Replay, RosterEntry, RunOptions
@@ -26,6 +27,7 @@ from . import site_pool
 from .comparison import compare
 from .engines import ENGINES, SimulationJob
 from .partition import make_sites, write_site
+from .site_errors import SiteErrors
 from .validation import check_simulation
 
 BASELINE = "local"  # method of the local-only baseline
@@ -49,10 +51,12 @@ def simulate(
     resume: bool,
     listener: Callable[[Event], None] | None = None,
     replay: Replay | None = None,
+    on_sites: Callable[[Sequence[SiteDataset]], None] = lambda sites: None,
 ) -> RunFolder:
     """Run a recipe to its end in ``folder`` and return the run folder. All checks come before the first write.
 
-    ``replay`` limits every round to the sites that the log of an earlier run lists as admitted.
+    ``replay`` limits every round to the sites that the log of an earlier run lists as admitted. ``on_sites`` receives
+    the rows of a new run's sites, for the terminal of this machine.
 
     Raises ConfigError, DataError, ModelError or AssetError for bad input, StateError when the folder holds something
     else, and QuorumError.
@@ -63,7 +67,7 @@ def simulate(
     else:
         run.check_same(recipe)
     if not run.recipe.exists():
-        initialize_run(run, recipe)
+        initialize_run(run, recipe, on_sites)
     roster = tuple(RosterEntry(*entry) for entry in run.read_roster())
     federate(recipe, RunPaths(folder, folder), roster, listener, RunOptions(replay=replay))
     if recipe.simulation.baseline:
@@ -73,11 +77,14 @@ def simulate(
     return run
 
 
-def initialize_run(run: RunFolder, recipe: Recipe) -> None:
+def initialize_run(
+    run: RunFolder, recipe: Recipe, on_sites: Callable[[Sequence[SiteDataset]], None] = lambda sites: None
+) -> None:
     """Create the sites, check the recipe against them, and write the run folder."""
     if recipe.transfer.source_federation is not None:
         return _initialize_transfer(run, recipe)
     sites = make_sites(recipe)
+    on_sites([site.rows for site in sites])
     check_simulation(recipe, sites)
     for site in sites:
         write_site(site, run.path / "sites" / site.settings.name)
@@ -159,8 +166,9 @@ def federate(
         log=(paths.data / "log.txt").resolve(),
         source_run=Path(simulation.source_run).resolve() if simulation.source_run else None,
     )
+    errors = SiteErrors(site_paths.log, listener)
     job = SimulationJob(
-        server=make_server_app(listener, options),
+        server=make_server_app(errors, options),
         client=make_client_app(site_pool.connect_to(site_paths)),
         config=run_config(recipe, roster, paths.folder.resolve()),
         sites=len(roster),
@@ -168,5 +176,7 @@ def federate(
     )
     try:
         ENGINES[simulation.engine](job)
+    except QuorumError as error:
+        raise errors.quorum_error(error) from None
     finally:
         site_pool.close()

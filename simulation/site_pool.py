@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,8 +22,11 @@ from ..common.config.loader import load_site
 from ..common.config.schema import Plan, parse
 from ..common.config.site_schema import SiteSettings
 from ..common.dataset import TASKS
+from ..common.errors import ColoraError
 from ..common.models.base_model import load_base_model
 from ..common.protocol.types import SiteInfo, TrainReply, TrainRequest
+
+logger = logging.getLogger("colora.site")
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,25 @@ class SimulatedSite(Site):
 
     def site_info(self, federation: str, plan: str) -> SiteInfo:
         """Return the site's metadata for the first round."""
-        return _site_pool(self.paths, plan).trainer(self.name).site_info()
+        with _named(self.name):
+            return _site_pool(self.paths, plan).trainer(self.name).site_info()
 
     def handle(self, request: TrainRequest) -> TrainReply:
         """Train as requested and return the reply."""
-        return _site_pool(self.paths, request.plan).trainer(self.name).handle(request)
+        with _named(self.name):
+            return _site_pool(self.paths, request.plan).trainer(self.name).handle(request)
+
+
+@contextmanager
+def _named(site: str) -> Iterator[None]:
+    """Name the site in the log of an error: the base model's errors, for example, name none."""
+    try:
+        yield
+    except ColoraError as error:
+        raise error.at_site(site) from None
+    except Exception as error:
+        logger.error("site %s: %s", site, " ".join(f"{type(error).__name__}: {error}".split()))
+        raise
 
 
 def connect_to(paths: SitePaths) -> Connect:
@@ -133,7 +151,9 @@ def _log_to(path: Path) -> None:
         logger.removeHandler(handler)
         handler.close()
     logger.propagate = False
-    logger.addHandler(logging.FileHandler(path, delay=True))
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logger.addHandler(handler)
 
 
 def close() -> None:

@@ -21,6 +21,11 @@ def check_sources(data: DataSettings, site: str | None) -> None:
     Columns are checked in files of up to ``SMALL`` bytes. Assets and hub data sets are not checked. Raises the
     DataError that reading the rows would raise.
     """
+    if not data.source:
+        message, hint = "data.source is empty.", "Set it to a file, an asset or a hub data set."
+        raise DataError(
+            "data.source", "a file, an asset or a hub data set", "nothing", site=site, message=message, hint=hint
+        )
     _check(data.source, data, site)
     if data.test_source:
         with as_test_source():

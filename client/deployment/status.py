@@ -4,18 +4,20 @@ As JSON (``colora status site.toml --json``; keys are only added, never removed;
 
     {"kind": "site", "version": 1, "folder": the state folder, "site", "coordinator",
      "healthy": bool, "problems": [sentence],
-     "federations": [{"federation", "round": of the newest state, "age": since it was written,
-                      "audit": null | the last line of the audit log}],
+     "federations": [{"federation", "round": of the newest state, "age": since it was written, "task",
+                      "metrics": {"personal.accuracy": ...}, "audit": null | the last line of the audit log}],
      "services": [{"name", "address", "state": "serving" | "not serving" | "down"}],
      "processes": [{"name", "pid", "alive"}]}
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ...common.atomic_io import load_arrays
 from ...common.config.loader import load_site
 from ...common.config.site_schema import SiteSettings
-from ...common.errors import ColoraError
+from ...common.dataset import EVAL_MODES, TASKS
+from ...common.errors import ColoraError, StateError
 from ...common.foreign_text import sanitize
 from ...common.processes.health import (
     ProcessStatus,
@@ -42,16 +46,23 @@ from ..trainer_service.client import TrainerClient
 
 TAIL = 1 << 20  # bytes at the end of an audit log, enough for its last line
 STATES = "round-*.safetensors"
+NO_ARRAYS = "\0"  # a prefix that no array has
 
 
 @dataclass(frozen=True)
 class FederationStatus:
-    """A federation of the site: the round of its newest state, and the last audit entry."""
+    """A federation of the site: round and metrics of its newest state, and the last audit entry."""
 
     federation: str
     round: int | None
     age: float | None  # seconds
     audit: dict[str, Any] | None
+    task: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def metric(self, mode: str) -> float | None:
+        """The task's primary metric of the ``base``, ``shared`` or ``personal`` model; None if not measured."""
+        return self.metrics.get(f"{mode}.{TASKS[self.task].primary_metric}") if self.task in TASKS else None
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class SiteStatus:
 
     @property
     def healthy(self) -> bool:
-        """Whether all processes run and all services answer."""
+        """Whether all processes run, all services answer, and the last message to a coordinator was no error."""
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
@@ -102,12 +113,13 @@ def site_status(path: Path, now: float | None = None) -> SiteStatus:
     problems = [] if record else ["not running: colora client has not been started for this site"]
     problems += [f"{each.name} at {each.address} is {each.state}" for each in services if each.state != "serving"]
     problems += [f"{each.name} (process {each.pid}) has ended" for each in processes if not each.alive]
+    federations = tuple(_federation(folder, now) for folder in _federations(state))
     return SiteStatus(
         folder=str(state),
         site=site.name,
         coordinator=site.coordinator.address if site.coordinator else None,
-        problems=tuple(problems),
-        federations=tuple(_federation(folder, now) for folder in _federations(state)),
+        problems=(*problems, *_last_error(federations, state)),
+        federations=federations,
         services=services,
         processes=processes,
     )
@@ -120,12 +132,12 @@ def show_site(status: SiteStatus, console: Console) -> None:
         sanitize(f"site {status.site}{coordinator}; state in {status.folder}"), highlight=False, soft_wrap=True
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("federation", "round", "written", "last audit entry"):
+    for name in ("federation", "round", "written", *EVAL_MODES, "last audit entry"):
         table.add_column(name, no_wrap=name != "last audit entry")
     for each in status.federations:
-        table.add_row(
-            sanitize(each.federation), str(each.round or ""), format_age(each.age), sanitize(_describe(each.audit))
-        )
+        values = ["" if (value := each.metric(mode)) is None else f"{value:.3f}" for mode in EVAL_MODES]
+        cells = [str(each.round or ""), format_age(each.age), *values, sanitize(_describe(each.audit))]
+        table.add_row(sanitize(each.federation), *cells)
     if status.federations:
         console.print(table)
     show_services(status.services, status.processes, status.problems, console)
@@ -150,14 +162,35 @@ def _federations(state: Path) -> list[Path]:
     return sorted(path for path in state.glob("*") if (path / AUDIT).is_file() or any(path.glob(STATES)))
 
 
+def _last_error(federations: Sequence[FederationStatus], state: Path) -> list[str]:
+    """Return a problem if the last message of the trainer to a coordinator was an error."""
+    lines = [each.audit for each in federations if each.audit]
+    last = max(lines, key=lambda line: str(line.get("time")), default=None)
+    if last is None or last.get("kind") != "error":
+        return []
+    where = f"{last.get('federation')}: the site's last answer was an error ({last.get('text')})"
+    return [f"{where}; {state / 'logs' / 'trainer.log'} has it in full"]
+
+
 def _federation(folder: Path, now: float) -> FederationStatus:
-    newest = max((path for path in folder.glob(STATES) if path.stem[6:].isdecimal()), default=None)
+    states = sorted(path for path in folder.glob(STATES) if path.stem[6:].isdecimal())
+    newest = states[-1] if states else None
     number = int(newest.stem[6:]) if newest else None  # after "round-"
     try:
         age = now - newest.stat().st_mtime if newest else None
     except OSError:  # deleted in this moment, after a newer state was written
         age = None
-    return FederationStatus(folder.name, number, age, _last_line(folder / AUDIT))
+    return FederationStatus(folder.name, number, age, _last_line(folder / AUDIT), *_measured(states))
+
+
+def _measured(states: Sequence[Path]) -> tuple[str, dict[str, float]]:
+    """Return the task and the newest value of each metric in the states; a round need not measure all of them."""
+    task, metrics = "", {}
+    for path in states:
+        with contextlib.suppress(StateError, KeyError, TypeError, ValueError):  # damaged, or deleted in this moment
+            card = load_arrays(path, prefix=NO_ARRAYS)[1]["card"]
+            task, metrics = str(card["task"]), {**metrics, **card["metrics"]}
+    return task, metrics
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -12,13 +11,15 @@ from typing import Literal
 
 from ...common.config.loader import load_site
 from ...common.config.site_schema import SiteSettings
-from ...common.errors import ColoraError, ConfigError
+from ...common.errors import ColoraError, ConfigError, DataError, StateError
 from ...common.foreign_text import sanitize
+from ...common.processes.log_tail import LogTail
 from ...common.processes.supervised import Command, Signals, SupervisedProcess, exclusive_lock, write_services
+from ..data.early_check import check_sources
+from ..trainer_service.site_report import SHOWN
 from .supernode import SuperNode
 
 POLL_INTERVAL = 0.4  # seconds
-MAX_LOG_READ = 1 << 20  # bytes of a log per poll
 UNIX = "unix:"
 BAD_INPUT = 2  # the trainer's exit code for bad input
 MAX_BAD_STARTS = 3  # consecutive exits with that code before the command gives up
@@ -29,11 +30,12 @@ Print = Callable[[str], None]
 def run_site(path: Path, log: Print, component: Component | None = None) -> None:
     """Run a site's two processes, or one of them, until SIGTERM or SIGINT.
 
-    Raises ConfigError or StateError for an unusable site file or state folder, TrainerRefused when the trainer cannot
-    start.
+    Raises ConfigError, DataError or StateError for an unusable site file, source, key or state folder, TrainerRefused
+    when the trainer cannot start.
     """
     site = load_site(path)
     state = Path(site.trainer.state)
+    _check_at_once(site, log, component)
     lock = state / ("client.lock" if component is None else f"client-{component}.lock")
     with exclusive_lock(lock, f"client of site {site.name}"):
         supervisors: list[TrainerSupervisor | NodeSupervisor] = []
@@ -55,6 +57,32 @@ def run_site(path: Path, log: Print, component: Component | None = None) -> None
                 supervisor.stop()
 
 
+def _check_at_once(site: SiteSettings, log: Print, component: Component | None) -> None:
+    """Check what needs neither torch nor a network: sources and their columns, key and CA.
+
+    Raises DataError or StateError. A site with a state of an earlier federation may be without its rows, as a transfer
+    does not read them: it gets a line on the terminal.
+    """
+    if component != "supernode":
+        try:
+            check_sources(site.data, site.name)
+        except DataError as error:
+            if not any(Path(site.trainer.state).glob("*/round-*.safetensors")):
+                raise
+            log(sanitize(str(error)))
+    if component != "trainer" and site.coordinator and not site.coordinator.insecure:
+        for key in ("key", "ca"):
+            path = Path(getattr(site.coordinator, key))
+            try:
+                path.read_bytes()
+            except OSError as error:
+                message = f"coordinator.{key}: {path} cannot be read: {error.strerror}."
+                hint = "colora provision writes this file for each site."
+                raise StateError(
+                    f"coordinator.{key}", "a readable file", path, site=site.name, message=message, hint=hint
+                ) from None
+
+
 class TrainerRefused(ColoraError, RuntimeError):
     """The trainer rejected its site file or cannot use this machine. The text is the last line of its log."""
 
@@ -72,15 +100,15 @@ class TrainerSupervisor:
         command = (sys.executable, "-m", "colora.client.trainer_service.server", str(path.resolve()))
         self.child, self.site, self.log = SupervisedProcess(Command("trainer", command, log_file)), site, log
         self.bad_starts = 0
-        self.refusals = LogTail(log_file, re.compile(rf"site {re.escape(site.name)}: .*\ballow\.[a-z_]+.*"))
+        self.reports = LogTail(log_file, SHOWN)
 
     def ensure_running(self) -> bool:
-        """Start the trainer when it is due; return whether it was started. Prints new refusals of ``[allow]``.
+        """Start the trainer when it is due; return whether it was started. Prints what its log tells the site.
 
         Raises TrainerRefused after ``MAX_BAD_STARTS`` exits because of bad input.
         """
-        for refusal in self.refusals.new():
-            self.log(sanitize(f"refused: {refusal}"))
+        for report in self.reports.new():
+            self.log(sanitize(report["text"]))
         if not self.child.due:
             return False
         self.bad_starts = self.bad_starts + 1 if self.child.ended_with(BAD_INPUT) else 0
@@ -98,31 +126,6 @@ class TrainerSupervisor:
     def services(self) -> dict[str, object]:
         """Return the trainer's address, for ``services.json``."""
         return {"trainer": self.site.trainer.listen}
-
-
-class LogTail:
-    """Returns new matches in a growing log file, without consecutive duplicates. Starts at the current end."""
-
-    def __init__(self, path: Path, pattern: re.Pattern[str]) -> None:
-        self.path, self.pattern = path, pattern
-        self.position = path.stat().st_size if path.exists() else 0
-        self.last = ""
-
-    def new(self) -> list[str]:
-        """Return the matches in the complete lines written since the last call."""
-        if not self.path.exists() or self.path.stat().st_size <= self.position:
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self.position)
-            text, end, _ = file.read(MAX_LOG_READ).rpartition(b"\n")
-        self.position += len(text) + len(end)
-        matches = []
-        for line in text.decode(errors="replace").splitlines():
-            match = self.pattern.search(line)
-            if match and match[0] != self.last:
-                self.last = match[0]
-                matches.append(match[0])
-        return matches
 
 
 class NodeSupervisor:

@@ -31,7 +31,7 @@ from ...common.config.site_schema import SiteSettings
 from ...common.errors import ColoraError, ConfigError, RefusedError
 from ...common.foreign_text import clean
 from ...common.protocol.types import Arrays, TrainRequest
-from . import listener, serde
+from . import listener, serde, site_report
 from .audit_log import AuditLog
 from .lower_bounds import out_of_the_ordinary
 from .proto import trainer_pb2 as pb
@@ -111,10 +111,12 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
                 result = await _result(job, lambda: context.write(pb.TrainReplyPart(progress=self.progress)))
             reply = result.released.reply
             size = await _result(self.audit_thread.submit(_record, audit, request, result))
-            _log_reply(result, size)
+            site_report.report_reply(request, reply, task=self.site.data.task, steps=result.steps, sent=size)
             await context.write(pb.TrainReplyPart(head=serde.reply_head(reply)))
             for chunk in serde.chunks(reply.shared):
                 await context.write(pb.TrainReplyPart(chunk=chunk))
+            if request.kind == "finalize":
+                site_report.report_end(plan, self.session.folder(plan))
         except Exception as error:
             await self._abort(error, context, audit)
 
@@ -200,13 +202,6 @@ def _record(audit: AuditLog, request: TrainRequest, result: TrainResult) -> int:
     return audit.reply(released.reply, request, replayed=replayed, **kept)
 
 
-def _log_reply(result: TrainResult, size: int) -> None:
-    reply, loss = result.released.reply, result.released.reply.metrics.get("train.loss")
-    work = "stored reply" if result.steps is None else f"{result.steps} steps, {reply.seconds:.1f} s"
-    metrics = "" if loss is None else f"loss {loss:.4f}, "
-    logger.info("%s round %d: %s%s, %d bytes sent", reply.federation, reply.round, metrics, work, size)
-
-
 def _log_abandoned(job: Future[Any]) -> None:
     error = None if job.cancelled() else job.exception()
     if isinstance(error, Exception):
@@ -216,10 +211,14 @@ def _log_abandoned(job: Future[Any]) -> None:
 
 
 def _log_error(error: Exception) -> None:
-    if isinstance(error, ColoraError):
+    """Write an error to the log in full. ``colora client`` shows its first line on the site's terminal."""
+    if isinstance(error, RefusedError):
+        logger.error("refused: %s", error)
+    elif isinstance(error, ColoraError):
         logger.error("%s", error)
     else:
-        logger.error("unexpected error", exc_info=error)
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.error("unexpected error, %s", text, exc_info=error)
 
 
 def serve(site: SiteSettings) -> None:
@@ -271,7 +270,7 @@ def _create_servicer(site: SiteSettings) -> TrainerServicer:
 
 def main(arguments: list[str]) -> int:
     """Run the process. A bad site file or an unusable machine gives one line on stderr and exit code 2."""
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=site_report.LOG_FORMAT)
     for name in ("httpx", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:

@@ -30,6 +30,7 @@ from .plan_bounds import check_bounds, check_disk, check_request
 from .policy import check_allowed
 from .release import ReleasedReply, SiteSize, release
 from .request_ledger import check_requests_of_day, may_send_metrics
+from .site_report import report_rows
 from .site_secret import site_secret
 from .time_limit import TimeLimit
 
@@ -159,6 +160,7 @@ class TrainerSession:
     def _own_rows(self, plan: Plan) -> SiteDataset:
         rows = load_site_rows(self.site, plan.seed)
         tell([rows])
+        report_rows(rows)
         return rows
 
     def _base_of(self, settings: ModelSettings) -> BaseModel:

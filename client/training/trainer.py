@@ -53,6 +53,7 @@ class Trainer:
     """
 
     base_metrics: Mapping[str, float] | None = None  # those of the base model, where they are known
+    measuring = 0.0  # seconds in which models were measured, for the request in progress
     _base_loss: float | None = None  # the base model's part of the benefit ratio, once it is measured
 
     def __init__(
@@ -121,7 +122,7 @@ class Trainer:
         if request.federation != self.plan.name:
             raise RefusedError("federation", self.plan.name, request.federation, site=self.site)
         check_arrays(request.shared, self.layout, self.site)
-        started = time.perf_counter()
+        started, self.measuring = time.perf_counter(), 0.0
         if request.kind in PRELIMINARY:
             return self._preliminary(request, started, on_step)
         stored_state = self.store.state(request.admitted_round)
@@ -161,6 +162,7 @@ class Trainer:
             examples=trained.examples,
             metrics=metrics,
             seconds=time.perf_counter() - started,
+            measuring=self.measuring,
             fresh=stored_state is None,
         )
         return self._send(new, reply, request)
@@ -323,9 +325,12 @@ class Trainer:
         self, shared: Arrays, personal: Mapping[str, torch.Tensor], *, generate: bool, own_head: bool = False
     ) -> dict[str, float]:
         """Metrics of the model with these values. Without ``own_head``, a head is fitted to the training rows."""
+        began = time.perf_counter()
         self.load(shared, personal)
         probes = not own_head and (self.method.head is PERSONAL or not shared)
-        return evaluate(self.task, generate=generate, probes=probes)
+        metrics = evaluate(self.task, generate=generate, probes=probes)
+        self.measuring += time.perf_counter() - began
+        return metrics
 
     def _train(self, request: TrainRequest, state: PersonalState, on_step: StepCallback | None) -> TrainOutcome:
         self.load(request.shared, state.tensors)

@@ -55,13 +55,22 @@ for command in (
     app.command(cls=PlainCommand)(command)
 
 
-@app.callback()
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from colora import __version__
 
         typer.echo(f"colora {__version__}")
         raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Define the options of ``colora`` itself."""
 
 
 def main() -> None:

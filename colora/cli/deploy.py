@@ -136,7 +136,8 @@ def status(
     """Show the status of a run or of a site.
 
     RUN is a run folder (default: the newest in runs/), a site.toml or a site's state folder. The exit code is 0 when
-    the run is healthy or finished, and 1 when a service is down or the run makes no progress.
+    the run is healthy or finished, and 1 when something needs a person: a service is down, the run makes no progress,
+    or a site's last answer was an error.
     """
     import json
 

@@ -95,6 +95,9 @@ def personalize(
         typer.Option(min=1, help="Optimizer steps. Default: train.final_steps or, where that is 0, all rounds' steps."),
     ] = None,
     group: GroupOption = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Overwrite a result of another adapter or of other settings.")
+    ] = False,
 ) -> None:
     """Personalize a finished shared adapter for a new site.
 
@@ -108,4 +111,5 @@ def personalize(
     from colora.common.config.loader import load_site
     from colora.common.models.saved import read_saved_model
 
-    print_result(train(load_site(site), read_saved_model(source, group), steps=steps), Console())
+    result = train(load_site(site), read_saved_model(source, group), steps=steps, replace=replace)
+    print_result(result, Console())

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,14 +17,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from colora.common.config.schema import Recipe
+    from colora.common.dataset import SiteDataset
+    from colora.server.reporting.console import LiveDisplay
 
 STOPPED = 130  # exit code after Ctrl-C
+MAX_SITES = 20  # more are counted, not listed
 
 
 def simulate(
     recipe: Annotated[str | None, typer.Argument(show_default=False)] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Set a recipe key, for example train.lr=1e-3. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="Set a recipe key, for example train.lr=1e-3 or site.NAME.train=16. Repeatable."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run folder.")] = False,
@@ -46,14 +51,14 @@ def simulate(
 ) -> None:
     """Simulate all sites of a federation on this machine.
 
-    RECIPE is a .toml file, or demo (the default), newsgroups, dissimilar, regression or chatterbot. The final table
-    shows what each site gains.
+    RECIPE is a .toml file, or demo (the default), newsgroups, dissimilar, regression or chatterbot. With --resume and
+    --out it can be left out: the run folder has its recipe. The final table shows what each site gains.
     """
     from rich.console import Console
 
     from colora.common.config.loader import load_recipe
     from colora.server.reporting.console import LiveDisplay, print_report
-    from colora.server.reporting.summary import summarize
+    from colora.server.reporting.run_folder import RunFolder
     from colora.server.rounds.run_options import read_replay
 
     overrides = [*(set_ or [])]
@@ -62,24 +67,41 @@ def simulate(
     if transfer_from or transfer_to:
         settings = _transfer_recipe(transfer_from, transfer_to, recipe, overrides)
     else:
-        settings = load_recipe(find_recipe(recipe or "demo"), tuple(overrides))
-    if settings.transfer.source_federation is None:
-        _check_sources(settings)
-    from colora.simulation.run import simulate as run_simulation  # imports torch, which takes seconds
-
+        settings = load_recipe(_recipe_path(recipe, out if resume else None), tuple(overrides))
     folder = out or Path("runs") / settings.name
+    continues = resume and (folder / "recipe.toml").exists()  # with the rows in its folder
+    if settings.transfer.source_federation is None and not continues:
+        _check_sources(settings)
     console = Console()
     replayed = read_replay(replay) if replay else None
-    if resume and not (folder / "recipe.toml").exists():
+    if resume and not continues:
         console.print(f"{folder} holds no run yet. Starting one.", highlight=False)
     try:
         with LiveDisplay(console) as display:
-            run = run_simulation(settings, folder, resume=resume, listener=display, replay=replayed)
+            from colora.simulation.run import simulate as run_simulation  # imports torch, which takes seconds
+
+            for event in RunFolder(folder).events() if resume else ():
+                display.summary.update(event)
+            run = run_simulation(
+                settings,
+                folder,
+                resume=resume,
+                listener=display,
+                replay=replayed,
+                on_sites=lambda sites: _show_rows(sites, display),
+            )
     except KeyboardInterrupt:
         typer.echo("Stopped. Run the same command with --resume to continue from the last completed round.", err=True)
         raise typer.Exit(STOPPED) from None
-    print_report(summarize(run.events()), run.path, console)
+    print_report(display.summary, run.path, console)  # with the sites' own words, which events.jsonl does not have
     _print_next_step(settings, run.path, console)
+
+
+def _recipe_path(recipe: str | None, resumed: Path | None) -> Path:
+    """Return the path of the recipe: as named, that of the run to resume, or the demo's."""
+    if recipe is None and resumed and (resumed / "recipe.toml").is_file():
+        return resumed / "recipe.toml"
+    return find_recipe(recipe or "demo")
 
 
 def _check_sources(recipe: Recipe) -> None:
@@ -90,6 +112,16 @@ def _check_sources(recipe: Recipe) -> None:
         check_sources(recipe.data, None)
     for site in recipe.site:
         check_sources(site.data, site.name)
+
+
+def _show_rows(sites: Sequence[SiteDataset], display: LiveDisplay) -> None:
+    """Print the rows of every site by label. They are shown on this terminal only."""
+    from colora.client.data.label_counts import describe_rows
+
+    for rows in sites[:MAX_SITES]:
+        display.say(f"{rows.site}: {describe_rows(rows)}")
+    if len(sites) > MAX_SITES:
+        display.say(f"… and {len(sites) - MAX_SITES} more sites")
 
 
 def _print_next_step(settings: Recipe, folder: Path, console: Console) -> None:

@@ -5,29 +5,37 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import pydantic
 
 from ..errors import ColoraError, ConfigError
+from ..methods import ALSO_CALLED, METHODS
+from .other_names import OTHER_NAMES
 
 NAME_RULE = "a letter or digit, then at most 63 letters, digits, '.', '_' or '-'"
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")  # pydantic's types of errors about unknown keys
 REPLACEMENTS = {"an object": "a table", "a valid array": "a list", "a valid string": "a string"}
 
 
 def config_error(kind: type, error: pydantic.ValidationError) -> ConfigError:
-    """Return the first validation error as a ConfigError; ``kind`` is the settings dataclass that was validated."""
-    first = error.errors()[0]
+    """Return one validation error as a ConfigError: an unknown key, which may be why another is missing, or the first.
+
+    ``kind`` is the settings dataclass that was validated.
+    """
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] in UNKNOWN), errors[0])
     path = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
     key = _dotted(path)
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return _unknown_key(key, str(path[-1]), _fields_at(kind, path[:-1]))
+    if first["type"] in UNKNOWN:
+        return _unknown_key(key, str(path[-1]), _fields_at(kind, path[:-1]), _paths(kind))
     if first["type"] in ("missing", "missing_argument"):
         return ConfigError(key, "a value", "nothing", message=f"{key} is missing.")
     expected = first["msg"].removeprefix("Input should be ").removeprefix("String should ")
     expected = NAME_RULE if first["type"] == "string_pattern_mismatch" else REPLACEMENTS.get(expected, expected)
     value = repr(first["input"])
-    return ConfigError(key, expected, value, message=f"{key} must be {expected}, not {value}.")
+    hint = _as_a_table(key, first["input"], _fields_at(kind, path)) if expected == "a table" else None
+    return ConfigError(key, expected, value, message=f"{key} must be {expected}, not {value}.", hint=hint)
 
 
 def at_named_site(error: ConfigError, sites: list[dict[str, Any]]) -> ColoraError:
@@ -47,14 +55,39 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
-def _unknown_key(key: str, leaf: str, known: list[str]) -> ConfigError:
+def suggest_method(name: str) -> str:
+    """Return "Did you mean 'X'? " for the method that other tools call by this name, or for the nearest name."""
+    other = ALSO_CALLED.get(name.lower().replace("_", "-"))
+    return f"Did you mean {other!r}? " if other else did_you_mean(name, METHODS)
+
+
+def _suggest_key(leaf: str, known: list[str], paths: list[str]) -> str:
+    """Suggest the key that other tools call ``leaf``, the key of that name in another table, or the nearest here."""
+    other = OTHER_NAMES.get(leaf.lower().replace("-", "_"))
+    elsewhere = [path for path in paths if path.rpartition(".")[2] == leaf]
+    if other and other.rpartition(".")[2] in known:
+        other = other.rpartition(".")[2]
+    elif other not in paths:
+        other = elsewhere[0] if elsewhere else None
+    return f"Did you mean {other!r}? " if other else did_you_mean(leaf, known)
+
+
+def _as_a_table(key: str, value: Any, fields: list[str]) -> str | None:
+    """Say how a text that stands for a table is written, as in ``method = "fedit"``."""
+    if not isinstance(value, str) or not fields or fields[0] not in ("name", "source"):
+        return None
+    value = ALSO_CALLED.get(value.lower(), value) if key == "method" else value
+    return f'Write {key}.{fields[0]} = "{value}", or a table [{key}].'
+
+
+def _unknown_key(key: str, leaf: str, known: list[str], paths: list[str]) -> ConfigError:
     names = ", ".join(known)
     return ConfigError(
         key,
         f"one of {names}",
         repr(leaf),
         message=f"There is no key {key}.",
-        hint=f"{did_you_mean(leaf, known)}The keys here are {names}.",
+        hint=f"{_suggest_key(leaf, known, paths)}The keys here are {names}.",
     )
 
 
@@ -72,3 +105,17 @@ def _fields_at(kind: Any, path: list[Any]) -> list[str]:
         candidates = [inner, *getattr(inner, "__args__", ())]
         kind = next((c for c in candidates if dataclasses.is_dataclass(c)), kind)
     return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
+def _paths(kind: Any, prefix: str = "") -> list[str]:
+    """Return all keys of a settings dataclass and its tables as dotted paths, those of outer tables first."""
+    names = [f.name for f in dataclasses.fields(kind)]
+    inner = {name: table for name in names if (table := _table_of(get_type_hints(kind)[name]))}
+    keys = [f"{prefix}{name}" for name in names if name not in inner]
+    return keys + [path for name, table in inner.items() for path in _paths(table, f"{prefix}{name}.")]
+
+
+def _table_of(hint: Any) -> Any:
+    """Return the dataclass of a key's type, itself or one of its alternatives; None for a value or a list of tables."""
+    candidates = [hint, *getattr(hint, "__args__", ())] if get_origin(hint) is not tuple else []
+    return next((c for c in candidates if dataclasses.is_dataclass(c)), None)

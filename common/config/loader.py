@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..methods import GROUPS, Method, Role
-from .diagnostics import at_named_site
+from .diagnostics import at_named_site, did_you_mean
 from .schema import DataSettings, Recipe, SimulatedSiteSettings, parse
 from .site_schema import SiteSettings
 
@@ -126,8 +126,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *parents, leaf = key.strip().split(".")
-    table = raw
+    table, (*parents, leaf) = _table_to_set(raw, key.strip())
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
@@ -136,10 +135,36 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     table[leaf] = value
 
 
+def _table_to_set(raw: dict[str, Any], key: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the table that an override's key starts at, and the rest of the key: ``site.NAME.`` is a site's table."""
+    first, _, rest = key.partition(".")
+    if first != "site" or not rest:
+        return raw, key.split(".")
+    sites = raw.get("site")
+    tables = {site["name"]: site for site in sites if "name" in site} if isinstance(sites, list) else {}
+    for name in sorted(tables, key=len, reverse=True):  # names may have dots
+        if rest.startswith(f"{name}."):
+            return tables[name], rest.removeprefix(f"{name}.").split(".")
+    if rest in tables:
+        message, hint = f"--set {key} names no key of the site.", f"Write for example --set {key}.train=16."
+        raise ConfigError(f"--set {key}", "site.NAME.KEY", "no key", message=message, hint=hint)
+    wanted = rest.partition(".")[0]
+    names = f"The sites are {', '.join(tables)}." if tables else "The recipe has no [[site]] tables."
+    raise ConfigError(
+        f"--set {key}",
+        "site.NAME.KEY",
+        repr(wanted),
+        message=f"--set {key}: there is no site {wanted!r}.",
+        hint=f"{did_you_mean(wanted, tables)}{names}",
+    )
+
+
 def _data_table(owner: dict[str, Any], site: str | None = None) -> dict[str, Any]:
     data = owner.get("data", {})
     if not isinstance(data, dict):
-        raise ConfigError("data", "a table", repr(data), site=site, message=f"data must be a table, not {data!r}.")
+        hint = f'Write data.source = "{data}", or a table [data].' if isinstance(data, str) else None
+        message = f"data must be a table, not {data!r}."
+        raise ConfigError("data", "a table", repr(data), site=site, message=message, hint=hint)
     return data
 
 

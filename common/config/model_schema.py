@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from ..errors import ConfigError
 from ..methods import ABSENT, GROUPS, METHODS, PRIVATE_KINDS, Method, Role
-from .diagnostics import did_you_mean
+from .diagnostics import suggest_method
 from .field_types import STRICT, Positive, PositiveFloat, Precision, PrivateKind, Probability
 
 
@@ -151,7 +151,7 @@ class MethodSettings:
                 f"one of {', '.join(METHODS)}",
                 repr(self.name),
                 message=f"method.name: there is no method {self.name!r}.",
-                hint=f"{did_you_mean(self.name, METHODS)}The methods are {', '.join(METHODS)}.",
+                hint=f"{suggest_method(self.name)}The methods are {', '.join(METHODS)}.",
             )
         changed = {g: Role(v) for g in GROUPS if (v := getattr(self, g, None)) is not None}
         for group, role in changed.items():

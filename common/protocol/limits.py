@@ -22,6 +22,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("terms", "examples", "train", "test", "truncated", "dropped"), (0, MAX_COUNT)),
     "classes": (0, MAX_CLASSES),
     "seconds": (0, MAX_SECONDS),
+    "measuring": (0, MAX_SECONDS),
 }
 
 

@@ -19,7 +19,7 @@ from ..config.schema import digest
 from ..dataset import EVAL_MODES, METRICS
 from ..errors import RefusedError
 
-PROTOCOL = 2  # version of these types; a site with another one is refused
+PROTOCOL = 3  # version of these types; a site with another one is refused
 UPDATE_SCALE = "update.scale"  # metric: the factor by which a site scaled its update before it sent it
 BENEFIT = "train.benefit"  # metric: loss with the shared adapter ÷ loss without it; in [0, MAX_BENEFIT]
 MAX_BENEFIT = 10.0
@@ -69,6 +69,7 @@ class TrainReply:
     examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    measuring: float = 0.0  # of ``seconds``: those in which models were measured, not trained
     fresh: bool = False  # the site had no state of the admitted round and began from the shared adapter
 
 

@@ -18,10 +18,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 from rich import box
@@ -47,12 +47,10 @@ from ...common.processes.health import (
 from ..reporting.events import Event, parse_lines
 from ..reporting.summary import RunSummary, SiteSummary, summarize
 from ..rounds.checkpoint import CheckpointInfo, latest_checkpoint_info
+from .run_phase import Phase, last_change, phase_of
+from .run_problems import LONGEST_ROUND, longest_idle, process_problems, site_problems
 
-Phase = Literal["joining", "waiting", "training", "finalizing", "finished", "not running"]
 SITE_EVENTS = ("site_ready", "joined", "reply", "late", "refused")  # events caused by a site's message
-ROUND_EVENTS = ("round_started", "reply", "round", "failed", "refused", "late")  # events that occur within rounds
-LONGEST_WAIT = 120.0  # seconds without an event before a run whose sites are joining counts as stalled
-LONGEST_ROUND = 3600.0  # likewise for a round without a deadline
 
 
 @dataclass(frozen=True)
@@ -127,15 +125,18 @@ def run_status(folder: Path, now: float | None = None) -> RunStatus:
     recipe = load_recipe(folder / "recipe.toml")
     (events, skipped), (checkpoint, damaged) = _events(folder), latest_checkpoint_info(folder / "checkpoints")
     summary, record = summarize(events), read_services(folder)
-    phase, about = _phase(events, summary, checkpoint)
-    idle = now - events[-1]["time"] if events else None
+    phase, about = phase_of(events, summary, checkpoint)
+    idle = now - last_change(events) if events else None
     processes = record.processes() if record and phase != "finished" else ()
     services = tuple(_services(record)) if record and phase != "finished" else ()
     if phase not in ("finished", "not running") and _coordinator_gone(processes, idle, recipe.server.timeout):
         phase, about = "not running", f"it was last {phase}"
-    problems = _problems(phase, about, services, processes) + ([skipped] if skipped else [])
+    problems = [skipped] if skipped else []
     problems += [f"checkpoints/{name} is damaged" for name in damaged]
-    if phase not in ("finished", "not running") and (idle or 0) > _longest_idle(phase, summary, recipe.server.timeout):
+    if phase != "finished":
+        problems = process_problems(phase, about, services, processes) + problems
+        problems += site_problems(events, _roster(folder, summary), now)
+    if phase not in ("finished", "not running") and (idle or 0) > longest_idle(phase, summary, recipe.server.timeout):
         problems.append(f"no event for {format_age(idle).removesuffix(' ago')}")
     return RunStatus(
         folder=str(folder),
@@ -206,55 +207,6 @@ def _roster(folder: Path, summary: RunSummary) -> list[str]:
         return list(summary.rows)
 
 
-def _phase(events: list[Event], summary: RunSummary, checkpoint: CheckpointInfo | None) -> tuple[Phase, str]:
-    """The phase by the events since the last start, and its details."""
-    events = [event for event in events if event["event"] != "site_ready"]
-    if checkpoint and checkpoint.finalized:
-        return "finished", ""
-    if not events:
-        return "joining", "there are no events yet"
-    last, names = events[-1], _since_start(events)
-    if "finished" in names:
-        return "finished", ""
-    if last["event"] in _PHASE_BY_LAST_EVENT:
-        return _PHASE_BY_LAST_EVENT[last["event"]](last)
-    if not set(names) & set(ROUND_EVENTS):
-        return "joining", ""
-    between_rounds = "round" in names and "round_started" not in names[_last_index(names, "round") :]
-    return ("finalizing" if between_rounds and summary.round >= summary.rounds else "training"), ""
-
-
-def _since_start(events: list[Event]) -> list[str]:
-    names = [event["event"] for event in events]
-    return names[_last_index(names, "started") :] if "started" in names else names
-
-
-def _last_index(names: list[str], name: str) -> int:
-    return len(names) - 1 - names[::-1].index(name)
-
-
-def _waiting_phase(event: Event) -> tuple[Phase, str]:
-    return "waiting", f"for {', '.join(event['missing'])}" if event.get("missing") else str(event.get("reason", ""))
-
-
-def _failed_phase(event: Event) -> tuple[Phase, str]:
-    return ("not running" if event.get("final") else "waiting"), str(event["reason"])
-
-
-_PHASE_BY_LAST_EVENT: dict[str, Callable[[Event], tuple[Phase, str]]] = {
-    "stopped": lambda event: ("not running", "stopped on request; the same command continues the run"),
-    "run_failed": _failed_phase,
-    "waiting": _waiting_phase,
-}
-
-
-def _longest_idle(phase: Phase, summary: RunSummary, timeout: float | None) -> float:
-    """Seconds without an event after which a run counts as stalled. Generating texts for a transfer takes longer."""
-    if phase in ("joining", "waiting") and not summary.ready_event:
-        return LONGEST_WAIT
-    return (timeout or LONGEST_ROUND) + LONGEST_WAIT
-
-
 def _coordinator_gone(processes: Sequence[ProcessStatus], idle: float | None, timeout: float | None) -> bool:
     """Whether the coordinator has exited. A simulation writes no pids, so a long time without events decides."""
     server = next((process for process in processes if process.name == "server"), None)
@@ -281,16 +233,6 @@ def _gateway_health(address: str) -> HealthState:
         except httpx.HTTPError:
             continue
     return "down"
-
-
-def _problems(
-    phase: Phase, about: str, services: Sequence[ServiceStatus], processes: Sequence[ProcessStatus]
-) -> list[str]:
-    if phase == "finished":
-        return []
-    problems = [f"not running: {about}" if about else "not running"] if phase == "not running" else []
-    problems += [f"{each.name} at {each.address} is {each.state}" for each in services if each.state != "serving"]
-    return problems + [f"{each.name} (process {each.pid}) has exited" for each in processes if not each.alive]
 
 
 def _checkpoint_status(info: CheckpointInfo | None, now: float) -> CheckpointStatus | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -21,20 +22,31 @@ from .summary import RunSummary, SiteSummary, note_of
 COLUMNS = (*EVAL_MODES, "alone")
 CLEAR = 2.0  # a difference counts if it is larger than so many standard errors
 HIGH = 0.5  # a training loss above this fraction of the first round's is high
+PHASES = ("started", "agreed", "round_started", "finalizing")  # events with which a new elapsed time begins
 NOTED = ("waiting", "restarted", "late", "finalizing", "transfer_started")  # events that note_of() describes
 
 
 class LiveDisplay:
-    """Displays events as they happen: a context manager that is called with each event."""
+    """Displays events as they happen: a context manager that is called with each event.
+
+    In a terminal a spinner shows from the first moment what is being done, and for how long.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console, self.summary = console, RunSummary()
-        self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+        self.headline = Progress(*columns, console=console)  # drawn by ``live``
+        self.phase = self.headline.add_task("starting")
+        self.live = Live(self.headline, console=console, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> LiveDisplay:
         if self.live:
             self.live.__enter__()
         return self
+
+    def say(self, line: str) -> None:
+        """Print a line, above the table."""
+        self.console.print(Text(printable(line)), soft_wrap=True)
 
     def __exit__(self, *exc: object) -> None:
         if self.live:
@@ -45,12 +57,15 @@ class LiveDisplay:
         before = len(self.summary.ready)
         self.summary.update(event)
         if self.live:
-            self.live.update(Group(_headline(self.summary), _progress_table(self.summary)), refresh=True)
+            if event["event"] in PHASES:
+                self.headline.reset(self.phase)
+            self.headline.update(self.phase, description=_headline(self.summary))
+            self.live.update(Group(self.headline, _progress_table(self.summary)), refresh=True)
         else:
             new = len(self.summary.ready) > before
             line = f"{self.summary.note} ({event['site']})" if new else _line(self.summary, event)
             if line:
-                self.console.print(Text(printable(line)), soft_wrap=True)
+                self.say(line)
 
 
 def print_report(summary: RunSummary, folder: Path, console: Console) -> None:
@@ -64,13 +79,13 @@ def print_report(summary: RunSummary, folder: Path, console: Console) -> None:
     console.print(Text(printable(f"Run folder: {folder}")), soft_wrap=True)
 
 
-def _headline(summary: RunSummary) -> Text:
+def _headline(summary: RunSummary) -> str:
     if summary.baseline:
         where = f"round {summary.round} of {summary.rounds}"
-        return Text(printable(f"{summary.federation}: baseline (each site alone), {where}"))
+        return printable(f"{summary.federation}: baseline (each site alone), {where}")
     phase = f"round {summary.round} of {summary.rounds}" if summary.round else "waiting for sites to join"
     note = f" ({summary.note})" if summary.note else ""
-    return Text(printable(f"{summary.federation}: {summary.method} on {summary.model}, {phase}{note}"))
+    return printable(f"{summary.federation}: {summary.method} on {summary.model}, {phase}{note}")
 
 
 def _progress_table(summary: RunSummary) -> Table:
@@ -101,7 +116,9 @@ def _line(summary: RunSummary, event: Event) -> str | None:
         personal = summary.mean("personal") if not prefix else None
         metric = f", personal {personal:.3f}" if personal is not None else ""
         sites = f"{len(event['admitted'])} sites"
-        return f"{prefix}round {event['round']}/{summary.rounds}: {sites}{loss}{metric}, {event['seconds']:.1f} s"
+        share = summary.measuring_share(event["round"], baseline=bool(prefix))
+        took = f"{event['seconds']:.1f} s" + (f" ({share:.0%} measuring)" if share else "")
+        return f"{prefix}round {event['round']}/{summary.rounds}: {sites}{loss}{metric}, {took}"
     if name == "grouped":
         return f"{len(event['groups'])} group{'s' * (len(event['groups']) > 1)} of sites: " + "; ".join(
             map(", ".join, event["groups"])
@@ -111,7 +128,8 @@ def _line(summary: RunSummary, event: Event) -> str | None:
     if name in ("refused", "failed"):
         site = event.get("site") or "unknown node"
         reason = str(event["reason"]).removeprefix(f"site {site}: ")
-        return f"{prefix}round {event['round']}: {site} left out: {reason}"
+        when = f"round {event['round']}" if event["round"] else "before round 1"
+        return f"{prefix}{when}: {site} left out: {reason}"
     return None
 
 
@@ -155,7 +173,7 @@ _CELLS: dict[str, Callable[[SiteSummary], str]] = {
 
 def _conclusions(summary: RunSummary) -> list[str]:
     """The lines below the final table."""
-    lines = [_legend(summary)]
+    lines = [_legend(summary), *_measuring(summary)]
     if summary.source_federation:
         lines.append(
             f"The rows are generated texts, labelled by the models from {summary.source_federation}; some of them were "
@@ -181,7 +199,10 @@ def _conclusions(summary: RunSummary) -> list[str]:
             lines.append(
                 f"The update of {row.site} was much larger than the others and was scaled down in round {rounds}."
             )
-        lines += [f"{row.site} was left out of round {t}: {reason}" for t, reason in row.failures.items()]
+        lines += [
+            f"{row.site} was left out {f'of round {t}' if t else 'before round 1'}: {reason}"
+            for t, reason in row.failures.items()
+        ]
         lines += [
             f"{row.site} had lost its personal state in round {t} and started from the shared adapter."
             for t in row.fresh
@@ -203,6 +224,20 @@ def _legend(summary: RunSummary) -> str:
         f"{alone}. sent: bytes that the site sent; sec: seconds of its work; cut: rows longer than max_length; drop: "
         f"rows without anything to learn from. Total time: {summary.seconds:.0f} s."
     )
+
+
+def _measuring(summary: RunSummary) -> list[str]:
+    """A line that says how much of the sites' work was measuring, and what makes it less."""
+    seconds, measuring = (sum(getattr(row, name) for row in summary.rows.values()) for name in ("seconds", "measuring"))
+    if not measuring:
+        return []
+    keys = "evaluation.every and data.test"
+    if any(row.task in TASKS and TASKS[row.task].needs_causal_lm for row in summary.rows.values()):
+        keys = "evaluation.every, evaluation.max_new_tokens and data.test"
+    return [
+        f"The sites worked for {seconds:.0f} s: {seconds - measuring:.0f} s of training and other work, "
+        f"{measuring:.0f} s of measuring, which {keys} limit."
+    ]
 
 
 def known_gains(summary: RunSummary) -> list[float]:

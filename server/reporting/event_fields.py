@@ -73,8 +73,19 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
 OPTIONAL: Mapping[str, Mapping[str, Check]] = {  # where present
     "resumed": {"damaged": _names},
     "started": {"learning_rates": _values(_number)},
+    "reply": {"measuring": _number},
     "round": {"residual": _optional(_number)},
-    "waiting": {"missing": _names, "present": _names, "quorum": _count, "reason": _text},
+    "waiting": {
+        "when": _text,
+        "round": _count,
+        "missing": _names,
+        "offline": _names,
+        "present": _names,
+        "quorum": _count,
+        "seconds": _number,
+        "reason": _text,
+    },
+    "failed": {"silent": lambda value: isinstance(value, bool)},
     "restarted": {"reason": _optional(_text)},
 }
 

@@ -14,8 +14,10 @@ resumed            It continues from a checkpoint: round (of the checkpoint), da
                    that are damaged and were skipped).
 transfer_started   Sites that join write and label texts for the new base model: source_federation, sites.
 site_ready         A site has its texts for the transfer: site.
-waiting            Too few sites. While joining: when ("join"), quorum, present, missing (names).
-                   After a round without quorum, which is repeated: when ("server.quorum at round 3"), reason.
+waiting            Too few sites. While joining: when ("join"), quorum, present, missing (names), and when it repeats
+                   seconds (of waiting). In a round, after one, two, four, … minutes without a reply: when ("round 3"),
+                   round, quorum, present (sites that replied), missing, offline (of these), seconds (since they were
+                   asked). After a round without quorum, which is repeated: when ("server.quorum at round 3"), reason.
 joined             A site was admitted: site, task, train, test (examples), truncated, dropped (of these).
 agreed             What all sites have in common is fixed: weights ("tokens", "examples", "uniform", "benefit"),
                    pins (fingerprints of the base model, tokenizer and chat template).
@@ -26,8 +28,9 @@ initialized        The spectral start has ended: sites (that are connected).
 round_started      round, sites (sampled for this round).
 reply              A reply was admitted: round, site, kind ("trial", "initialize", "train" or "finalize"), metrics (by
                    name, for example personal.accuracy), terms (loss terms trained on), fresh (the site had lost its
-                   state), bytes_down, bytes_up (payload), seconds (of work at the site).
-failed             A site sent an error or no reply: round, site, reason.
+                   state), bytes_down, bytes_up (payload), seconds (of work at the site), measuring (of these: not
+                   training).
+failed             A site sent an error or no reply: round, site, reason, silent (whether it sent nothing).
 refused            A reply or a joining site was refused: round, site, field, expected, found, reason.
 clipped            An update was much larger than the others of its round and was scaled: round, site, norm, bound.
 late               A reply came after its round had ended and was ignored: round, site, reason.
@@ -62,6 +65,7 @@ from ...common.errors import ColoraError, QuorumError
 from ...common.foreign_text import clean
 from .event_fields import parse_event
 
+FIRST_FAILURE = " First failure: "  # in the message of a missed quorum
 MAX_REASON = 1000  # characters of a refusal, which quotes texts of the site; each of these is cut already
 logger = logging.getLogger("colora.events")
 
@@ -77,11 +81,11 @@ class EventRecorder:
         """Emit one event."""
         self.events.emit(event, **fields)
 
-    def failed(self, t: int, site: str, reason: str | None) -> None:
-        """Record that a site sent an error or no reply in round ``t``. ``reason`` may be the site's own text."""
+    def failed(self, t: int, site: str, reason: str | None, *, silent: bool = False) -> None:
+        """Record that a site sent an error, or nothing (``silent``), in round ``t``. ``reason`` may be its own text."""
         site, reason = clean(site), clean(reason or "an error without a reason")
         self.failures.append(f"{site}: {reason}")
-        self.emit("failed", round=t, site=site, reason=reason)
+        self.emit("failed", round=t, site=site, reason=reason, silent=silent)
 
     def refused(self, t: int, error: ColoraError) -> None:
         """Record that a reply or a joining site was refused in round ``t``."""
@@ -98,7 +102,7 @@ class EventRecorder:
         if len(present) < quorum:
             names = f" ({', '.join(present)})" if present else ""
             counts = f"at least {quorum} sites are required, {len(present)} took part{names}"
-            first = f" First failure: {self.failures[0].rstrip('.')}." if self.failures else ""
+            first = f"{FIRST_FAILURE}{self.failures[0].rstrip('.')}." if self.failures else ""
             raise QuorumError(
                 f"server.quorum at {when}",
                 f"at least {quorum} sites",

@@ -36,6 +36,7 @@ class SiteSummary:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
+    measuring: float = 0.0  # of ``seconds``: those in which models were measured
     failures: dict[int, str] = field(default_factory=dict)  # round → why its reply was left out
     clipped: list[int] = field(default_factory=list)  # rounds in which its update was scaled down
     fresh: list[int] = field(default_factory=list)  # rounds in which it had lost its personal state
@@ -82,6 +83,12 @@ class RunSummary:
         """Return a site's summary, creating it on first use."""
         return self.rows.setdefault(site, SiteSummary(site))
 
+    def measuring_share(self, t: int, *, baseline: bool = False) -> float:
+        """The fraction of the sites' work in round ``t`` that was measuring, not training."""
+        replies = [event for (alone, _, number), event in self.replies.items() if (alone, number) == (baseline, t)]
+        seconds = sum(event["seconds"] for event in replies)
+        return sum(event.get("measuring", 0) for event in replies) / seconds if seconds else 0.0
+
     def mean(self, mode: str) -> float | None:
         """The mean primary metric over sites; None if tasks differ or nothing was measured."""
         values = [row.metric(mode) for row in self.rows.values()]
@@ -119,7 +126,14 @@ def _restarted_note(event: Event) -> str:
 def _waiting_note(event: Event) -> str:
     if not event.get("missing"):
         return f"waiting: {event['reason']}"
-    return f"waiting for {', '.join(event['missing'])}: {len(event['present'])} online, {event['quorum']} needed"
+    seconds, present, quorum = event.get("seconds", 0), len(event["present"]), event["quorum"]
+    if "round" not in event:
+        since = f" for {seconds:.0f} s" if seconds else ""
+        return f"waiting for {', '.join(event['missing'])}{since}: {present} online, {quorum} needed"
+    offline = event.get("offline", ())
+    sites = ", ".join(f"{site} (offline)" if site in offline else site for site in event["missing"])
+    silence = f"waiting for {sites}, silent for {seconds:.0f} s"
+    return f"{event.get('when', 'a round')}: {silence}; {present} replied, quorum {quorum}"
 
 
 _NOTES: dict[str, Callable[[Event], str]] = {
@@ -187,8 +201,8 @@ def _reply(summary: RunSummary, event: Event) -> None:
     row, key = summary.site(event["site"]), (False, event["site"], event["round"])
     before = summary.replies.get(key) if event["round"] else None  # round 0 holds all steps of a spectral start
     summary.replies[key] = event
-    for name in ("bytes_up", "bytes_down", "seconds"):
-        setattr(row, name, getattr(row, name) + event[name] - (before[name] if before else 0))
+    for name in ("bytes_up", "bytes_down", "seconds", "measuring"):
+        setattr(row, name, getattr(row, name) + event.get(name, 0) - (before.get(name, 0) if before else 0))
     row.metrics.update(event["metrics"])
     row.failures.pop(event["round"], None)  # its round was repeated, and now it is admitted
     if event.get("fresh") and event["round"] not in row.fresh:

@@ -17,6 +17,7 @@ from .replies import MIN_BYTES, ReplyCollector
 # Errors that a site caused; all others come from Flower's infrastructure.
 SITE_ERRORS = frozenset({SITE_FAILED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION})
 RETRY_PAUSE = 1.0  # seconds before a request is resent after an error (deployed); doubled for each error of the site
+NOTICE = 60.0  # seconds without a reply after which the sites that are waited for are reported; doubled each time
 REFRESH_INTERVAL = 1.0  # seconds between two checks of which nodes are online (deployed)
 
 
@@ -35,6 +36,15 @@ class RetryPolicy:
     deployed: bool = False
     interval: float = 0.1
     silence: float = 600.0
+
+
+@dataclass(frozen=True)
+class Silence:
+    """Who has not replied for ``seconds``. ``offline`` are those of ``sites`` that are not connected."""
+
+    sites: list[str]
+    offline: list[str]
+    seconds: float
 
 
 @dataclass
@@ -61,13 +71,18 @@ class Dispatcher:
         self._replies = ReplyCollector(grid, background=policy.deployed)
 
     def dispatch(
-        self, requests: Mapping[str, Callable[[], Message]], enough: Callable[[], bool] = lambda: False
+        self,
+        requests: Mapping[str, Callable[[], Message]],
+        enough: Callable[[], bool] = lambda: False,
+        on_silence: Callable[[Silence], None] = lambda silence: None,
     ) -> Iterator[tuple[str, Message]]:
         """Send all requests and yield (site, reply) as replies arrive; a reply may be the error of the last attempt.
 
         Flower delivers a message only once, so each attempt builds a new message. Sites without a reply in time are
-        not yielded, nor are offline sites once ``enough()`` holds without them.
+        not yielded, nor are offline sites once ``enough()`` holds without them. ``on_silence`` is told who is
+        waited for (deployed).
         """
+        began, notice = time.monotonic(), NOTICE
         deadline = None if self._policy.timeout is None else time.monotonic() + self._policy.timeout
         waiting = {site: PendingReply(message) for site, message in requests.items()}
         sent: dict[str, str] = {}  # message id → site
@@ -82,6 +97,10 @@ class Dispatcher:
             if not replies:
                 if self._policy.deployed and self._refresh(waiting, enough):
                     break
+                if self._policy.deployed and (seconds := time.monotonic() - began) > notice:
+                    offline = [site for site in waiting if self._registry.presence(site) is None]
+                    on_silence(Silence(list(waiting), offline, seconds))
+                    notice *= 2
                 time.sleep(self._policy.interval)
         self._late |= {message_id: site for message_id, site in sent.items() if site in waiting}
         self._replies.abandon()

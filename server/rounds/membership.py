@@ -10,6 +10,7 @@ from ...common.errors import RefusedError
 from ...common.protocol.types import SiteInfo
 from ..reporting.events import EventRecorder
 from .admission import admit_site
+from .dispatch import NOTICE
 from .registry import ConnectedSite, NodeRegistry
 from .run_options import RunOptions, StopRequested
 
@@ -28,6 +29,7 @@ class Membership:
         self._checked: dict[str, ConnectedSite] = {}
         self._expected: dict[str, str] = {}
         self._missing: list[str] | None = None
+        self._missing_since = self._notice = 0.0  # monotonic time, and seconds until the missing sites are told again
 
     def wait_for_quorum(self, quorum: int, timeout: float | None) -> list[SiteInfo]:
         """Wait until enough sites have joined and no join request is open; return their descriptions.
@@ -95,11 +97,18 @@ class Membership:
         self.registry.refusals.clear()
 
     def _wait(self, quorum: int, present: list[str]) -> None:
-        """Sleep for a second; record the missing sites when they change. Raises StopRequested."""
+        """Sleep for a second; record the missing sites when they change, and again after one, two, four, … minutes.
+
+        Raises StopRequested.
+        """
         if self.options.should_stop():
             raise StopRequested
         missing = [name for name in self.names if name not in present]
+        who, now = {"quorum": quorum, "present": present, "missing": missing}, time.monotonic()
         if self._missing != missing:
-            self._missing = missing
-            self.recorder.emit("waiting", when="join", quorum=quorum, present=present, missing=missing)
+            self._missing, self._missing_since, self._notice = missing, now, NOTICE
+            self.recorder.emit("waiting", when="join", **who)
+        elif now - self._missing_since > self._notice:
+            self._notice *= 2
+            self.recorder.emit("waiting", when="join", **who, seconds=round(now - self._missing_since))
         time.sleep(1.0)

@@ -33,7 +33,7 @@ from .aggregation import WeightedUpdate
 from .agreement import agree_on_pins, has_mixed_tasks, number_of_classes
 from .checkpoint import ServerState
 from .clipping import Clipped, norm_bound
-from .dispatch import Dispatcher, RetryPolicy
+from .dispatch import Dispatcher, RetryPolicy, Silence
 from .membership import Membership
 from .registry import JoinQuery, NodeRegistry, wait_for_nodes
 from .run_options import RosterEntry, RunOptions, StopRequested
@@ -197,7 +197,7 @@ class AdapterStrategy:
         """
         shutil.rmtree(self.spool, ignore_errors=True)
         quorum, replies = self.settings.quorum or len(asked) // 2 + 1, {}
-        for site, found in self._admitted(asked, t, lambda: len(replies) >= quorum):
+        for site, found in self._admitted(asked, t, quorum):
             save_arrays(self.spool / f"{site}.safetensors", dict(found.reply.shared), {}, lasting=False)
             replies[site] = AdmittedReply(dataclasses.replace(found.reply, shared={}), found.norm)
         self.recorder.require_quorum(quorum, list(replies), when)
@@ -226,7 +226,7 @@ class AdapterStrategy:
         """Return the final state: the adapter of the last round, and the sites that personalized on it."""
         finalized: dict[str, AdmittedReply] = {}
         quorum = self.settings.quorum or len(asked) // 2 + 1
-        for site, reply in self._admitted(asked, state.round + 1, lambda: len(finalized) >= quorum):
+        for site, reply in self._admitted(asked, state.round + 1, quorum):
             finalized[site] = reply
         self.recorder.require_quorum(quorum, list(finalized), "finalize")
         self.recorder.emit("finalized", round=state.round, sites=list(finalized))
@@ -254,13 +254,18 @@ class AdapterStrategy:
         return messages.train_message(request, packed, self.membership.registry.connected[site].node)
 
     def _admitted(
-        self, asked: Mapping[str, PendingRequest], t: int, enough: Callable[[], bool]
+        self, asked: Mapping[str, PendingRequest], t: int, quorum: int
     ) -> Iterator[tuple[str, AdmittedReply]]:
         """Yield admitted replies as they arrive. Failures, refusals and missing replies are emitted and left out."""
         down = {site: messages.payload_bytes(a.message()) for site, a in asked.items()}
-        silent = set(asked)
+        silent, admitted = set(asked), []
         self.current_round = t
-        for site, message in self.dispatcher.dispatch({site: a.message for site, a in asked.items()}, enough):
+        replies = self.dispatcher.dispatch(
+            {site: a.message for site, a in asked.items()},
+            lambda: len(admitted) >= quorum,
+            lambda silence: self._emit_silence(silence, t, admitted, quorum),
+        )
+        for site, message in replies:
             silent.discard(site)
             self.membership.admit(t)
             if message.has_error():
@@ -283,12 +288,19 @@ class AdapterStrategy:
                 "terms": reply.terms,
                 "fresh": reply.fresh,
             }
-            costs = {"bytes_down": down[site], "bytes_up": messages.payload_bytes(message), "seconds": reply.seconds}
+            costs = {"bytes_down": down[site], "bytes_up": messages.payload_bytes(message)}
+            costs |= {"seconds": reply.seconds, "measuring": min(reply.measuring, reply.seconds)}
             self.recorder.emit("reply", round=t, site=site, **results, **costs)
+            admitted.append(site)
             yield site, AdmittedReply(reply, norm)
         for site in [s for s in asked if s in silent]:
             limit = self.settings.timeout
-            self.recorder.failed(t, site, f"no reply within {limit:g} s" if limit else "not connected")
+            self.recorder.failed(t, site, f"no reply within {limit:g} s" if limit else "not connected", silent=True)
+
+    def _emit_silence(self, silence: Silence, t: int, admitted: list[str], quorum: int) -> None:
+        who = {"missing": silence.sites, "offline": silence.offline, "present": list(admitted), "quorum": quorum}
+        when = f"round {t}" if 1 <= t <= self.recipe.rounds else "finalize" if t else "before round 1"
+        self.recorder.emit("waiting", when=when, round=t, **who, seconds=round(silence.seconds))
 
     def _emit_ready(self, site: str) -> None:
         self.recorder.emit("site_ready", site=site)

@@ -164,7 +164,7 @@ class SiteSetup:
         bits = [
             {key: (str(v.dtype), v.shape, v.tobytes()) for key, v in reply.shared.items()} for reply in (one, other)
         ]
-        fields = [{**vars(reply), "shared": None, "seconds": None} for reply in (one, other)]
+        fields = [{**vars(reply), "shared": None, "seconds": None, "measuring": None} for reply in (one, other)]
         return bits[0] == bits[1] and fields[0] == fields[1]
 
 

@@ -64,7 +64,7 @@ def test_only_core_and_head_are_trained_as_in_a_simulation(run: RunFolder, tiny_
         assert np.array_equal(mine.personal[key], value), key
 
 
-def test_a_repeated_call_returns_the_stored_result_and_other_steps_train_again(
+def test_a_repeated_call_returns_the_stored_result_and_another_one_is_not_overwritten_silently(
     run: RunFolder, tiny_recipe: dict, tmp_path: Path
 ) -> None:
     site, adapter = site_file(tmp_path / "cyd", tiny_recipe), read_saved_model(run.path)
@@ -75,7 +75,12 @@ def test_a_repeated_call_returns_the_stored_result_and_other_steps_train_again(
     assert personalize(site, adapter, on_step=lambda done, total: taken.append((done, total))).metrics == first.metrics
     assert not taken
     assert load_arrays(first.state)[1] == before[1]
-    personalize(site, adapter, steps=7, on_step=lambda done, total: taken.append((done, total)))
+    other_adapter = dataclasses.replace(adapter, shared={key: 2 * value for key, value in adapter.shared.items()})
+    for other, steps in ((adapter, 7), (other_adapter, None)):
+        with pytest.raises(StateError, match=r"site cyd: .* holds a result of another adapter .* Use --replace"):
+            personalize(site, other, steps=steps)
+        assert load_arrays(first.state)[1] == before[1]
+    personalize(site, adapter, steps=7, replace=True, on_step=lambda done, total: taken.append((done, total)))
     assert taken[-1] == (7, 7)
 
 
@@ -84,7 +89,10 @@ def test_other_settings_train_again_and_a_participants_states_are_kept(
 ) -> None:
     site, adapter = site_file(tmp_path / "cyd", tiny_recipe), read_saved_model(run.path)
     first = personalize(site, adapter)
-    private = personalize(dataclasses.replace(site, private=PrivateSettings("lora", rank=2)), adapter)
+    with_private = dataclasses.replace(site, private=PrivateSettings("lora", rank=2))
+    with pytest.raises(StateError, match="of other settings"):
+        personalize(with_private, adapter)
+    private = personalize(with_private, adapter, replace=True)
     assert set(private.trained) == {"core", "head", "private"}
     assert "private" not in first.trained
     assert any(key.startswith("private.") for key in read_saved_model(first.state).personal)

@@ -183,7 +183,8 @@ def tensors(path: Path, owner: str) -> dict[str, bytes]:
     with safe_open(path, "numpy") as file:
         found = {f"{owner}/{path.stem}/{key}": file.get_tensor(key).tobytes() for key in file.keys()}  # noqa: SIM118
         notes = json.loads(file.metadata()["colora"].partition("\n")[2])  # after the checksum
-    notes.get("reply", {}).pop("seconds", None)
+    for duration in ("seconds", "measuring"):
+        notes.get("reply", {}).pop(duration, None)
     return {**found, f"{owner}/{path.stem}/notes": json.dumps(notes, sort_keys=True).encode()}
 
 

@@ -52,7 +52,8 @@ def durable(folder: Path) -> dict[str, tuple[dict[str, np.ndarray], dict]]:
     files = {}
     for place in (folder / "checkpoints", *sorted(folder.glob("sites/*/state"))):
         arrays, meta = load_arrays(sorted(place.glob("round-*"))[-1])
-        meta.get("reply", {}).pop("seconds", None)
+        for duration in ("seconds", "measuring"):
+            meta.get("reply", {}).pop(duration, None)
         files[str(place.relative_to(folder))] = arrays, meta
     return files
 

@@ -45,6 +45,7 @@ def test_generation_sites_report_text_metrics(generation_recipe: dict, tmp_path:
     summary = summarize(simulate(recipe_from(generation_recipe), tmp_path / "run", resume=False).events())
     for row in summary.rows.values():
         assert {"personal.rouge_l", "personal.exact_match", "personal.loss", "base.rouge_l"} <= set(row.metrics)
+        assert 0 < row.measuring < row.seconds, "both training and measuring took time"
 
 
 def test_mixed_tasks_share_one_adapter_with_uniform_weights(

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ....common.config.loader import load_site
 from ....common.config.schema import EvaluationSettings, ModelSettings, Plan
 from ....common.config.site_schema import SiteSettings
-from ....common.dataset import TASKS, SiteDataset, labels_of
+from ....common.dataset import TASKS, SiteDataset
 from ....common.errors import ColoraError, DataError
+from ...data.early_check import check_sources
+from ...data.label_counts import describe_labels
 from ...data.readers import read_rows
 from ...data.selection import load_site_rows
 from .credentials import check_ca, check_coordinator, check_key, check_link
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["preflight", "print_checks"]
 
 UNIX = "unix:"
-MAX_LABELS, MAX_LABEL_LENGTH = 20, 40  # more or longer labels are counted, not shown
 MAX_COLUMNS, MAX_COLUMN_LENGTH = 20, 30  # more columns are left out, longer names are cut
 UNLIMITED = 1 << 30  # tokens
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}  # per weight
@@ -43,8 +43,8 @@ Component = Literal["trainer", "supernode"]
 COMPONENTS: tuple[Component, ...] = ("trainer", "supernode")
 
 
-def preflight(path: Path, model: str | None = None, component: Component | None = None) -> list[CheckResult]:
-    """Check a site file and everything it names.
+def preflight(path: Path, model: str | None = None, component: Component | None = None) -> Iterator[CheckResult]:
+    """Check a site file and everything it names, and yield each result at once.
 
     ``component`` limits the checks to what one of the site's two processes needs. ``model`` is the base model to load;
     the default is the entry of ``allow.models`` if there is exactly one.
@@ -52,7 +52,8 @@ def preflight(path: Path, model: str | None = None, component: Component | None 
     try:
         site = load_site(path)
     except ColoraError as error:
-        return [CheckResult("site file", False, str(error))]
+        yield CheckResult("site file", False, str(error))
+        return
     checks: list[Check] = [("site file", lambda: f"site {site.name}, {path}")]
     if component != "supernode":
         checks += TrainerChecks(site, model).checks()
@@ -63,7 +64,7 @@ def preflight(path: Path, model: str | None = None, component: Component | None 
         checks += [("link", lambda: check_link(Path(site.trainer.link), components))]
     if component != "trainer":
         checks += _supernode_checks(site)
-    return [_run(name, check) for name, check in checks]
+    yield from (_run(name, check) for name, check in checks)
 
 
 class TrainerChecks:
@@ -94,11 +95,12 @@ class TrainerChecks:
         ]
 
     def data(self) -> str:
-        """Read the rows."""
+        """Read the rows. Missing files and columns are found before torch is imported, which takes seconds."""
         source = self.site.data.source
         if not source:
             raise CheckFailed("data.source is empty; it must name a file, an asset or a data set")
         try:
+            check_sources(self.site.data, self.site.name)
             self.rows = load_site_rows(self.site, seed=0)
         except DataError as error:
             raise CheckFailed(self._without_values(error)) from None
@@ -112,14 +114,7 @@ class TrainerChecks:
             return f"none: the task is {self.site.data.task}"
         if self.rows is None:
             return "not checked: no rows"
-        train, test = (
-            Counter(label for row in rows for label in labels_of(row)) for rows in (self.rows.train, self.rows.test)
-        )
-        names = self.rows.labels
-        if len(names) > MAX_LABELS or any(len(name) > MAX_LABEL_LENGTH for name in names):
-            counts = [train[name] for name in names]
-            return f"{len(names)}, with {min(counts)} to {max(counts)} training rows (too many or too long to show)"
-        return ", ".join(f"{name} {train[name]}+{test[name]}" for name in names) + " (train+test)"
+        return f"{describe_labels(self.rows)} (train+test)"
 
     def find_device(self) -> str:
         """Check the device. The model is loaded on the CPU when the device is not available."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 FAILED = 2  # exit code
+NAME_WIDTH = len("coordinator")  # the longest name of a check
 
 
 class CheckFailed(Exception):
@@ -27,17 +28,16 @@ class CheckResult:
 
 
 def print_checks(results: Iterable[CheckResult], console: Console) -> int:
-    """Print one line per result and a summary. Returns the exit code, which is 2 when a check failed."""
+    """Print one line per result as it comes, and a summary. Returns the exit code, which is 2 when a check failed."""
     from rich.text import Text
 
-    results = list(results)
-    width = max(len(result.name) for result in results)
+    count = failed = 0
     for result in results:
         mark = Text("ok    ", "green") if result.ok else Text("FAIL  ", "bold red")
-        line = Text.assemble(mark, f"{result.name:<{width}}  {result.detail}")
+        line = Text.assemble(mark, f"{result.name:<{NAME_WIDTH}}  {result.detail}")
         console.print(line, soft_wrap=True)
-    failed = sum(not result.ok for result in results)
-    summary = f"{failed} of {len(results)} checks failed" if failed else "All checks passed"
+        count, failed = count + 1, failed + (not result.ok)
+    summary = f"{failed} of {count} checks failed" if failed else "All checks passed"
     console.print(Text(summary), soft_wrap=True)
     return FAILED if failed else 0
 

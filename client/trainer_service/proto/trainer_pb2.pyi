@@ -93,7 +93,7 @@ class Progress(_message.Message):
     def __init__(self, step: _Optional[int] = ..., total: _Optional[int] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class TrainReplyHead(_message.Message):
-    __slots__ = ("site", "federation", "round", "key", "terms", "examples", "metrics", "seconds", "fresh")
+    __slots__ = ("site", "federation", "round", "key", "terms", "examples", "metrics", "seconds", "fresh", "measuring")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class TrainReplyHead(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
+    MEASURING_FIELD_NUMBER: _ClassVar[int]
     site: str
     federation: str
     round: int
@@ -119,7 +120,8 @@ class TrainReplyHead(_message.Message):
     metrics: _containers.ScalarMap[str, float]
     seconds: float
     fresh: bool
-    def __init__(self, site: _Optional[str] = ..., federation: _Optional[str] = ..., round: _Optional[int] = ..., key: _Optional[str] = ..., terms: _Optional[int] = ..., examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., fresh: bool = ...) -> None: ...
+    measuring: float
+    def __init__(self, site: _Optional[str] = ..., federation: _Optional[str] = ..., round: _Optional[int] = ..., key: _Optional[str] = ..., terms: _Optional[int] = ..., examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., fresh: bool = ..., measuring: _Optional[float] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("name", "dtype", "shape", "data")

@@ -19,6 +19,7 @@ from colora.client.deployment.status import show_site, site_file, site_status
 from colora.client.trainer_service.audit_log import AuditLog
 from colora.common.atomic_io import save_arrays
 from colora.common.processes.supervised import free_port, write_services
+from colora.common.protocol.types import SiteInfo
 from colora.server.deployment.provisioning.provision import provision
 
 PLAN = '[coordinator]\naddress = "127.0.0.1:9443"\n[[site]]\nname = "north"\n'
@@ -31,9 +32,10 @@ def site(tmp_path: Path) -> Path:
     file.parent.mkdir()
     file.write_text('name = "north"\n[data]\nsource = "rows.csv"\n[coordinator]\naddress = "far:9443"\n')
     folder = file.parent / "state" / "town"
-    for t in (9, 10):
-        save_arrays(folder / f"round-{t:06d}.safetensors", {}, {})
-    AuditLog(folder, "town").error("RefusedError: model")
+    for t, metrics in ((9, {"base.accuracy": 0.5, "personal.accuracy": 0.6}), (10, {"personal.accuracy": 0.75})):
+        card = {"task": "classification", "metrics": metrics}
+        save_arrays(folder / f"round-{t:06d}.safetensors", {}, {"card": card})
+    AuditLog(folder, "town").site_info(SiteInfo("north", 2, "", "", "", "", "classification", 1, 1, 0, 0))
     (file.parent / "state" / "logs").mkdir()
     return file
 
@@ -68,7 +70,21 @@ def test_a_site_whose_processes_serve_is_healthy(site: Path, trainer: grpc.Serve
     assert town.age is not None
     assert 0 <= town.age < 60
     assert town.audit is not None
-    assert (town.audit["kind"], town.audit["text"]) == ("error", "RefusedError: model")
+    assert town.audit["kind"] == "description"
+    assert (town.metric("base"), town.metric("shared"), town.metric("personal")) == (0.5, None, 0.75)
+
+
+def test_a_site_whose_last_answer_was_an_error_needs_a_person(site: Path) -> None:
+    write_record(site)
+    assert site_status(site).healthy
+    log = AuditLog(site.parent / "state" / "town", "town")
+    log.error("DataError: data.label")
+    (problem,) = site_status(site).problems
+    assert problem.startswith("town: the site's last answer was an error (DataError: data.label); ")
+    assert problem.endswith("state/logs/trainer.log has it in full")
+    log.error("DataError: data.label")
+    log.site_info(SiteInfo("north", 2, "", "", "", "", "classification", 1, 1, 0, 0))
+    assert site_status(site).healthy, "it has joined since"
 
 
 def test_a_trainer_behind_tls_is_asked_with_the_sites_certificates(tmp_path: Path, trainer: grpc.Server) -> None:
@@ -116,10 +132,11 @@ def test_the_page_and_the_command_tell_the_same(site: Path, tmp_path: Path) -> N
     console = Console(record=True, width=160, file=(tmp_path / "page").open("w"))
     show_site(site_status(site), console)
     page = console.export_text()
-    for words in ("site north, coordinator far:9443", "town", "10", "error, 19 bytes", "! not running"):
+    for words in ("site north, coordinator far:9443", "town", "10", "0.500", "0.750", "description, ", "! not running"):
         assert words in page
     call = [sys.executable, "-m", "colora", "status", str(site.parent / "state"), "--json"]
     done = subprocess.run(call, capture_output=True, text=True)
     page_json = json.loads(done.stdout)
     assert (done.returncode, page_json["kind"], page_json["version"], page_json["healthy"]) == (1, "site", 1, False)
-    assert page_json["federations"][0]["audit"]["kind"] == "error"
+    assert page_json["federations"][0]["audit"]["kind"] == "description"
+    assert page_json["federations"][0]["metrics"] == {"base.accuracy": 0.5, "personal.accuracy": 0.75}

@@ -161,6 +161,42 @@ def test_a_failed_site_is_reported_with_its_reason(run: Path) -> None:
     assert bob.seen > 7  # since its reply; a failure is not a message of the site
 
 
+def test_a_site_whose_last_answer_was_an_error_needs_a_person_until_it_answers(run: Path) -> None:
+    events = {event["event"]: event for event in read_events(run / "events.jsonl")}
+    error = {"event": "failed", "round": 2, "site": "bob", "reason": "DataError: data.label"}
+    silent = {"event": "failed", "round": 2, "site": "cyd", "reason": "no reply within 5 s", "silent": True}
+    now = cut(run, "round", error, silent, checkpoint=1)
+    assert run_status(run, now + 1).problems == ("bob was left out of round 2: DataError: data.label",)
+    now = cut(run, "round", error, {**events["reply"], "site": "bob"}, checkpoint=1)
+    assert run_status(run, now + 1).healthy
+
+
+@pytest.mark.parametrize(
+    ("offline", "after", "problem"),
+    [
+        (["bob", "cyd"], 61, "round 2 has no quorum without bob, cyd: offline, silent for 121 s"),
+        (["bob", "cyd"], 59, None),
+        (["cyd"], 61, None),  # bob and ada are enough
+    ],
+)
+def test_a_round_that_an_offline_site_keeps_from_its_quorum_needs_a_person(
+    run: Path, offline: list[str], after: float, problem: str | None
+) -> None:
+    waiting = {"when": "round 2", "round": 2, "missing": ["bob", "cyd"], "present": ["ada"], "quorum": 2}
+    now = cut(run, "round", {"event": "waiting", **waiting, "offline": offline, "seconds": 60}, checkpoint=1)
+    status = run_status(run, now + after)
+    assert status.problems == ((problem,) if problem else ())
+    assert status.phase == "training"
+    assert status.about.startswith("round 2: waiting for bob")
+
+
+def test_a_notice_that_the_wait_goes_on_is_no_progress(run: Path) -> None:
+    waiting = {"event": "waiting", "when": "join", "missing": ["bob"], "present": ["ada"], "quorum": 2}
+    first = cut(run, "started", waiting)
+    now = cut(run, "started", waiting, {**waiting, "seconds": 125, "time": first + 125})
+    assert run_status(run, now + 1).problems == ("no event for 2 min",)
+
+
 @pytest.mark.parametrize(("after", "patience"), [("joined", 120), ("round_started", 3600)])
 def test_a_run_without_events_for_long_is_unhealthy(run: Path, after: str, patience: float) -> None:
     now = cut(run, after)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from colora.server.reporting.console import mean_and_error, print_report
+from colora.server.reporting.console import LiveDisplay, mean_and_error, print_report
 from colora.server.reporting.summary import RunSummary, summarize
 
 STARTED = {"event": "started", "federation": "f", "method": "colora", "model": "m", "rounds": 2}
@@ -86,3 +86,24 @@ def test_the_table_fits_into_80_columns(tmp_path: Path) -> None:
     summary.rows = {"a" * 12: summary.rows["s0"], "s1": summary.rows["s1"]}
     summary.rows["a" * 12].site = "a" * 12
     assert "…" not in report_of(summary, tmp_path)
+
+
+def test_a_round_and_the_report_tell_how_much_of_the_work_was_measuring(tmp_path: Path) -> None:
+    """Two sites work for 4 and 6 s, of which they measure for 3 and 4 s: 7 of 10 s; the final request adds 1 of 2 s."""
+    joined = {"task": "generation", "train": 8, "test": 100, "truncated": 0, "dropped": 0}
+    reply = {"event": "reply", "bytes_up": 1, "bytes_down": 1, "metrics": {}}
+    replies = [
+        {**reply, "round": 1, "site": "ada", "seconds": 4.0, "measuring": 3.0},
+        {**reply, "round": 1, "site": "bob", "seconds": 6.0, "measuring": 4.0},
+    ]
+    ended = {"event": "round", "round": 1, "admitted": ["ada", "bob"], "weights": {}, "seconds": 10.2}
+    last = {**reply, "round": 3, "site": "bob", "seconds": 2.0, "measuring": 1.0}
+    console = Console(file=io.StringIO(), width=100)
+    with LiveDisplay(console) as display:
+        display({**STARTED, "sites": ["ada", "bob"]})
+        for event in (*({"event": "joined", "site": name, **joined} for name in ("ada", "bob")), *replies, ended, last):
+            display(event)
+    assert console.file.getvalue().splitlines()[-1] == "round 1/2: 2 sites, 10.2 s (70% measuring)"  # type: ignore[attr-defined]
+    told = " ".join(report_of(display.summary, tmp_path).split())
+    assert "The sites worked for 12 s: 4 s of training and other work, 8 s of measuring, which" in told
+    assert "evaluation.every, evaluation.max_new_tokens and data.test limit." in told

@@ -20,6 +20,7 @@ from colora.common.config.loader import recipe_from
 from colora.common.config.schema import Recipe
 from colora.common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
 from colora.server.reporting.events import Event, EventLog, read_events
+from colora.server.reporting.summary import note_of
 from colora.server.rounds import dispatch, membership
 from colora.server.rounds.checkpoint import Checkpoints, ServerState
 from colora.server.rounds.run_options import RosterEntry, RunOptions, StopRequested, read_replay
@@ -392,3 +393,36 @@ def test_a_coordinators_own_copy_of_the_model_pins_its_fingerprints(tmp_path: Pa
         run(settings, FakeGrid(fake_sites(settings)), tmp_path, options)
     refused = recorded(tmp_path, "refused")
     assert {(e["site"], e["field"], e["expected"]) for e in refused} == {(name, "model", "own") for name in NAMES}
+
+
+def test_a_round_tells_whom_it_waits_for_since_when_and_who_of_them_is_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bob is silent and cyd offline; both are back once this was told twice, after one and two times ``NOTICE``."""
+    monkeypatch.setattr(dispatch, "NOTICE", 0.6)
+    monkeypatch.setattr(dispatch.RetryPolicy.__init__, "__defaults__", (False, 0.1, 0.2))  # the last is ``silence``
+    settings = recipe(quorum=2)
+    grid = FakeGrid(fake_sites(settings))
+    grid.swallow |= {2, 3}
+    grid.later.append((lambda: bool(grid.lost), lambda: grid.since.pop(3)))
+    grid.later.append((lambda: len(recorded(tmp_path, "waiting")) > 1, grid.swallow.clear))
+    assert run(settings, grid, tmp_path).finalized
+    first, second = recorded(tmp_path, "waiting")
+    assert (first["when"], first["round"], first["quorum"]) == ("round 1", 1, 2)
+    assert (first["missing"], first["offline"], first["present"]) == (["bob", "cyd"], ["cyd"], ["ada"])
+    assert second["time"] - first["time"] > 0.5
+    first["seconds"] = 60
+    assert note_of(first) == "round 1: waiting for bob, cyd (offline), silent for 60 s; 1 replied, quorum 2"
+
+
+def test_who_has_not_joined_is_told_again_with_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "NOTICE", 0.3)
+    settings = recipe(quorum=2)
+    grid = FakeGrid(fake_sites(settings))
+    late = grid.since.pop(3), grid.since.pop(2)
+    grid.later.append((lambda: len(recorded(tmp_path, "waiting")) > 2, lambda: grid.since.update({2: late[1]})))
+    assert run(settings, grid, tmp_path).finalized
+    first, *again = recorded(tmp_path, "waiting")
+    assert "seconds" not in first
+    assert [event["missing"] for event in again] == [["bob", "cyd"]] * 2
+    assert note_of({**again[1], "seconds": 120}) == "waiting for bob, cyd for 120 s: 1 online, 2 needed"

@@ -85,7 +85,7 @@ class Place:
         return path
 
     def check(self, **options: Any) -> dict[str, CheckResult]:
-        results = preflight(self.path, **options)
+        results = list(preflight(self.path, **options))
         assert len({result.name for result in results}) == len(results)
         for result in results:
             assert SECRET not in result.detail
@@ -354,10 +354,10 @@ def test_one_failure_hides_no_other(place: Place) -> None:
 def test_labels_that_look_like_texts_are_counted_and_not_shown(place: Place) -> None:
     rows = [{"text": "a b c", "label": f"{SECRET} {'word ' * 8}{i % 3}"} for i in range(40)]
     write_lines(place.folder / "rows.jsonl", rows)
-    assert place.check()["labels"].detail.startswith("3, with ")
+    assert place.check()["labels"].detail.startswith("3 labels with 10 to 10 training rows")
     rows = [{"text": "a b c", "label": str(i % 21)} for i in range(210)]
     write_lines(place.folder / "rows.jsonl", rows)
-    assert place.check()["labels"].detail.startswith("21, with ")
+    assert place.check()["labels"].detail.startswith("21 labels with ")
 
 
 def test_an_unexpected_error_is_a_finding_by_its_kind_alone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
