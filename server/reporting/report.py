@@ -129,9 +129,10 @@ def _measuring(summary: RunSummary) -> list[str]:
     keys = "evaluation.every and data.test"
     if any(row.task in TASKS and TASKS[row.task].needs_causal_lm for row in summary.rows.values()):
         keys = "evaluation.every, evaluation.max_new_tokens and data.test"
+    rest = round(seconds) - round(measuring)  # so that the two add up
     return [
-        f"The sites worked for {seconds:.0f} s: {seconds - measuring:.0f} s of training and other work, "
-        f"{measuring:.0f} s of measuring, which {keys} limit."
+        f"The sites worked for {seconds:.0f} s: {rest} s of training and other work, {measuring:.0f} s of measuring, "
+        f"which {keys} limit."
     ]
 
 
