@@ -42,7 +42,8 @@ def server(
     from colora.common.config.loader import load_recipe, with_base_model
     from colora.common.errors import ConfigError
     from colora.server.deployment.supervisor import ServerJob, read_keys, run_server
-    from colora.server.reporting.console import LiveDisplay, print_report
+    from colora.server.reporting.console import LiveDisplay
+    from colora.server.reporting.report import print_report
     from colora.server.reporting.run_folder import RunFolder
 
     if (keys is None) != insecure:

@@ -57,7 +57,8 @@ def simulate(
     from rich.console import Console
 
     from colora.common.config.loader import load_recipe
-    from colora.server.reporting.console import LiveDisplay, print_report
+    from colora.server.reporting.console import LiveDisplay
+    from colora.server.reporting.report import print_report
     from colora.server.reporting.run_folder import RunFolder
     from colora.server.rounds.run_options import read_replay
 

@@ -21,8 +21,9 @@ from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
 from colora.common.config.schema import Recipe
 from colora.common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
-from colora.server.reporting.console import LiveDisplay, print_report
+from colora.server.reporting.console import LiveDisplay
 from colora.server.reporting.events import Event, EventLog, parse_lines
+from colora.server.reporting.report import print_report
 from colora.server.rounds.checkpoint import Checkpoints
 from colora.server.rounds.run_options import RosterEntry
 from colora.server.rounds.strategy import AdapterStrategy

@@ -104,3 +104,14 @@ def test_what_is_free_to_check_stops_the_command_before_torch(change: dict, told
     assert told in done.stderr
     assert done.stdout.split() == ["2", "False", "False"]
     assert not (folder / "state").exists(), "no process was started"
+
+
+def test_the_check_shows_missing_rows_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text('name = "north"\n[data]\nsource = "no.csv"\n')
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom colora.client.deployment.checks.preflight import preflight\n"
+        f"results = preflight(Path({str(tmp_path / 'site.toml')!r}))\n"
+        "print(next(results).ok, next(results).detail, 'torch' in sys.modules, sep='|')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True|data.source: the file no.csv does not exist.|False\n"

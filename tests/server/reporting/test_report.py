@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from colora.server.reporting.console import LiveDisplay, mean_and_error, print_report
+from colora.server.reporting.console import LiveDisplay
+from colora.server.reporting.report import mean_and_error, print_report
 from colora.server.reporting.summary import RunSummary, summarize
 
 STARTED = {"event": "started", "federation": "f", "method": "colora", "model": "m", "rounds": 2}
