@@ -41,7 +41,8 @@ from colora.common.config.schema import (
 from colora.common.config.site_schema import SiteSettings
 from colora.common.dataset import SiteDataset
 from colora.common.methods import PRIVATE
-from colora.common.models.base_model import load_base_model, skeleton
+from colora.common.models.architecture import skeleton
+from colora.common.models.base_model import load_base_model
 from colora.common.seeds import seed_from
 from colora.common.tasks import build_task
 from colora.common.training.loop import TrainCursor, TrainPhase, train

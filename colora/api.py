@@ -180,21 +180,25 @@ class SiteModel:
         The core and a private adapter are folded into one LoRA, as ``export`` writes it.
         """
         from peft import PeftModel
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-        from colora.common.models.base_model import stock_class
+        from colora.common.dataset import TASKS
+        from colora.common.models.architecture import stock_class
         from colora.common.models.hf_logging import quiet_transformers
         from colora.common.models.sources import source_folder
 
         saved = self.saved()
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"trust_remote_code": False}
         if saved.metadata.labels:
-            options["num_labels"] = len(saved.metadata.labels)
+            options["ignore_mismatched_sizes"] = True
         with tempfile.TemporaryDirectory() as folder, quiet_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT uses names that Transformers 5.23 deprecates
             adapter = Path(folder) / "adapter"
             export(self.path, adapter)
+            options["config"] = AutoConfig.from_pretrained(adapter, subfolder="config")
             base = stock_class(saved.metadata.task).from_pretrained(source_folder(saved.plan.model), **options)
+            if TASKS[saved.metadata.task].needs_causal_lm:
+                base.generation_config = GenerationConfig.from_pretrained(adapter / "config")
             model = PeftModel.from_pretrained(base, str(adapter))
             tokenizer = AutoTokenizer.from_pretrained(adapter)
         return model.to(device).eval(), tokenizer

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..client.data.unknown_tokens import tell_unknown
+from ..common.adapters.fit import check_fit
 from ..common.adapters.initialization import head_layout, initial_shared_state
-from ..common.adapters.inject import inject, private_spec
 from ..common.config.schema import Recipe
 from ..common.errors import ConfigError, QuorumError
 from ..common.methods import SHARED
-from ..common.models.base_model import skeleton
+from ..common.models.architecture import skeleton
+from ..common.models.synthetic import PREFIX
+from ..common.models.tokenizer import load_tokenizer
 from ..transfer.preparation import check_preparation
 from .partition import SiteShare
 
@@ -32,13 +35,21 @@ def check_simulation(recipe: Recipe, sites: Sequence[SiteShare]) -> None:
         )
     if labels:
         head_layout(skeleton(recipe.model), 2)
+    privates = {recipe.private, *(site.settings.private for site in sites if site.settings.private)}
+    check_fit(recipe.plan, {site.rows.task for site in sites}, privates)
+    _tell_unknown_tokens(recipe, sites)
     initial_shared_state(recipe.plan, max(map(len, labels), default=0))
     if recipe.transfer.prepare:
         for site in sites:
             check_preparation(recipe.plan, site.rows)
-    for private in {recipe.private, *(site.settings.private for site in sites if site.settings.private)}:
-        if private.present:
-            inject(skeleton(recipe.model), private_spec(private, recipe.adapter), "private")
+
+
+def _tell_unknown_tokens(recipe: Recipe, sites: Sequence[SiteShare]) -> None:
+    if recipe.model.source.startswith(PREFIX):
+        return
+    tokenizer = load_tokenizer(recipe.model)
+    for site in sites:
+        tell_unknown(site.rows, tokenizer, recipe.model.source)
 
 
 def _check_quorum(recipe: Recipe, sites: Sequence[SiteShare]) -> None:

@@ -21,7 +21,9 @@ from ..common.config.schema import ModelSettings, Plan, TransferSettings
 from ..common.dataset import TASKS as TASK_TABLE
 from ..common.dataset import Row, SiteDataset
 from ..common.errors import ColoraError, ConfigError, DataError, ModelError
-from ..common.models.base_model import BaseModel, check_generates, load_base_model, load_tokenizer, skeleton
+from ..common.models.architecture import check_generates, skeleton
+from ..common.models.base_model import BaseModel, load_base_model
+from ..common.models.tokenizer import load_tokenizer
 from ..common.seeds import seed_from
 from ..common.training.loop import StepCallback
 from .discriminator import Discriminator, answer_ids

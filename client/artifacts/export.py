@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,11 +20,11 @@ from ...common.config.schema import Plan
 from ...common.dataset import TASKS
 from ...common.errors import ConfigError, StateError
 from ...common.methods import SHARED, group_of
-from ...common.models.base_model import load_base_model, skeleton, stock_class
-from ...common.models.hf_logging import quiet_transformers
+from ...common.models.architecture import skeleton, stock_model
+from ...common.models.base_model import load_base_model
 from ...common.models.precision import DTYPES
 from ...common.models.saved import SavedModel
-from ...common.models.sources import check_fingerprint, source_folder
+from ...common.models.sources import check_fingerprint
 from .exported_adapter import ExportedAdapter, FullModel, Part
 
 EXPORTABLE_TASKS = tuple(name for name, task in TASKS.items() if task.auto_class)
@@ -147,13 +146,7 @@ def _check(saved: SavedModel, part: Part) -> None:
 
 def full_model(plan: Plan, task: str, labels: int) -> FullModel:
     """Describe the full model of a task from its configuration; ``labels`` is the number of classes of its head."""
-    from transformers import AutoConfig
-
-    with quiet_transformers(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source_folder(plan.model))
-        if TASKS[task].has_labels:
-            config.num_labels = max(labels, 1)
-        model: Any = stock_class(task).from_config(config)
+    model = stock_model(plan.model, task, labels)
     prefix = model.base_model_prefix
     heads = [n for n, m in model.named_children() if n != prefix and list(m.parameters())]
     return FullModel(prefix, tuple(heads) if TASKS[task].has_labels else (), frozenset(model.state_dict()))

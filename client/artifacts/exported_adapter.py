@@ -50,6 +50,12 @@ class ExportedAdapter:
         """The classes in the order of the logits, where the export has the site's head."""
         return self.saved.metadata.labels if self.heads and self.part != "shared" else ()
 
+    @property
+    def classes(self) -> int:
+        """The number of classes of the exported head; 0 without a head."""
+        heads = [v for k, v in self.tensors.items() if k.partition(".")[0] in self.heads and k.endswith("weight")]
+        return heads[-1].shape[0] if heads and TASKS[self.saved.metadata.task].has_labels else 0
+
     def about(self, out: Path, *, merged: bool) -> str:
         """Describe what was written, in one line."""
         kind = "a full model" if merged else f"a PEFT LoRA of rank {self.rank} on {len(self.layers)} layers"

@@ -77,34 +77,25 @@ def _metrics(exported: ExportedAdapter) -> str:
 
 def _usage(exported: ExportedAdapter, *, merged: bool) -> str:
     plan, task = exported.saved.plan, TASKS[exported.saved.metadata.task]
-    kind, labels, precision = str(task.auto_class), exported.labels, plan.model.precision
-    names = [kind, "AutoTokenizer"] + (["BitsAndBytesConfig"] if precision.startswith("int") else [])
-    lines = ["import torch", f"from transformers import {', '.join(sorted(names))}"]
+    kind, precision = str(task.auto_class), plan.model.precision
+    names = [kind, "AutoTokenizer"]
     if merged:
-        lines += [f'model = {kind}.from_pretrained("HERE", {LOADING_OPTIONS[precision][0]})']
+        lines = [f'model = {kind}.from_pretrained("HERE", {LOADING_OPTIONS[precision][0]})']
     else:
-        options = LOADING_OPTIONS[precision] + (
-            [f"revision={json.dumps(plan.model.revision)}"] if plan.model.revision else []
-        )
-        if labels:
-            lines += [f"labels = {list(labels)}"]
-            options += ["id2label=dict(enumerate(labels))", "label2id={label: i for i, label in enumerate(labels)}"]
-        elif _classes(exported):
-            options += [f"num_labels={_classes(exported)}"]
-        options += [f'problem_type="{task.problem_type}"'] if task.problem_type else []
-        lines += ["from peft import PeftModel"]
-        lines += [f"base = {kind}.from_pretrained({json.dumps(stock_name(plan.model))}, {', '.join(options)})"]
+        names += ["AutoConfig", *(["BitsAndBytesConfig"] if precision.startswith("int") else [])]
+        options = ["config=config", *LOADING_OPTIONS[precision]]
+        options += [f"revision={json.dumps(plan.model.revision)}"] if plan.model.revision else []
+        options += ["ignore_mismatched_sizes=True"] if task.has_labels else []
+        base = f"{kind}.from_pretrained({json.dumps(stock_name(plan.model))}, {', '.join(options)})"
+        lines = ['config = AutoConfig.from_pretrained("HERE", subfolder="config")', f"base = {base}"]
+        if task.needs_causal_lm:
+            names += ["GenerationConfig"]
+            lines += ['base.generation_config = GenerationConfig.from_pretrained("HERE", subfolder="config")']
         lines += ['model = PeftModel.from_pretrained(base, "HERE")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("HERE")']
-    if task.has_labels and not merged:
-        lines += ["model.config.pad_token_id = tokenizer.pad_token_id"]
+    imports = ["import torch", *([] if merged else ["from peft import PeftModel"])]
+    imports += [f"from transformers import {', '.join(sorted(names))}"]
     notes = "HERE is this folder."
-    if not merged and labels:
+    if not merged and exported.labels:
         notes += " Transformers warns that the classifier is newly initialized; the adapter then loads its weights."
-    return "```python\n" + "\n".join(lines) + f"\n```\n\n{notes}\n"
-
-
-def _classes(exported: ExportedAdapter) -> int:
-    """Return the number of classes of the exported head; 0 without a head."""
-    heads = [v for k, v in exported.tensors.items() if k.partition(".")[0] in exported.modules and k.endswith("weight")]
-    return heads[-1].shape[0] if heads and TASKS[exported.saved.metadata.task].has_labels else 0
+    return "```python\n" + "\n".join([*imports, *lines]) + f"\n```\n\n{notes}\n"

@@ -20,8 +20,9 @@ from ...common.config.loader import with_overrides
 from ...common.config.schema import Plan, digest, parse, to_dict, to_json
 from ...common.dataset import TASKS, SiteDataset
 from ...common.errors import ConfigError, StateError
+from ...common.models.architecture import check_generates
 from ...common.models.assets import file_sha256
-from ...common.models.base_model import check_generates, load_base_model
+from ...common.models.base_model import load_base_model
 from ...common.models.saved import SavedModel, read_saved_model
 from ...common.protocol.types import TrainReply, TrainRequest
 from ...common.training.loop import StepCallback

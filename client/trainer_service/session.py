@@ -22,6 +22,7 @@ from ...transfer.preparation import TransferArtifacts
 from ..artifacts.transfer import is_prepared, rows_on_new_base
 from ..data.row_schema import tell
 from ..data.selection import load_site_rows
+from ..data.unknown_tokens import tell_unknown
 from ..training.adapted_model import attach_adapters
 from ..training.state_store import StateStore
 from ..training.trainer import Trainer
@@ -113,6 +114,7 @@ class TrainerSession:
             store = StateStore(self.folder(plan), plan.name, secret)
             model = attach_adapters(self._base_of(plan.model), plan)
             self._current = plan, Trainer(model, rows, store, trains=trains, artifacts=artifacts)
+            tell_unknown(rows, model.base.tokenizer, plan.model.source)
         return self._current[1]
 
     def answer(self, plan: Plan, request: TrainRequest, on_step: StepCallback) -> tuple[TrainReply, bool]:

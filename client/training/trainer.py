@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ...common.adapters.fit import check_layers
 from ...common.adapters.initialization import initial_values
 from ...common.adapters.inject import ADAPTER, activate, layout_of
 from ...common.config.schema import Plan, PrivateSettings, to_json
@@ -79,6 +80,7 @@ class Trainer:
         self.task: Task = build_task(rows, model.base, self.plan)
         self.private = model.private_adapter(self.plan.private)
         self.parameters: dict[str, nn.Parameter] = {**model.adapter, **self.private.parameters, **self.task.head}
+        check_layers(self.plan, rows.task, self.parameters)
         layout = layout_of(self.parameters)
         self.layout = self.method.having(layout, SHARED)
         self.site_seed = seed_from(store.secret or self.plan.seed, self.plan.name, self.site)

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..config.schema import AdapterSettings, Plan
 from ..methods import PRIVATE, SHARED
-from ..models.base_model import BaseModel, skeleton
+from ..models.architecture import skeleton
+from ..models.base_model import BaseModel
 from ..models.sources import Fingerprint
 from ..seeds import seed_from
 from .core import CORE_FORMS

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pickle import UnpicklingError
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config.schema import ModelSettings
-from ..dataset import TASKS
 from ..errors import ModelError
 from . import synthetic
+from .architecture import EXPECTED, check_generates, load_config
 from .cpu_half import has_native_arithmetic, widen
 from .hf_logging import quiet_transformers
+from .model_files import check_whole
+from .positions import check_max_length, learned_positions, trained_positions
 from .precision import loading_options, resolve_device
 from .sources import Fingerprint, fingerprint, source_folder, synthetic_fingerprint
+from .tokenizer import check_embedding, declared_ends, end_ids, load_tokenizer, set_padding, set_token_ids
+from .unreadable import READING, unreadable
 
 NOT_OF_A_HEAD = ("id2label", "label2id", "num_labels", "quantization_config")  # config keys that a new head replaces
-GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # suffixes of architectures that generate
 MISSING_WEIGHTS_SEED = 0  # weights that a checkpoint lacks, such as a pooler, are equal at all sites
 
 
@@ -40,6 +42,12 @@ class BaseModel:
     device: torch.device
     language_model: nn.Module | None = None
     missing: tuple[str, ...] = ()  # weights that the source lacks (see MISSING_WEIGHTS_SEED)
+    ends: tuple[int, ...] = ()  # tokens at which a generated answer ends
+
+    @cached_property
+    def positions(self) -> int | None:
+        """The number of tokens that the model has positions for; None without such a limit."""
+        return learned_positions(self.backbone, self.config) or trained_positions(self.config)
 
     def classifier(self, labels: int) -> tuple[nn.Module, dict[str, nn.Module]]:
         """Build a sequence classification model around the backbone, with an uninitialized head for ``labels`` classes.
@@ -52,11 +60,12 @@ class BaseModel:
 
         values = {k: v for k, v in self.config.to_dict().items() if k not in NOT_OF_A_HEAD}
         config = type(self.config).from_dict({**values, "num_labels": labels})
-        if config.pad_token_id is None and self.tokenizer is not None:
-            config.pad_token_id = self.tokenizer.pad_token_id
+        if self.tokenizer is not None:
+            set_padding(config, self.tokenizer.pad_token_id)
+        options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
         try:
             with quiet_transformers(), torch.device("meta"):
-                model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+                model = AutoModelForSequenceClassification.from_config(config, **options)
         except ValueError:
             architecture = type(self.config).__name__
             message = f"Transformers has no sequence classifier for the base model's architecture ({architecture})."
@@ -79,7 +88,8 @@ class BaseModel:
 def load_base_model(settings: ModelSettings, *, generates: bool) -> BaseModel:
     """Load a base model and its tokenizer, frozen, in the precision of the settings.
 
-    ``generates`` loads it as a causal language model. Raises ModelError if it is missing or cannot be read.
+    ``generates`` loads it as a causal language model. Raises ModelError if it is missing, cannot be read, or does not
+    fit its tokenizer, and ConfigError if ``max_length`` is beyond its positions.
     """
     if settings.source.startswith(synthetic.PREFIX):
         if settings.precision != "fp32":
@@ -88,110 +98,52 @@ def load_base_model(settings: ModelSettings, *, generates: bool) -> BaseModel:
         return BaseModel(
             synthetic.model_of(settings.source), None, None, synthetic_fingerprint(settings), torch.device("cpu")
         )
-    from transformers import AutoModel, AutoModelForCausalLM
-
     folder, device = source_folder(settings), resolve_device(settings.device)
     if generates:
         check_generates(settings)
-    kind = AutoModelForCausalLM if generates else AutoModel
-    options = loading_options(settings.precision, device)
-    with quiet_transformers(), torch.random.fork_rng():
-        torch.manual_seed(MISSING_WEIGHTS_SEED)
-        try:
-            model, info = kind.from_pretrained(folder, **options, output_loading_info=True)  # type: ignore[misc]
-        except (OSError, ValueError, UnpicklingError) as error:
-            raise _unreadable("model.source", _EXPECTED[generates], settings.source, error) from None
-    missing = tuple(sorted(info["missing_keys"]))
-    if generates and missing:
-        message = f"{settings.source!r} is not a complete causal language model: it lacks {missing[0]}."
-        raise ModelError("model.source", _EXPECTED[True], f"a model without {missing[0]}", message=message)
     tokenizer = load_tokenizer(settings)
+    options = loading_options(settings.precision, device)
+    model, missing = _load_weights(settings, options, generates=generates)
+    check_embedding(tokenizer, model, settings.source)
+    check_max_length(settings, model, model.config)
+    ends = end_ids(tokenizer, declared_ends(model.config, folder))
+    set_token_ids(model, tokenizer, ends)
     model.requires_grad_(False)
     if "quantization_config" not in options:
         model.to(device)
     if not has_native_arithmetic(options["dtype"], device):
         widen(model)
-    return BaseModel(
-        model.base_model if generates else model,
-        model.config,
-        tokenizer,
-        fingerprint(folder),
-        device,
-        model if generates else None,
-        missing,
-    )
+    backbone, language_model = (model.base_model, model) if generates else (model, None)
+    return BaseModel(backbone, model.config, tokenizer, fingerprint(folder), device, language_model, missing, ends)
 
 
-def load_tokenizer(settings: ModelSettings, field: str = "model.source") -> Any:
-    """Load the tokenizer alone. Raises ModelError for ``field`` if it is missing or cannot be read."""
-    from transformers import AutoTokenizer
+def _load_weights(settings: ModelSettings, options: dict[str, Any], *, generates: bool) -> tuple[Any, tuple[str, ...]]:
+    """Load the model, and return it with the names of the weights that its source lacks. Raises ModelError."""
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    with quiet_transformers(), _model_errors_of(field, "a model with a tokenizer", settings.source):
-        tokenizer: Any = AutoTokenizer.from_pretrained(source_folder(settings))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # fills batches only: masks and labels depend on lengths, not ids
-    return tokenizer
-
-
-def check_generates(settings: ModelSettings, field: str = "model.source") -> None:
-    """Check that a model was trained as a causal language model. Raises ModelError for ``field`` otherwise.
-
-    Transformers loads an encoder as a causal model, too, with an untrained output layer.
-    """
-    from transformers import AutoConfig
-
-    with _model_errors_of(field, _EXPECTED[True], settings.source):
-        config = AutoConfig.from_pretrained(source_folder(settings))
-    names = config.architectures or (config.model_type,)
-    if config.is_encoder_decoder or (config.architectures and not any(name.endswith(GENERATING) for name in names)):
-        message = f"{field} must be {_EXPECTED[True]}, but {settings.source!r} is a {names[0]}."
-        raise ModelError(field, _EXPECTED[True], names[0], message=message)
-
-
-@contextmanager
-def _model_errors_of(field: str, expected: str, source: str) -> Iterator[None]:
-    """Turn errors while a model is read into a ModelError of ``field``."""
-    try:
-        yield
-    except ModelError as error:
-        message = error.message if error.field == field or not error.message else f"{field}: {error.message}"
-        raise ModelError(field, error.expected, error.found, message=message, hint=error.hint) from None
-    except (OSError, ValueError) as error:
-        raise _unreadable(field, expected, source, error) from None
-
-
-def _unreadable(field: str, expected: str, source: str, error: Exception) -> ModelError:
-    message = f"{source!r} cannot be loaded as {expected}: {error}."
-    return ModelError(field, expected, f"{source} ({error})", message=message, hint=f"Check {field}.")
+    folder, source, expected = source_folder(settings), settings.source, EXPECTED[generates]
+    load_config(settings)
+    check_whole(folder, source)
+    kind = AutoModelForCausalLM if generates else AutoModel
+    with quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(MISSING_WEIGHTS_SEED)
+        try:
+            model, info = kind.from_pretrained(  # type: ignore[misc]
+                folder, **options, output_loading_info=True, trust_remote_code=False
+            )
+        except READING as error:
+            raise unreadable("model.source", expected, source, error) from None
+    missing = tuple(sorted(info["missing_keys"]))
+    if generates and missing:
+        message = f"{source!r} is not a complete causal language model: it lacks {missing[0]}."
+        raise ModelError("model.source", expected, f"a model without {missing[0]}", message=message)
+    if len(missing) > len(model.state_dict()) // 2:
+        message = f"The weights of {source!r} lack {missing[0]} and most others of its architecture."
+        hint = "Use a folder whose config.json and weights belong together."
+        raise ModelError("model.source", expected, f"a model without {missing[0]}", message=message, hint=hint)
+    return model, missing
 
 
 def _in_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Cast the inputs of a head to fp32, in which heads are trained for every precision of the base model."""
     return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-
-
-def skeleton(settings: ModelSettings) -> nn.Module:
-    """Build the backbone on the meta device, without weights. It has every layer that an adapter can attach to."""
-    if settings.source.startswith(synthetic.PREFIX):
-        return synthetic.model_of(settings.source)
-    from transformers import AutoConfig, AutoModel
-
-    folder = source_folder(settings)
-    with quiet_transformers(), torch.device("meta"):
-        try:
-            return AutoModel.from_config(AutoConfig.from_pretrained(folder))
-        except (OSError, ValueError) as error:
-            raise _unreadable("model.source", _EXPECTED[False], settings.source, error) from None
-
-
-def stock_class(task: str) -> Any:
-    """The transformers class that a task's full model is of."""
-    import transformers
-
-    return getattr(transformers, TASKS[task].auto_class or "AutoModel")
-
-
-_EXPECTED = {  # by whether the model generates text
-    True: "a causal language model",
-    False: "a Transformers model",
-}

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from ..config.schema import ModelSettings
 from ..errors import ModelError, StateError
 from . import synthetic
 from .assets import asset_folder, cache_folder, file_sha256
+from .model_files import file_names, needed_files, token_files, weight_files
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "config.json")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+CACHED = re.compile(r"/models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")  # where the hub's cache keeps a repository
 
 
 @dataclass(frozen=True)
@@ -37,9 +29,11 @@ class Fingerprint:
 
 
 def stock_name(settings: ModelSettings) -> str:
-    """Return the name with which Transformers loads this model: a hub id or a local folder."""
-    local = settings.source.startswith("asset:") or Path(settings.source).is_dir()
-    return str(source_folder(settings).resolve()) if local else settings.source
+    """Return the name with which Transformers loads this model: a hub id, or a local folder as the recipe names it."""
+    if settings.source.startswith("asset:"):
+        return str(source_folder(settings).resolve())
+    cached = CACHED.search(settings.source)
+    return f"{cached[1]}/{cached[2]}" if cached and Path(settings.source).is_dir() else settings.source
 
 
 def check_fingerprint(settings: ModelSettings, expected: Mapping[str, str]) -> None:
@@ -77,12 +71,10 @@ def source_folder(settings: ModelSettings) -> Path:
         raise ModelError(
             "model.source", "a readable folder", f"{source!r} ({error.strerror})", message=message
         ) from None
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = [*WEIGHT_FILES, *TOKENIZER_FILES, "*.json", "*.jinja"]
-        return Path(snapshot_download(source, revision=settings.revision, allow_patterns=patterns))
+        return _snapshot(source, settings.revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = type(error).__name__
         raise ModelError(
@@ -94,16 +86,37 @@ def source_folder(settings: ModelSettings) -> Path:
         ) from None
 
 
+def _snapshot(source: str, revision: str | None) -> Path:
+    """Download the files of a hub repository that are needed; without a connection, return the cached snapshot."""
+    import httpx
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        names = HfApi().list_repo_files(source, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except (OSError, httpx.HTTPError):
+        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+    patterns = [escape(name) for name in needed_files(names)]
+    return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+
+
 def fingerprint(folder: Path) -> Fingerprint:
-    """Hash the source files of a model folder. Hashes are cached by path, size and modification time."""
+    """Hash the source files of a model folder: its one set of weights with config.json, and all that decides tokens.
+
+    Hashes are cached by path, size and modification time.
+    """
     cache = _HashCache()
 
-    def hash_files(patterns: tuple[str, ...]) -> str:
-        files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-        return hashlib.sha256("".join(f"{f.name}:{cache.sha256(f)}\n" for f in files).encode()).hexdigest()
+    def hash_files(chosen: list[str]) -> str:
+        lines = (f"{name}:{cache.sha256(folder / name)}\n" for name in sorted(chosen))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+    names = file_names(folder)
+    model = [*weight_files(names), *(name for name in names if name == "config.json")]
     template = hashlib.sha256(_chat_template(folder).encode()).hexdigest()
-    result = Fingerprint(hash_files(WEIGHT_FILES), hash_files(TOKENIZER_FILES), template)
+    result = Fingerprint(hash_files(model), hash_files(token_files(names)), template)
     cache.save()
     return result
 

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from ..dataset import Row
 from ..errors import DataError
+from ..models.tokenizer import before_end
 from .conversations import Turn
 
 Piece = tuple[str, bool]  # a part of a text, and whether it belongs to an answer
@@ -40,10 +41,13 @@ class Prompt:
 
 
 class ExchangeEncoder:
-    """Encodes rows of prompt and completion, or of messages, with the tokenizer of the base model ``source``."""
+    """Encodes rows of prompt and completion, or of messages, with the tokenizer of the base model ``source``.
 
-    def __init__(self, tokenizer: Any, source: str) -> None:
-        self.tokenizer, self.source = tokenizer, source
+    Every answer ends with one of the tokens ``ends``: with the end that the chat template writes, else the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: Any, source: str, ends: Sequence[int] = ()) -> None:
+        self.tokenizer, self.source, self.ends = tokenizer, source, ends
 
     def exchange(self, row: Row, limit: int, prompt_limit: int) -> tuple[Exchange | None, bool]:
         """Return a row as at most ``limit`` tokens, its prompt as at most ``prompt_limit``, and whether it was cut.
@@ -56,8 +60,8 @@ class ExchangeEncoder:
         if not any(ids for ids, is_answer in encoded if is_answer):
             return None, False
         *before, (last, _) = encoded
-        reference = self.tokenizer.decode(last, skip_special_tokens=True)
-        if not ends and self.tokenizer.eos_token_id is not None:
+        reference = self.tokenizer.decode(before_end(last, self.ends), skip_special_tokens=True)
+        if not (ends and last and last[-1] in self.ends) and self.tokenizer.eos_token_id is not None:
             last = [*last, self.tokenizer.eos_token_id]
         prompt = Prompt([i for ids, _ in before for i in ids], self._head(row, before[0][0]))
         mask = [is_answer for ids, is_answer in before for _ in ids]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from ..config.schema import DataSettings
 from ..dataset import Row
 from ..errors import DataError
+from ..models.tokenizer import before_end
 from .base import Batch, Encoded, Metrics, Prediction, Task, pad
 from .columns import RawRow
 from .conversations import parse_example, parse_input
@@ -35,21 +37,19 @@ class Generation(Task):
 
     def _build(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         assert self.base.language_model is not None
-        self.encoder = ExchangeEncoder(self.base.tokenizer, self.plan.model.source)
+        self.encoder = ExchangeEncoder(self.base.tokenizer, self.plan.model.source, self.base.ends)
         return self.base.language_model, {}
 
     @property
     def new_tokens(self) -> int:
         """Maximum length of a generated answer: ``max_new_tokens``, at most half of the model's positions."""
-        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
-        wanted = self.plan.evaluation.max_new_tokens
+        positions, wanted = self.base.positions, self.plan.evaluation.max_new_tokens
         return min(wanted, max(1, positions // 2)) if positions else wanted
 
     @property
     def prompt_limit(self) -> int:
         """Maximum length of a prompt in tokens. An answer of ``new_tokens`` ends at the model's last position."""
-        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
-        limit = max(1, self.plan.model.max_length - 1)
+        positions, limit = self.base.positions, max(1, self.plan.model.max_length - 1)
         return min(limit, max(1, positions - self.new_tokens)) if positions else limit
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
@@ -132,18 +132,37 @@ class Generation(Task):
             raise DataError("messages", "a conversation that the template accepts", str(error)) from None
 
     def answers(self, prompts: Sequence[list[int]]) -> list[str]:
-        """Greedy continuations of tokenized prompts, as text."""
-        tokenizer, settings, texts = self.base.tokenizer, self.plan.evaluation, []
-        for start in range(0, len(prompts), settings.batch_size):
-            chunk = prompts[start : start + settings.batch_size]
-            ids = pad(chunk, tokenizer.pad_token_id, left=True).to(self.base.device)
-            mask = pad([[1] * len(p) for p in chunk], 0, left=True).to(self.base.device)
-            out = self.module.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=False,
-                max_new_tokens=self.new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            texts += tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        return texts
+        """Greedy continuations of tokenized prompts up to the token that ends an answer, as text."""
+        texts: dict[int, str] = {}
+        for chunk in self._chunks(prompts):
+            out, length = self._generate([prompts[i] for i in chunk], max_new_tokens=self.new_tokens)
+            for i, ids in zip(chunk, out.sequences[:, length:].tolist(), strict=True):
+                texts[i] = self.base.tokenizer.decode(before_end(ids, self.base.ends), skip_special_tokens=True)
+        return [texts[i] for i in range(len(prompts))]
+
+    def _generate(self, prompts: Sequence[list[int]], **options: Any) -> tuple[Any, int]:
+        """Greedy output for prompts that are padded on the left, and the length of the padded prompts."""
+        padding = self.base.tokenizer.pad_token_id
+        ids = pad(prompts, padding, left=True).to(self.base.device)
+        mask = pad([[1] * len(p) for p in prompts], 0, left=True).to(self.base.device)
+        options |= {"do_sample": False, "pad_token_id": padding, "return_dict_in_generate": True}
+        return self.module.generate(input_ids=ids, attention_mask=mask, **options), ids.shape[1]  # type: ignore[operator]
+
+    def _chunks(self, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+        """Positions of the prompts of each batch; of equal lengths where the model does not see what is padding."""
+        size, groups = self.plan.evaluation.batch_size, [list(range(len(prompts)))]
+        if len(set(map(len, prompts))) > 1 and not self._reads_mask:
+            groups = [[i for i, p in enumerate(prompts) if len(p) == n] for n in sorted(set(map(len, prompts)))]
+        for group in groups:
+            yield from (group[start : start + size] for start in range(0, len(group), size))
+
+    @cached_property
+    def _reads_mask(self) -> bool:
+        """Whether padding leaves the next token's logits as they are. Some recurrent models ignore the mask."""
+        token = next(i for i in range(len(self.base.tokenizer)) if i not in self.base.tokenizer.all_special_ids)
+        options: dict[str, Any] = {"max_new_tokens": 1, "output_logits": True}
+        alone, beside = (
+            self._generate(prompts, **options)[0].logits[0][0].float()
+            for prompts in ([[token]], [[token], [token] * 8])
+        )
+        return bool((alone - beside).abs().max() < 0.1 * alone.std())

@@ -14,7 +14,6 @@ from ...common.protocol.types import SiteInfo, hash_labels
 from .admission import PINNED
 
 Pins = Mapping[str, str]
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def agree_on_pins(recipe: Recipe, joined: Sequence[SiteInfo], own: Pins) -> dict[str, str]:
@@ -70,12 +69,13 @@ def own_fingerprints(recipe: Recipe) -> dict[str, str]:
 
     Raises ModelError or AssetError if it has no copy at all.
     """
+    from ...common.models.model_files import file_names, weight_files
     from ...common.models.sources import fingerprint, source_folder
 
     if recipe.model.source.startswith("synthetic:"):
         return {}
     folder = source_folder(recipe.model)
-    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+    if not weight_files(file_names(folder)):
         return {}
     own = fingerprint(folder)
     return {field: getattr(own, field) for field in PINNED}

@@ -21,6 +21,7 @@ from ...data.early_check import check_sources
 from ...data.label_counts import describe_labels
 from ...data.readers import read_rows
 from ...data.selection import load_site_rows
+from ...data.unknown_tokens import NOTED_UNKNOWN, unknown_share
 from .credentials import check_ca, check_coordinator, check_key, check_link
 from .plans import check_plans
 from .result import CheckFailed, CheckResult, print_checks, size
@@ -143,7 +144,8 @@ class TrainerChecks:
 
         began = time.monotonic()
         precision = self.site.trainer.precision or "fp32"
-        settings = ModelSettings(self.source, device=self.device, precision=precision)
+        # The coordinator decides the maximum length.
+        settings = ModelSettings(self.source, max_length=1, device=self.device, precision=precision)
         self.base = load_base_model(settings, generates=TASKS[self.site.data.task].needs_causal_lm)
         seconds, model = time.monotonic() - began, self.base.language_model or self.base.backbone
         tensors = [*model.parameters(), *model.buffers()]
@@ -172,9 +174,13 @@ class TrainerChecks:
         limit, key = self.site.allow.max_tokens, "allow.max_tokens"
         if limit is None:
             limit, key = ModelSettings("").max_length, "the default of model.max_length"
+        if self.base.positions and self.base.positions < limit:
+            limit, key = self.base.positions, "the model's positions"
         truncated = sum(length > limit for length in lengths)
         spread = f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
         detail = f"{spread}; {truncated} of {len(lengths)} texts would be truncated to {limit} ({key})"
+        unknown = unknown_share(self.rows, self.base.tokenizer)
+        detail += f"; {unknown:.0%} of the tokens are unknown to the tokenizer" if unknown > NOTED_UNKNOWN else ""
         return detail + (f"; {dropped} empty rows would be left out" if dropped else "")
 
     def _columns(self, source: str) -> list[str]:
@@ -197,7 +203,7 @@ class TrainerChecks:
 
     def _model_size(self) -> int | None:
         """Return the bytes of the model's weights in the site's precision, or None where that is unknown."""
-        from ....common.models.base_model import skeleton
+        from ....common.models.architecture import skeleton
 
         if self.source is None:
             return None

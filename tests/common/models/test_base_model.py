@@ -21,7 +21,8 @@ from transformers import (
 from colora.common.adapters.initialization import head_layout
 from colora.common.config.schema import ModelSettings, Plan
 from colora.common.dataset import SiteDataset
-from colora.common.models.base_model import load_base_model, skeleton
+from colora.common.models.architecture import skeleton
+from colora.common.models.base_model import load_base_model
 from colora.common.models.sources import fingerprint
 from colora.common.tasks import build_task
 

@@ -58,7 +58,9 @@ def test_a_base_model_is_widened_without_native_arithmetic(
     native: bool, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base_model, "has_native_arithmetic", lambda dtype, device: native)
-    backbone = base_model.load_base_model(ModelSettings(str(tiny_bert), precision="bf16"), generates=False).backbone
+    backbone = base_model.load_base_model(
+        ModelSettings(str(tiny_bert), max_length=16, precision="bf16"), generates=False
+    ).backbone
     linears = [module for module in backbone.modules() if isinstance(module, nn.Linear)]
     assert {type(module) is WideLinear for module in linears} == {not native}
     assert {module.weight.dtype for module in linears} == {torch.bfloat16}

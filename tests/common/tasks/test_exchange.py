@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from colora.common.errors import DataError
+from colora.common.models.tokenizer import end_ids
 from colora.common.tasks.exchange import Exchange, ExchangeEncoder, RowRefused
 from tests.conftest import WORDS
 
@@ -51,7 +52,7 @@ def talk(*turns: tuple[str, str]) -> dict[str, Any]:
 
 
 def exchange(tokens: Any, row: dict[str, Any], limit: int = 64, prompt_limit: int = 63) -> tuple[Exchange | None, bool]:
-    return ExchangeEncoder(tokens, "m").exchange(row, limit, prompt_limit)
+    return ExchangeEncoder(tokens, "m", end_ids(tokens)).exchange(row, limit, prompt_limit)
 
 
 def words(tokens: Any, ids: list[int]) -> str:
