@@ -18,6 +18,7 @@ from ...common.methods import PERSONAL, SHARED, Method, group_of
 from ...common.models.saved import ModelMetadata
 from ...common.protocol.types import (
     BENEFIT,
+    OVERFLOWS,
     PRELIMINARY,
     PROTOCOL,
     Arrays,
@@ -39,6 +40,7 @@ from .benefit import PersonalFit, benefit_ratio, cross_fitted_loss
 from .evaluation import evaluate
 from .label_list import with_pinned_labels
 from .schedule import phases
+from .soundness import check_trained
 from .spectral import power_step
 from .state_store import PersonalState, StateStore, check_private
 from .update_pipeline import UpdateContext, process_update
@@ -135,11 +137,13 @@ class Trainer:
             state, metrics = self._measure_arrival(request, state)
             metrics |= self._benefit(request)
         trained = self._train(request, state, on_step)
+        personal = self._values(PERSONAL)
+        check_trained(trained, {**personal, **self._values(SHARED)}, self.site)
         new = PersonalState(
             request.round,
             state.round,
             state.position + trained.examples,
-            self._values(PERSONAL),
+            personal,
             trained.optimizer_state,
             state.base,
         )
@@ -151,6 +155,8 @@ class Trainer:
         else:
             shared, update_metrics = self._shared_update(request)
             metrics = {**metrics, **update_metrics, "train.loss": trained.loss}
+        if trained.overflows:
+            metrics = {**metrics, OVERFLOWS: float(trained.overflows)}
         reply = TrainReply(
             site=self.site,
             federation=request.federation,
