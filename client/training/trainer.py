@@ -83,10 +83,9 @@ class Trainer:
         layout = layout_of(self.parameters)
         self.layout = self.method.having(layout, SHARED)
         self.site_seed = seed_from(self.plan.seed, self.plan.name, self.site)
-        self.initial = initial_values(layout, self.plan.adapter, self.plan.seed)
-        if self.method.head is PERSONAL:
-            heads = {key: layout[key] for key in self.task.head}
-            self.initial |= initial_values(heads, self.plan.adapter, seed_from(self.site_seed, "head"))
+        heads = {key: layout[key] for key in self.task.head}
+        head_seed = seed_from(self.site_seed, "head") if self.method.head is PERSONAL else self.plan.seed
+        self.initial = {**model.initial, **initial_values(heads, self.plan.adapter, head_seed)}
         private_layout = {key: layout[key] for key in self.private.parameters}
         self.initial |= initial_values(private_layout, self.plan.adapter, seed_from(self.site_seed, "private"))
 
@@ -307,7 +306,7 @@ class Trainer:
     def _measure_end(self, request: TrainRequest, state: PersonalState) -> tuple[PersonalState, dict[str, float]]:
         state = self._with_base_metrics(state)
         metrics = _prefixed("base", state.base or {})
-        if self.trains:
+        if self.trains and (state.position or self.plan.probes_head):  # a site that never trained has no own model
             metrics |= _prefixed("personal", self._measure(request.shared, state.tensors, generate=True, own_head=True))
             state = dataclasses.replace(state, row_scores=tuple(self.task.row_scores))
         if self._has_shared_model:
