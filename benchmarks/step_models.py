@@ -100,6 +100,6 @@ def trainer_step(task: Task) -> Step:
 
     def step(batch: Batch) -> None:
         gradients(task, optimizer, [batch])
-        apply_gradients(task, optimizer, SETTINGS.max_grad_norm)
+        apply_gradients(optimizer, SETTINGS.max_grad_norm)
 
     return step

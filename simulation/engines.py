@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from ..common.errors import ConfigError
 from .local_grid import RUN_ID, LocalGrid
 
 RunConfig = dict[str, bool | float | int | str]
@@ -41,6 +43,7 @@ def run_ray(job: SimulationJob) -> None:
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    start_ray(job.threads)
     errors: list[BaseException] = []
 
     server = ServerApp()
@@ -60,17 +63,37 @@ def run_ray(job: SimulationJob) -> None:
             server_app=server,
             client_app=job.client,
             num_supernodes=job.sites,
-            backend_config={
-                "client_resources": {"num_cpus": job.threads, "num_gpus": 0.0},
-                "init_args": {
-                    "include_dashboard": False,
-                    "log_to_driver": False,
-                    "logging_level": logging.CRITICAL,
-                },
-            },
+            backend_config={"client_resources": {"num_cpus": job.threads, "num_gpus": 0.0}},
         )
     if errors:
         raise errors[0]
+
+
+def start_ray(threads: int) -> None:
+    """Start Ray, which Flower then uses; Flower itself would wait for ever where Ray cannot start.
+
+    Raises ConfigError if Ray does not start, or has too few CPUs for one process of a site.
+    """
+    path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
+    try:
+        import ray
+
+        if not ray.is_initialized():
+            ray.init(
+                runtime_env={"env_vars": {"PYTHONPATH": path}},
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+            )
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+    except Exception as error:  # Ray raises errors of many types, and plain ones
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        message = f"Ray does not start on this machine: {reason.rstrip('.')}."
+        hint = 'Use simulation.engine = "local".'
+        raise ConfigError("simulation.engine", "Ray", reason, message=message, hint=hint) from None
+    if cpus < threads:
+        message = f"simulation.threads is {threads}, but Ray has only {cpus} CPUs."
+        raise ConfigError("simulation.threads", f"at most {cpus}", threads, message=message, hint="Lower it.")
 
 
 ENGINES: dict[str, Callable[[SimulationJob], None]] = {"local": run_local, "ray": run_ray}

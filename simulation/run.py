@@ -142,7 +142,8 @@ def local_only(recipe: Recipe) -> Recipe:
     evaluation = dataclasses.replace(recipe.evaluation, every=0)
     steps = recipe.train.steps_per_round
     train = dataclasses.replace(recipe.train, schedule="joint", steps=steps, phase=(), final_groups=None)
-    method, adapter = MethodSettings(name=BASELINE), dataclasses.replace(recipe.adapter, init="kaiming")
+    init = "kaiming" if recipe.adapter.init == "spectral" else recipe.adapter.init
+    method, adapter = MethodSettings(name=BASELINE), dataclasses.replace(recipe.adapter, init=init)
     transfer = dataclasses.replace(recipe.transfer, prepare=False)
     changed = {"method": method, "adapter": adapter, "evaluation": evaluation, "train": train, "transfer": transfer}
     return dataclasses.replace(recipe, **changed)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..common.adapters.initialization import initial_values
 from ..common.adapters.inject import AdapterSpec, activate, inject, layout_of
+from ..common.adapters.targets import Targets
 from ..common.config.schema import AdapterSettings, ModelSettings, Plan, TrainSettings, TransferSettings
 from ..common.errors import StateError
 from ..common.models.base_model import BaseModel
@@ -42,8 +43,10 @@ class AuxiliaryLora(ABC):
     @classmethod
     def spec_of(cls, settings: TransferSettings) -> AdapterSpec:
         """The adapter's rank, scaling and target modules."""
+        rank, targets = settings.discriminator.rank, cls.targets_of(settings)
+        field = "transfer.discriminator"
         return AdapterSpec(
-            "transfer.discriminator", settings.discriminator.rank, SCALING, 0.0, cls.targets_of(settings)
+            field, lambda layer: rank, lambda layer: SCALING, 0.0, Targets(f"{field}.target_modules", targets)
         )
 
     @contextmanager

@@ -23,6 +23,9 @@ BOUNDS: Mapping[str, float] = {  # by key of the plan, without list indices
     "model.max_length": _TOKENS,
     **{f"{table}.{key}": _RANK for table in ("adapter", "private") for key in ("rank", "modules", "dropout")},
     **{f"{table}.alpha": 1e6 for table in ("adapter", "private")},
+    "adapter.rank_pattern": _RANK,
+    "adapter.alpha_pattern": 1e6,
+    "adapter.layers_to_transform": 10_000,
     **{f"train.{key}": _STEPS for key in ("steps", "personal_steps", "shared_steps", "final_steps", "phase.steps")},
     "train.label_smoothing": 1,
     "train.warmup_steps": 10**12,  # only read by the schedule
@@ -54,6 +57,7 @@ ROUNDS: Mapping[str, Callable[[int], tuple[int, int]]] = {  # rounds of the plan
     "train": lambda rounds: (1, rounds),
     "finalize": lambda rounds: (1, rounds + 1),
 }
+BY_LAYER = ("adapter.rank_pattern", "adapter.alpha_pattern")  # tables whose keys are names of layers
 UNKNOWN = 1e6  # of a key that the table lacks; a test finds such keys
 ALLOWED = {  # keys of ``[allow]`` that bound one number each; ``policy.py`` has those that bound several together
     "rounds": "max_rounds",
@@ -85,8 +89,12 @@ def check_bounds(plan: Plan, site: SiteSettings) -> None:
             raise RefusedError(key, f"at most {allowed} (allow.{ALLOWED[key]})", value, site=site.name)
     if len(plan.train.phase) > MAX_PHASES:
         raise RefusedError("train.phase", f"at most {MAX_PHASES} phases", len(plan.train.phase), site=site.name)
-    _check_modules("adapter.target_modules", plan.adapter.target_modules, site)
-    _check_modules("private.target_modules", plan.private.target_modules or (), site)
+    adapter = plan.adapter
+    _check_modules("adapter.target_modules", adapter.target_modules, site)
+    _check_modules("adapter.exclude_modules", adapter.exclude_modules, site)
+    _check_modules("adapter.rank_pattern", tuple(adapter.rank_pattern or ()), site)
+    _check_modules("adapter.alpha_pattern", tuple(adapter.alpha_pattern or ()), site)
+    _check_modules("private.target_modules", plan.private.target_modules, site)
     _check_modules("transfer.discriminator.target_modules", plan.transfer.discriminator.target_modules, site)
     for key, name in (("name", plan.name), ("transfer.source_federation", plan.transfer.source_federation or "")):
         if name.lower() in RESERVED or name.lower().endswith(RESERVED_ENDINGS):
@@ -94,10 +102,13 @@ def check_bounds(plan: Plan, site: SiteSettings) -> None:
 
 
 def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Yield (key, number) for all numbers in plain settings; list items have the key of their list."""
+    """Yield (key, number) for all numbers in plain settings.
+
+    Items of a list have the key of the list, and values by layer the key of their table.
+    """
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from numbers(inner, f"{path}.{key}" if path else key)
+            yield from numbers(inner, path if path in BY_LAYER else f"{path}.{key}" if path else key)
     elif isinstance(value, list):
         for inner in value:
             yield from numbers(inner, path)
@@ -120,9 +131,9 @@ def check_disk(folder: Path, site: SiteSettings) -> None:
         raise RefusedError("allow.max_disk", f"at most {site.allow.max_disk:g} GB", found, site=site.name)
 
 
-def _check_modules(key: str, modules: tuple[str, ...] | str, site: SiteSettings) -> None:
+def _check_modules(key: str, modules: tuple[str, ...] | str | None, site: SiteSettings) -> None:
     """A regular expression from outside could run for ever, so only names and their endings are accepted."""
-    names = (modules,) if isinstance(modules, str) else modules
+    names = (modules,) if isinstance(modules, str) else modules or ()
     if len(names) > MAX_MODULES:
         raise RefusedError(key, f"at most {MAX_MODULES} names", len(names), site=site.name)
     for name in names:

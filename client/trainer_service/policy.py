@@ -38,7 +38,8 @@ def round_limits(plan: Plan, site: SiteSettings) -> Iterator[tuple[str, int, str
     train = plan.train
     steps = {"joint": "train.steps", "phases": "train.phase.steps"}.get(train.schedule, ALTERNATING)
     modules = plan.adapter.modules if plan.row().scale is not ABSENT else 1
-    yield "adapter.rank", plan.adapter.rank * modules, "max_rank"
+    rank = max(plan.adapter.rank, *(plan.adapter.rank_pattern or {}).values(), 1)
+    yield "adapter.rank", rank * modules, "max_rank"
     yield (
         "private.rank",
         0 if site.private else plan.private.total_rank,

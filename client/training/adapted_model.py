@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from torch import nn
 
-from ...common.adapters.inject import ADAPTER, activate, attach, inject, private_spec
+from ...common.adapters.initialization import initial_values
+from ...common.adapters.inject import ADAPTER, activate, attach, inject, layout_of, private_spec
 from ...common.config.schema import Plan, PrivateSettings
 from ...common.dataset import TASKS
 from ...common.models.base_model import BaseModel
@@ -24,6 +27,11 @@ class AdaptedModel:
     adapter: Mapping[str, nn.Parameter]
     private_adapters: dict[PrivateSettings, PrivateAdapter] = field(default_factory=dict)
     generators: list[BaseModel] = field(default_factory=list)  # the generator beside an encoder, once it is loaded
+
+    @cached_property
+    def initial(self) -> Mapping[str, torch.Tensor]:
+        """The initial values of the shared adapter. All sites of the process share these tensors and only read them."""
+        return initial_values(layout_of(self.adapter), self.plan.adapter, self.plan.seed)
 
     def private_adapter(self, settings: PrivateSettings) -> PrivateAdapter:
         """The private adapter with these settings, attached at the first call. Sites with equal settings share it."""

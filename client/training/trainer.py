@@ -19,6 +19,7 @@ from ...common.methods import PERSONAL, SHARED, Method, group_of
 from ...common.models.saved import ModelMetadata
 from ...common.protocol.types import (
     BENEFIT,
+    OVERFLOWS,
     PRELIMINARY,
     PROTOCOL,
     Arrays,
@@ -40,6 +41,7 @@ from .benefit import PersonalFit, benefit_ratio, cross_fitted_loss
 from .evaluation import evaluate
 from .label_list import with_pinned_labels
 from .schedule import phases
+from .soundness import check_trained
 from .spectral import power_step
 from .state_store import PersonalState, StateStore, check_private
 from .update_pipeline import UpdateContext, process_update
@@ -84,10 +86,9 @@ class Trainer:
         layout = layout_of(self.parameters)
         self.layout = self.method.having(layout, SHARED)
         self.site_seed = seed_from(store.secret or self.plan.seed, self.plan.name, self.site)
-        self.initial = initial_values(layout, self.plan.adapter, self.plan.seed)
-        if self.method.head is PERSONAL:
-            heads = {key: layout[key] for key in self.task.head}
-            self.initial |= initial_values(heads, self.plan.adapter, seed_from(self.site_seed, "head"))
+        heads = {key: layout[key] for key in self.task.head}
+        head_seed = seed_from(self.site_seed, "head") if self.method.head is PERSONAL else self.plan.seed
+        self.initial = {**model.initial, **initial_values(heads, self.plan.adapter, head_seed)}
         private_layout = {key: layout[key] for key in self.private.parameters}
         self.initial |= initial_values(private_layout, self.plan.adapter, seed_from(self.site_seed, "private"))
 
@@ -138,11 +139,13 @@ class Trainer:
             state, metrics = self._measure_arrival(request, state)
             metrics |= self._benefit(request)
         trained = self._train(request, state, on_step)
+        personal = self._values(PERSONAL)
+        check_trained(trained, {**personal, **self._values(SHARED)}, self.site)
         new = PersonalState(
             request.round,
             state.round,
             state.position + trained.examples,
-            self._values(PERSONAL),
+            personal,
             trained.optimizer_state,
             state.base,
         )
@@ -154,6 +157,8 @@ class Trainer:
         else:
             shared, update_metrics = self._shared_update(request)
             metrics = {**metrics, **update_metrics, "train.loss": trained.loss}
+        if trained.overflows:
+            metrics = {**metrics, OVERFLOWS: float(trained.overflows)}
         reply = TrainReply(
             site=self.site,
             federation=request.federation,
@@ -305,7 +310,7 @@ class Trainer:
     def _measure_end(self, request: TrainRequest, state: PersonalState) -> tuple[PersonalState, dict[str, float]]:
         state = self._with_base_metrics(state)
         metrics = _prefixed("base", state.base or {})
-        if self.trains:
+        if self.trains and (state.position or self.plan.probes_head):  # a site that never trained has no own model
             metrics |= _prefixed("personal", self._measure(request.shared, state.tensors, generate=True, own_head=True))
             state = dataclasses.replace(state, row_scores=tuple(self.task.row_scores))
         if self._has_shared_model:

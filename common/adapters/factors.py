@@ -31,7 +31,8 @@ def factors_of(values: Values, plan: Plan) -> Factors:
             b = b @ CORE_FORMS[plan.adapter.core].matrix(core.double())
         if (scale := values.get(f"{name}.lora_scale")) is not None:
             b = fold(b, scale.double())
-        terms.setdefault(name.removeprefix(PRIVATE), []).append((b * scaling_of(settings), values[key].double()))
+        layer = name.removeprefix(PRIVATE)
+        terms.setdefault(layer, []).append((b * scaling_of(settings, layer), values[key].double()))
     return {layer: _concatenate(pairs) for layer, pairs in sorted(terms.items())}
 
 

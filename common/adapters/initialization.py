@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ def initial_values(layout: Layout, settings: AdapterSettings, seed: int) -> dict
     """Return the values of all parameters in a layout at step 0, where ΔW = 0.
 
     A is Kaiming-uniform (a = √5), B is zero, and Λ = I, so that the first step equals that of plain LoRA. With
-    MultiLoRA, the scales are zero and every B_i is Kaiming-uniform. With ``init = "spectral"`` B is Kaiming-uniform and
-    Λ = 0; the coordinator replaces A and B before round 1. Each tensor has its own generator, seeded by (seed, name),
-    so that its values depend on nothing else.
+    MultiLoRA, the scales are zero and every B_i is Kaiming-uniform. ``settings.init`` changes the shared adapter:
+    ``gaussian`` draws A from N(0, 1/r²), ``orthogonal`` draws A and B with BA = 0, and ``spectral`` takes Λ = 0 and a
+    Kaiming-uniform B; the coordinator then replaces A and B before round 1. Each tensor has its own generator, seeded
+    by (seed, name), so that its values depend on nothing else.
     """
     return {key: _initial(key, layout, settings, seed) for key in layout}
 
@@ -35,16 +37,34 @@ def _initial(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> 
 
 
 def _a(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
-    return _kaiming(key, layout[key], layout[key][1], seed)
+    rank, width = layout[key]
+    if key.startswith(PRIVATE) or settings.init in ("kaiming", "spectral"):
+        return _kaiming(key, (rank, width), width, seed)
+    if settings.init == "gaussian":
+        return _normal(key, (rank, width), seed) / rank
+    return (_normal(key, (width, rank // 2), seed) @ _rotation(key, rank, seed)[0::2]).T.contiguous() / 10
 
 
 def _b(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:
     scale = layout.get(f"{key.rpartition('lora_B')[0]}lora_scale")
-    if scale is None and (settings.init == "kaiming" or key.startswith(PRIVATE)):
-        return torch.zeros(layout[key])
-    if scale is None:
-        return _kaiming(key, layout[key], layout[key][1], seed)
-    return _kaiming(key, layout[key], layout[key][1] // scale[0], seed)  # fan-in of one module
+    height, rank = layout[key]
+    if scale is not None:
+        return _kaiming(key, (height, rank), rank // scale[0], seed)  # fan-in of one module
+    if key.startswith(PRIVATE) or settings.init in ("kaiming", "gaussian"):
+        return torch.zeros(height, rank)
+    if settings.init == "spectral":
+        return _kaiming(key, (height, rank), rank, seed)
+    return _normal(key, (height, rank // 2), seed) @ _rotation(key, rank, seed)[1::2] / 10
+
+
+def _rotation(key: str, rank: int, seed: int) -> torch.Tensor:
+    """A random orthogonal matrix of a layer: A has its odd rows as a factor and B its even rows, so BA = 0."""
+    layer = re.split(r"\.lora_[AB]\.", key)[0]
+    return torch.linalg.qr(_normal(f"{layer}.rotation", (rank, rank), seed))[0]
+
+
+def _normal(key: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.empty(shape).normal_(generator=torch.Generator().manual_seed(seed_from(seed, key)))
 
 
 def _core(key: str, layout: Layout, settings: AdapterSettings, seed: int) -> torch.Tensor:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ..config.schema import AdapterSettings, PrivateSettings
@@ -24,6 +24,7 @@ from ..errors import ModelError
 from ..methods import ABSENT, PRIVATE, PRIVATE_KINDS, Method
 from .core import CORE_FORMS, CoreVariant
 from .multilora import MultiVariant
+from .targets import Targets, check_patterns, layers_of, pattern_value, width
 from .variant import Variant
 
 ADAPTER = "shared"  # name of the shared adapter in PEFT's layers
@@ -32,14 +33,18 @@ Layout = dict[str, tuple[int, ...]]  # parameter name → shape
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Specification of an adapter for PEFT's layers. ``field`` is the settings table that errors name."""
+    """Specification of an adapter for PEFT's layers. ``field`` is the settings table that errors name.
+
+    ``rank`` (of all modules together, n·r) and ``scaling`` are functions of a layer's name.
+    """
 
     field: str
-    rank: int  # of all modules together, n·r
-    scaling: float
+    rank: Callable[[str], int]
+    scaling: Callable[[str], float]
     dropout: float
-    targets: tuple[str, ...] | str
+    targets: Targets
     variant: Variant | None = None
+    patterns: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)  # by key, to be checked
 
 
 def shared_spec(settings: AdapterSettings, method: Method) -> AdapterSpec:
@@ -50,20 +55,45 @@ def shared_spec(settings: AdapterSettings, method: Method) -> AdapterSpec:
     modules = settings.modules if method.scale is not ABSENT else 1
     if method.scale is not ABSENT:
         variant = MultiVariant(modules)
-    targets = settings.target_modules
-    return AdapterSpec("adapter", settings.rank * modules, scaling_of(settings), settings.dropout, targets, variant)
+    return AdapterSpec(
+        "adapter",
+        lambda layer: rank_of(settings, layer) * modules,
+        lambda layer: scaling_of(settings, layer),
+        settings.dropout,
+        _targets(settings),
+        variant,
+        {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern},
+    )
 
 
 def private_spec(settings: PrivateSettings, shared: AdapterSettings) -> AdapterSpec:
-    """Return the specification of a private adapter. Its target modules default to those of the shared adapter."""
+    """Return the specification of a private adapter. Its layers default to those of the shared adapter."""
     variant = MultiVariant(settings.slices) if PRIVATE_KINDS[settings.kind] else None
-    targets = settings.target_modules or shared.target_modules
-    return AdapterSpec("private", settings.total_rank, scaling_of(settings), settings.dropout, targets, variant)
+    own = settings.target_modules
+    targets = _targets(shared, "private") if own is None else Targets("private.target_modules", own)
+    scaling = scaling_of(settings)
+    return AdapterSpec(
+        "private", lambda layer: settings.total_rank, lambda layer: scaling, settings.dropout, targets, variant
+    )
 
 
-def scaling_of(settings: AdapterSettings | PrivateSettings) -> float:
-    """Return s = alpha/rank, or alpha/√rank with ``rslora``, with the rank of one module."""
-    return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
+def rank_of(settings: AdapterSettings | PrivateSettings, layer: str) -> int:
+    """Return the rank of one module on a layer: that of ``rank_pattern`` where it names the layer."""
+    patterns = settings.rank_pattern if isinstance(settings, AdapterSettings) else None
+    return pattern_value(patterns, layer, settings.rank)
+
+
+def scaling_of(settings: AdapterSettings | PrivateSettings, layer: str = "") -> float:
+    """Return s = alpha/rank, or alpha/√rank with ``rslora``, with alpha and the rank of one module on this layer."""
+    patterns = settings.alpha_pattern if isinstance(settings, AdapterSettings) else None
+    rank = rank_of(settings, layer)
+    return pattern_value(patterns, layer, settings.alpha) / (math.sqrt(rank) if settings.rslora else rank)
+
+
+def _targets(settings: AdapterSettings, table: str = "adapter") -> Targets:
+    blocks = settings.layers_to_transform
+    blocks = (blocks,) if isinstance(blocks, int) else blocks
+    return Targets(f"{table}.target_modules", settings.target_modules, settings.exclude_modules or (), blocks)
 
 
 def attach(backbone: nn.Module, settings: AdapterSettings, method: Method) -> dict[str, nn.Parameter]:
@@ -79,22 +109,25 @@ def inject(backbone: nn.Module, spec: AdapterSpec, adapter: str) -> dict[str, nn
 
     Returns its parameters by name. Raises ModelError as ``attach`` does.
     """
+    layers = layers_of(backbone, spec.targets, spec.rank)
+    for key, patterns in spec.patterns.items():
+        check_patterns(f"{spec.field}.{key}", patterns, layers)
+    modules = dict(backbone.named_modules())
+    for name in layers:
+        _check_rank(name, modules[name], spec)
     config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.rank,
+        r=1,
         lora_dropout=spec.dropout,
-        target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
+        target_modules=[],  # the names in ``state_dict`` count; PEFT would rewrite names of layers beside experts
+        rank_pattern={f"^{re.escape(name)}": spec.rank(name) for name in layers},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns about its own file formats
-        try:
-            inject_adapter_in_model(config, backbone, adapter_name=adapter)
-        except (ValueError, re.error):
-            raise _no_target(backbone, spec) from None
+        names = {f"{name}.lora_A.weight": torch.empty(0) for name in layers}
+        inject_adapter_in_model(config, backbone, adapter_name=adapter, state_dict=names)
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in backbone.named_modules():
         if isinstance(layer, LoraLayer) and adapter in layer.r:
-            _check_layer(name, layer, spec)
             parameters |= _install(name, layer, spec, adapter)
     return parameters
 
@@ -122,7 +155,7 @@ def layout_of(parameters: Mapping[str, torch.Tensor]) -> Layout:
 
 def _install(name: str, layer: Any, spec: AdapterSpec, adapter: str) -> dict[str, nn.Parameter]:
     """Set scaling and form of the adapter on one layer, and return its parameters by name."""
-    layer.scaling[adapter] = spec.scaling
+    layer.scaling[adapter] = spec.scaling(name)
     for leaf in (layer.lora_A, layer.lora_B):
         leaf[adapter].float()
     prefix = f"{name}." if adapter == ADAPTER else f"{PRIVATE}{name}."
@@ -135,29 +168,10 @@ def _install(name: str, layer: Any, spec: AdapterSpec, adapter: str) -> dict[str
     return parameters
 
 
-def _check_layer(name: str, layer: Any, spec: AdapterSpec) -> None:
-    base = layer.get_base_layer()
-    if not isinstance(layer, Linear) and not isinstance(base, nn.Linear):  # bitsandbytes layers are nn.Linear, too
-        kind, key = type(base).__name__, f"{spec.field}.target_modules"
-        message = f"{key} must name linear layers, but {name} is of type {kind}."
-        raise ModelError(key, "names of linear layers", f"{name} of type {kind}", message=message)
-    limit = min(layer.in_features, layer.out_features)  # type: ignore[type-var]
-    if spec.rank > limit:
+def _check_rank(name: str, module: nn.Module, spec: AdapterSpec) -> None:
+    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    limit, rank = width(base), spec.rank(name)
+    if rank > limit:
         key = f"{spec.field}.rank"
-        message = f"{key} must be at most {limit} for the layer {name}, not {spec.rank}."
-        raise ModelError(key, f"at most {limit} for {name}", spec.rank, message=message)
-
-
-def _no_target(backbone: nn.Module, spec: AdapterSpec) -> ModelError:
-    """Return the error for targets that match no linear layer, with layer names of the base model as examples."""
-    linear = (name for name, module in backbone.named_modules() if isinstance(module, nn.Linear))
-    names = {name.removesuffix(".base_layer").rsplit(".", 1)[-1] for name in linear if ".lora_" not in name}
-    examples, key = ", ".join(sorted(names)[:8]), f"{spec.field}.target_modules"
-    targets = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
-    return ModelError(
-        key,
-        f"names of linear layers, such as {examples}",
-        repr(targets),
-        message=f"{key} = {targets!r} matches no linear layer of the base model.",
-        hint=f"Linear layers of this model are {examples}.",
-    )
+        message = f"{key} must be at most {limit} for the layer {name}, not {rank}."
+        raise ModelError(key, f"at most {limit} for {name}", rank, message=message)

@@ -36,8 +36,9 @@ class Variant(LoraVariant):
         raise NotImplementedError
 
     def delta(self, module: Any, adapter: str) -> torch.Tensor:
-        """Return ΔW, shape (d_out, d_in)."""
-        return self.factor(module, adapter) @ module.lora_A[adapter].weight
+        """Return ΔW in the orientation of the layer's weight: (d_out, d_in), or (d_in, d_out) for ``Conv1D``."""
+        delta = self.factor(module, adapter) @ module.lora_A[adapter].weight
+        return delta.T if module.fan_in_fan_out else delta
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return a new tensor with ΔW added."""

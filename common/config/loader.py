@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..methods import GROUPS, Method, Role
 from .diagnostics import at_named_site, did_you_mean
+from .peft_spelling import in_own_words
 from .schema import DataSettings, Recipe, SimulatedSiteSettings, parse
 from .site_schema import SiteSettings
 
@@ -60,6 +61,8 @@ def recipe_from(raw: dict[str, Any]) -> Recipe:
     if not isinstance(sites, list) or not all(isinstance(site, dict) for site in sites):
         message = f"site must be a list of [[site]] tables, not {sites!r}."
         raise ConfigError("site", "tables written [[site]]", sites, message=message)
+    raw = _in_own_words(raw)
+    sites = [{**site, **_private_in_own_words(site)} for site in sites]
     shared = _data_table(raw)
     merged = [
         {k: v for k, v in site.items() if k in own and k != "data"}
@@ -76,7 +79,8 @@ def recipe_from(raw: dict[str, Any]) -> Recipe:
 
 def load_site(path: Path) -> SiteSettings:
     """Read a site file and make its relative paths absolute. Raises ConfigError."""
-    site, folder = parse(SiteSettings, read_toml(path)), path.resolve().parent
+    raw = read_toml(path)
+    site, folder = parse(SiteSettings, {**raw, **_private_in_own_words(raw)}), path.resolve().parent
     coordinator, trainer = site.coordinator, site.trainer
     if coordinator:
         coordinator = dataclasses.replace(
@@ -159,6 +163,16 @@ def _table_to_set(raw: dict[str, Any], key: str) -> tuple[dict[str, Any], list[s
     )
 
 
+def _in_own_words(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe with colora's names for PEFT's keys. Raises ConfigError for a key with both names."""
+    adapter = {"adapter": in_own_words(raw["adapter"], "adapter")} if "adapter" in raw else {}
+    return {**raw, **adapter, **_private_in_own_words(raw)}
+
+
+def _private_in_own_words(table: dict[str, Any]) -> dict[str, Any]:
+    return {"private": in_own_words(table["private"], "private")} if "private" in table else {}
+
+
 def _data_table(owner: dict[str, Any], site: str | None = None) -> dict[str, Any]:
     data = owner.get("data", {})
     if not isinstance(data, dict):
@@ -181,6 +195,7 @@ def _check(recipe: Recipe) -> None:
             message=f'adapter.init = "spectral" needs shared A and B and a core, which {recipe.method.name!r} lacks.',
             hint='Use method.name = "colora", or adapter.init = "kaiming".',
         )
+    _check_orthogonal(recipe, row)
     if recipe.server.groups != "none" and recipe.adapter.init == "spectral":
         raise ConfigError(
             "server.groups",
@@ -213,6 +228,18 @@ def _check(recipe: Recipe) -> None:
             message="A shared head needs one list of labels, but the sites have different ones.",
             hint="Set data.labels for all sites, or leave the head personal.",
         )
+
+
+def _check_orthogonal(recipe: Recipe, row: Method) -> None:
+    adapter = recipe.adapter
+    if adapter.init in ("gaussian", "orthogonal") and row.scale is not Role.ABSENT:
+        message = f'adapter.init = "{adapter.init}" is not possible with the scales of {recipe.method.name!r}.'
+        hint = 'Use adapter.init = "kaiming".'
+        raise ConfigError("adapter.init", "kaiming", adapter.init, message=message, hint=hint)
+    odd = [rank for rank in (adapter.rank, *(adapter.rank_pattern or {}).values()) if rank % 2]
+    if adapter.init == "orthogonal" and odd:
+        message = f'adapter.init = "orthogonal" needs even ranks, not {odd[0]}.'
+        raise ConfigError("adapter.rank", "an even number", odd[0], message=message, hint="Use an even rank.")
 
 
 def _check_sites(recipe: Recipe) -> None:

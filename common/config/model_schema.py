@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from ..errors import ConfigError
 from ..methods import ABSENT, GROUPS, METHODS, PRIVATE_KINDS, Method, Role
 from .diagnostics import suggest_method
-from .field_types import STRICT, Positive, PositiveFloat, Precision, PrivateKind, Probability
+from .field_types import STRICT, Count, Positive, PositiveFloat, Precision, PrivateKind, Probability
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -48,16 +48,30 @@ class AdapterSettings:
     dropout: Probability = 0.0
     """Dropout probability on the input of A during training."""
 
-    target_modules: tuple[str, ...] | str = ("query", "value")
-    """Linear layers that get an adapter: a list of name endings, or one regular expression over whole names."""
+    target_modules: tuple[str, ...] | str | None = None
+    """Linear layers that get an adapter: a list of name endings, one regular expression over whole names, or
+    ``all-linear``. Unset: PEFT's default for the model's type, or ``all-linear`` where PEFT has none."""
+
+    exclude_modules: tuple[str, ...] | str | None = None
+    """Target modules that get no adapter, written as ``target_modules`` are. Unset: none."""
+
+    layers_to_transform: tuple[Count, ...] | Count | None = None
+    """Numbers of the blocks whose target modules get an adapter: the first number in a layer's name. Unset: all."""
+
+    rank_pattern: dict[str, Positive] | None = None
+    """Ranks of single layers, by name ending or regular expression. Unset: ``rank`` everywhere."""
+
+    alpha_pattern: dict[str, PositiveFloat] | None = None
+    """Values of ``alpha`` for single layers, by name ending or regular expression. Unset: ``alpha`` everywhere."""
 
     core: Literal["full", "diagonal", "residual"] = "full"
     """Form of the core Λ, where the method has one: an r × r matrix, r diagonal values, or I plus an r × r matrix."""
 
-    init: Literal["kaiming", "spectral"] = "kaiming"
-    """Initial values. ``kaiming``: A random, B zero, cores the identity, as in LoRA. ``spectral``: A and B are the
-    subspaces that the sites' gradients have in common, and the cores are zero. It needs shared A and B and a core, and
-    helps where few sites would otherwise find no common subspace."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "spectral"] = "kaiming"
+    """Initial values, at which the adapter changes nothing. ``kaiming`` and ``gaussian``: A uniform or normal, B zero,
+    cores the identity, as in PEFT. ``orthogonal``: A and B are random with BA = 0, for even ranks. ``spectral``: A and
+    B are the subspaces that the sites' gradients have in common, and the cores are zero. It needs shared A and B and a
+    core, and helps where few sites would otherwise find no common subspace."""
 
     rslora: bool = False
     """Scale by alpha/√rank (rank-stabilized LoRA) instead of alpha/rank."""

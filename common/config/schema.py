@@ -179,7 +179,7 @@ class ServerSettings:
     """Admitted replies that a round needs. Unset: more than half of the sampled sites."""
 
     timeout: PositiveFloat | None = None
-    """Maximum duration of a round in seconds. Unset: no limit."""
+    """Maximum duration of a round in seconds. A simulation counts the seconds of each site alone. Unset: no limit."""
 
     max_attempts: Positive = 3
     """Number of times a site is tried in one round when it answers with an error."""

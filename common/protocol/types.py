@@ -23,8 +23,9 @@ PROTOCOL = 3  # version of these types; a site with another one is refused
 UPDATE_SCALE = "update.scale"  # metric: the factor by which a site scaled its update before it sent it
 BENEFIT = "train.benefit"  # metric: loss with the shared adapter ÷ loss without it; in [0, MAX_BENEFIT]
 MAX_BENEFIT = 10.0
+OVERFLOWS = "train.overflows"  # metric: attempts at an optimizer step whose fp16 gradients overflowed; absent for none
 METRIC_NAMES = frozenset(
-    {"train.loss", UPDATE_SCALE, BENEFIT} | {f"{mode}.{name}" for mode in EVAL_MODES for name in METRICS}
+    {"train.loss", UPDATE_SCALE, BENEFIT, OVERFLOWS} | {f"{mode}.{name}" for mode in EVAL_MODES for name in METRICS}
 )
 Arrays = Mapping[str, np.ndarray]
 RequestKind = Literal["trial", "initialize", "train", "finalize"]

@@ -13,7 +13,7 @@ from ..config.schema import TrainSettings
 from ..methods import group_of
 from ..seeds import seed_from
 from ..tasks.base import Task
-from .micro_batch import MicroBatcher
+from .micro_batch import MicroBatcher, StepResult, make_scaler
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -34,12 +34,19 @@ class TrainPhase:
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """Result of training: mean loss per loss term, and counts of loss terms (tokens or labelled texts) and examples."""
+    """Result of training: mean loss per loss term, and counts of loss terms (tokens or labelled texts) and examples.
+
+    ``loss`` and ``terms`` are those of the applied steps. ``steps`` were asked for and ``applied`` of them were taken;
+    with fp16, ``overflows`` attempts were left out since their gradients overflowed.
+    """
 
     loss: float
     terms: int
     examples: int
     optimizer_state: OptimizerState = field(default_factory=dict)
+    steps: int = 0
+    applied: int = 0
+    overflows: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,9 @@ def train(
     factor = lr_factor(settings, cursor.total)
     rates = [group["lr"] for group in optimizer.param_groups]
     batches = batch_indices(len(task.train.examples), settings.batch_size, cursor)
-    micro_batcher = MicroBatcher(settings.micro_batch)
-    step, loss_sum, terms, examples = cursor.step, 0.0, 0, 0
+    precision, device = task.plan.model.precision, task.base.device
+    micro_batcher = MicroBatcher(settings.micro_batch, make_scaler(precision, device))
+    step, results, examples = cursor.step, [], 0
     total, callback = sum(phase.steps for phase in phases), callback or (lambda done, total: None)
     callback(0, total)
     with torch.random.fork_rng():
@@ -90,12 +98,20 @@ def train(
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor(step)
                 batch = [task.train.examples[i] for i in next(batches)]
-                loss, n = micro_batcher.step(task, optimizer, batch, settings.max_grad_norm)
-                step, loss_sum, terms, examples = step + 1, loss_sum + loss * n, terms + n, examples + len(batch)
+                results.append(micro_batcher.step(task, optimizer, batch, settings.max_grad_norm))
+                step, examples = step + 1, examples + len(batch)
                 callback(step - cursor.step, total)
     _train_only(parameters, frozenset())
     state = _save_optimizer_state(optimizer, parameters) if settings.persist_optimizer_state else {}
-    return TrainOutcome(loss_sum / terms if terms else float("nan"), terms, examples, state)
+    return _outcome(results, examples, state)
+
+
+def _outcome(results: Sequence[StepResult], examples: int, state: OptimizerState) -> TrainOutcome:
+    applied = [result for result in results if result.applied]
+    loss_sum, terms = sum(result.loss * result.terms for result in applied), sum(result.terms for result in applied)
+    overflows = sum(result.overflows for result in results)
+    loss = loss_sum / terms if terms else float("nan")
+    return TrainOutcome(loss, terms, examples, state, len(results), len(applied), overflows)
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:

@@ -93,6 +93,8 @@ def _conclusions(summary: RunSummary) -> list[str]:
         lines.append(
             "The personal models are worse than the base model. Train for more steps or change the learning rate."
         )
+    if names := summary.without_personal_model():
+        lines.append(f"{', '.join(names)} took part in no round and have no personal model. The means leave them out.")
     for row in summary.rows.values():
         if row.clipped:
             rounds = ", ".join(map(str, row.clipped))

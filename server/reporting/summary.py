@@ -90,10 +90,22 @@ class RunSummary:
         return sum(event.get("measuring", 0) for event in replies) / seconds if seconds else 0.0
 
     def mean(self, mode: str) -> float | None:
-        """The mean primary metric over sites; None if tasks differ or nothing was measured."""
-        values = [row.metric(mode) for row in self.rows.values()]
+        """The mean primary metric over sites; None if tasks differ or nothing was measured.
+
+        Once sites have personal models, the mean of every mode is over these sites.
+        """
+        personal = [row for row in self.rows.values() if row.metric("personal") is not None]
+        values = [row.metric(mode) for row in personal or self.rows.values()]
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if known and len({r.task for r in self.rows.values() if r.task}) == 1 else None
+
+    def without_personal_model(self) -> list[str]:
+        """The sites with training rows that were evaluated and have no personal model, where others have one."""
+        without = [row for row in self.rows.values() if row.metric("personal") is None]
+        evaluated = [
+            row.site for row in without if row.train and (row.metric("base") or row.metric("shared")) is not None
+        ]
+        return evaluated if len(without) < len(self.rows) else []
 
 
 def summarize(events: Iterable[Event]) -> RunSummary:

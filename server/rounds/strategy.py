@@ -93,7 +93,8 @@ class AdapterStrategy:
         )  # sites join once they have their texts
         registry = NodeRegistry(grid, names, inquiry, nodes_file, self._emit_ready if transfers else None)
         self.membership = Membership(registry, names, self.recorder, self.options)
-        policy = RetryPolicy(self.settings.timeout, attempts, deployed, INTERVAL if deployed else 0.05)
+        timeout = self.settings.timeout if deployed else None  # a simulation counts each site's own seconds
+        policy = RetryPolicy(timeout, attempts, deployed, INTERVAL if deployed else 0.05)
         self.dispatcher = Dispatcher(grid, registry, policy, self._emit_late)
         quorum = self.settings.quorum or len(names) // 2 + 1
         if transfers:
@@ -102,7 +103,7 @@ class AdapterStrategy:
             )
         if not deployed:
             wait_for_nodes(grid, len(names))
-        joined = self.membership.wait_for_quorum(quorum, self.settings.timeout)
+        joined = self.membership.wait_for_quorum(quorum)
         pins = dict(state.pins if state else {})
         pins = pins or agree_on_pins(self.recipe, joined, self.options.fingerprints(self.recipe))
         if state is None:
@@ -281,6 +282,10 @@ class AdapterStrategy:
                 norm = admit_reply(reply, site, request, layout, reply_limits(self.recipe, task))
             except RefusedError as error:
                 self.recorder.refused(t, error.at_site(site))
+                continue
+            limit = None if self.options.deployed else self.settings.timeout
+            if limit and reply.seconds > limit:
+                self.recorder.failed(t, site, f"no reply within {limit:g} s")
                 continue
             results = {
                 "kind": request.kind,

@@ -33,7 +33,9 @@ def full_plan() -> dict[str, Any]:
     phase = (PhaseSettings(1, ("A",)),)
     train = dataclasses.replace(plan.train, **rates, micro_batch=1, phase=phase, schedule="phases")
     transfer = dataclasses.replace(plan.transfer, samples=1)
-    return to_dict(dataclasses.replace(plan, train=train, transfer=transfer))
+    patterns = {"rank_pattern": {"proj": 1}, "alpha_pattern": {"proj": 1.0}}
+    adapter = dataclasses.replace(plan.adapter, layers_to_transform=(0,), **patterns)
+    return to_dict(dataclasses.replace(plan, adapter=adapter, train=train, transfer=transfer))
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -65,7 +67,7 @@ def test_every_number_of_a_plan_has_a_bound() -> None:
 def test_a_number_beyond_its_bound_is_refused(key: str) -> None:
     """The schema checks the range of the four probabilities."""
     raw = full_plan()
-    path = next(p for p in leaves(raw) if ".".join(k for k in p if isinstance(k, str)) == key)
+    path = next(p for p in leaves(raw) if ".".join(k for k in p if isinstance(k, str)) in (key, f"{key}.proj"))
     number = int(BOUNDS[key]) * 2
     plan = changed(raw, path, float(number) if isinstance(_at(raw, path), float) else number)
     with pytest.raises(RefusedError, match=key.rpartition(".")[2]):
@@ -103,6 +105,15 @@ def test_module_names_are_plain(name: str, as_list: bool) -> None:
     plan = recipe(3).plan
     adapter = dataclasses.replace(plan.adapter, target_modules=(name,) if as_list else name)
     with pytest.raises(RefusedError, match=r"adapter.target_modules"):
+        check_bounds(dataclasses.replace(plan, adapter=adapter), SITE)
+
+
+@pytest.mark.parametrize("key", ["exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_names_beside_the_target_modules_are_plain(key: str) -> None:
+    plan = recipe(3).plan
+    value: Any = {"(a+)+$": 1} if key.endswith("pattern") else "(a+)+$"
+    adapter = dataclasses.replace(plan.adapter, **{key: value})
+    with pytest.raises(RefusedError, match=f"adapter.{key}"):
         check_bounds(dataclasses.replace(plan, adapter=adapter), SITE)
 
 

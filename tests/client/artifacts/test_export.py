@@ -111,7 +111,8 @@ def train(raw: dict, folder: Path, name: str) -> Trained:
 def varied(raw: dict, method: str, private: str) -> dict:
     """Return the recipe with this method and private adapter."""
     steps = {**raw["train"], "steps": 8, "final_steps": 8, "lr": 0.05, "private_lr": 0.05}
-    table = {"kind": private, "rank": 2, "modules": 3, "alpha": 5.0, "target_modules": ["value", "v_proj", "o_proj"]}
+    targets = ["value"] if "value" in raw["adapter"]["target_modules"] else ["v_proj", "o_proj"]
+    table = {"kind": private, "rank": 2, "modules": 3, "alpha": 5.0, "target_modules": targets}
     return {**raw, "method": {"name": method}, "private": table, "train": steps}
 
 

@@ -453,11 +453,12 @@ def steps(site: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     original = micro_batch.apply_gradients
     names = {id(parameter): key for key, parameter in site.parameters.items()}
 
-    def recording(task: Any, optimizer: Any, max_grad_norm: float) -> None:
+    def recording(optimizer: Any, max_grad_norm: float, scaler: Any) -> bool:
         before = now(site)
-        original(task, optimizer, max_grad_norm)
+        applied = original(optimizer, max_grad_norm, scaler)
         rates = {group_of(names[id(p)]): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         taken.append(Step(rates, before, now(site)))
+        return applied
 
     monkeypatch.setattr(micro_batch, "apply_gradients", recording)
     return taken
