@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import resource
 import select
 import socket
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.slow
 HALF_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
 HALF_HEADER = b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: gateway\r\nflwr-public-key: "
 SWEEP = 2.0  # seconds after which the connections that were closed are opened again
-CALM, CROWDED, PHASES, ROUNDS = 20.0, 40.0, 3, 4  # least seconds, how often, and least rounds in a phase
+CALM, CROWDED, PHASES, ROUNDS = 30.0, 60.0, 2, 4  # least seconds, how often, and least rounds in a phase
 
 
 class Crowd(threading.Thread):
@@ -178,7 +179,7 @@ def test_idle_and_half_sent_connections_slow_no_round(place: Path, tiny_recipe: 
         assert not [answer for answer in answers if answer.startswith("kept") and "Error" in answer]
         logs = [path.read_text(errors="replace") for path in place.rglob("state/logs/*.log")]
         assert logs
-        assert not [log for log in logs if "503" in log]
+        assert not [log for log in logs if re.search(r"['\s]503['\s]", log)]  # a status, not a part of a hash
         assert opened > 2 * 1300 * PHASES, "the gateway closed nothing"
         assert town.events("restarted") == []
     finally:

@@ -110,10 +110,8 @@ class ConnectionTable:
             self._forget(connection)
             return
         self._known.remove(connection)
-        for counter, name in ((self._by_key, connection.key), (self._known_at, connection.address)):
-            counter[name] -= 1
-            if not counter[name]:
-                del counter[name]
+        self._by_key -= Counter([connection.key])  # leaves no zeros behind
+        self._known_at -= Counter([connection.address])
 
     def _weight(self, address: str) -> int:
         return len(self._strangers[address]) - (SITE_ROOM if address in self._known_at else 0)
