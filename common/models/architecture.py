@@ -108,7 +108,7 @@ def _stock_layers(settings: ModelSettings, task: str) -> frozenset[str]:
     theirs = {name.removeprefix(below) for name in _parameters(stock) if name.startswith(below)}
     own = _parameters(skeleton(settings))
     other = sorted((theirs - own) | {name for name in own - theirs if not name.startswith(UNUSED)})
-    family, kind = stock.config.model_type, type(stock).__name__
+    family, kind = load_config(settings).model_type, type(stock).__name__
     if "attention_mask" not in signature(stock.forward).parameters:
         message = f"Models of the family {family} cannot be used: without an attention mask they read padding as text."
         hint = "Choose a base model of another family."

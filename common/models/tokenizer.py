@@ -5,6 +5,7 @@ The ids of these tokens are the tokenizer's everywhere: in training, prediction,
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -19,9 +20,9 @@ from .architecture import load_config
 from .hf_logging import quiet_transformers
 from .model_files import check_whole, file_names
 from .sources import source_folder
-from .unreadable import model_errors_of
+from .unreadable import model_errors_of, own_code
 
-EXPECTED = "a model with a tokenizer"
+EXPECTED, NOT_WHOLE = "a model with a tokenizer", "a vocabulary that is not whole"
 WHOLE = re.compile(r"tokenizer(\.[\d.]+)?\.json|tekken\.json|tiktoken\.model|tokenizer\.model.*")  # a vocabulary alone
 OPTIONAL = ("tokenizer_file", "tokenizer_config_file", "normalizer_file", "target_vocab_file")
 SENTENCEPIECE, TIKTOKEN = re.compile(r".*\.(spm|model)"), re.compile(r".*\.tiktoken|tiktoken\.model")
@@ -41,16 +42,32 @@ def load_tokenizer(settings: ModelSettings, field: str = "model.source") -> Any:
     with quiet_transformers(), model_errors_of(field, EXPECTED, source):
         folder = source_folder(settings)
         check_whole(folder, source, field, weights=False)
+        _check_own_code(folder, source, field)
         _check_packages(folder, source, field)
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises Exception itself
+            if _lacks_merges(folder):
+                raise _incomplete(source, field, NOT_WHOLE, "merges.txt") from None
             if type(error) is Exception:
                 raise ValueError(str(error)) from None
             raise
     _check_vocabulary(tokenizer, folder, source, field)
     _complete(tokenizer, declared_ends(config, folder), source, field)
     return tokenizer
+
+
+def _check_own_code(folder: Path, source: str, field: str) -> None:
+    """Refuse a tokenizer whose class is in its repository. Transformers would take that of the model's family."""
+    import transformers
+
+    path = folder / "tokenizer_config.json"
+    raw: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    own = raw.get("auto_map")
+    own = own.get("AutoTokenizer") if isinstance(own, dict) else own
+    name = str(raw.get("tokenizer_class", "")).removesuffix("Fast")
+    if own and not (hasattr(transformers, name) or hasattr(transformers, f"{name}Fast")):
+        raise own_code(field, source)
 
 
 def _check_packages(folder: Path, source: str, field: str) -> None:
@@ -78,11 +95,19 @@ def _check_vocabulary(tokenizer: Any, folder: Path, source: str, field: str) -> 
     missing = [name for name in files if name not in names]
     if not wanted or any(WHOLE.fullmatch(name) for name in names) or (files and not missing):
         return
-    needed = " and ".join(missing) or wanted["tokenizer_file"]
-    found = "no vocabulary" if len(missing) == len(files) else "a vocabulary that is not whole"
+    found = "no vocabulary" if len(missing) == len(files) else NOT_WHOLE
+    raise _incomplete(source, field, found, " and ".join(missing) or wanted["tokenizer_file"])
+
+
+def _lacks_merges(folder: Path) -> bool:
+    names = file_names(folder)
+    return "vocab.json" in names and "merges.txt" not in names and "tokenizer.json" not in names
+
+
+def _incomplete(source: str, field: str, found: str, needed: str) -> ModelError:
     message = f"{source!r} has {found}: {needed} is missing beside the configuration."
     hint = "Save the tokenizer into the model's folder as well, or download all of its files."
-    raise ModelError(field, EXPECTED, found, message=message, hint=hint)
+    return ModelError(field, EXPECTED, found, message=message, hint=hint)
 
 
 def declared_ends(config: Any, folder: Path | None = None) -> tuple[int, ...]:

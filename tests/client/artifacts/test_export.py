@@ -251,7 +251,7 @@ def test_the_model_cards_code_loads_it_and_equal_models_give_equal_files(tiny_re
     export(case.saved, tmp_path / "out")
     export(case.saved, tmp_path / "again")
     for path in (tmp_path / "out").glob("**/*.*"):
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "out")).read_bytes(), path.name
     text = (tmp_path / "out" / "README.md").read_text()
     for fact in (
         "round 2 of 2",
