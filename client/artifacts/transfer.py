@@ -136,6 +136,7 @@ def _distillation_plan(saved: SavedModel, plan: Plan, examples: int) -> Plan:
         lr=plan.transfer.distillation.lr,
         lr_schedule="linear",
         warmup_steps=0,
+        warmup_ratio=0.0,
         weight_decay=0.0,
     )
     settings = dataclasses.replace(plan.transfer, source_federation=saved.plan.name)

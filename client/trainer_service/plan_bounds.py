@@ -28,6 +28,7 @@ BOUNDS: Mapping[str, float] = {  # by key of the plan, without list indices
     "adapter.layers_to_transform": 10_000,
     **{f"train.{key}": _STEPS for key in ("steps", "personal_steps", "shared_steps", "final_steps", "phase.steps")},
     "train.label_smoothing": 1,
+    "train.warmup_ratio": 1,
     "train.warmup_steps": 10**12,  # only read by the schedule
     **{f"train.{key}": _BATCH for key in ("batch_size", "micro_batch")},
     **{f"train.{key}": _RATE for key in ("lr", "core_lr", "head_lr", "private_lr", "weight_decay")},

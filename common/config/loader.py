@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from ..dataset import TASKS
 from ..errors import ConfigError
 from ..methods import GROUPS, Method, Role
 from .diagnostics import at_named_site, did_you_mean
@@ -212,6 +213,10 @@ def _check(recipe: Recipe) -> None:
             message=f"server.groups needs shared parameters, which method {recipe.method.name!r} lacks.",
             hint="Use another method, or remove server.groups.",
         )
+    if recipe.train.warmup_steps and recipe.train.warmup_ratio:
+        message = "The recipe sets both train.warmup_steps and train.warmup_ratio."
+        raise ConfigError("train.warmup_ratio", "one of the two", "both", message=message, hint="Remove one of them.")
+    _check_label_loss(recipe)
     if recipe.train.head_init == "probe" and row.head is not Role.PERSONAL:
         raise ConfigError(
             "train.head_init",
@@ -228,6 +233,17 @@ def _check(recipe: Recipe) -> None:
             message="A shared head needs one list of labels, but the sites have different ones.",
             hint="Set data.labels for all sites, or leave the head personal.",
         )
+
+
+def _check_label_loss(recipe: Recipe) -> None:
+    """Refuse settings of the loss over labels where no site has labels."""
+    tasks = {site.data.task for site in recipe.site} or {recipe.data.task}
+    for key in ("class_weights", "label_smoothing"):
+        if getattr(recipe.train, key) and not any(TASKS[task].has_labels for task in tasks):
+            message = f"train.{key} has no effect: no site of the recipe classifies texts."
+            raise ConfigError(
+                f"train.{key}", "a task with labels", ", ".join(tasks), message=message, hint="Remove it."
+            )
 
 
 def _check_orthogonal(recipe: Recipe, row: Method) -> None:

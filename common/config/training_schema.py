@@ -92,18 +92,21 @@ class TrainSettings:
     limit."""
 
     class_weights: Literal["balanced"] | None = None
-    """Weights of examples in classification with one label per text. ``balanced`` gives every label of a site the same
-    total weight. Unset: all examples weigh the same."""
+    """Weights of examples in classification. ``balanced`` gives every label of a site the same total weight; with
+    several labels per text, it gives the texts with a label the weight of those without. Unset: all weigh the same."""
 
     label_smoothing: Probability = 0.0
-    """Fraction of a label's probability that the training loss spreads over all labels. For classification with one
-    label per text."""
+    """Fraction of a label's probability that the training loss spreads over all labels in classification; with several
+    labels per text, over "has it" and "has it not"."""
 
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     """Learning rate schedule over the optimizer steps of all rounds and the final steps."""
 
     warmup_steps: Count = 0
     """Optimizer steps of linear warm-up at the start of the schedule."""
+
+    warmup_ratio: Probability = 0.0
+    """Fraction of all optimizer steps that is warm-up, instead of ``warmup_steps``."""
 
     report_benefit: bool = False
     """Report in every round the ratio of the loss with the shared adapter to the loss without it, on the site's own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,24 @@ class MultiLabel(Classification):
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
     def _training_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The mean binary cross-entropy. Class weights and label smoothing are for one label per text."""
-        return self._loss(logits, labels)
+        """The mean binary cross-entropy with ``train.label_smoothing`` and ``train.class_weights``.
+
+        Smoothing by ε takes 1 − ε/2 for 1 and ε/2 for 0. With balanced weights, the texts with a label have the same
+        total weight as those without it, for every label: n / (2 · n₁) and n / (2 · n₀) for n training examples.
+        """
+        train, labels = self.plan.train, labels.to(logits.dtype)
+        smooth = labels * (1 - train.label_smoothing) + train.label_smoothing / 2
+        if train.class_weights is None:
+            return F.binary_cross_entropy_with_logits(logits, smooth)
+        without, with_label = self._balance.to(logits)
+        return F.binary_cross_entropy_with_logits(logits, smooth, torch.where(labels > 0, with_label, without))
+
+    @cached_property
+    def _balance(self) -> torch.Tensor:
+        """Weights (2, labels) of the texts without and with each label; 1 where all or none have it."""
+        ones = torch.tensor([label for _, label in self.train.examples])
+        counts = torch.stack([(ones == 0).sum(0), (ones > 0).sum(0)])
+        return torch.where((counts > 0).all(0), len(ones) / 2 / counts.clamp(min=1), 1.0)
 
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.sigmoid()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,7 +135,8 @@ def lr_factor(settings: TrainSettings, total: int) -> Any:
     from transformers import get_scheduler
 
     carrier = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler: Any = get_scheduler(settings.lr_schedule, carrier, settings.warmup_steps, total)
+    warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * total)
+    scheduler: Any = get_scheduler(settings.lr_schedule, carrier, warmup, total)
     return scheduler.lr_lambdas[0]
 
 

@@ -23,6 +23,9 @@ from colora.common.protocol.types import TrainRequest
 from .mutations import NUMBERS, TEXTS
 from .test_hostile_sites import recipe
 
+PROBABILITIES = {
+    *("adapter.dropout", "private.dropout", "train.label_smoothing", "train.warmup_ratio", "transfer.generator.top_p")
+}
 SITE = SiteSettings("ada", DataSettings())
 
 
@@ -62,10 +65,10 @@ def test_every_number_of_a_plan_has_a_bound() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    sorted(set(BOUNDS) - {"adapter.dropout", "private.dropout", "train.label_smoothing", "transfer.generator.top_p"}),
+    sorted(set(BOUNDS) - PROBABILITIES),
 )
 def test_a_number_beyond_its_bound_is_refused(key: str) -> None:
-    """The schema checks the range of the four probabilities."""
+    """The schema checks the range of the probabilities."""
     raw = full_plan()
     path = next(p for p in leaves(raw) if ".".join(k for k in p if isinstance(k, str)) in (key, f"{key}.proj"))
     number = int(BOUNDS[key]) * 2

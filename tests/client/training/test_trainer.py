@@ -480,8 +480,10 @@ def test_the_learning_rate_follows_global_steps(town: Town, monkeypatch: pytest.
             assert step.rates["A"] == step.rates["B"] == pytest.approx(1e-2 * factor)
 
 
-def test_warm_up_spans_rounds(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = town.plan(lr_schedule="constant_with_warmup", warmup_steps=3)
+@pytest.mark.parametrize("warmup", [{"warmup_steps": 3}, {"warmup_ratio": 0.3}])
+def test_warm_up_spans_rounds(town: Town, monkeypatch: pytest.MonkeyPatch, warmup: dict[str, Any]) -> None:
+    """Three steps, as a number or as 0.3 of all eight steps, rounded up."""
+    plan = town.plan(lr_schedule="constant_with_warmup", **warmup)
     site, start = town.site(plan), initial_shared_state(plan)
     taken = steps(site, monkeypatch)
     for t in (1, 2, 3):

@@ -207,3 +207,21 @@ def test_a_local_only_baseline_prepares_no_transfer() -> None:
     recipe = recipe_from({**SMALL, "transfer": {"prepare": True}})
     assert recipe.transfer.prepare
     assert not local_only(recipe).transfer.prepare
+
+
+def _with_train(task: str = "classification", **train: Any) -> Recipe:
+    site = {"name": "ada", "source": "a.csv", "task": task}
+    return recipe_from({"name": "t", "rounds": 1, "model": {"source": "m"}, "site": [site], "train": train})
+
+
+def test_a_warm_up_is_given_once() -> None:
+    assert _with_train(warmup_ratio=0.1).train.warmup_ratio == 0.1
+    with pytest.raises(ConfigError, match=r"both train.warmup_steps and train.warmup_ratio"):
+        _with_train(warmup_ratio=0.1, warmup_steps=3)
+
+
+@pytest.mark.parametrize("train", [{"class_weights": "balanced"}, {"label_smoothing": 0.1}])
+def test_a_setting_of_labels_is_refused_where_no_site_has_labels(train: dict[str, Any]) -> None:
+    assert _with_train("multilabel", **train)
+    with pytest.raises(ConfigError, match="has no effect: no site of the recipe classifies texts"):
+        _with_train("generation", **train)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sklearn.metrics import f1_score
 from colora.client.artifacts.predict import Predictor
 from colora.client.data.row_schema import check_rows, parse_rows
 from colora.common.config.loader import load_site, recipe_from
-from colora.common.config.schema import DataSettings, ModelSettings, Plan
+from colora.common.config.schema import DataSettings, ModelSettings, Plan, TrainSettings
 from colora.common.dataset import Row, SiteDataset
 from colora.common.errors import DataError
 from colora.common.models.base_model import load_base_model
@@ -196,3 +197,29 @@ def test_sites_with_lists_and_with_columns_train_together(tiny_recipe: dict, tmp
     assert saved.metadata.task == "multilabel"
     (prediction,) = Predictor(saved, device="cpu").predict([{"text": "a b cat hill"}])
     assert set(prediction["labels"]) <= {"animal", "sky"}
+
+
+# --- settings of the training loss ------------------------------------------------------------------------------------
+
+
+def test_balanced_weights_give_the_texts_with_a_label_the_weight_of_those_without(task: MultiLabel) -> None:
+    batch = task.collate(task.train.examples)
+    y, logits = batch["labels"].numpy().astype(float), task._logits(batch).detach().numpy().astype(float)
+    losses = np.logaddexp(0, logits) - y * logits
+    n, ones = len(y), y.sum(0)
+    weights = np.where(y > 0, n / 2 / np.maximum(ones, 1), n / 2 / (n - ones))
+    weights[:, ones == 0] = 1  # no text has "none of it"
+    assert (ones == 0).tolist() == [False, False, True]
+    plain = task.loss(batch)[0].item()
+    assert plain == pytest.approx(losses.mean(), rel=1e-5)
+    task.plan = dataclasses.replace(task.plan, train=TrainSettings(class_weights="balanced"))
+    assert task.loss(batch)[0].item() == pytest.approx((losses * weights).mean(), rel=1e-5)
+    assert task.loss(batch)[0].item() != pytest.approx(plain, rel=1e-3)
+
+
+def test_label_smoothing_moves_the_targets_towards_a_half(task: MultiLabel) -> None:
+    batch = task.collate(task.train.examples)
+    y, logits = batch["labels"].numpy().astype(float), task._logits(batch).detach().numpy().astype(float)
+    smooth = np.where(y > 0, 0.9, 0.1)
+    task.plan = dataclasses.replace(task.plan, train=TrainSettings(label_smoothing=0.2))
+    assert task.loss(batch)[0].item() == pytest.approx((np.logaddexp(0, logits) - smooth * logits).mean(), rel=1e-5)
