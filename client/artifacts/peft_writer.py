@@ -88,6 +88,7 @@ def _tokenizer(exported: ExportedAdapter) -> Any:
     tokenizer = load_tokenizer(exported.saved.plan.model)
     tokenizer.model_max_length = exported.saved.plan.model.max_length
     tokenizer.padding_side = "left" if TASKS[exported.saved.metadata.task].needs_causal_lm else "right"
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # which save_pretrained writes
     return tokenizer
 
 

@@ -269,6 +269,75 @@ def test_the_model_cards_code_loads_it_and_equal_models_give_equal_files(tiny_re
         assert np.abs(names["model"](**batch).logits.numpy().ravel() - case.logits()).max() < CLOSE
 
 
+def card_of(folder: Path) -> dict[str, Any]:
+    """Execute the code of an export's README.md, and return its names."""
+    names: dict[str, Any] = {}
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    exec(code.replace("HERE", str(folder)), names)
+    return names
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from PEFT, about Transformers
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
+def test_a_base_model_that_is_a_classifier_of_other_labels_gets_the_sites_head(
+    merge: bool, tiny_recipe: dict, tmp_path: Path
+) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(tiny_recipe["model"]["source"], place)
+    config = transformers.AutoConfig.from_pretrained(place, num_labels=5, problem_type="multi_label_classification")
+    transformers.BertForSequenceClassification(config).save_pretrained(place)
+    raw = varied({**tiny_recipe, "model": {"source": str(place), "max_length": 16}}, "colora", "none")
+    case = train(raw, tmp_path / "state", "a")
+    export(case.saved, tmp_path / "out", merge=merge)
+    names = card_of(tmp_path / "out")
+    model, tokenizer = names["model"].eval(), names["tokenizer"]
+    assert [model.config.id2label[i] for i in range(2)] == list(case.saved.metadata.labels)
+    assert (model.config.problem_type, model.config.pad_token_id) == ("single_label_classification", 0)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        assert np.abs(model(**batch).logits.numpy().ravel() - case.logits()).max() < CLOSE
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
+def test_an_export_carries_the_ids_of_the_training(merge: bool, generation_recipe: dict, tmp_path: Path) -> None:
+    """The files of the base model name other ids than its tokenizer: [SEP] as end and [MASK] as padding."""
+    place = tmp_path / "model"
+    shutil.copytree(generation_recipe["model"]["source"], place)
+    for file in ("config.json", "generation_config.json"):
+        raw = json.loads((place / file).read_text())
+        (place / file).write_text(json.dumps({**raw, "eos_token_id": 3, "pad_token_id": 4}))
+    recipe = varied({**generation_recipe, "model": {"source": str(place), "max_length": 32}}, "fedit", "none")
+    case = train(recipe, tmp_path / "state", "a")
+    export(case.saved, tmp_path / "out", merge=merge)
+    names = card_of(tmp_path / "out")
+    model, tokenizer = names["model"].eval(), names["tokenizer"]
+    ends, padding = [8, 3], 0
+    assert (list(case.trainer.model.base.ends), model.generation_config.eos_token_id) == (ends, ends)
+    assert (model.generation_config.pad_token_id, model.config.pad_token_id) == (padding, padding)
+    assert (tokenizer.padding_side, tokenizer.eos_token, tokenizer.pad_token) == ("left", "<end>", "[PAD]")
+    prompts = ["red a cat", "sun b c d e f moon"]
+    batch = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    out = model.generate(**batch, do_sample=False, max_new_tokens=4)[:, batch["input_ids"].shape[1] :]
+    said = [tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True) for ids in out.tolist()]
+    assert said == [p["completion"] for p in Predictor(case.saved).predict([{"prompt": p} for p in prompts])]
+
+
+def test_an_adapter_names_its_base_model_as_the_recipe_does(
+    tiny_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--some--bert" / "snapshots" / "0a1b"
+    shutil.copytree(tiny_recipe["model"]["source"], snapshot)
+    shutil.copytree(snapshot, tmp_path / "local" / "bert")
+    monkeypatch.chdir(tmp_path)
+    for source, name in (("local/bert", "local/bert"), (str(snapshot), "some/bert")):
+        raw = {**tiny_recipe, "model": {"source": source, "max_length": 16}}
+        case = train(raw, tmp_path / f"state-{len(name)}", "a")
+        export(case.saved, tmp_path / f"out-{len(name)}")
+        config = json.loads((tmp_path / f"out-{len(name)}" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == name
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("part", ["shared", "personal"])

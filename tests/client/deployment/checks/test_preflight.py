@@ -128,7 +128,7 @@ def test_a_good_site_has_nothing_wrong_and_its_numbers_are_true(place: Place, ti
     assert results["model"].detail.endswith(f" s, uses {size(4 * parameters + buffers)} of memory (cpu)")
     assert f"the model's weights need {size(4 * parameters)}" in results["memory"].detail
     # 38 texts of 12 words, one of 299, one empty; the tokenizer splits at spaces and adds nothing
-    words = "median 12, longest 299; 1 of 39 texts would be truncated to 256 (the default of model.max_length)"
+    words = "median 12, longest 299; 1 of 39 texts would be truncated to 64 (the model's positions)"
     assert results["tokens"].detail == f"{words}; 1 empty rows would be left out"
     assert "(not created yet)" in results["state"].detail
     assert results["key"].detail.startswith("ECDSA secp384r1, SHA256:")
@@ -140,6 +140,12 @@ def test_a_good_site_has_nothing_wrong_and_its_numbers_are_true(place: Place, ti
 def test_the_sites_own_limit_is_the_one_that_texts_are_held_against(place: Place) -> None:
     place.raw["allow"]["max_tokens"] = 11
     assert "; 39 of 39 texts would be truncated to 11 (allow.max_tokens)" in place.check()["tokens"].detail
+
+
+def test_texts_in_words_that_the_tokenizer_does_not_know_are_told(place: Place) -> None:
+    rows = [{"text": f"red cat qqq{i} zzz", "label": f"topic-{i % 4}"} for i in range(40)]
+    write_lines(place.folder / "rows.jsonl", rows)
+    assert place.check()["tokens"].detail.endswith("; 50% of the tokens are unknown to the tokenizer")
 
 
 def test_without_a_model_all_else_is_looked_at(place: Place, tiny_bert: Path) -> None:
