@@ -7,11 +7,12 @@ Parameter names are PEFT's, relative to the backbone and without the adapter's n
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class AdapterSpec:
     dropout: float
     targets: Targets
     variant: Variant | None = None
-    patterns: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)  # by key, to be checked
+    patterns: Mapping[str, Mapping[str, Any] | None] = dataclasses.field(default_factory=dict)  # by key, to be checked
 
 
 def shared_spec(settings: AdapterSettings, method: Method) -> AdapterSpec:

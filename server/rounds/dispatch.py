@@ -25,10 +25,12 @@ REFRESH_INTERVAL = 1.0  # seconds between two checks of which nodes are online (
 class RetryPolicy:
     """When requests are resent and for how long replies are awaited.
 
-    ``timeout``: seconds for all replies, None for no limit. ``attempts``: errors of a site before it is given up.
-    ``interval``: seconds between two polls for replies. ``deployed``: sites are separate processes and messages can be
-    lost, so a site that reconnected is asked again at once, a site without a reply after ``silence`` seconds (doubled
-    each time), and infrastructure errors do not count as attempts. Resending is safe because rounds are idempotent.
+    ``timeout``: seconds for all replies, None for no limit. In a simulation the sites take turns, so it is the time
+    per site without any reply; the strategy compares each site's own seconds with it. ``attempts``: errors of a
+    site before it is given up. ``interval``: seconds between two polls for replies. ``deployed``: sites are
+    separate processes and messages can be lost, so a site that reconnected is asked again at once, a site without a
+    reply after ``silence`` seconds (doubled each time), and infrastructure errors do not count as attempts.
+    Resending is safe because rounds are idempotent.
     """
 
     timeout: float | None
@@ -83,10 +85,10 @@ class Dispatcher:
         waited for (deployed).
         """
         began, notice = time.monotonic(), NOTICE
-        deadline = None if self._policy.timeout is None else time.monotonic() + self._policy.timeout
         waiting = {site: PendingReply(message) for site, message in requests.items()}
         sent: dict[str, str] = {}  # message id → site
-        while waiting and (deadline is None or time.monotonic() < deadline):
+        deadline, goes_on = self._deadline(len(waiting)), not self._policy.deployed
+        while waiting and (goes_on or time.monotonic() < deadline):
             self._send(waiting, sent)
             replies = self._take(sent)
             for site, message in replies:
@@ -94,6 +96,8 @@ class Dispatcher:
                     del waiting[site]
                     sent = {message_id: other for message_id, other in sent.items() if other != site}
                     yield site, message
+            goes_on = bool(replies) and not self._policy.deployed
+            deadline = self._deadline(len(waiting)) if goes_on else deadline
             if not replies:
                 if self._policy.deployed and self._refresh(waiting, enough):
                     break
@@ -104,6 +108,11 @@ class Dispatcher:
                 time.sleep(self._policy.interval)
         self._late |= {message_id: site for message_id, site in sent.items() if site in waiting}
         self._replies.abandon()
+
+    def _deadline(self, sites: int) -> float:
+        """The time by which these sites must have replied; in a simulation they take turns."""
+        limit = float("inf") if self._policy.timeout is None else self._policy.timeout
+        return time.monotonic() + limit * (1 if self._policy.deployed else sites)
 
     def _send(self, waiting: Mapping[str, PendingReply], sent: dict[str, str]) -> None:
         now = time.monotonic()

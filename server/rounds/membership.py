@@ -31,14 +31,15 @@ class Membership:
         self._missing: list[str] | None = None
         self._missing_since = self._notice = 0.0  # monotonic time, and seconds until the missing sites are told again
 
-    def wait_for_quorum(self, quorum: int) -> list[SiteInfo]:
+    def wait_for_quorum(self, quorum: int, timeout: float | None) -> list[SiteInfo]:
         """Wait until enough sites have joined and no join request is open; return their descriptions.
 
-        A simulation waits for every open join request, since its sites answer one after the other, and never for
-        offline sites. Raises StopRequested.
+        A simulation, whose sites answer one after the other, waits ``timeout`` seconds per site at most for open join
+        requests, and never for offline sites. Raises StopRequested.
         """
-        began = time.monotonic()
-        limit = GRACE if self.options.deployed else float("inf")
+        began, limit = time.monotonic(), GRACE
+        if not self.options.deployed:
+            limit = max(GRACE, timeout * len(self.names)) if timeout else float("inf")
         self.registry.refresh()
         while self.options.deployed and len(self.registry.connected) < quorum:
             self._report_failures(0)

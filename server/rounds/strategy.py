@@ -93,8 +93,7 @@ class AdapterStrategy:
         )  # sites join once they have their texts
         registry = NodeRegistry(grid, names, inquiry, nodes_file, self._emit_ready if transfers else None)
         self.membership = Membership(registry, names, self.recorder, self.options)
-        timeout = self.settings.timeout if deployed else None  # a simulation counts each site's own seconds
-        policy = RetryPolicy(timeout, attempts, deployed, INTERVAL if deployed else 0.05)
+        policy = RetryPolicy(self.settings.timeout, attempts, deployed, INTERVAL if deployed else 0.05)
         self.dispatcher = Dispatcher(grid, registry, policy, self._emit_late)
         quorum = self.settings.quorum or len(names) // 2 + 1
         if transfers:
@@ -103,7 +102,7 @@ class AdapterStrategy:
             )
         if not deployed:
             wait_for_nodes(grid, len(names))
-        joined = self.membership.wait_for_quorum(quorum)
+        joined = self.membership.wait_for_quorum(quorum, self.settings.timeout)
         pins = dict(state.pins if state else {})
         pins = pins or agree_on_pins(self.recipe, joined, self.options.fingerprints(self.recipe))
         if state is None:
