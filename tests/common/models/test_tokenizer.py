@@ -69,7 +69,9 @@ def test_a_vocabulary_that_needs_a_package_names_it(file: str, package: str, tmp
         pytest.skip(f"{package} is installed")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "deberta-v2"}))
     (tmp_path / file).write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
-    with pytest.raises(ModelError, match=rf"in {file}, which needs the package {package}. Run pip install"):
+    with pytest.raises(
+        ModelError, match=rf"in {file}, which needs the package {package}, which is not installed. Run pip"
+    ):
         load_tokenizer(ModelSettings(str(tmp_path)))
 
 
