@@ -85,7 +85,7 @@ def _check_package(folder: Path, source: str, field: str) -> None:
             continue
         try:
             import_module(module)
-        except (ImportError, RuntimeError) as error:  # protobuf raises a RuntimeError where versions do not fit
+        except Exception as error:  # protobuf has an Exception of its own for versions that do not fit
             reason = "is not installed" if find_spec(package) is None else f"does not work here ({error})"
             message = f"The vocabulary of {source!r} is in {file}, which needs the package {package}, which {reason}."
             hint = "Run pip install 'colora[tokenizers]'."
