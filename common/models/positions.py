@@ -24,11 +24,14 @@ def trained_positions(config: Any) -> int | None:
 def learned_positions(model: nn.Module, config: Any) -> int | None:
     """Return the number of tokens that a model has learned positions for; None where positions are computed."""
     count = trained_positions(config)
-    for name, module in model.named_modules() if count else ():
-        table = isinstance(module, nn.Embedding) and name.rpartition(".")[2] in TABLES
-        if table and 0 <= module.num_embeddings - count <= SPARE:
+    if count is None:
+        return None
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in TABLES:
+            continue
+        if 0 <= module.num_embeddings - count <= SPARE:
             # Where the table has a row for padding, as in RoBERTa, positions begin after it.
-            return count - (0 if module.padding_idx is None else int(module.padding_idx) + 1)
+            return count - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from .unreadable import model_errors_of, own_code
 EXPECTED, NOT_WHOLE = "a model with a tokenizer", "a vocabulary that is not whole"
 WHOLE = re.compile(r"tokenizer(\.[\d.]+)?\.json|tekken\.json|tiktoken\.model|tokenizer\.model.*")  # a vocabulary alone
 OPTIONAL = ("tokenizer_file", "tokenizer_config_file", "normalizer_file", "target_vocab_file")
-SENTENCEPIECE, TIKTOKEN = re.compile(r".*\.(spm|model)"), re.compile(r".*\.tiktoken|tiktoken\.model")
+PACKAGES = (  # files, the package that reads them, and the module of it that Transformers uses
+    (re.compile(r".*\.tiktoken|tiktoken\.model"), "tiktoken", "tiktoken"),
+    (re.compile(r".*\.(spm|model)"), "sentencepiece", "sentencepiece.sentencepiece_model_pb2"),
+)
 MARK = re.compile(r"\s*(<.+>|\[.+\])\s*")  # how a token looks that is a mark and no word
 ANSWER = "wq7zk"  # no chat template contains it
 
@@ -43,7 +47,7 @@ def load_tokenizer(settings: ModelSettings, field: str = "model.source") -> Any:
         folder = source_folder(settings)
         check_whole(folder, source, field, weights=False)
         _check_own_code(folder, source, field)
-        _check_packages(folder, source, field)
+        _check_package(folder, source, field)
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises Exception itself
@@ -70,19 +74,23 @@ def _check_own_code(folder: Path, source: str, field: str) -> None:
         raise own_code(field, source)
 
 
-def _check_packages(folder: Path, source: str, field: str) -> None:
-    """Name the package that a vocabulary in another form than ``tokenizer.json`` needs."""
+def _check_package(folder: Path, source: str, field: str) -> None:
+    """Name the package that a vocabulary in another form than ``tokenizer.json`` needs, where it cannot be used."""
     names = file_names(folder)
     if any(name.endswith(".json") and WHOLE.fullmatch(name) for name in names):
         return
-    for pattern, package in ((TIKTOKEN, "tiktoken"), (SENTENCEPIECE, "sentencepiece")):
+    for pattern, package, module in PACKAGES:
         file = next((name for name in names if pattern.fullmatch(name)), None)
-        if file:
-            if find_spec(package) is not None:
-                return
-            message = f"The vocabulary of {source!r} is in {file}, which needs the package {package}."
+        if file is None:
+            continue
+        try:
+            import_module(module)
+        except Exception as error:  # protobuf has an Exception of its own for versions that do not fit
+            reason = "is not installed" if find_spec(package) is None else f"does not work here ({error})"
+            message = f"The vocabulary of {source!r} is in {file}, which needs the package {package}, which {reason}."
             hint = "Run pip install 'colora[tokenizers]'."
-            raise ModelError(field, f"the package {package}", "nothing", message=message, hint=hint)
+            raise ModelError(field, f"the package {package}", reason, message=message, hint=hint) from None
+        return
 
 
 def _check_vocabulary(tokenizer: Any, folder: Path, source: str, field: str) -> None:

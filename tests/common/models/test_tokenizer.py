@@ -16,6 +16,7 @@ from colora.client.data.unknown_tokens import unknown_share
 from colora.common.config.schema import ModelSettings, Plan
 from colora.common.dataset import SiteDataset
 from colora.common.errors import ConfigError, ModelError
+from colora.common.models import tokenizer as module
 from colora.common.models.base_model import load_base_model
 from colora.common.models.sources import fingerprint
 from colora.common.models.tokenizer import load_tokenizer
@@ -69,7 +70,21 @@ def test_a_vocabulary_that_needs_a_package_names_it(file: str, package: str, tmp
         pytest.skip(f"{package} is installed")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "deberta-v2"}))
     (tmp_path / file).write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
-    with pytest.raises(ModelError, match=rf"in {file}, which needs the package {package}. Run pip install"):
+    with pytest.raises(
+        ModelError, match=rf"in {file}, which needs the package {package}, which is not installed. Run pip"
+    ):
+        load_tokenizer(ModelSettings(str(tmp_path)))
+
+
+def test_a_package_that_does_not_fit_is_named_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise Exception("gencode 7 runtime 6")
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    (tmp_path / "spiece.model").write_bytes(b"")
+    monkeypatch.setattr(module, "import_module", fail)
+    monkeypatch.setattr(module, "find_spec", lambda name: object())
+    with pytest.raises(ModelError, match=r"package sentencepiece, which does not work here \(gencode 7 runtime 6\)"):
         load_tokenizer(ModelSettings(str(tmp_path)))
 
 
