@@ -20,7 +20,10 @@ def test_the_printed_recipe_runs(tiny_bert: Path, tmp_path: Path, monkeypatch: p
     (block,) = (block for block in blocks_of(ROOT / "README.md") if block.kind == "recipe")
     raw = tomllib.loads(block.code)
     assert len(raw["site"]) == SITES
-    raw["model"] = {"source": str(tiny_bert)}  # changed because tests run without the hub; the rest makes the run short
+    raw["model"] = {
+        "source": str(tiny_bert),
+        "max_length": 64,
+    }  # changed because tests run without the hub; the rest makes the run short
     raw["rounds"], raw["train"]["steps"], raw["train"]["final_steps"] = 3, 1, 1
     raw["simulation"] = {"threads": 1} | raw.get("simulation", {})
     monkeypatch.chdir(tmp_path)

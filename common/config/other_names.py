@@ -10,7 +10,6 @@ OTHER_NAMES: dict[str, str] = {
     ),
     **dict.fromkeys(("batch", "bs", "per_device_train_batch_size", "train_batch_size"), "train.batch_size"),
     **dict.fromkeys(("gradient_accumulation_steps", "microbatch"), "train.micro_batch"),
-    **dict.fromkeys(("warmup", "warmup_ratio"), "train.warmup_steps"),
     **dict.fromkeys(("scheduler", "lr_scheduler", "lr_scheduler_type"), "train.lr_schedule"),
     **dict.fromkeys(("optim", "optimiser"), "train.optimizer"),
     **dict.fromkeys(("clip_grad", "grad_clip", "gradient_clipping"), "train.max_grad_norm"),

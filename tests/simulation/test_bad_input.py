@@ -506,7 +506,7 @@ def test_a_site_whose_update_is_nan_is_left_out_and_the_others_go_on(command: Co
     assert (code, err) == (0, "")
     for t in (1, 2):
         line = next(line for line in out.splitlines() if line.startswith(f"round {t}: bob left out: "))
-        has_parts(line, "lora_A.weight", "NaN or infinity")
+        has_parts(line, "after training is not finite", "The site keeps its last state.", "train.lr")
     assert [event["admitted"] for event in events(command, "round")] == [["ada", "cyd"]] * 2
     arrays, _ = load_arrays(sorted((command.out / "checkpoints").iterdir())[-1])
     assert arrays
@@ -520,8 +520,8 @@ def test_fewer_admitted_sites_than_the_quorum_end_the_run_before_anything_is_ave
     command: Command, tiny_recipe: dict
 ) -> None:
     message = command.message(tiny_recipe)
-    has_parts(message, "quorum", "round 1", "at least 3 sites", "(ada, cyd)", "site bob: ", "events.jsonl")
-    assert [event["site"] for event in events(command, "refused")] == ["bob"]
+    has_parts(message, "quorum", "round 1", "at least 3 sites", "(ada, cyd)", "bob: ", "events.jsonl")
+    assert {event["site"] for event in events(command, "failed")} == {"bob"}
     assert not (command.out / "checkpoints").exists()
     assert not (command.out / "report.html").exists()
     assert not list(command.out.rglob(".*"))
@@ -542,5 +542,5 @@ def test_nan_in_one_sites_regression_data_leaves_that_site_out(command: Command,
     )
     code, out, err = command.run(raw)
     assert (code, err) == (0, "")
-    has_parts(out, "round 1: bob left out: ", "NaN or infinity", "round 1/2: 2 sites")
+    has_parts(out, "round 1: bob left out: ", "The training loss is not finite.", "round 1/2: 2 sites")
     assert [event["admitted"] for event in events(command, "round")] == [["ada", "cyd"]] * 2

@@ -19,8 +19,8 @@ from colora.common.config.site_schema import SiteSettings
 from colora.common.errors import ConfigError
 from colora.common.models.base_model import load_base_model
 from colora.common.protocol.types import TrainReply
-from colora.server.reporting.console import print_report
 from colora.server.reporting.events import Event
+from colora.server.reporting.report import print_report
 from colora.server.reporting.summary import summarize
 from colora.simulation.run import simulate
 

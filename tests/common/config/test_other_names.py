@@ -48,7 +48,6 @@ def test_every_suggestion_is_a_key_and_no_other_name_is_one_beside_it() -> None:
         ({"epochs": 3}, "train.steps"),
         ({"batch": 8}, "train.batch_size"),
         ({"lora_r": 8}, "adapter.rank"),
-        ({"adapter": {"lora_alpha": 8}}, "alpha"),
         ({"text": "body"}, "data.text"),
         ({"site": [{"name": "north", "file": "a.csv"}]}, "source"),
         ({"rouds": 3}, "rounds"),
