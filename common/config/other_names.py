@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 OTHER_NAMES: dict[str, str] = {
+    "warmup": "train.warmup_steps",
     **dict.fromkeys(("learning_rate", "local_lr", "client_lr"), "train.lr"),
     **dict.fromkeys(
         ("epochs", "epoch", "num_epochs", "num_train_epochs", "local_epochs", "local_steps", "max_steps", "n_steps"),
