@@ -28,7 +28,7 @@ from colora.server.flower_compat import public_key_bytes
 
 from .conftest import Town
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.endurance]
 
 HALF_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
 HALF_HEADER = b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: gateway\r\nflwr-public-key: "
@@ -147,7 +147,6 @@ def seconds_of_rounds(town: Town, phases: list[tuple[float, float]]) -> list[flo
     return [s for at, s in ended if any(at - s >= began and at <= end for began, end in phases)]
 
 
-@pytest.mark.endurance
 def test_idle_and_half_sent_connections_slow_no_round(place: Path, tiny_recipe: dict) -> None:
     """1,100 idle and 200 half-sent connections from the sites' own address, opened again whenever they are closed.
 
