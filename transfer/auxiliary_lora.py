@@ -41,6 +41,11 @@ class AuxiliaryLora(ABC):
         """The target modules, as in PEFT's ``LoraConfig``."""
 
     @classmethod
+    def form_of(cls, settings: TransferSettings) -> tuple[int, object]:
+        """Rank and target modules. Parameters fit settings with the same form."""
+        return settings.discriminator.rank, cls.targets_of(settings)
+
+    @classmethod
     def spec_of(cls, settings: TransferSettings) -> AdapterSpec:
         """The adapter's rank, scaling and target modules."""
         rank, targets = settings.discriminator.rank, cls.targets_of(settings)

@@ -65,7 +65,7 @@ def carried_artifacts(saved: SavedModel, plan: Plan) -> TransferArtifacts | None
     new, old = generator_settings(plan, task), generator_settings(saved.plan, task)
     same_generator = (new.source, new.revision) == (old.source, old.revision)
     keep_discriminator, keep_tuned = (
-        same_generator and lora.spec_of(plan.transfer) == lora.spec_of(saved.plan.transfer)
+        same_generator and lora.form_of(plan.transfer) == lora.form_of(saved.plan.transfer)
         for lora in (Discriminator, TunedGenerator)
     )
     return dataclasses.replace(
