@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from colora.common.config.schema import Recipe
     from colora.common.dataset import SiteDataset
     from colora.server.reporting.console import LiveDisplay
+    from colora.server.reporting.summary import RunSummary
+    from colora.server.rounds.run_options import Replay
 
 STOPPED = 130  # exit code after Ctrl-C
 MAX_SITES = 20  # more are counted, not listed
@@ -51,15 +53,13 @@ def simulate(
 ) -> None:
     """Simulate all sites of a federation on this machine.
 
-    RECIPE is a .toml file, or demo (the default), newsgroups, dissimilar, regression or chatterbot. With --resume and
-    --out it can be left out: the run folder has its recipe. The final table shows what each site gains.
+    RECIPE is a .toml file, or demo (the default), mixed, newsgroups, r8, dissimilar, regression or chatterbot. With
+    --resume and --out it can be left out: the run folder has its recipe. The final table shows what each site gains.
     """
     from rich.console import Console
 
     from colora.common.config.loader import load_recipe
-    from colora.server.reporting.console import LiveDisplay
     from colora.server.reporting.report import print_report
-    from colora.server.reporting.run_folder import RunFolder
     from colora.server.rounds.run_options import read_replay
 
     overrides = [*(set_ or [])]
@@ -77,25 +77,34 @@ def simulate(
     replayed = read_replay(replay) if replay else None
     if resume and not continues:
         console.print(f"{folder} holds no run yet. Starting one.", highlight=False)
+    summary = _run(settings, folder, console, replayed, resume=resume)
+    print_report(summary, folder, console)  # with the sites' own words, which events.jsonl does not have
+    _print_next_step(settings, folder, console)
+
+
+def _run(settings: Recipe, folder: Path, console: Console, replay: Replay | None, *, resume: bool) -> RunSummary:
+    """Run the simulation with a live display, and return what the display has gathered."""
+    from colora.server.reporting.console import LiveDisplay
+    from colora.server.reporting.run_folder import RunFolder
+
     try:
         with LiveDisplay(console) as display:
             from colora.simulation.run import simulate as run_simulation  # imports torch, which takes seconds
 
             for event in RunFolder(folder).events() if resume else ():
                 display.summary.update(event)
-            run = run_simulation(
+            run_simulation(
                 settings,
                 folder,
                 resume=resume,
                 listener=display,
-                replay=replayed,
+                replay=replay,
                 on_sites=lambda sites: _show_rows(sites, display),
             )
     except KeyboardInterrupt:
         typer.echo("Stopped. Run the same command with --resume to continue from the last completed round.", err=True)
         raise typer.Exit(STOPPED) from None
-    print_report(display.summary, run.path, console)  # with the sites' own words, which events.jsonl does not have
-    _print_next_step(settings, run.path, console)
+    return display.summary
 
 
 def _recipe_path(recipe: str | None, resumed: Path | None) -> Path:

@@ -16,18 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from colora.common.adapters.inject import attach
 from colora.common.config.schema import AdapterSettings
 from colora.common.methods import METHODS
+from tests import conftest
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {**conftest.SIZES, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2}
 NOTHING_MORE: dict[str, Any] = {}
 GROUPED = {"num_key_value_heads": 2}
 HEADS = {**GROUPED, "head_dim": 8}

@@ -18,6 +18,7 @@ from colora.server.deployment.gateway import body, listener
 from colora.server.deployment.gateway.connections import Limits
 from colora.server.deployment.gateway.proxy import Upstream
 from colora.server.deployment.gateway.server import GatewayServer, ListenAddress, bind
+from tests.server.deployment.gateway.conftest import eventually
 
 CALL = "/v1/fleet/get-run"
 HALF_HEADER = f"POST {CALL} HTTP/1.1\r\nHost: gateway\r\n".encode()
@@ -76,15 +77,6 @@ def is_open(connection: socket.socket) -> bool:
         return True
     except OSError:
         pass
-    return False
-
-
-def eventually(true: Callable[[], bool], seconds: float = 5.0) -> bool:
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        if true():
-            return True
-        time.sleep(0.02)
     return False
 
 

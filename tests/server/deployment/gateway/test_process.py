@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from colora.common.errors import StateError
 from colora.server.deployment.gateway.process import GatewayProcess, read_settings, write_settings
 from colora.server.deployment.gateway.proxy import Upstream
 from colora.server.deployment.gateway.server import ListenAddress
+from tests.server.deployment.gateway.conftest import eventually
 
 CALL = "/v1/fleet/get-run"
 HERE = ListenAddress("127.0.0.1", 0)
@@ -39,15 +40,6 @@ def post(gateway: GatewayProcess) -> str:
 def kill(gateway: GatewayProcess) -> None:
     os.kill(gateway.child.pid or 0, signal.SIGKILL)
     assert eventually(lambda: not gateway.child.running)
-
-
-def eventually(true: Callable[[], bool], seconds: float = 10.0) -> bool:
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        if true():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_a_killed_gateway_is_started_again_and_answers_who_called_meanwhile(gateway: GatewayProcess) -> None:
