@@ -15,9 +15,9 @@ INIT = "init_lora_weights"
 INITS: dict[Any, str] = {True: "kaiming", "gaussian": "gaussian", "orthogonal": "orthogonal"}
 # Initial values of PEFT that do not fit, with the reason.
 BASE_CHANGES = "it subtracts a part of the base model's weights, which must stay the same at all sites"
-NEEDS_DATA = "it is computed from data, which every site has for itself"
+NEEDS_DATA = "it is computed from data, and every site has different data"
 REFUSED_INITS: dict[Any, str] = {
-    False: "the adapter would not begin as no change, and the evaluation of the base model relies on that",
+    False: "the untrained adapter would change the output, and the base model could not be evaluated",
     "pissa": BASE_CHANGES,
     "olora": BASE_CHANGES,
     "loftq": BASE_CHANGES,

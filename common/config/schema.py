@@ -169,8 +169,8 @@ class ServerSettings:
 
     groups: Literal["none", "similarity"] = "none"
     """Which sites share an adapter. ``none``: all of them. ``similarity``: before round 1 all sites train once from the
-    same start. Sites whose updates point in like directions form a group with a shared adapter of its own, if a
-    permutation test supports the division. It takes at least six sites to find two groups."""
+    same start. Sites whose updates have similar directions form a group with its own shared adapter, if a
+    permutation test supports the division. At least six sites are needed to find two groups."""
 
     fraction: Fraction = 1.0
     """Fraction of the roster that is sampled each round, at least one site."""

@@ -92,12 +92,13 @@ class TrainSettings:
     limit."""
 
     class_weights: Literal["balanced"] | None = None
-    """Weights of examples in classification. ``balanced`` gives every label of a site the same total weight; with
-    several labels per text, it gives the texts with a label the weight of those without. Unset: all weigh the same."""
+    """Weights of examples in classification. ``balanced`` gives every label of a site the same total weight. In
+    multi-label classification, it gives the texts with a label the same total weight as the texts without it. Unset:
+    all examples have the same weight."""
 
     label_smoothing: Probability = 0.0
-    """Fraction of a label's probability that the training loss spreads over all labels in classification; with several
-    labels per text, over "has it" and "has it not"."""
+    """Label smoothing in classification: fraction of the target probability that the training loss spreads over all
+    labels. In multi-label classification, every label is a binary target: the fraction is spread over both values."""
 
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     """Learning rate schedule over the optimizer steps of all rounds and the final steps."""

@@ -45,7 +45,7 @@ def load_config(settings: ModelSettings, field: str = "model.source", *, generat
     if quantized:
         kind = quantized if isinstance(quantized, dict) else vars(quantized)
         method = getattr(kind.get("quant_method"), "value", kind.get("quant_method")) or "unknown"
-        message = f"The weights of {source!r} are already quantized ({method}), and adapters are trained on whole ones."
+        message = f"The weights of {source!r} are already quantized ({method}), which colora does not support."
         hint = "Use the model's original weights; model.precision = 'int4' quantizes them when they are loaded."
         raise ModelError(field, "weights that are not quantized", method, message=message, hint=hint)
     return config

@@ -84,7 +84,7 @@ def _conclusions(summary: RunSummary) -> list[str]:
     if len(summary.groups) > 1:
         told = "; ".join(", ".join(group) for group in summary.groups)
         lines.append(
-            f"The sites' first updates point in {len(summary.groups)} directions. Groups with an adapter each: {told}."
+            f"The sites' first updates have different directions. Each of these groups has its own adapter: {told}."
         )
     lines += [*_comparison(summary), *_advice(summary)]
     base, personal = summary.mean("base"), summary.mean("personal")

@@ -1,4 +1,4 @@
-"""Groups of sites whose first updates point in like directions; each group then trains a shared adapter of its own.
+"""Groups of sites whose first updates have similar directions; each group then trains its own shared adapter.
 
 All sites train once from the same S_0, with a fitted head, and the cosines between their updates are compared. A cosine
 also depends on how noisy the two updates are, so an additive model of the sites, c_ij ≈ a + m_i + m_j, is taken out

@@ -23,7 +23,7 @@ MAX_AGE, MAX_AHEAD = 305.0, 5.0
 REFUSALS = {  # of a signature: status and content
     "unknown key": (400, {"code": 2004, "detail": "This key is not registered with the coordinator."}),
     "invalid": (401, {"detail": "Invalid SuperNode authentication: check the site's key and the clocks."}),
-    "used": (503, {"detail": "This signature came first on another connection. A new one is needed."}),
+    "used": (503, {"detail": "This signature was already used on another connection. Sign the request again."}),
 }
 Verdict = Literal["valid", "unknown key", "invalid", "used"]
 
