@@ -82,12 +82,13 @@ else:
 
 @dataclass(frozen=True)
 class SiteDataset:
-    """Training and test rows of one site.
+    """Training, validation and test rows of one site.
 
     classification and multilabel: ``{"text", "label"}``, for multilabel with a tuple of labels; generation:
     ``{"messages": [{"role", "content"}, …]}`` or ``{"prompt", "completion"}``; regression: ``{"x", "y"}``.
 
-    ``train_numbers`` and ``test_numbers`` are the rows' numbers in their source (from 1; empty where unknown).
+    ``validation`` are rows held out of training. ``train_numbers``, ``validation_numbers`` and ``test_numbers`` are the
+    rows' numbers in their source (from 1; empty where unknown).
     ``notes`` tell the site what was decided or left out while its rows were read. ``columns`` are the columns that the
     inputs came from, by key of ``[data]``.
     """
@@ -101,6 +102,8 @@ class SiteDataset:
     test_numbers: Sequence[int] = field(default=(), compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
     columns: Mapping[str, str] = field(default_factory=dict, compare=False)
+    validation: Sequence[Row] = ()
+    validation_numbers: Sequence[int] = field(default=(), compare=False)
 
 
 def labels_of(row: Row) -> tuple[str, ...]:

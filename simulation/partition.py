@@ -65,13 +65,14 @@ def write_site(site: SiteShare, folder: Path) -> None:
     write_rows = _write_arrays if TASKS[site.rows.task].array_columns else _write_lines
     files = {
         part: write_rows(folder / "data" / part, [{names.get(k, k): v for k, v in row.items()} for row in rows])
-        for part, rows in (("train", site.rows.train), ("test", site.rows.test))
+        for part, rows in (("train", [*site.rows.train, *site.rows.validation]), ("test", site.rows.test))
     }
     data = dataclasses.replace(
         DataSettings(task=site.rows.task, labels=site.rows.labels or None),
         source=f"data/{files['train']}",
         test_source=f"data/{files['test']}",
         shuffle=False,
+        validation_fraction=settings.validation_fraction,
         text_pair=names["text_pair"] if settings.text_pair else None,
         messages=names["messages"] if messages else None,
         format=None if messages or site.rows.task != "generation" else "prompt-completion",

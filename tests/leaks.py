@@ -11,7 +11,14 @@ import numpy as np
 from colora.common.atomic_io import load_arrays
 
 WINDOW = 20  # length of the text windows to search for, in characters
-PERSONAL = ("state/", "moments/", "transfer/", "writer/")  # prefixes of personal tensors in a state file
+PERSONAL = (
+    "state/",
+    "moments/",
+    "local/",
+    "local-moments/",
+    "transfer/",
+    "writer/",
+)  # prefixes of personal tensors in a state file
 Secret = tuple[str, np.ndarray]  # (file and name, values)
 
 

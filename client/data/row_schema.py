@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ...common.config.schema import DataSettings
-from ...common.dataset import TASKS, Row, SiteDataset
+from ...common.dataset import TASKS, Row, SiteDataset, labels_of
 from ...common.errors import DataError
 from ...common.tasks import task_class
 from ...common.tasks.columns import RawRow, listed
@@ -74,14 +74,43 @@ def check_rows(
     if not test:
         key, place = ("test_source", data.test_source) if data.test_source else ("test_fraction", data.source)
         raise DataError(f"data.{key}", "rows to test on", f"none in {place} beside {len(train)} to train on", site=site)
+    train, validation = hold_out_validation(train, data.validation_fraction)
     try:
-        labels = task_class(data.task).check_rows(data, train, test)
+        labels = task_class(data.task).check_rows(data, train, [*test, *validation])
     except DataError as error:
         raise error.at_site(site) from None
-    numbers = (known.numbers_of(train), known.numbers_of(test)) if known else ((), ())
-    notes = (*(known.notes if known else ()), *_repeated(data, train, test, numbers[1]))
+    number = known.numbers_of if known else lambda rows: ()
+    notes = (*(known.notes if known else ()), *_repeated(data, [*train, *validation], test, number(test)))
     columns = {key: name for key in INPUT_KEYS if (name := getattr(data, key)) is not None}
-    return SiteDataset(site, data.task, train, test, labels, *numbers, tuple(dict.fromkeys(notes)), columns)
+    return SiteDataset(
+        site,
+        data.task,
+        train,
+        test,
+        labels,
+        number(train),
+        number(test),
+        notes=tuple(dict.fromkeys(notes)),
+        columns=columns,
+        validation=validation,
+        validation_numbers=number(validation),
+    )
+
+
+def hold_out_validation(rows: Sequence[Row], fraction: float) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Split training rows in two: the last ``fraction`` of them are for validation.
+
+    A row whose label no row before it has stays in training. Training rows and validation rows in this order are split
+    in the same way again.
+    """
+    cut = len(rows) - round(len(rows) * fraction)
+    train, validation = list(rows[:cut]), []
+    seen = {label for row in train for label in labels_of(row)}
+    for row in rows[cut:]:
+        known = seen.issuperset(labels_of(row))
+        seen.update(labels_of(row))
+        (validation if known else train).append(row)
+    return train, tuple(validation)
 
 
 def tell(sites: Sequence[SiteDataset]) -> None:

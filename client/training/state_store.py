@@ -14,6 +14,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from ...common.protocol.types import Arrays, TrainReply
 from ...transfer.preparation import TransferArtifacts
 
 logger = logging.getLogger("colora.trainer")
+LOCAL, LOCAL_MOMENTS = "local/", "local-moments/"  # prefixes of a model that the site trains alone
 MOMENTS = "moments/"  # prefix of the optimizer state's names in the file
 NOTHING = "none/"  # a prefix that no array has: reads the metadata alone
 MAX_STATES = 3  # admitted states kept on disk; the coordinator keeps as many checkpoints
@@ -42,6 +44,8 @@ class PersonalState:
     base: Mapping[str, float] | None = None  # metrics of the base model without adapters, measured once
     row_scores: tuple[float, ...] = ()  # of each test row with the finished personal model; they stay at the site
     plan: str = ""  # JSON of the plan that the state was trained with, including the site's own choices
+    local: PersonalState | None = None  # of the model that the site trains alone, with train.fallback
+    is_local: bool = False  # the model in ``tensors`` was trained alone, and needs no shared adapter
 
 
 class StateStore:
@@ -91,6 +95,7 @@ class StateStore:
                 meta["base"],
                 tuple(meta.get("row_scores", ())),
                 meta["card"]["plan"],
+                local=_local_state(arrays, meta, round_number),
             )
         except (KeyError, TypeError) as error:
             raise _incomplete(path, error) from None
@@ -130,6 +135,9 @@ class StateStore:
         """
         arrays = {PERSONAL + k: v.cpu().numpy() for k, v in state.tensors.items()}
         arrays |= {MOMENTS + k: v.cpu().numpy() for k, v in state.optimizer_state.items()}
+        if state.local:
+            arrays |= {LOCAL + k: v.cpu().numpy() for k, v in state.local.tensors.items()}
+            arrays |= {LOCAL_MOMENTS + k: v.cpu().numpy() for k, v in state.local.optimizer_state.items()}
         arrays |= {TRAINED + k: v for k, v in reply.shared.items()}
         arrays |= {SHARED + k: v for k, v in shared.items()}
         reply_fields = {f.name: getattr(reply, f.name) for f in dataclasses.fields(reply) if f.name != "shared"}
@@ -137,6 +145,7 @@ class StateStore:
         meta |= {
             "base": state.base,
             "row_scores": state.row_scores,
+            "local_position": state.local.position if state.local else None,
             "reply": reply_fields,
             "card": dataclasses.asdict(metadata),
         }
@@ -209,6 +218,14 @@ def _describe_private(private: PrivateSettings) -> str:
 def _incomplete(path: Path, error: Exception) -> DamagedError:
     message = f"{path} is damaged: its metadata are incomplete ({error})."
     return DamagedError(str(path), "complete metadata", error, message=message)
+
+
+def _local_state(arrays: Mapping[str, object], meta: Mapping[str, Any], round_number: int) -> PersonalState | None:
+    if (position := meta.get("local_position")) is None:
+        return None
+    return PersonalState(
+        round_number, position=position, tensors=_under(arrays, LOCAL), optimizer_state=_under(arrays, LOCAL_MOMENTS)
+    )
 
 
 def _under(arrays: Mapping[str, object], prefix: str) -> dict[str, torch.Tensor]:

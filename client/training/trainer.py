@@ -15,7 +15,7 @@ from ...common.adapters.inject import ADAPTER, activate, layout_of
 from ...common.config.schema import Plan, PrivateSettings, to_json
 from ...common.dataset import SiteDataset
 from ...common.errors import RefusedError
-from ...common.methods import PERSONAL, SHARED, Method, group_of
+from ...common.methods import PERSONAL, SHARED, Method, Role, group_of
 from ...common.models.saved import ModelMetadata
 from ...common.protocol.types import (
     BENEFIT,
@@ -39,6 +39,7 @@ from ...transfer.preparation import TransferArtifacts, check_preparation, prepar
 from .adapted_model import AdaptedModel
 from .benefit import PersonalFit, benefit_ratio, cross_fitted_loss
 from .evaluation import evaluate
+from .fallback import LocalModel, local_plan
 from .label_list import with_pinned_labels
 from .schedule import phases
 from .soundness import check_trained
@@ -83,6 +84,8 @@ class Trainer:
         self.private = model.private_adapter(self.plan.private)
         self.parameters: dict[str, nn.Parameter] = {**model.adapter, **self.private.parameters, **self.task.head}
         check_layers(self.plan, rows.task, self.parameters)
+        fallback = trains and self.plan.train.fallback is not None and self.method.shares
+        self.local = LocalModel(self) if fallback else None
         layout = layout_of(self.parameters)
         self.layout = self.method.having(layout, SHARED)
         self.site_seed = seed_from(store.secret or self.plan.seed, self.plan.name, self.site)
@@ -138,9 +141,10 @@ class Trainer:
         if not finalizes:
             state, metrics = self._measure_arrival(request, state)
             metrics |= self._benefit(request)
-        trained = self._train(request, state, on_step)
-        personal = self._values(PERSONAL)
-        check_trained(trained, {**personal, **self._values(SHARED)}, self.site)
+        trained = self.train(request, state, on_step)
+        personal = self.values(PERSONAL)
+        check_trained(trained, {**personal, **self.values(SHARED)}, self.site)
+        shared, update_metrics = ({}, {}) if finalizes else self._shared_update(request)
         new = PersonalState(
             request.round,
             state.round,
@@ -148,14 +152,15 @@ class Trainer:
             personal,
             trained.optimizer_state,
             state.base,
+            local=self.local.train(request, state.local, on_step) if self.local else None,
         )
-        shared: Arrays = {}
         if finalizes:
             if self.plan.transfer.prepare:
                 self.transfer_artifacts = self._prepare(on_step)
+            new, comparison = self.local.better_of_both(request, new) if self.local else (new, {})
             new, metrics = self._measure_end(request, new)
+            metrics |= comparison
         else:
-            shared, update_metrics = self._shared_update(request)
             metrics = {**metrics, **update_metrics, "train.loss": trained.loss}
         if trained.overflows:
             metrics = {**metrics, OVERFLOWS: float(trained.overflows)}
@@ -176,7 +181,7 @@ class Trainer:
 
     def _shared_update(self, request: TrainRequest) -> tuple[Arrays, dict[str, float]]:
         """The trained shared arrays after the steps of the update pipeline, and the pipeline's metrics."""
-        trained = {key: value.numpy() for key, value in self._values(SHARED).items()}
+        trained = {key: value.numpy() for key, value in self.values(SHARED).items()}
         context = UpdateContext(request.round, seed_from(self.site_seed, "update", request.round))
         return process_update(trained, request.shared, self.plan.train, context)
 
@@ -189,7 +194,7 @@ class Trainer:
         self.task.fit_head()
         if request.kind == "trial":
             first = dataclasses.replace(request, round=1, kind="train")
-            trained = self._train(first, PersonalState(tensors=self._values(PERSONAL)), on_step)
+            trained = self.train(first, PersonalState(tensors=self.values(PERSONAL)), on_step)
             arrays, terms, examples = self._shared_update(first)[0], trained.terms, trained.examples
         else:
             arrays, terms = power_step(self.task, self.model.base.backbone, request.shared)
@@ -227,7 +232,7 @@ class Trainer:
         self.load(request.shared, {})
         if not self.task.fit_head():
             return state
-        head = {key: value for key, value in self._values(PERSONAL).items() if key in self.task.head}
+        head = {key: value for key, value in self.values(PERSONAL).items() if key in self.task.head}
         return dataclasses.replace(state, tensors=head)
 
     def _prepare(self, on_step: StepCallback | None) -> TransferArtifacts:
@@ -244,17 +249,18 @@ class Trainer:
         """Check that the reply holds shared groups and known metrics only, write it to disk, and return it."""
         check_arrays(reply.shared, self.layout if reply.shared else {}, self.site)
         check_metrics(reply.metrics, self.site)
-        received = request.shared if request.kind == "finalize" else {}
-        self.store.write(state, reply, self._metadata(reply), received, self.transfer_artifacts)
+        received = request.shared if request.kind == "finalize" and not state.is_local else {}
+        plan = local_plan(self.plan) if state.is_local else self.plan
+        self.store.write(state, reply, self._metadata(reply, plan), received, self.transfer_artifacts)
         self.store.prune(request.admitted_round)
         return reply
 
-    def _metadata(self, reply: TrainReply) -> ModelMetadata:
+    def _metadata(self, reply: TrainReply, plan: Plan) -> ModelMetadata:
         task, fingerprint = self.task.rows, self.model.base.fingerprint
         return ModelMetadata(
             federation=reply.federation,
             round=reply.round,
-            plan=to_json(self.plan),
+            plan=to_json(plan),
             site=self.site,
             task=task.task,
             labels=task.labels,
@@ -285,9 +291,9 @@ class Trainer:
                 value = shared.get(key) if key in shared else personal.get(key, self.initial[key])
                 parameter.copy_(torch.as_tensor(value))
 
-    def _values(self, role: object) -> dict[str, torch.Tensor]:
+    def values(self, role: Role, method: Method | None = None) -> dict[str, torch.Tensor]:
         """Copies of the parameters with this role, on the CPU."""
-        chosen = {key: value for key, value in self.parameters.items() if self.method.role(key) is role}
+        chosen = (method or self.method).having(self.parameters, role)
         return {key: value.detach().to("cpu", copy=True) for key, value in chosen.items()}
 
     def _measure_arrival(self, request: TrainRequest, state: PersonalState) -> tuple[PersonalState, dict[str, float]]:
@@ -311,7 +317,8 @@ class Trainer:
         state = self._with_base_metrics(state)
         metrics = _prefixed("base", state.base or {})
         if self.trains and (state.position or self.plan.probes_head):  # a site that never trained has no own model
-            metrics |= _prefixed("personal", self._measure(request.shared, state.tensors, generate=True, own_head=True))
+            shared = {} if state.is_local else request.shared
+            metrics |= _prefixed("personal", self._measure(shared, state.tensors, generate=True, own_head=True))
             state = dataclasses.replace(state, row_scores=tuple(self.task.row_scores))
         if self._has_shared_model:
             metrics |= _prefixed("shared", self._measure(request.shared, {}, generate=True))
@@ -339,8 +346,16 @@ class Trainer:
         self.measuring += time.perf_counter() - began
         return metrics
 
-    def _train(self, request: TrainRequest, state: PersonalState, on_step: StepCallback | None) -> TrainOutcome:
+    def train(
+        self,
+        request: TrainRequest,
+        state: PersonalState,
+        on_step: StepCallback | None,
+        method: Method | None = None,
+    ) -> TrainOutcome:
+        """Train from the request's adapter and this state, with the roles of ``method`` (by default the plan's)."""
         self.load(request.shared, state.tensors)
+        method = method or self.method
         settings, per_round = self.plan.train, self.plan.train.steps_per_round
         late = request.kind == "finalize" and state.round == 0  # joins after the last round: its schedule begins now
         cursor = TrainCursor(
@@ -351,8 +366,8 @@ class Trainer:
             noise=seed_from(self.site_seed, "round", request.round),
             moments=state.optimizer_state if settings.persist_optimizer_state else None,
         )
-        trainable = {k: p for k, p in self.parameters.items() if self.method.role(k) in (SHARED, PERSONAL)}
-        planned = phases(self.plan, self.method, trainable, request.kind, late=late) if self.trains else []
+        trainable = method.having(self.parameters, SHARED, PERSONAL)
+        planned = phases(self.plan, method, trainable, request.kind, late=late) if self.trains else []
         return train(self.task, trainable, planned, settings, cursor, on_step)
 
 

@@ -90,6 +90,9 @@ class DataSettings:
     """Hold out the same fraction of every label, as scikit-learn's ``stratify`` does. Otherwise the held-out rows are
     drawn from all rows. Used without ``test_source``."""
 
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the training rows that a site does not train on. ``train.fallback`` compares two models on them."""
+
     shuffle: bool = True
     """Shuffle the rows before ``train`` and ``test`` are applied. The order derives from seed, site and source."""
 

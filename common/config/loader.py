@@ -217,6 +217,7 @@ def _check(recipe: Recipe) -> None:
         message = "The recipe sets both train.warmup_steps and train.warmup_ratio."
         raise ConfigError("train.warmup_ratio", "one of the two", "both", message=message, hint="Remove one of them.")
     _check_label_loss(recipe)
+    _check_fallback(recipe, row)
     if recipe.train.head_init == "probe" and row.head is not Role.PERSONAL:
         raise ConfigError(
             "train.head_init",
@@ -244,6 +245,27 @@ def _check_label_loss(recipe: Recipe) -> None:
             raise ConfigError(
                 f"train.{key}", "a task with labels", ", ".join(tasks), message=message, hint="Remove it."
             )
+
+
+def _check_fallback(recipe: Recipe, row: Method) -> None:
+    if recipe.train.fallback is None:
+        return
+    if row.scale is Role.SHARED:
+        raise ConfigError(
+            "train.fallback",
+            "unset with shared scales",
+            recipe.train.fallback,
+            message=f"train.fallback is not possible with method {recipe.method.name!r}: its scales are shared.",
+            hint="Remove train.fallback, or use another method.",
+        )
+    if recipe.transfer.source_federation is not None:
+        raise ConfigError(
+            "train.fallback",
+            "unset in a transfer",
+            recipe.transfer.source_federation,
+            message="train.fallback is not possible in a transfer, whose sites train on generated texts.",
+            hint="Remove train.fallback.",
+        )
 
 
 def _check_orthogonal(recipe: Recipe, row: Method) -> None:

@@ -114,6 +114,11 @@ class TrainSettings:
     examples. ``server.weights = "benefit"`` turns it on. It takes one pass over at most 64 examples for a task with a
     linear head, and several passes otherwise."""
 
+    fallback: Literal["local"] | None = None
+    """``local`` also trains a local model at each site, alone, for as many steps on the same rows. At the end the site
+    keeps it if its mean loss on the site's validation rows is lower by more than one standard error. It needs
+    ``data.validation_fraction`` and doubles the training time. Unset: the collaborative model is kept."""
+
     persist_optimizer_state: bool = False
     """Keep a site's optimizer state from round to round. Otherwise every round starts with a new optimizer."""
 

@@ -24,8 +24,14 @@ UPDATE_SCALE = "update.scale"  # metric: the factor by which a site scaled its u
 BENEFIT = "train.benefit"  # metric: loss with the shared adapter ÷ loss without it; in [0, MAX_BENEFIT]
 MAX_BENEFIT = 10.0
 OVERFLOWS = "train.overflows"  # metric: attempts at an optimizer step whose fp16 gradients overflowed; absent for none
+FALLBACK_DIFFERENCE = "fallback.difference"  # metric: validation loss of the collaborative − of the local model
+FALLBACK_ERROR = "fallback.standard_error"  # metric: of this difference, over validation rows
+FALLBACK_KEPT = "fallback.kept_local"  # metric: 1 if the site kept its local model, else 0
+FALLBACK = frozenset((FALLBACK_DIFFERENCE, FALLBACK_ERROR, FALLBACK_KEPT))
 METRIC_NAMES = frozenset(
-    {"train.loss", UPDATE_SCALE, BENEFIT, OVERFLOWS} | {f"{mode}.{name}" for mode in EVAL_MODES for name in METRICS}
+    {"train.loss", UPDATE_SCALE, BENEFIT, OVERFLOWS}
+    | FALLBACK
+    | {f"{mode}.{name}" for mode in EVAL_MODES for name in METRICS}
 )
 Arrays = Mapping[str, np.ndarray]
 RequestKind = Literal["trial", "initialize", "train", "finalize"]

@@ -54,7 +54,9 @@ class Task(ABC):
         self.rows, self.base, self.plan = rows, base, plan
         self.module, self.head = self._build()
         self.train, self.test = self.encode(rows.train), self.encode(rows.test)
+        self.validation = self.encode(rows.validation)
         self._tell_refused("training", self.train, rows.train_numbers)
+        self._tell_refused("validation", self.validation, rows.validation_numbers)
         self._tell_refused("test", self.test, rows.test_numbers)
 
     def _tell_refused(self, kind: str, encoded: Encoded, numbers: Sequence[int]) -> None:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ...common.dataset import EVAL_MODES, TASKS
 from ...common.foreign_text import printable, sanitize
+from ...common.protocol.types import FALLBACK_DIFFERENCE, FALLBACK_ERROR
 from .console import number, size
 from .summary import RunSummary, SiteSummary
 
@@ -93,6 +94,7 @@ def _conclusions(summary: RunSummary) -> list[str]:
         lines.append(
             "The personal models are worse than the base model. Train for more steps or change the learning rate."
         )
+    lines += _fallback(summary)
     if names := summary.without_personal_model():
         lines.append(f"{', '.join(names)} took part in no round and have no personal model. The means leave them out.")
     for row in summary.rows.values():
@@ -111,6 +113,23 @@ def _conclusions(summary: RunSummary) -> list[str]:
         ]
     lines += summary.failures
     return lines
+
+
+def _fallback(summary: RunSummary) -> list[str]:
+    """The sites that kept their local models, and by what; or that none did."""
+    chose = [row for row in summary.rows.values() if row.kept_local is not None]
+    kept = [f"{row.site} ({_lower_loss(row)})" for row in chose if row.kept_local]
+    if kept:
+        return [
+            f"{len(kept)} of {len(chose)} sites kept their local model, whose loss on their validation rows is lower: "
+            f"{', '.join(kept)}. For these sites, personal is the local model."
+        ]
+    return [f"No site's local model was clearly better on its validation rows ({len(chose)} sites)."] if chose else []
+
+
+def _lower_loss(row: SiteSummary) -> str:
+    difference, error = row.metrics.get(FALLBACK_DIFFERENCE), row.metrics.get(FALLBACK_ERROR)
+    return "the other is not finite" if difference is None else f"by {difference:.3f} ±{error or 0:.3f}"
 
 
 def _legend(summary: RunSummary) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...common.dataset import TASKS
+from ...common.protocol.types import FALLBACK_KEPT
 from .events import Event
 
 Metrics = Mapping[str, float | None]
@@ -40,6 +41,12 @@ class SiteSummary:
     failures: dict[int, str] = field(default_factory=dict)  # round → why its reply was left out
     clipped: list[int] = field(default_factory=list)  # rounds in which its update was scaled down
     fresh: list[int] = field(default_factory=list)  # rounds in which it had lost its personal state
+
+    @property
+    def kept_local(self) -> bool | None:
+        """Whether the site kept its local model (``train.fallback``); None if it had no choice."""
+        kept = self.metrics.get(FALLBACK_KEPT)
+        return None if kept is None else bool(kept)
 
     def metric(self, mode: str) -> float | None:
         """The task's primary metric of ``base``, ``shared``, ``personal`` or ``alone``; None if not measured."""

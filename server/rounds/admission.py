@@ -14,6 +14,7 @@ from ...common.errors import RefusedError
 from ...common.protocol.limits import MAX_COUNT
 from ...common.protocol.types import (
     BENEFIT,
+    FALLBACK_KEPT,
     MAX_BENEFIT,
     PROTOCOL,
     Arrays,
@@ -60,6 +61,8 @@ def admit_reply(reply: TrainReply, site: str, request: TrainRequest, layout: Lay
     check_metrics(reply.metrics, site)
     if BENEFIT in reply.metrics and not 0 <= reply.metrics[BENEFIT] <= MAX_BENEFIT:
         raise RefusedError(BENEFIT, f"0 to {MAX_BENEFIT:g}", reply.metrics[BENEFIT], site=site)
+    if reply.metrics.get(FALLBACK_KEPT, 0) not in (0, 1):
+        raise RefusedError(FALLBACK_KEPT, "0 or 1", reply.metrics[FALLBACK_KEPT], site=site)
     if request.kind == "train":
         for field in ("terms", "examples"):
             if not 0 < getattr(reply, field) <= getattr(limits, field):

@@ -83,6 +83,7 @@ def test_nothing_personal_is_in_any_message(
     assert leaks(wire, run.path) == []
 
 
+@pytest.mark.slow
 def test_benefit_weights_and_a_spectral_start_send_nothing_personal_but_one_number(
     tiny_recipe: dict, tmp_path: Path, wire: list[Message]
 ) -> None:

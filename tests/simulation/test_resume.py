@@ -60,14 +60,21 @@ def durable(folder: Path) -> dict[str, tuple[dict[str, np.ndarray], dict]]:
 
 ADAM = {"private": "multilora", "server": {"quorum": 3, "optimizer": "adam"}}
 GROUPS = {"server": {"quorum": 3, "groups": "similarity"}}
+FALLBACK = {"train": {"fallback": "local"}, "data": {"validation_fraction": 0.34}}
 BENEFIT = {"server": {"quorum": 3, "weights": "benefit"}, "adapter": {"init": "spectral"}}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kills", "rounds", "options"),
-    [(3, 12, ADAM), (3, 12, BENEFIT), (3, 12, GROUPS), pytest.param(10, 40, ADAM, marks=pytest.mark.endurance)],
-    ids=["adam", "benefit weights and spectral start", "groups", "endurance"],
+    [
+        (3, 12, ADAM),
+        (3, 12, BENEFIT),
+        (3, 12, GROUPS),
+        (3, 12, FALLBACK),
+        pytest.param(10, 40, ADAM, marks=pytest.mark.endurance),
+    ],
+    ids=["adam", "benefit weights and spectral start", "groups", "fallback", "endurance"],
 )
 def test_kills_change_no_bit_of_adapter_or_personal_state(
     tiny_recipe: dict, tmp_path: Path, kills: int, rounds: int, options: dict
@@ -82,8 +89,8 @@ def test_kills_change_no_bit_of_adapter_or_personal_state(
     raw = {
         **tiny_recipe,
         "rounds": rounds,
-        "train": train,
         **options,
+        "train": {**train, **options.get("train", {})},
         "adapter": {**tiny_recipe["adapter"], **options.get("adapter", {})},
     }
     recipe, undisturbed, killed = tmp_path / "recipe.toml", tmp_path / "calm", tmp_path / "killed"

@@ -60,6 +60,7 @@ def test_three_groups_are_found_by_dividing_twice() -> None:
     assert found.groups[2] == tuple(f"site-{i}" for i in range(15, 21))
 
 
+@pytest.mark.slow
 def test_sites_with_one_direction_and_unlike_noise_are_not_divided() -> None:
     """At a significance of .005, forty pools of one group are divided at most twice (probability of more: .0001)."""
     divided = [len(find_groups(names(8), cosines([0] * 8, seed), seed).groups) > 1 for seed in range(40)]
