@@ -36,7 +36,7 @@ def train_federation(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpo
     Raises StopRequested between rounds, and QuorumError where missing sites are not waited for.
     """
     recipe, last = strategy.recipe, checkpoints.latest()
-    if last and last.finalized:
+    if last and last.finalized and last.round >= recipe.rounds:
         return last
     if last:
         strategy.events.emit("resumed", round=last.round, damaged=checkpoints.damaged)

@@ -9,13 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tomli_w
-
 from ..client.artifacts.transfer import is_prepared
 from ..client.client_app import make_app as make_client_app
 from ..common.adapters.initialization import initial_shared_state
 from ..common.atomic_io import write_atomically
-from ..common.config.schema import MethodSettings, Recipe, to_dict
+from ..common.config.schema import MethodSettings, Recipe
 from ..common.dataset import SiteDataset
 from ..common.errors import ConfigError, QuorumError, StateError
 from ..server.reporting.events import Event
@@ -65,7 +63,7 @@ def simulate(
     if not run.recipe.exists() or not resume:
         run.check_new()
     else:
-        run.check_same(recipe)
+        run.resume(recipe, listener)
     if not run.recipe.exists():
         initialize_run(run, recipe, on_sites)
     roster = tuple(RosterEntry(*entry) for entry in run.read_roster())
@@ -129,9 +127,9 @@ def _source_run(recipe: Recipe) -> RunFolder:
 
 
 def _write_run(run: RunFolder, recipe: Recipe, roster: list[tuple[str, int]]) -> None:
-    """Write roster and recipe. The recipe comes last: a folder with a recipe is a complete run folder."""
+    """Write roster and recipe. The recipe comes last."""
     write_atomically(run.roster, json.dumps(roster).encode())
-    write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
+    run.write_recipe(recipe)
 
 
 def local_only(recipe: Recipe) -> Recipe:

@@ -23,7 +23,10 @@ def server(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 9443,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Set a recipe key, for example rounds=20. Repeatable.")
+        list[str] | None, typer.Option("--set", help="Set a recipe key, for example train.lr=1e-3. Repeatable.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Number of rounds. A run can get more rounds, even after its end.")
     ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Run without TLS and keys. For trials on one machine.")
@@ -54,7 +57,8 @@ def server(
             message="--keys and --insecure exclude each other." if keys else "Neither --keys nor --insecure was given.",
             hint="Give --keys with the folder that colora provision wrote, or --insecure for a trial on one machine.",
         )
-    settings = load_recipe(find_recipe(recipe), tuple(set_ or []))
+    overrides = (*(set_ or ()), *([f"rounds={rounds}"] if rounds else ()))
+    settings = load_recipe(find_recipe(recipe), overrides)
     settings = with_base_model(settings, transfer_to) if transfer_to else settings
     folder, console = out or Path("runs") / settings.name, Console()
     job = ServerJob(settings, folder, host, port, read_keys(keys) if keys else None)

@@ -34,6 +34,9 @@ def simulate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run folder.")] = False,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Number of rounds. With --resume, a run can get more rounds.")
+    ] = None,
     engine: Annotated[
         str | None, typer.Option(help="local (one process, the default) or ray (several processes).")
     ] = None,
@@ -63,6 +66,7 @@ def simulate(
     from colora.server.rounds.run_options import read_replay
 
     overrides = [*(set_ or [])]
+    overrides += [f"rounds={rounds}"] if rounds else []
     overrides += [f'simulation.engine="{engine}"'] if engine else []
     overrides += [f"simulation.baseline={str(baseline).lower()}"] if baseline is not None else []
     if transfer_from or transfer_to:

@@ -248,8 +248,17 @@ class Recipe(Plan):
 
     @property
     def identity(self) -> str:
-        """Hash of everything that can change a result: all keys except ``description`` and ``[simulation]``."""
-        return digest(to_json(dataclasses.replace(self, simulation=SimulationSettings(), description="")))
+        """Hash of what a run cannot change: all keys but ``rounds``, ``description`` and ``[simulation]``."""
+        return digest(to_json(dataclasses.replace(self, rounds=1, simulation=SimulationSettings(), description="")))
+
+    @property
+    def rounds_matter(self) -> str | None:
+        """The key by which a round depends on the number of rounds; None if no round does."""
+        if self.train.lr_schedule not in ("constant", "constant_with_warmup"):
+            return f'train.lr_schedule = "{self.train.lr_schedule}"'
+        if self.train.lr_schedule == "constant_with_warmup" and self.train.warmup_ratio:
+            return f"train.warmup_ratio = {self.train.warmup_ratio:g}"
+        return 'server.weights = "benefit"' if self.server.weights == "benefit" else None
 
 
 def parse(kind: type[T], raw: dict[str, Any]) -> T:

@@ -16,7 +16,7 @@ ROUND_EVENTS = ("round_started", "reply", "round", "failed", "refused", "late") 
 def phase_of(events: list[Event], summary: RunSummary, checkpoint: CheckpointInfo | None) -> tuple[Phase, str]:
     """Return the phase by the events since the last start, and its details."""
     events = [event for event in events if event["event"] != "site_ready"]
-    if checkpoint and checkpoint.finalized:
+    if checkpoint and checkpoint.finalized and checkpoint.round >= summary.rounds:
         return "finished", ""
     if not events:
         return "joining", "there are no events yet"
@@ -33,7 +33,8 @@ def phase_of(events: list[Event], summary: RunSummary, checkpoint: CheckpointInf
 
 def _since_start(events: list[Event]) -> list[str]:
     names = [event["event"] for event in events]
-    return names[_last_index(names, "started") :] if "started" in names else names
+    starts = [i for i, name in enumerate(names) if name in ("started", "extended")]
+    return names[starts[-1] :] if starts else names
 
 
 def _last_index(names: list[str], name: str) -> int:

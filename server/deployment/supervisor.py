@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import tomli_w
 
 from ...common.atomic_io import write_atomically
-from ...common.config.schema import Recipe, to_dict
+from ...common.config.schema import Recipe
 from ...common.errors import ColoraError, ConfigError, QuorumError, StateError
 from ...common.processes.file_limit import raise_file_limit
 from ...common.processes.supervised import Signals, exclusive_lock, listens, write_services
@@ -112,11 +111,11 @@ def run_server(job: ServerJob, listener: Callable[[Event], None]) -> bool:
     if job.keys:  # a key outside the roster is a stranger's
         known = {entry.site: job.keys.sites[entry.site] for entry in roster}
         job = dataclasses.replace(job, keys=dataclasses.replace(job.keys, sites=known))
-    if run.recipe.exists():
-        run.check_same(job.recipe)
-    else:
+    if not run.recipe.exists():
         run.check_new()
     with exclusive_lock(job.folder / "server.lock", "coordinator"):
+        if run.recipe.exists():
+            run.resume(job.recipe, listener)
         initialize_run(run, job.recipe, roster)
         upstream, address = _endpoints(job)
         link = SuperLink(
@@ -291,7 +290,7 @@ def initialize_run(run: RunFolder, recipe: Recipe, roster: tuple[RosterEntry, ..
             hint="Lower server.quorum, or add sites.",
         )
     write_atomically(run.roster, json.dumps([[entry.site, entry.from_round] for entry in roster]).encode())
-    write_atomically(run.recipe, tomli_w.dumps(to_dict(recipe)).encode())
+    run.write_recipe(recipe)
 
 
 def _endpoints(job: ServerJob) -> tuple[Callable[[str], Upstream], ListenAddress]:

@@ -44,6 +44,7 @@ _ROUND, _SITE, _SITES, _REASON = {"round": _count}, {"site": _text}, {"sites": _
 _ROWS = dict.fromkeys(("train", "test", "truncated", "dropped"), _count)
 REQUIRED: Mapping[str, Mapping[str, Check]] = {
     "started": {"federation": _text, "method": _text, "model": _text, "rounds": _count, **_SITES},
+    "extended": {"rounds": _count, "before": _count, "inexact": _optional(_text)},
     "resumed": _ROUND,
     "transfer_started": {"source_federation": _text, **_SITES},
     "site_ready": _SITE,

@@ -16,6 +16,7 @@ from ...common.dataset import EVAL_MODES, TASKS
 from ...common.foreign_text import printable, sanitize
 from ...common.protocol.types import FALLBACK_DIFFERENCE, FALLBACK_ERROR
 from .console import number, size
+from .events import Event
 from .summary import RunSummary, SiteSummary
 
 COLUMNS = (*EVAL_MODES, "alone")
@@ -94,7 +95,7 @@ def _conclusions(summary: RunSummary) -> list[str]:
         lines.append(
             "The personal models are worse than the base model. Train for more steps or change the learning rate."
         )
-    lines += _fallback(summary)
+    lines += [*_fallback(summary), *map(_extension, summary.extensions)]
     if names := summary.without_personal_model():
         lines.append(f"{', '.join(names)} took part in no round and have no personal model. The means leave them out.")
     for row in summary.rows.values():
@@ -125,6 +126,17 @@ def _fallback(summary: RunSummary) -> list[str]:
             f"{', '.join(kept)}. For these sites, personal is the local model."
         ]
     return [f"No site's local model was clearly better on its validation rows ({len(chose)} sites)."] if chose else []
+
+
+def _extension(event: Event) -> str:
+    before, rounds, key = event["before"], event["rounds"], event["inexact"]
+    told = f"The run was extended from {before} to {rounds} rounds."
+    if key is None:
+        return f"{told} The result is that of a run of {rounds} rounds."
+    return (
+        f"{told} Rounds 1 to {before} were planned for {before} rounds by {key}, so the result differs from that of a "
+        f"run of {rounds} rounds."
+    )
 
 
 def _lower_loss(row: SiteSummary) -> str:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
+from ...common.atomic_io import write_atomically
 from ...common.config.loader import load_recipe
 from ...common.config.schema import Recipe, to_dict
 from ...common.errors import ConfigError, StateError
-from .events import Event, read_events
+from .events import Event, EventLog, Listener, read_events
 
 # Files that may exist before the recipe, which is written last when a run is prepared.
 STARTED = {"sites", "roster.json", "sites/data", "sites/site.toml", "logs", "server.lock", "flower"}
@@ -81,9 +84,24 @@ class RunFolder:
         if self.path.exists() and not self._unfinished_start():
             raise StateError(where, expected, "other files", message=f"{where} contains other files.", hint=hint)
 
-    def check_same(self, recipe: Recipe) -> None:
-        """Check that the folder holds a run of this recipe. Raises ConfigError, which names what differs."""
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write the recipe. A folder with a recipe is a complete run folder."""
+        write_atomically(self.recipe, tomli_w.dumps(to_dict(recipe)).encode())
+
+    def resume(self, recipe: Recipe, listener: Listener | None = None) -> None:
+        """Check that the folder holds a run of this recipe, and extend the run if the recipe has more rounds.
+
+        Raises ConfigError, which names what differs.
+        """
         stored = load_recipe(self.recipe)
+        if recipe.rounds < stored.rounds:
+            raise ConfigError(
+                "rounds",
+                f"at least {stored.rounds}",
+                recipe.rounds,
+                message=f"The run in {self.path} has {stored.rounds} rounds. It can be extended, but not shortened.",
+                hint=f"Use --rounds with a number above {stored.rounds}, or choose another --out.",
+            )
         if stored.identity != recipe.identity:
             difference = _difference(stored, recipe)
             raise ConfigError(
@@ -93,6 +111,10 @@ class RunFolder:
                 message=f"The recipe differs from that of the run in {self.path}: {difference}.",
                 hint="Undo the change, or choose another --out.",
             )
+        if recipe.rounds > stored.rounds:
+            self.write_recipe(recipe)
+            events = EventLog(self.path / "events.jsonl", listener)
+            events.emit("extended", rounds=recipe.rounds, before=stored.rounds, inexact=recipe.rounds_matter)
 
     def _unfinished_start(self) -> bool:
         """Whether a run was interrupted while it was prepared, before its recipe was written."""

@@ -71,6 +71,7 @@ class RunSummary:
     learning_rates: dict[str, float] = field(default_factory=dict)  # by parameter group
     source_federation: str = ""  # of a transfer: the federation in which the sites trained before
     groups: list[list[str]] = field(default_factory=list)  # of sites with an adapter of their own, the largest first
+    extensions: list[Event] = field(default_factory=list)  # events by which the run got more rounds
     note: str = ""  # the current unusual condition, in words
     ready_event: str = ""  # the event by which a site reports the end of work that takes minutes; empty for none
     ready: list[str] = field(default_factory=list)  # sites that have reported it
@@ -204,6 +205,11 @@ def _joined(summary: RunSummary, event: Event) -> None:
         setattr(row, name, event[name])
 
 
+def _extended(summary: RunSummary, event: Event) -> None:
+    summary.extensions.append(event)
+    summary.rounds = event["rounds"]
+
+
 def _grouped(summary: RunSummary, event: Event) -> None:
     summary.groups = event["groups"]
 
@@ -268,6 +274,7 @@ def _finished(summary: RunSummary, event: Event) -> None:
 _HANDLERS: dict[tuple[str, bool | None], Callable[[RunSummary, Any], None]] = {
     ("started", False): _started,
     ("started", True): _baseline_started,
+    ("extended", False): _extended,
     ("joined", False): _joined,
     ("grouped", False): _grouped,
     ("round_started", None): _round_started,

@@ -182,6 +182,7 @@ class AdapterStrategy:
         return dataclasses.replace(
             state,
             round=t,
+            finalized=False,
             adapters=tuple(adapters),
             admitted={**state.admitted, **dict.fromkeys(order, t)},
             benefit={**state.benefit, **{site: replies[site].benefit for site in order}},
@@ -223,15 +224,12 @@ class AdapterStrategy:
         return self.requests(connected, state, state.round + 1, "finalize", True)
 
     def aggregate_finalize(self, state: ServerState, asked: Mapping[str, PendingRequest]) -> ServerState:
-        """Return the final state: the adapter of the last round, and the sites that personalized on it."""
-        finalized: dict[str, AdmittedReply] = {}
+        """Return the final state. ``admitted`` stays: further rounds begin at the states before the final steps."""
         quorum = self.settings.quorum or len(asked) // 2 + 1
-        for site, reply in self._admitted(asked, state.round + 1, quorum):
-            finalized[site] = reply
-        self.recorder.require_quorum(quorum, list(finalized), "finalize")
-        self.recorder.emit("finalized", round=state.round, sites=list(finalized))
-        admitted = {**state.admitted, **dict.fromkeys(finalized, state.round + 1)}
-        return dataclasses.replace(state, admitted=admitted, finalized=True)
+        finalized = [site for site, _ in self._admitted(asked, state.round + 1, quorum)]
+        self.recorder.require_quorum(quorum, finalized, "finalize")
+        self.recorder.emit("finalized", round=state.round, sites=finalized)
+        return dataclasses.replace(state, finalized=True)
 
     # --- requests and replies ---
 

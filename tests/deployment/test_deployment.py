@@ -62,6 +62,22 @@ def test_benefit_weights_and_a_spectral_start_give_the_same_bits_when_deployed(
     assert town.outcome() == simulated_outcome(simulated.path, town.names)
 
 
+def test_a_finished_federation_can_get_more_rounds(tmp_path: Path, place: Path, tiny_recipe: dict) -> None:
+    """The sites keep running. The result is that of a federation that had all rounds from the start."""
+    town = Town(place / "town", tiny_recipe).build()
+    try:
+        town.start()
+        assert town.wait("server", 300) == 0
+        town.options = ("--rounds", "4")
+        town.start("server")
+        assert town.wait("server", 300) == 0
+    finally:
+        town.stop()
+    assert "The run was extended from 2 to 4 rounds." in " ".join(town.said("server").split())
+    simulated = simulate(recipe_from({**tiny_recipe, "rounds": 4}), tmp_path / "simulated", resume=False)
+    assert town.outcome() == simulated_outcome(simulated.path, town.names)
+
+
 @pytest.mark.parametrize("command", ["server", "ada"])
 def test_kill_9_of_a_command_leaves_no_orphan(town: Town, command: str) -> None:
     town.start("server", "ada")

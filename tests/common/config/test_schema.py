@@ -146,7 +146,7 @@ def test_a_later_override_wins(tmp_path: Path) -> None:
         ({"train": {"lr": 1e-3}}, True),  # the default, written out
         ({"train": {"lr": 2e-3}}, False),
         ({"seed": 1}, False),
-        ({"rounds": 3}, False),
+        ({"rounds": 3}, True),  # a run can be extended
         ({"server": {"quorum": 2}}, False),
         ({"method": {"head": "shared"}}, False),
         ({"site": SMALL["site"][::-1]}, False),
