@@ -102,12 +102,13 @@ def run(recipe: Recipe, name: str, folder: Path) -> dict[str, Outcome]:
     """Run all arms at one seed and return their outcomes by name."""
     summary = summarize(simulate(recipe, folder, resume=False).events())
     site, saved = load_site(folder / "sites" / name / "site.toml"), read_saved_model(folder)
-    row, few = summary.rows[name], recipe.train.final_steps or recipe.train.steps_per_round
+    row = summary.rows[name]
+    few, total = recipe.train.final_steps or recipe.train.steps_per_round(row.train), recipe.total_steps(row.train)
     outcomes = {label: Outcome(row.metric(mode) or 0.0) for label, mode in PROBES.items()}
     outcomes[FINAL] = Outcome(row.metric("personal") or 0.0)
-    for steps in (few, recipe.total_steps):
+    for steps in (few, total):
         outcomes[f"personalize, {steps} steps"] = personalized(site, saved, steps)
-    for steps in (few, recipe.total_steps):
+    for steps in (few, total):
         outcomes[f"alone, {steps} steps"] = alone(site, saved.plan, steps)
     return outcomes
 

@@ -60,12 +60,12 @@ def personalize(
             method.name,
             message=f"{saved.path}: method {method.name} shares no adapter that a new site could use.",
         )
-    train = saved.plan.train
-    steps = steps or train.final_steps or saved.plan.rounds * train.steps_per_round
-    plan = dataclasses.replace(saved.plan, train=dataclasses.replace(train, final_steps=steps))
     # Nothing leaves the site, so its seeds need no secret and a repetition gives the same bits.
     session = TrainerSession(dataclasses.replace(site, trainer=dataclasses.replace(site.trainer, seeds="recipe")))
     session.start()
+    train = saved.plan.train
+    steps = steps or train.final_steps or _steps_of_all_rounds(session, saved.plan)
+    plan = dataclasses.replace(saved.plan, train=dataclasses.replace(train, final_steps=steps))
     accepted: Plan = session.accept(plan.name, to_json(plan))
     check_fingerprint(plan.model, saved.metadata.fingerprint)
     final_round = plan.rounds + 1
@@ -83,6 +83,13 @@ def personalize(
     for key, parameter in trainer.method.having(trainer.parameters, PERSONAL).items():
         counts[group_of(key)] = counts.get(group_of(key), 0) + parameter.numel()
     return PersonalizationResult(store.path(final_round), counts, steps, time.monotonic() - started, reply.metrics)
+
+
+def _steps_of_all_rounds(session: TrainerSession, plan: Plan) -> int:
+    """The steps of a participant with the site's rows, which count only where the plan has epochs."""
+    by_epochs = plan.train.by_epochs
+    examples = session.trainer(session.accept(plan.name, to_json(plan))).examples if by_epochs else 0
+    return plan.rounds * plan.train.steps_per_round(examples)
 
 
 def _other_result(store: StateStore, request: TrainRequest, plan: str, site: str) -> StateError | None:

@@ -138,7 +138,7 @@ def local_only(recipe: Recipe) -> Recipe:
     All groups train jointly, since nothing is shared. The baseline is evaluated at its end and prepares no transfer.
     """
     evaluation = dataclasses.replace(recipe.evaluation, every=0)
-    steps = recipe.train.steps_per_round
+    steps = None if recipe.train.by_epochs else recipe.train.steps_per_round(0)
     train = dataclasses.replace(recipe.train, schedule="joint", steps=steps, phase=(), final_groups=None)
     init = "kaiming" if recipe.adapter.init == "spectral" else recipe.adapter.init
     method, adapter = MethodSettings(name=BASELINE), dataclasses.replace(recipe.adapter, init=init)

@@ -129,7 +129,7 @@ def test_import_contracts_are_kept(tmp_path: Path) -> None:
         ("server/reporting/events.py", "from ...client import client_app", "The server and the client"),
         ("common/seeds.py", "def f():\n    from ..server import rounds", "The server and the client"),
         ("server/server_app.py", "from ..transfer import sampling", "The server does not use transfer"),
-        ("common/config/loader.py", "from ..training import loop", "Layers of common"),
+        ("common/config/rules.py", "from ..training import loop", "Layers of common"),
         ("client/training/trainer.py", "from ..artifacts import export", "Layers of the client"),
         ("server/reporting/events.py", "from ..rounds import strategy", "Layers of the server"),
         ("server/rounds/admission.py", "def f():\n    from . import strategy", "No import cycles"),
@@ -241,7 +241,7 @@ def test_nothing_is_decided_by_a_methods_name() -> None:
         "client/artifacts/export.py",
         "client/artifacts/model_card.py",
         "client/personalize.py",
-        "common/config/loader.py",
+        "common/config/rules.py",
     }
     compared = {"client/trainer_service/policy.py"}  # with the site's own list
     assert reads <= shown | compared

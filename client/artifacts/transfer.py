@@ -131,6 +131,7 @@ def _distillation_plan(saved: SavedModel, plan: Plan, examples: int) -> Plan:
         schedule="joint",
         phase=(),
         steps=batches * plan.transfer.distillation.epochs,
+        epochs=None,
         final_steps=0,
         head_init=plan.train.head_init or "random",  # a fitted head gains nothing in training this long
         lr=plan.transfer.distillation.lr,

@@ -19,7 +19,7 @@ def read_hub(source: Source) -> Sequence[Row]:
 
     name, _, split = source.name.partition(":")
     try:
-        return datasets.load_dataset(name, source.data.config, split=split or "train")  # type: ignore[return-value]
+        loaded = datasets.load_dataset(name, source.data.config, split=split or "train")
     except Exception as error:  # any error of the hub, the network or a dataset builder
         kind, reason = type(error).__name__, str(error).partition("\n")[0]
         if "Config name is missing" in reason or "BuilderConfig" in reason:
@@ -31,6 +31,7 @@ def read_hub(source: Source) -> Sequence[Row]:
             message=f"{source.name!r} is no file here and cannot be loaded as a hub data set ({kind}).",
             hint=f"Use a file ({FORMATS}), asset:NAME/PART, or a hub data set as ID or ID:SPLIT.",
         ) from None
+    return _with_names(loaded)
 
 
 def read_saved(source: Source) -> Sequence[Row]:
@@ -48,12 +49,29 @@ def read_saved(source: Source) -> Sequence[Row]:
             hint=f"Name a file in it ({FORMATS}).",
         ) from None
     if not isinstance(loaded, dict):
-        return loaded
+        return _with_names(loaded)
     if (split or "train") not in loaded:
         splits = ", ".join(loaded)
         message = f"{folder} has no split {split or 'train'!r}, only {splits}."
         raise source.error(f"one of the splits {splits}", split, message=message, hint="Name one as FOLDER:SPLIT.")
-    return loaded[split or "train"]
+    return _with_names(loaded[split or "train"])
+
+
+def _with_names(dataset: Any) -> Sequence[Row]:
+    """Return the rows with the names of labels that the data set stores as numbers. -1 stands for no label."""
+    from datasets import ClassLabel
+
+    features = getattr(dataset, "features", None) or {}  # some data sets know none before they are read
+    names = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
+    if not names:
+        return dataset
+
+    def named(row: Row) -> Row:
+        numbers = {column: row[column] for column in names}
+        labels = {c: names[c][n] if n is not None and n >= 0 else None for c, n in numbers.items()}
+        return {**row, **labels}
+
+    return [named(row) for row in dataset]
 
 
 def saved_folder(name: str) -> tuple[Path, str] | None:

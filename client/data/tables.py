@@ -45,6 +45,7 @@ def read_table(source: Source) -> Iterator[Row]:
         text = text[declared.end() :]
     delimiter = source.data.delimiter or (declared and declared[1]) or _sniffed(text, source)
     table = _parsed(text, delimiter, source)
+    _check_delimiter(text, table, source)
     _check_columns(table.columns, source)
     _check_lengths(table, delimiter, source)
     width = len(table.columns)
@@ -133,6 +134,24 @@ def _reader(text: str, delimiter: str, quoting: Any, *, strict: bool) -> Any:
     csv.field_size_limit(MAX_FIELD)
     lines = (line[0] for line in LINE.finditer(text))  # io.StringIO would take four bytes for every character
     return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=strict)
+
+
+def _check_delimiter(text: str, table: Table, source: Source) -> None:
+    """Refuse a ``data.delimiter`` that finds one column only, where another delimiter finds several."""
+    told, start = source.data.delimiter, text[:SAMPLE_CHARACTERS]
+    if told is None or len(table.columns) != 1:
+        return
+    better = max(CANDIDATES, key=lambda delimiter: _fit(start, delimiter))
+    if _fit(start, better):
+        name, other = NAMES.get(told, repr(told)), NAMES[better]
+        raise DataError(
+            "data.delimiter",
+            f"the delimiter of {source.name}",
+            repr(told),
+            site=source.site,
+            message=f"data.delimiter is {name}, which finds one column only in {source.name}; {other} finds several.",
+            hint="Remove data.delimiter, or set it to the character between the columns.",
+        )
 
 
 def _check_columns(columns: Sequence[str], source: Source) -> None:

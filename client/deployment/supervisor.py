@@ -16,7 +16,7 @@ from ...common.foreign_text import sanitize
 from ...common.processes.log_tail import LogTail
 from ...common.processes.supervised import Command, Signals, SupervisedProcess, exclusive_lock, write_services
 from ..data.early_check import check_sources
-from ..trainer_service.site_report import SHOWN
+from ..trainer_service.site_report import END, SHOWN
 from .supernode import SuperNode
 
 POLL_INTERVAL = 0.4  # seconds
@@ -39,10 +39,11 @@ def run_site(path: Path, log: Print, component: Component | None = None) -> None
     lock = state / ("client.lock" if component is None else f"client-{component}.lock")
     with exclusive_lock(lock, f"client of site {site.name}"):
         supervisors: list[TrainerSupervisor | NodeSupervisor] = []
-        if component != "supernode":
-            supervisors.append(TrainerSupervisor(path, site, log))
+        trainer = None if component == "supernode" else TrainerSupervisor(path, site, log)
+        if trainer:
+            supervisors.append(trainer)
         if component != "trainer":
-            supervisors.append(NodeSupervisor(site, log))
+            supervisors.append(NodeSupervisor(site, log, trainer))
         if component is None or site.trainer.listen.startswith(UNIX):  # both ends of a socket belong to one user
             log("trainer and SuperNode run as one user: code from the coordinator could read this site's files")
         signals = Signals()
@@ -100,6 +101,7 @@ class TrainerSupervisor:
         command = (sys.executable, "-m", "colora.client.trainer_service.server", str(path.resolve()))
         self.child, self.site, self.log = SupervisedProcess(Command("trainer", command, log_file)), site, log
         self.bad_starts = 0
+        self.federation_ended = False  # and no other has begun
         self.reports = LogTail(log_file, SHOWN)
 
     def ensure_running(self) -> bool:
@@ -108,6 +110,7 @@ class TrainerSupervisor:
         Raises TrainerRefused after ``MAX_BAD_STARTS`` exits because of bad input.
         """
         for report in self.reports.new():
+            self.federation_ended = END in report["text"]
             self.log(sanitize(report["text"]))
         if not self.child.due:
             return False
@@ -129,9 +132,12 @@ class TrainerSupervisor:
 
 
 class NodeSupervisor:
-    """Keeps the SuperNode running, and restarts it when it is stuck."""
+    """Keeps the SuperNode running, and restarts it when it is stuck.
 
-    def __init__(self, site: SiteSettings, log: Print) -> None:
+    Between two federations, of which ``trainer`` tells, a coordinator that cannot be reached is not reported.
+    """
+
+    def __init__(self, site: SiteSettings, log: Print, trainer: TrainerSupervisor | None = None) -> None:
         if site.coordinator is None:
             raise ConfigError(
                 "coordinator",
@@ -142,7 +148,7 @@ class NodeSupervisor:
                 hint="Add one with address, ca and key.",
             )
         self.node, self.site, self.log = SuperNode(site, site.coordinator), site, log
-        self.last_message = ""
+        self.trainer, self.last_message = trainer, ""
         self.reported_connected = self.checked_connection = False
 
     @property
@@ -157,7 +163,7 @@ class NodeSupervisor:
             return False
         if not self.child.due:
             return False
-        if self.child.starts and not self.child.killed:
+        if self.child.starts and not self.child.killed and not self._between_federations:
             self._report(f"the SuperNode ended: {self.node.exit_reason()}; restarting it")
         self.reported_connected = self.checked_connection = False
         self.node.start()
@@ -171,10 +177,15 @@ class NodeSupervisor:
         elif self.node.connected and not self.reported_connected:
             self.reported_connected = True
             self._report(f"site {self.site.name} is connected to {self.node.coordinator.address}")
-        elif self.node.is_retrying and not self.checked_connection:
+        elif self.node.is_retrying and not self.checked_connection and not self._between_federations:
             self.checked_connection = True
             if problem := self.node.connection_problem():
                 self._report(f"cannot reach the coordinator: {problem}; retrying")
+
+    @property
+    def _between_federations(self) -> bool:
+        """Whether the last federation has ended, after which a coordinator usually stops."""
+        return self.trainer is not None and self.trainer.federation_ended
 
     def stop(self) -> None:
         """Stop the SuperNode, which deactivates it at the coordinator."""

@@ -29,37 +29,40 @@ class Finding:
         return f"{self.key} is {self.found}, ordinarily {self.expected}"
 
 
-def check_lower_bounds(plan: Plan, site: SiteSettings) -> None:
-    """Raise RefusedError for the first key of the plan that is below a bound of the site."""
-    for finding in below(plan, site.allow):
+def check_lower_bounds(plan: Plan, site: SiteSettings, examples: int | None = None) -> None:
+    """Raise RefusedError for the first key of the plan that is below a bound of the site.
+
+    ``examples`` is the site's number of training examples; None where it is unknown and ``train.epochs`` is not judged.
+    """
+    for finding in below(plan, site.allow, examples):
         raise RefusedError(finding.key, finding.expected, finding.found, site=site.name)
 
 
-def out_of_the_ordinary(plan: Plan, site: SiteSettings) -> tuple[str, ...]:
+def out_of_the_ordinary(plan: Plan, site: SiteSettings, examples: int | None = None) -> tuple[str, ...]:
     """What a person should see of a plan, whatever the site allows: one sentence for each unusual key."""
     high = (
         Finding(key, f"at most {ORDINARY.max_rank}", str(value))
         for key, value, limit in round_limits(plan, site)
         if limit == "max_rank" and value > (ORDINARY.max_rank or value)
     )
-    return tuple(str(finding).partition(" (allow.")[0] for finding in (*below(plan, ORDINARY), *high))
+    return tuple(str(finding).partition(" (allow.")[0] for finding in (*below(plan, ORDINARY, examples), *high))
 
 
-def below(plan: Plan, allow: AllowSettings) -> Iterator[Finding]:
+def below(plan: Plan, allow: AllowSettings, examples: int | None = None) -> Iterator[Finding]:
     """Yield what is below the bounds. Only the metrics matter for a method that shares nothing."""
     train = plan.train
     if allow.metrics == "none" and train.report_benefit:
         yield Finding("train.report_benefit", "false (allow.metrics is none)", "true")
     if not plan.row().shares:
         return
-    steps = shared_steps(plan)
     sizes = (
         ("train.batch_size", train.batch_size, "min_batch_size"),
         ("model.max_length", plan.model.max_length, "min_max_length"),
     )
-    if allow.min_examples is not None and steps * train.batch_size < allow.min_examples:
-        found = f"{steps} × batch size {train.batch_size}"
-        yield Finding(_steps_key(plan), f"at least {allow.min_examples} examples (allow.min_examples)", found)
+    least = allow.min_examples
+    if least is not None and (found := _too_few(plan, least, examples)):
+        key = "train.epochs" if train.by_epochs else _steps_key(plan)
+        yield Finding(key, f"at least {least} examples (allow.min_examples)", found)
     for key, value, limit in sizes:
         least = getattr(allow, limit)
         if least is not None and value < least:
@@ -71,11 +74,21 @@ def below(plan: Plan, allow: AllowSettings) -> Iterator[Finding]:
         yield Finding("train.max_update_norm", "a number (allow.require_clipping)", "none")
 
 
+def _too_few(plan: Plan, least: int, examples: int | None) -> str:
+    """The number of examples behind one update in words, if there are fewer than ``least``; else an empty text."""
+    train = plan.train
+    if train.by_epochs:
+        behind = least if examples is None else train.examples_per_round(examples)
+        return "" if behind >= least else f"{train.epochs:g} passes over {examples} examples"
+    steps = shared_steps(plan)
+    return "" if steps * train.batch_size >= least else f"{steps} × batch size {train.batch_size}"
+
+
 def shared_steps(plan: Plan) -> int:
-    """The fewest optimizer steps of a round on a shared group that is trained at all."""
+    """The fewest optimizer steps of a round on a shared group that is trained at all, where they are fixed."""
     train, row = plan.train, plan.row()
     if train.schedule == "joint":
-        return train.steps
+        return train.steps_per_round(0)
     if train.schedule == "alternating":
         return train.shared_steps
     shared = [group for group in GROUPS if getattr(row, group) is SHARED]

@@ -15,8 +15,9 @@ from ...common.config.site_schema import SiteSettings
 from ...common.errors import RefusedError
 from ...common.protocol.limits import MAX_ROUND
 from ...common.protocol.types import TrainRequest
+from .policy import MAX_STEPS
 
-_RANK, _STEPS, _BATCH, _TOKENS, _RATE = 4096, 1_000_000, 65_536, 131_072, 1e6
+_RANK, _STEPS, _BATCH, _TOKENS, _RATE = 4096, MAX_STEPS, 65_536, 131_072, 1e6
 BOUNDS: Mapping[str, float] = {  # by key of the plan, without list indices
     "rounds": MAX_ROUND - 1,  # the finalization is one more
     "seed": 2**63 - 1,
@@ -27,6 +28,7 @@ BOUNDS: Mapping[str, float] = {  # by key of the plan, without list indices
     "adapter.alpha_pattern": 1e6,
     "adapter.layers_to_transform": 10_000,
     **{f"train.{key}": _STEPS for key in ("steps", "personal_steps", "shared_steps", "final_steps", "phase.steps")},
+    "train.epochs": 10_000,
     "train.label_smoothing": 1,
     "train.warmup_ratio": 1,
     "train.warmup_steps": 10**12,  # only read by the schedule

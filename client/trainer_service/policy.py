@@ -11,6 +11,7 @@ from ...common.errors import RefusedError
 from ...common.methods import ABSENT, GROUPS, METHODS, SHARED
 
 ALTERNATING = "train.personal_steps + train.shared_steps"
+MAX_STEPS = 1_000_000  # of a round, whatever the site allows
 MAX_SHOWN = 200  # characters of a coordinator's value in an error
 
 
@@ -20,7 +21,6 @@ def check_allowed(plan: Plan, federation: str, site: SiteSettings) -> None:
     The error's public part is the plan's key only: the coordinator learns what was refused, not what is allowed.
     ``plan_bounds.py`` checks the limits on single numbers, and ``time_limit.py`` enforces ``max_seconds``.
     """
-    allow = site.allow
     _check_choice("federation", federation, "federations", site)
     _check_choice("model.source", plan.model.source, "models", site)
     if site.trainer.precision is None:  # otherwise the site uses its own
@@ -28,13 +28,29 @@ def check_allowed(plan: Plan, federation: str, site: SiteSettings) -> None:
     _check_method(plan, site)
     _check_transfer(plan, site)
     for field, value, key in (*round_limits(plan, site), *_preparation_limits(plan.transfer)):
-        limit = getattr(allow, key)
-        if limit is not None and value > limit:
-            raise RefusedError(field, f"at most {limit} (allow.{key})", value, site=site.name)
+        _check_limit(field, value, key, site)
+
+
+def check_epochs(plan: Plan, site: SiteSettings, examples: int) -> None:
+    """Check the steps of ``train.epochs``, which depend on the site's number of training examples.
+
+    Raises RefusedError.
+    """
+    if plan.train.by_epochs:
+        steps = plan.train.steps_per_round(examples)
+        if steps > MAX_STEPS:
+            raise RefusedError("train.epochs", f"at most {MAX_STEPS} steps", steps, site=site.name)
+        _check_limit("train.epochs", steps, "max_steps", site)
+
+
+def _check_limit(field: str, value: int, key: str, site: SiteSettings) -> None:
+    limit = getattr(site.allow, key)
+    if limit is not None and value > limit:
+        raise RefusedError(field, f"at most {limit} (allow.{key})", value, site=site.name)
 
 
 def round_limits(plan: Plan, site: SiteSettings) -> Iterator[tuple[str, int, str]]:
-    """Yield (plan's key, its value, key of the limit in ``[allow]``) for the rounds."""
+    """Yield (plan's key, its value, key of the limit in ``[allow]``) for the rounds, without those of ``epochs``."""
     train = plan.train
     steps = {"joint": "train.steps", "phases": "train.phase.steps"}.get(train.schedule, ALTERNATING)
     modules = plan.adapter.modules if plan.row().scale is not ABSENT else 1
@@ -45,7 +61,8 @@ def round_limits(plan: Plan, site: SiteSettings) -> Iterator[tuple[str, int, str
         0 if site.private else plan.private.total_rank,
         "max_rank",
     )  # not the site's own choice
-    yield steps, train.steps_per_round, "max_steps"
+    if not train.by_epochs:
+        yield steps, train.steps_per_round(0), "max_steps"
     yield "train.final_steps", train.final_steps, "max_steps"
     yield "model.max_length", plan.model.max_length, "max_tokens"
 

@@ -127,7 +127,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             log = AuditLog(Path(self.site.trainer.state), clean(federation))
             await _result(self.audit_thread.submit(log.refusal, error.public(), str(error)))
             raise
-        unusual = out_of_the_ordinary(plan, self.site)
+        unusual = out_of_the_ordinary(plan, self.site, self.session.examples(plan))
         return plan, AuditLog(self.session.folder(plan), plan.name, unusual)
 
     async def _receive_head(self, context: Context) -> pb.TrainRequestHead:

@@ -28,7 +28,7 @@ from ..training.state_store import StateStore
 from ..training.trainer import Trainer
 from .lower_bounds import check_lower_bounds
 from .plan_bounds import check_bounds, check_disk, check_request
-from .policy import check_allowed
+from .policy import check_allowed, check_epochs
 from .release import ReleasedReply, SiteSize, release
 from .request_ledger import check_requests_of_day, may_send_metrics
 from .site_report import report_rows
@@ -115,7 +115,16 @@ class TrainerSession:
             model = attach_adapters(self._base_of(plan.model), plan)
             self._current = plan, Trainer(model, rows, store, trains=trains, artifacts=artifacts)
             tell_unknown(rows, model.base.tokenizer, plan.model.source)
-        return self._current[1]
+        trainer = self._current[1]
+        if trainer.trains:
+            check_epochs(plan, self.site, trainer.examples)
+            check_lower_bounds(plan, self.site, trainer.examples)
+        return trainer
+
+    def examples(self, plan: Plan) -> int | None:
+        """Return the number of training examples for ``plan``; None if its trainer has not been built."""
+        current = self._current
+        return current[1].examples if current and current[0] == plan else None
 
     def answer(self, plan: Plan, request: TrainRequest, on_step: StepCallback) -> tuple[TrainReply, bool]:
         """Return the reply to a request, and whether it had been stored before."""

@@ -19,6 +19,9 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 SHOWN = re.compile(r"(?:(?:WARNING|ERROR) colora\.\w+|INFO colora\.report): (?P<text>.*)")
 
 
+END = "has ended after round"  # in the report that a site's last reply of a federation was made
+
+
 def report_rows(rows: SiteDataset) -> None:
     """Report the numbers of training and test rows by label."""
     logger.info("site %s: %s", rows.site, describe_rows(rows))
@@ -41,9 +44,10 @@ def report_reply(request: TrainRequest, reply: TrainReply, *, task: str, steps: 
 def report_end(plan: Plan, folder: Path) -> None:
     """Report that the site's last reply of a federation was made."""
     logger.info(
-        "%s has ended after round %d and the final personalization. The site's model is in %s, for colora export and "
+        "%s %s %d and the final personalization. The site's model is in %s, for colora export and "
         "colora predict. colora client waits for another federation; Ctrl-C stops it.",
         plan.name,
+        END,
         plan.rounds,
         folder,
     )

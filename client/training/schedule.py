@@ -11,12 +11,18 @@ from ...common.training.loop import TrainPhase
 
 
 def phases(
-    plan: Plan, method: Method, trainable: Mapping[str, object], kind: RequestKind, *, late: bool = False
+    plan: Plan,
+    method: Method,
+    trainable: Mapping[str, object],
+    kind: RequestKind,
+    *,
+    examples: int,
+    late: bool = False,
 ) -> list[TrainPhase]:
     """The optimizer steps of a request: all groups jointly, in phases, or personal groups and then shared ones.
 
-    A finalize request trains personal groups only: those of ``train.final_groups``, or all of them at a site that joins
-    ``late``, after the last round.
+    ``examples`` is the site's number of training examples. A finalize request trains personal groups only: those of
+    ``train.final_groups``, or all of them at a site that joins ``late``, after the last round.
     """
     everything, settings = frozenset(trainable), plan.train
     personal, shared = (frozenset(method.having(trainable, role)) for role in (PERSONAL, SHARED))
@@ -29,7 +35,7 @@ def phases(
             TrainPhase(p.steps, frozenset(k for k in trainable if group_of(k) in p.groups)) for p in settings.phase
         ]
     elif settings.schedule == "joint" or not personal or not shared:  # nothing to alternate with: as many joint steps
-        planned = [TrainPhase(settings.steps_per_round, everything)]
+        planned = [TrainPhase(settings.steps_per_round(examples), everything)]
     else:
         planned = [TrainPhase(settings.personal_steps, personal), TrainPhase(settings.shared_steps, shared)]
     return [p for p in planned if p.keys and p.steps]

@@ -95,6 +95,11 @@ class Trainer:
         private_layout = {key: layout[key] for key in self.private.parameters}
         self.initial |= initial_values(private_layout, self.plan.adapter, seed_from(self.site_seed, "private"))
 
+    @property
+    def examples(self) -> int:
+        """Number of the site's training examples."""
+        return len(self.task.train.examples)
+
     def site_info(self) -> SiteInfo:
         """Describe the site to the coordinator. Raises the errors that would make a transfer preparation fail."""
         fingerprint, task = self.model.base.fingerprint, self.task
@@ -108,7 +113,7 @@ class Trainer:
             chat_template=fingerprint.chat_template,
             layout=hash_layout(self.layout),
             task=task.rows.task,
-            train=len(task.train.examples) if self.trains else 0,
+            train=self.examples if self.trains else 0,
             test=len(task.test.examples),
             truncated=task.train.truncated + task.test.truncated,
             dropped=task.train.dropped + task.test.dropped,
@@ -356,18 +361,19 @@ class Trainer:
         """Train from the request's adapter and this state, with the roles of ``method`` (by default the plan's)."""
         self.load(request.shared, state.tensors)
         method = method or self.method
-        settings, per_round = self.plan.train, self.plan.train.steps_per_round
+        settings, examples = self.plan.train, self.examples
         late = request.kind == "finalize" and state.round == 0  # joins after the last round: its schedule begins now
         cursor = TrainCursor(
-            step=0 if late else (request.round - 1) * per_round,
-            total=settings.final_steps if late else self.plan.total_steps,
+            step=0 if late else (request.round - 1) * settings.steps_per_round(examples),
+            total=settings.final_steps if late else self.plan.total_steps(examples),
             position=state.position,
             seed=self.site_seed,
             noise=seed_from(self.site_seed, "round", request.round),
             moments=state.optimizer_state if settings.persist_optimizer_state else None,
         )
         trainable = method.having(self.parameters, SHARED, PERSONAL)
-        planned = phases(self.plan, method, trainable, request.kind, late=late) if self.trains else []
+        planned = phases(self.plan, method, trainable, request.kind, examples=examples, late=late)
+        planned = planned if self.trains else []
         return train(self.task, trainable, planned, settings, cursor, on_step)
 
 

@@ -6,9 +6,10 @@ OTHER_NAMES: dict[str, str] = {
     "warmup": "train.warmup_steps",
     **dict.fromkeys(("learning_rate", "local_lr", "client_lr"), "train.lr"),
     **dict.fromkeys(
-        ("epochs", "epoch", "num_epochs", "num_train_epochs", "local_epochs", "local_steps", "max_steps", "n_steps"),
-        "train.steps",
+        ("epoch", "num_epochs", "num_train_epochs", "local_epochs", "n_epochs", "max_epochs"),
+        "train.epochs",
     ),
+    **dict.fromkeys(("local_steps", "max_steps", "n_steps"), "train.steps"),
     **dict.fromkeys(("batch", "bs", "per_device_train_batch_size", "train_batch_size"), "train.batch_size"),
     **dict.fromkeys(("gradient_accumulation_steps", "microbatch"), "train.micro_batch"),
     **dict.fromkeys(("scheduler", "lr_scheduler", "lr_scheduler_type"), "train.lr_schedule"),

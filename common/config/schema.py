@@ -125,10 +125,9 @@ class Plan:
         head_init = self.train.head_init or ("random" if self.transfer.source_federation is None else "probe")
         return head_init == "probe" and self.row().head is Role.PERSONAL
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of a site that takes part in every round, including the final steps."""
-        return self.rounds * self.train.steps_per_round + self.train.final_steps
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps of a site with so many training examples in all rounds, including the final steps."""
+        return self.rounds * self.train.steps_per_round(examples) + self.train.final_steps
 
 
 @dataclass(frozen=True, config=STRICT)

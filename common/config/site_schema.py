@@ -83,8 +83,8 @@ class AllowSettings:
     """Maximum rank of an adapter, all MultiLoRA modules together. Unset: any."""
 
     max_steps: Positive | None = None
-    """Maximum number of optimizer steps in one round, in the final steps, and in the preparation of a transfer. Unset:
-    any."""
+    """Maximum number of optimizer steps in one round (with ``train.epochs``: those of this site's rows), in the final
+    steps, and in the preparation of a transfer. Unset: any."""
 
     max_seconds: PositiveFloat | None = None
     """Maximum time in seconds of one round's training and evaluation, and of a transfer. Unset: any."""
@@ -123,8 +123,8 @@ class AllowSettings:
     """Whether the site may also keep a generator fine-tuned on its texts, which can repeat parts of them."""
 
     min_examples: Positive | None = None
-    """Minimum number of examples behind one update: the optimizer steps of a round on a shared group, times the batch
-    size. Unset: any."""
+    """Minimum number of examples behind one update, repetitions included: the optimizer steps of a round on a shared
+    group, times the batch size. Unset: any."""
 
     min_batch_size: Positive | None = None
     """Minimum ``train.batch_size``. Unset: any."""

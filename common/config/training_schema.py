@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
@@ -9,6 +10,8 @@ from pydantic.dataclasses import dataclass
 from .field_types import STRICT, Count, Group, Positive, PositiveFloat, Probability, Rate
 
 Optimizer = Literal["adamw", "adam", "sgd"]
+DEFAULT_STEPS = 5  # of a round with ``joint``, where neither ``steps`` nor ``epochs`` is set
+ROUNDING = 1e-9  # of a step, so that 0.1 epochs of 30 rows are 3 rows and not a little more
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -34,8 +37,12 @@ class TrainSettings:
     schedule: Literal["joint", "alternating", "phases"] = "joint"
     """Which groups are trained when, within a round."""
 
-    steps: Positive = 5
-    """Optimizer steps per round with ``joint``."""
+    steps: Positive | None = None
+    """Optimizer steps per round with ``joint``. Unset: 5, or those of ``epochs``."""
+
+    epochs: PositiveFloat | None = None
+    """Passes over a site's own training examples per round, instead of ``steps``; fractions are allowed. A site with
+    more examples takes more steps. Requires ``joint``."""
 
     personal_steps: Positive = 2
     """Optimizer steps per round on the personal groups with ``alternating``."""
@@ -123,13 +130,28 @@ class TrainSettings:
     """Keep a site's optimizer state from round to round. Otherwise every round starts with a new optimizer."""
 
     @property
-    def steps_per_round(self) -> int:
-        """Optimizer steps of one site in one round."""
-        return {
-            "joint": self.steps,
-            "alternating": self.personal_steps + self.shared_steps,
-            "phases": sum(phase.steps for phase in self.phase),
-        }[self.schedule]
+    def by_epochs(self) -> bool:
+        """Whether the number of steps in a round depends on the site's number of training examples."""
+        return self.epochs is not None and self.schedule == "joint"
+
+    def steps_per_round(self, examples: int) -> int:
+        """Optimizer steps of one round at a site with so many training examples.
+
+        A pass over n examples takes n / ``batch_size`` steps. The steps of a round are rounded up.
+        """
+        if self.schedule == "alternating":
+            return self.personal_steps + self.shared_steps
+        if self.schedule == "phases":
+            return sum(phase.steps for phase in self.phase)
+        if self.epochs is None:
+            return self.steps or DEFAULT_STEPS
+        batch = min(self.batch_size, examples)
+        return math.ceil(self.epochs * examples / batch - ROUNDING) if batch else 0
+
+    def examples_per_round(self, examples: int) -> int:
+        """The most examples, with repetitions, that one round at a site with so many examples trains on."""
+        batch = min(self.batch_size, examples) if self.by_epochs else self.batch_size
+        return self.steps_per_round(examples) * batch
 
     @property
     def learning_rates(self) -> dict[str, float]:

@@ -74,6 +74,7 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
 OPTIONAL: Mapping[str, Mapping[str, Check]] = {  # where present
     "resumed": {"damaged": _names},
     "started": {"learning_rates": _values(_number)},
+    "joined": {"steps": _count},
     "reply": {"measuring": _number},
     "round": {"residual": _optional(_number)},
     "waiting": {

@@ -48,6 +48,8 @@ def _final_table(summary: RunSummary) -> Table:
     shown = {name: cell for name, cell in _CELLS.items() if name not in ("alone", "gain") or summary.baseline}
     if not any(row.dropped for row in summary.rows.values()):
         del shown["drop"]
+    if not _unequal_steps(summary):
+        del shown["steps"]
     table.add_column("site", no_wrap=True)
     for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
@@ -64,6 +66,7 @@ def _final_table(summary: RunSummary) -> Table:
 
 _CELLS: dict[str, Callable[[SiteSummary], str]] = {
     "rows": lambda row: f"{row.train}+{row.test}",
+    "steps": lambda row: str(row.steps),
     **{mode: lambda row, mode=mode: number(row.metric(mode)) for mode in COLUMNS},
     "gain": lambda row: "" if row.gain is None else _gain(row.gain, row.gain_error),
     "sent": lambda row: size(row.bytes_up),
@@ -71,6 +74,11 @@ _CELLS: dict[str, Callable[[SiteSummary], str]] = {
     "cut": lambda row: str(row.truncated),
     "drop": lambda row: str(row.dropped),
 }
+
+
+def _unequal_steps(summary: RunSummary) -> bool:
+    """Whether a round has different numbers of steps at different sites, as with ``train.epochs``."""
+    return len({row.steps for row in summary.rows.values() if row.train}) > 1
 
 
 def _conclusions(summary: RunSummary) -> list[str]:
@@ -151,9 +159,10 @@ def _legend(summary: RunSummary) -> str:
         if summary.baseline
         else ""
     )
+    steps = "steps: optimizer steps of a round. " if _unequal_steps(summary) else ""
     return (
-        "rows: training + test. base: the base model; shared: with the shared adapter (where heads are personal, both "
-        "with a head fitted to the site's training rows); personal: the site's own model"
+        f"rows: training + test. {steps}base: the base model; shared: with the shared adapter (where heads are "
+        "personal, both with a head fitted to the site's training rows); personal: the site's own model"
         f"{alone}. sent: bytes that the site sent; sec: seconds of its work; cut: rows longer than max_length; drop: "
         f"rows without anything to learn from. Total time: {summary.seconds:.0f} s."
     )

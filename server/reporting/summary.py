@@ -27,6 +27,7 @@ class SiteSummary:
     test: int = 0
     truncated: int = 0
     dropped: int = 0
+    steps: int = 0  # optimizer steps of a round
     metrics: dict[str, float | None] = field(default_factory=dict)
     alone: dict[str, float | None] = field(default_factory=dict)
     gain: float | None = None  # of the personal model over local-only training; positive is better
@@ -203,6 +204,7 @@ def _joined(summary: RunSummary, event: Event) -> None:
     row = summary.site(event["site"])
     for name in ("task", "train", "test", "truncated", "dropped"):
         setattr(row, name, event[name])
+    row.steps = event.get("steps", 0)
 
 
 def _extended(summary: RunSummary, event: Event) -> None:

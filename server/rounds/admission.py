@@ -39,10 +39,13 @@ class ReplyLimits:
     terms: int = MAX_COUNT
 
 
-def reply_limits(recipe: Recipe, task: str) -> ReplyLimits:
-    """The limits of a site with this task: it cannot train on more examples, or weigh more, than the plan has steps."""
-    examples = recipe.train.steps_per_round * recipe.train.batch_size
-    tokens = recipe.model.max_length if TASKS[task].needs_causal_lm else 1
+def reply_limits(recipe: Recipe, site: SiteInfo) -> ReplyLimits:
+    """The limits of a site's reply: it cannot train on more examples, or weigh more, than the plan has steps.
+
+    With ``train.epochs`` they follow from the number of training examples that the site reported when it joined.
+    """
+    examples = recipe.train.examples_per_round(site.train)
+    tokens = recipe.model.max_length if TASKS[site.task].needs_causal_lm else 1
     return ReplyLimits(recipe.server.max_update_norm, examples, examples * tokens)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
+from ...common.config.schema import TrainSettings
 from ...common.errors import RefusedError
 from ...common.protocol.types import SiteInfo
 from ..reporting.events import EventRecorder
@@ -22,9 +23,15 @@ class Membership:
     """The admitted sites, by name in ``sites``. Sites that connect later, or reconnect, are checked when they do."""
 
     def __init__(
-        self, registry: NodeRegistry, names: Sequence[str], recorder: EventRecorder, options: RunOptions
+        self,
+        registry: NodeRegistry,
+        train: TrainSettings,
+        names: Sequence[str],
+        recorder: EventRecorder,
+        options: RunOptions,
     ) -> None:
         self.registry, self.names, self.recorder, self.options = registry, names, recorder, options
+        self.train = train
         self.sites: dict[str, ConnectedSite] = {}
         self._checked: dict[str, ConnectedSite] = {}
         self._expected: dict[str, str] = {}
@@ -87,7 +94,8 @@ class Membership:
                 continue
             self.sites[name] = connected
             info = dataclasses.asdict(connected.info)
-            self.recorder.emit("joined", **{key: info[key] for key in JOINED_FIELDS})
+            steps = self.train.steps_per_round(connected.info.train)
+            self.recorder.emit("joined", **{key: info[key] for key in JOINED_FIELDS}, steps=steps)
 
     def _report_failures(self, t: int) -> None:
         for name, reason in self.registry.failures:

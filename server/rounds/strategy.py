@@ -92,7 +92,7 @@ class AdapterStrategy:
             state is None and self.recipe.transfer.source_federation is not None
         )  # sites join once they have their texts
         registry = NodeRegistry(grid, names, inquiry, nodes_file, self._emit_ready if transfers else None)
-        self.membership = Membership(registry, names, self.recorder, self.options)
+        self.membership = Membership(registry, self.recipe.train, names, self.recorder, self.options)
         policy = RetryPolicy(self.settings.timeout, attempts, deployed, INTERVAL if deployed else 0.05)
         self.dispatcher = Dispatcher(grid, registry, policy, self._emit_late)
         quorum = self.settings.quorum or len(names) // 2 + 1
@@ -275,8 +275,8 @@ class AdapterStrategy:
             try:
                 reply = messages.reply_from(message, request)
                 layout = {} if request.kind == "finalize" else self.layout
-                task = self.membership.sites[site].info.task
-                norm = admit_reply(reply, site, request, layout, reply_limits(self.recipe, task))
+                limits = reply_limits(self.recipe, self.membership.sites[site].info)
+                norm = admit_reply(reply, site, request, layout, limits)
             except RefusedError as error:
                 self.recorder.refused(t, error.at_site(site))
                 continue

@@ -34,7 +34,7 @@ def full_plan() -> dict[str, Any]:
     plan = recipe(3).plan
     rates = dict.fromkeys(("core_lr", "head_lr", "private_lr", "max_update_norm"), 1.0)
     phase = (PhaseSettings(1, ("A",)),)
-    train = dataclasses.replace(plan.train, **rates, micro_batch=1, phase=phase, schedule="phases")
+    train = dataclasses.replace(plan.train, **rates, steps=1, epochs=1.0, micro_batch=1, phase=phase, schedule="phases")
     transfer = dataclasses.replace(plan.transfer, samples=1)
     patterns = {"rank_pattern": {"proj": 1}, "alpha_pattern": {"proj": 1.0}}
     adapter = dataclasses.replace(plan.adapter, layers_to_transform=(0,), **patterns)

@@ -391,3 +391,25 @@ def test_pairs_of_texts_have_two_columns(tmp_path: Path) -> None:
     assert all(row["text_pair"] == row["text"].replace("p", "h") for row in rows.train)
     assert rows.columns == {"text": "premise", "text_pair": "hypothesis", "prompt": "prompt"}
     assert "expected a column 'second'" in refused(tmp_path / "b.jsonl", content, text="premise", text_pair="second")
+
+
+@pytest.mark.parametrize(("told", "right"), [(";", ","), ("\t", ","), ("|", ";"), ("^", "\t"), (",", "\t")])
+def test_a_wrong_delimiter_is_named_by_its_key(told: str, right: str, tmp_path: Path) -> None:
+    message = refused(tmp_path / "a.csv", table(right), delimiter=told)
+    assert message.startswith("site ada: data.delimiter is ")
+    assert "which finds one column only in" in message
+    assert message.endswith("Remove data.delimiter, or set it to the character between the columns.")
+
+
+def test_a_table_of_one_column_may_name_its_delimiter(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.csv", "text\n" + "".join(f"red, sun {i}\n" for i in range(8)))
+    assert len(read_rows(source, data=DataSettings(source, delimiter=";"))) == 8
+
+
+def test_labels_that_a_data_set_stores_as_numbers_have_their_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    columns = {"text": ["a", "b", "c"], "label": [1, 0, -1]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "saved"))
+    rows = read_rows(str(tmp_path / "saved"))
+    assert [row["label"] for row in rows] == ["yes", "no", None]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from colora.client.deployment.supervisor import TrainerSupervisor
+from colora.client.deployment.supervisor import NodeSupervisor, TrainerSupervisor
 from colora.client.trainer_service.client import TrainerError
 from colora.common.config.loader import load_site
 from colora.common.config.schema import to_json
@@ -69,6 +69,43 @@ def test_the_site_sees_its_own_errors_in_full_and_the_coordinator_their_kind(sit
         "refused: site ada: method.name: expected one of fedit (allow.methods), found 'colora'",
         "site ada: data.label: expected a label, found an empty one in row 1",
     ], "once, although the coordinator asks again"
+
+
+def test_a_coordinator_that_stops_after_the_end_is_not_reported(site_setup: SiteSetup) -> None:
+    """The SuperNode ends and cannot connect again: between two federations neither is news."""
+    coordinator = '[coordinator]\naddress = "127.0.0.1:9"\ninsecure = true'
+    site = load_site(site_setup.configure(coordinator).file)
+    lines: list[str] = []
+    trainer = TrainerSupervisor(site_setup.file, site, lines.append)
+    trainer.child = SimpleNamespace(due=False)  # type: ignore[assignment]
+    node = NodeSupervisor(site, lines.append, trainer)
+
+    def retries_after(report: str) -> list[str]:
+        lines.clear()
+        log = site_setup.state / "logs" / "trainer.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            file.write(f"2026-11-28 12:00:00,000 INFO colora.report: {report}\n")
+        trainer.ensure_running()
+        for running in (False, True):
+            child = SimpleNamespace(running=running, due=True, starts=1, killed=False, start=lambda: None)
+            node.node = SimpleNamespace(  # type: ignore[assignment]
+                child=child,
+                start=lambda: None,
+                exit_reason=lambda: "see its log",
+                stuck_reason=lambda: "",
+                connected=False,
+                is_retrying=True,
+                connection_problem=lambda: "connection refused",
+            )
+            node.ensure_running()
+        return lines[1:]
+
+    assert retries_after("town has ended after round 2 and the final personalization.") == []
+    assert retries_after("town round 1: loss 0.5, 2 steps") == [
+        "the SuperNode ended: see its log; restarting it",
+        "cannot reach the coordinator: connection refused; retrying",
+    ]
 
 
 @pytest.mark.parametrize(

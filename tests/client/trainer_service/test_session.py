@@ -158,3 +158,35 @@ def test_the_limit_of_seconds_counts_training_and_evaluation(
         with pytest.raises(RefusedError, match=message):
             torch.nn.Linear(2, 2)(torch.ones(1, 2))
     torch.nn.Linear(2, 2)(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("limit", "epochs", "refused"),
+    [
+        ("max_steps = 8", 2.0, None),  # 16 training rows in batches of 4
+        ("max_steps = 7", 2.0, "train.epochs: expected at most 7 (allow.max_steps), found 8"),
+        ("min_examples = 16", 1.0, None),
+        (
+            "min_examples = 17",
+            1.0,
+            "train.epochs: expected at least 17 examples (allow.min_examples), found 1 passes over 16 examples",
+        ),
+    ],
+)
+def test_limits_on_steps_apply_to_epochs_of_the_sites_own_rows(
+    site_setup: SiteSetup, loads: list[str], limit: str, epochs: float, refused: str | None
+) -> None:
+    data = 'source = "rows.csv"\ntrain = 16\ntest = 8\n'
+    session = TrainerSession(load_site(site_setup.configure("[allow]", limit, data=data).file))
+    plan = accepted(session, site_setup.plan(steps=None, epochs=epochs))
+    assert session.examples(plan) is None
+    for _ in range(2):  # the trainer is kept, and the answer stays
+        if refused is None:
+            assert session.trainer(plan).examples == 16
+            continue
+        with pytest.raises(RefusedError) as caught:
+            session.answer(plan, site_setup.request(plan), lambda done, total: None)
+        assert refused in str(caught.value)
+        assert caught.value.public() == "RefusedError: train.epochs"
+    assert session.examples(plan) == 16
+    assert len(loads) == 1

@@ -491,6 +491,26 @@ def test_warm_up_spans_rounds(town: Town, monkeypatch: pytest.MonkeyPatch, warmu
     assert [step.rates["A"] / 1e-2 for step in taken] == pytest.approx([0, 1 / 3, 2 / 3, 1, 1, 1])
 
 
+def test_one_epoch_is_so_many_steps_to_the_bit(town: Town) -> None:
+    """16 rows in batches of 4: one pass is 4 steps, in the schedule too, and a repeated request trains nothing."""
+    shared = randomized(initial_shared_state(town.plan()))
+    replies = {}
+    for settings in ({"steps": 4}, {"steps": None, "epochs": 1.0}):
+        plan = town.plan(lr_schedule="linear", final_steps=2, persist_optimizer_state=True, **settings)
+        site = town.site(plan, at=str(len(replies)))
+        steps: list[tuple[int, int]] = []
+        reply = site.handle(order(plan, 1, shared), lambda *at, to=steps: to.append(at))
+        assert steps[-1] == (4, 4)
+        assert site.handle(order(plan, 1, shared), lambda *at: pytest.fail("trained again")).seconds == reply.seconds
+        second = site.handle(order(plan, 2, reply.shared))
+        end = site.handle(order(plan, 5, second.shared, admitted=2, phase="finalize"))
+        replies[plan.train.epochs] = second, state(site, 2).tensors, state(site, 5).tensors
+        assert (reply.terms, second.terms, end.terms) == (16, 16, 8)
+    (one, *personal), (other, *also) = replies.values()
+    assert same(one.shared, other.shared)
+    assert all(map(same, personal, also))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_alternating_freezes_one_side_at_a_time_to_the_bit(
     town: Town, monkeypatch: pytest.MonkeyPatch, optimizer: Any
@@ -508,7 +528,7 @@ def test_alternating_freezes_one_side_at_a_time_to_the_bit(
     taken = steps(site, monkeypatch)
     for t in (1, 2):
         site.handle(order(plan, t, shared))
-    assert len(taken) == 2 * plan.train.steps_per_round == 10
+    assert len(taken) == 2 * plan.train.steps_per_round(16) == 10
     for number, step in enumerate(taken):
         assert moved(step.before, step.after) == ({"core", "head"} if number % 5 < 2 else {"A", "B"})
 

@@ -12,7 +12,7 @@ import pytest
 import tomli_w
 
 from colora.common.config.loader import load_recipe, load_site, recipe_from, with_base_model
-from colora.common.config.schema import MethodSettings, Plan, Recipe, parse, to_dict, to_json
+from colora.common.config.schema import MethodSettings, Plan, Recipe, TrainSettings, parse, to_dict, to_json
 from colora.common.errors import ConfigError
 from colora.common.methods import ABSENT, METHODS, PERSONAL, SHARED
 from colora.simulation.run import local_only
@@ -180,7 +180,7 @@ def test_steps_add_up() -> None:
     train = {"steps": 5, "personal_steps": 2, "shared_steps": 4, "final_steps": 3}
     joint = recipe_from({**SMALL, "train": train})
     alternating = recipe_from({**SMALL, "train": {**train, "schedule": "alternating"}})
-    assert (joint.total_steps, alternating.total_steps) == (2 * 5 + 3, 2 * (2 + 4) + 3)
+    assert (joint.total_steps(7), alternating.total_steps(7)) == (2 * 5 + 3, 2 * (2 + 4) + 3)
 
 
 def test_paths_in_a_site_file_start_at_its_folder(tmp_path: Path) -> None:
@@ -225,3 +225,35 @@ def test_a_setting_of_labels_is_refused_where_no_site_has_labels(train: dict[str
     assert _with_train("multilabel", **train)
     with pytest.raises(ConfigError, match="has no effect: no site of the recipe classifies texts"):
         _with_train("generation", **train)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "examples", "steps"),
+    [
+        (1.0, 16, 4),
+        (1.0, 17, 5),  # the last step begins the next pass
+        (2.0, 6, 3),
+        (0.5, 16, 2),
+        (0.1, 40, 1),
+        (0.28, 100, 7),  # 7.000000000000001 in floating point
+        (3.0, 2, 3),  # a batch has no more examples than the site
+        (1.0, 0, 0),
+    ],
+)
+def test_epochs_give_the_steps_of_so_many_passes(epochs: float, examples: int, steps: int) -> None:
+    train = TrainSettings(epochs=epochs, batch_size=4)
+    assert train.steps_per_round(examples) == steps
+    assert train.examples_per_round(examples) == steps * min(4, examples)
+    assert dataclasses.replace(recipe_from(SMALL), rounds=3, train=train).total_steps(examples) == 3 * steps
+
+
+def test_steps_and_epochs_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"sets both train\.steps and train\.epochs"):
+        recipe_from({**SMALL, "train": {"steps": 5, "epochs": 1}})
+    with pytest.raises(ConfigError, match=r'train\.epochs needs train\.schedule = "joint", not \'alternating\''):
+        recipe_from({**SMALL, "train": {"schedule": "alternating", "epochs": 1}})
+    with pytest.raises(ConfigError, match=r"train\.epochs"):
+        recipe_from({**SMALL, "train": {"epochs": 0}})
+    recipe = recipe_from({**SMALL, "train": {"epochs": 0.5}})
+    assert recipe_from(to_dict(recipe)) == recipe  # as a run folder stores it
+    assert recipe_from(SMALL).train.steps_per_round(1000) == 5

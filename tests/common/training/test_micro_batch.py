@@ -112,14 +112,14 @@ def test_phases_train_their_groups_and_no_others(tiny_recipe: dict) -> None:
         "final_groups": ["core"],
     }
     recipe = recipe_from(tiny_recipe)
-    assert recipe.train.steps_per_round == 5
-    assert recipe.total_steps == 2 * 5 + 4
+    assert recipe.train.steps_per_round(9) == 5
+    assert recipe.total_steps(9) == 2 * 5 + 4
     live = ["q.lora_A.weight", "q.lora_B.weight", "q.lora_core", "private.q.lora_A.weight", "head.classifier.weight"]
     values = dict.fromkeys(live)
-    first, second = phases(recipe.plan, recipe.row(), values, "train")
+    first, second = phases(recipe.plan, recipe.row(), values, "train", examples=9)
     assert (first.steps, {group_of(k) for k in first.keys}) == (2, {"private"})
     assert (second.steps, {group_of(k) for k in second.keys}) == (3, {"A", "B", "head"})
-    (last,) = phases(recipe.plan, recipe.row(), values, "finalize")
+    (last,) = phases(recipe.plan, recipe.row(), values, "finalize", examples=9)
     assert (last.steps, {group_of(k) for k in last.keys}) == (4, {"core"})
 
 

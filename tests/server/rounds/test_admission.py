@@ -174,8 +174,16 @@ def test_a_site_cannot_weigh_more_than_the_plan_has_steps(task: str, tokens: int
         "train": {"schedule": "alternating", "personal_steps": 5, "shared_steps": 7, "batch_size": 4},
         "site": [{"name": "ada", "source": "none.npz"}],
     }
-    limits = reply_limits(recipe_from(raw), task)
+    limits = reply_limits(recipe_from(raw), dataclasses.replace(SITE, task=task, train=7))
     assert (limits.examples, limits.terms) == (48, 48 * tokens)
+
+
+def test_with_epochs_the_limit_follows_from_the_sites_rows() -> None:
+    """Two passes over 10 examples in batches of 4 are 5 steps; a batch has no more examples than the site."""
+    raw = {"name": "fed", "rounds": 2, "model": {"source": "synthetic:bilinear-6"}}
+    raw |= {"train": {"epochs": 2, "batch_size": 4}, "site": [{"name": "ada", "source": "none.npz"}]}
+    limits = {rows: reply_limits(recipe_from(raw), dataclasses.replace(SITE, train=rows)) for rows in (10, 3)}
+    assert {rows: each.examples for rows, each in limits.items()} == {10: 20, 3: 6}
 
 
 def test_a_power_step_has_norm_one_at_most() -> None:
