@@ -9,7 +9,8 @@ A site's text has at most 200 characters. A reader skips a line that is not an e
 event              fields
 =================  ====================================================================================================
 started            A coordinator process began: federation, method, model, rounds, sites (names in roster order),
-                   learning_rates (by parameter group), recipe (hash of all settings that can change a result).
+                   learning_rates (by parameter group), recipe (hash of all settings that can change a result),
+                   settings (the recipe with all defaults), versions (of Python and packages at the coordinator).
 resumed            It continues from a checkpoint: round (of the checkpoint), damaged (names of newer checkpoints
                    that are damaged and were skipped).
 transfer_started   Sites that join write and label texts for the new base model: source_federation, sites.

@@ -52,7 +52,10 @@ def test_the_private_adapter_is_read_alike_in_a_recipe_at_a_site_and_in_a_site_f
         ({"init_lora_weights": "pissa_niter_16"}, "it subtracts a part of the base model's weights"),
         ({"init_lora_weights": "olora"}, "adapter.init_lora_weights = 'olora' is not possible"),
         ({"init_lora_weights": "eva"}, "it is computed from data"),
-        ({"init_lora_weights": False}, "init_lora_weights = false is not possible: the untrained adapter would change the output"),
+        (
+            {"init_lora_weights": False},
+            "init_lora_weights = false is not possible: the untrained adapter would change the output",
+        ),
         ({"init_lora_weights": "nonsense"}, "must be true, 'gaussian' or 'orthogonal', not 'nonsense'"),
         ({"init": "orthogonal", "rank": 3}, 'adapter.init = "orthogonal" needs even ranks, not 3'),
         ({"init": "orthogonal", "rank_pattern": {"query": 5}}, "needs even ranks, not 5"),
