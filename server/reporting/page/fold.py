@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from ..events import Event, parse_lines
-from .formats import primary_metric
 from .history import Cost, History, Incident, RoundRecord
 
 UNKNOWN = "unknown node"
@@ -106,11 +105,11 @@ def _baseline_reply(history: History, event: Event) -> None:
 def _measure(history: History, event: Event, modes: tuple[str, ...], kind: str) -> None:
     """Store the metrics of a reply. A site evaluates what arrives: the adapter after ``round - 1`` rounds."""
     t, site = event["round"], event["site"]
-    metric = primary_metric(history.summary.site(site).task)
-    for mode in modes:
-        value = event["metrics"].get(f"{mode}.{metric}")
-        if value is not None:
-            history.curves.setdefault((site, "alone" if kind == "alone" else mode, metric), {})[t - 1] = value
+    for name, value in event["metrics"].items():
+        mode, _, metric = name.partition(".")
+        if mode in modes and metric and value is not None:
+            mode = "alone" if kind == "alone" else mode
+            history.curves.setdefault((site, mode, metric), {})[t - 1] = value
     loss = event["metrics"].get("train.loss")
     if loss is not None:
         history.losses.setdefault((site, kind), {})[t] = loss

@@ -33,7 +33,8 @@ def size(count: float) -> str:
     unit = 0
     while count >= 999.5 and unit < len(UNITS) - 1:
         count, unit = count / 1000, unit + 1
-    return f"{count:.0f} {UNITS[unit]}" if unit == 0 or count >= 99.95 else f"{count:.3g} {UNITS[unit]}"
+    decimals = 0 if unit == 0 or count >= 99.95 else 1 if count >= 9.995 else 2
+    return f"{count:.{decimals}f} {UNITS[unit]}"
 
 
 def duration(seconds: float | None) -> str:

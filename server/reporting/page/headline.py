@@ -20,7 +20,7 @@ from .formats import (
     size,
 )
 from .history import Cost, History, Incident, mean_metric
-from .markup import Html, element, join
+from .markup import Html, element, escape, join
 from .placement import by_gain
 
 LEFT_OUT = ("failed", "silent", "refused", "late")
@@ -132,17 +132,21 @@ def _compared(compared: Comparison, of: str, rates: str) -> Iterator[str]:
 
 
 def _extremes(rows: Sequence[SiteSummary], metric: str) -> Iterator[Html]:
+    """Which site gained most, and which lost most or gained least."""
     known = [row for row in by_gain(rows) if row.gain is not None]
     if len(known) < 2:
         return
-    yield _gain_sentence("Gained most", known[0], metric)
-    lost = [row for row in known if (row.gain or 0) < 0]
-    if not lost:
+    lost = [row.site for row in known if (row.gain or 0) < 0]
+    gained = sum((row.gain or 0) > 0 for row in known)
+    if gained:
+        yield _gain_sentence("Gained most", known[0], metric)
+    if lost:
+        others = f" {len(lost)} of {count(len(known), 'site')} lost: {listed(lost)}." if len(lost) > 1 else ""
+        yield join((_gain_sentence("Lost most", known[-1], metric), others))
+    elif gained == len(known):
         yield join((_gain_sentence("Gained least", known[-1], metric), " No site lost."))
     else:
-        yield _gain_sentence("Lost most", lost[-1], metric)
-        if len(lost) > 1:
-            yield element("span", f"{len(lost)} of {count(len(known), 'site')} lost: {listed([r.site for r in lost])}.")
+        yield escape(f"No site lost: {count(gained, 'site')} gained, and {len(known) - gained} did not change.")
 
 
 def _gain_sentence(words: str, row: SiteSummary, metric: str) -> Html:
@@ -172,7 +176,8 @@ def when_of(numbers: Sequence[int]) -> str:
     later = [number_ for number_ in numbers if number_]
     if not later:
         return "before round 1"
-    return f"{'before round 1 and in ' if len(later) < len(numbers) else ''}round {rounds(later)}"
+    several = "s" if len(set(later)) > 1 else ""
+    return f"{'before round 1 and in ' if len(later) < len(numbers) else ''}round{several} {rounds(later)}"
 
 
 def _rows(history: History) -> Iterator[str]:

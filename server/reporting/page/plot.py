@@ -47,6 +47,11 @@ class Series:
     points: Points
     level: bool = False
 
+    @property
+    def moves(self) -> bool:
+        """Whether it changes with the rounds: the base model never does."""
+        return self.class_ != "base"
+
 
 def make_axis(values: Sequence[float], ticks: int = 4) -> Axis:
     """An axis around these values (at least one) with about so many grid lines."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from ....common.dataset import TASKS
@@ -50,11 +51,10 @@ def _gain_table(task: str, rows: Sequence[SiteSummary]) -> list[Html]:
     words = (
         f"{name[0].upper()}{name[1:]} on the test rows: from {MODE_NAMES[start]} (hollow) to personal (filled).{lower}"
     )
-    error = (
-        " The gain is positive where the personal model is better. Its standard error (s.e.) is paired by test row and "
-        "drawn around the personal model."
-    )
-    caption = element("p", words + (error if start == "alone" else "") + (f" {note}" if note else ""))
+    gained = " The gain is positive where the personal model is better."
+    error = " Its standard error (s.e.) is paired by test row and drawn around the personal model."
+    about = (gained if start == "alone" else "") + (error if any(row.gain_error is not None for row in rows) else "")
+    caption = element("p", words + about + (f" {note}" if note else ""))
     return [
         caption,
         table(head, body, caption=f"From {MODE_NAMES[start]} to personal: {name} ({task})", class_="strips"),
@@ -75,24 +75,44 @@ def curves(history: History, place: Placement) -> Html | None:
 
 
 def _task_curves(history: History, place: Placement, task: str, rows: Sequence[SiteSummary]) -> Iterator[Html]:
+    """Curves of the primary metric; also of the test loss, if only that was measured in every round."""
     metric, sites = primary_metric(task), [row.site for row in rows]
+    measured = {name: _mean_series(history, sites, name) for name in dict.fromkeys((metric, "loss"))}
+    points = {name: max((len(s.points) for s in series if s.moves), default=0) for name, series in measured.items()}
+    of = f" ({task})" if len(history.tasks()) > 1 else ""
+    if measured[metric]:
+        lower = ", lower is better" if lower_is_better(task) else ""
+        yield place.heading(f"Mean {metric_name(metric)} over the sites{lower}{of}")
+        if points[metric] == 1:
+            words = "It was measured once. With evaluation.every = 1 it is measured in every round."
+            yield element("p", _ONCE if points.get("loss", 0) > 1 else words, class_="note")
+        yield from _mean_chart(history, sites, metric, measured[metric])
+    shown = metric if points[metric] > 1 else "loss" if points.get("loss", 0) > 1 else ""
+    if shown and shown != metric:
+        yield place.heading(f"Mean loss on the test rows over the sites, lower is better{of}")
+        yield from _mean_chart(history, sites, shown, measured[shown])
+    if shown and (multiples := _multiples(history, rows, shown)):
+        name = metric_name(shown) if shown == metric else "loss on the test rows"
+        yield place.heading(f"{name[0].upper()}{name[1:]} of every site")
+        yield from multiples
+
+
+_ONCE = "It is measured at the end only. The loss on the test rows, below, is measured in between."
+
+
+def _mean_series(history: History, sites: Sequence[str], metric: str) -> list[Series]:
     series = [_series(mode, mean_points(history, sites, mode, metric)) for mode in CLASSES]
-    series = [s for s in series if s.points]
-    if not series:
-        return
-    last = max(max(s.points) for s in series)
-    name, lower = metric_name(metric), ", lower is better" if lower_is_better(task) else ""
-    yield place.heading(f"Mean {name} over the sites{lower}" + (f" ({task})" if len(history.tasks()) > 1 else ""))
-    if max(len(s.points) for s in series) == 1:
-        words = "The models were measured once. With evaluation.every = 1 every round has a point."
-        yield element("p", words, class_="note")
+    return [s for s in series if s.points]
+
+
+def _mean_chart(history: History, sites: Sequence[str], metric: str, series: Sequence[Series]) -> Iterator[Html]:
+    last, name = max(max(s.points) for s in series), metric_name(metric)
+    times = (x for site in sites for x in history.curves.get((site, "personal", metric), ()))
+    if len(set(Counter(times).values())) > 1:
+        yield element("p", "A point is the mean over the sites that measured the models at that time.", class_="note")
     label = f"Line chart of the mean {name} by rounds of training. The table below has its values."
     yield element("figure", line_chart(series, label=label, last=last, x_label="rounds trained"))
     yield details("Values of this chart", _points_table(series, f"Mean {name} by rounds trained"))
-    multiples = _multiples(history, rows, metric, last)
-    if multiples:
-        yield place.heading(f"{name[0].upper()}{name[1:]} of every site")
-        yield from multiples
 
 
 def _series(mode: str, points: dict[int, float]) -> Series:
@@ -107,22 +127,24 @@ def _points_table(series: Sequence[Series], caption: str) -> Html:
     return join((table(["rounds", *(s.name for s in series)], rows, caption=caption), note))
 
 
-def _multiples(history: History, rows: Sequence[SiteSummary], metric: str, last: int) -> list[Html]:
-    """A small chart per site, on one axis; nothing if no site has more than one point."""
+def _multiples(history: History, rows: Sequence[SiteSummary], metric: str) -> list[Html]:
+    """A small chart per site, on one axis; nothing for a single site."""
     points = {
         (row.site, mode): found
         for row in rows
         for mode in CLASSES
         if (found := history.curves.get((row.site, mode, metric)))
     }
-    if len(rows) < 2 or max(len(found) for found in points.values()) < 2:
+    if len(rows) < 2:
         return []
+    last = max(x for found in points.values() for x in found)
     axis = make_axis([value for found in points.values() for value in found.values()])
     shown, note = extremes(by_gain(rows))
     figures = []
     for row in shown:
         series = [_series(mode, points[row.site, mode]) for mode in CLASSES if (row.site, mode) in points]
-        words = f"{row.site} {number(row.metric('personal'))}"
+        end = points.get((row.site, "personal"))
+        words = f"{row.site} {number(end[max(end)] if end else None)}"
         figures.append(element("figure", element("figcaption", words), mini_chart(series, axis, last), class_="mini"))
     sites = [row.site for row in rows]
     body, cut = limited(_site_points(points, sites))

@@ -241,4 +241,4 @@ def _work_bar(cost: Cost, whole: float) -> Html:
 
 
 def _byte_bar(cost: Cost, whole: float) -> Html:
-    return element("td", bar([(cost.up, "alone"), (cost.down, "light")], whole), class_="picture")
+    return element("td", bar([(cost.up, "own"), (cost.down, "light")], whole), class_="picture")
