@@ -104,7 +104,8 @@ def _state(history: History) -> Html:
         "failed": f"Failed {after}: {_last_failure(history)}",
         "running": f"Not finished: {after}. Last event: {_date(history.ended)}.",
     }
-    class_ = "finished" if history.state == "finished" and not baseline else "unfinished"
+    class_ = "unfinished" if baseline or history.state != "finished" else "finished"
+    class_ = "failed" if history.state == "failed" else class_
     return element("p", words.get(history.state, "Not started."), class_=f"state {class_}")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from ....common.foreign_text import printable
 
 VOID = ("meta", "input", "rect", "line", "polyline")  # elements without content
+LONG = 40  # rows of a table beyond which it scrolls by itself
 
 
 class Html(str):
@@ -55,7 +56,8 @@ def table(head: Iterable[object], rows: Iterable[Iterable[object]], *, caption: 
         element("tbody", *body),
         class_=class_ or None,
     )
-    return element("div", content, class_="scroll", tabindex=0, role="group", aria_label=caption)
+    frame = "scroll tall" if len(body) > LONG else "scroll"
+    return element("div", content, class_=frame, tabindex=0, role="group", aria_label=caption)
 
 
 def details(summary: str, *content: object, open_: bool = False) -> Html:

@@ -47,9 +47,8 @@ def extremes(rows: Sequence[SiteSummary], most: int = SHOWN) -> tuple[list[SiteS
     if len(rows) <= most:
         return list(rows), ""
     half = most // 2
-    note = (
-        f"The chart shows the first {half} and the last {half} of {count(len(rows), 'site')}. The table has them all."
-    )
+    first = f"The chart shows the first {half} and the last {half} of {count(len(rows), 'site')}."
+    note = f"{first} The table of all sites has the others."
     return [*rows[:half], *rows[-half:]], note
 
 

@@ -18,7 +18,7 @@ STATUS = {  # status → letter, meaning
     "failed": ("F", "failed: an error, or too slow"),
     "silent": ("S", "silent: no reply"),
     "absent": ("A", "absent: not connected"),
-    "replied": ("…", "replied, the round has not ended"),
+    "replied": ("+", "replied, the round has not ended"),
     "open": ("…", "no reply yet"),
     "idle": ("·", "not asked in this round"),
 }
@@ -118,7 +118,7 @@ def _cell(record: RoundRecord, shares: dict[str, float], site: str) -> Html:
     if name not in ("admitted", "clipped"):
         return element("td", STATUS[name][0], class_=name, title=title)
     share = shares.get(site)
-    text = "✓" if share is None else f"{100 * share:.0f}" if share >= 0.0095 else "<1"
+    text = "✓" if share is None else f"{100 * share:.{0 if share >= 0.095 else 1}f}"
     return element("td", text + ("c" if name == "clipped" else ""), class_=name)
 
 

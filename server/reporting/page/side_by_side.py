@@ -26,7 +26,8 @@ def side_by_side(histories: Sequence[History], place: Placement) -> Html:
 
 
 def _table(histories: Sequence[History]) -> Html:
-    head = ["run", "state", "method", "task", "sites", "rounds", "base model", "shared only", "personal", "alone"]
+    words = [element("th", name, scope="col", class_="left") for name in ("state", "method", "task")]
+    head: list[object] = ["run", *words, "sites", "rounds", "base model", "shared only", "personal", "alone"]
     head += ["gain ± s.e.", "bytes", "time", "a round"]
     body: list[list[object]] = []
     for history in histories:
@@ -39,8 +40,8 @@ def _table(histories: Sequence[History]) -> Html:
             gain = signed(compared.mean, compared.error) if compared else NONE
             name = f"{task} ({metric_name(primary_metric(task))})" if task else NONE
             done = f"{len(history.training_rounds())} of {history.summary.rounds}"
-            state, method = history.state, history.summary.method
-            body.append([history.label, state, method, name, len(rows), done, *values, gain, *ends])
+            words = [element("td", text, class_="left") for text in (history.state, history.summary.method, name)]
+            body.append([history.label, *words, len(rows), done, *values, gain, *ends])
     return table(head, body, caption="Runs")
 
 
