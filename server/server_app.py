@@ -20,8 +20,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from ..common.config.loader import recipe_from
-from ..common.config.schema import Recipe, to_json
+from ..common.config.schema import Recipe, to_dict, to_json
 from .reporting.events import EventLog, Listener
+from .reporting.versions import installed_versions
 from .rounds import preparation
 from .rounds.checkpoint import Checkpoints, ServerState
 from .rounds.run_options import RosterEntry, Run, RunOptions, StopRequested
@@ -72,6 +73,8 @@ def run_federation(
         sites=sites,
         learning_rates=rates,
         recipe=recipe.identity,
+        settings=to_dict(recipe),
+        versions=installed_versions(),
     )
     strategy = AdapterStrategy(recipe, run.roster, events, folder / "spool", options)
     state = train_federation(grid, strategy, Checkpoints(folder / "checkpoints", recipe))

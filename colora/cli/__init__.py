@@ -13,7 +13,7 @@ import click
 import typer
 from typer.core import TyperCommand
 
-from . import deploy, doctor, model, simulate, transfer
+from . import deploy, doctor, model, report, simulate, transfer
 
 ENVIRONMENT = {  # defaults for this process and its children; a value that the user has set stays
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -46,6 +46,7 @@ for command in (
     deploy.client,
     deploy.provision,
     deploy.status,
+    report.report,
     doctor.doctor,
     model.export,
     model.predict,

@@ -40,6 +40,21 @@ def _values(check: Check) -> Check:
     return lambda value: isinstance(value, dict) and all(map(check, value.values()))
 
 
+def _table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _tests(value: Any) -> bool:
+    """Tests of a division: two groups and a p-value each."""
+    return isinstance(value, list) and all(
+        isinstance(test, dict)
+        and _lists_of_names(test.get("groups"))
+        and len(test["groups"]) == 2
+        and _number(test.get("p_value"))
+        for test in value
+    )
+
+
 _ROUND, _SITE, _SITES, _REASON = {"round": _count}, {"site": _text}, {"sites": _names}, {"reason": _text}
 _ROWS = dict.fromkeys(("train", "test", "truncated", "dropped"), _count)
 REQUIRED: Mapping[str, Mapping[str, Check]] = {
@@ -73,8 +88,9 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
 }
 OPTIONAL: Mapping[str, Mapping[str, Check]] = {  # where present
     "resumed": {"damaged": _names},
-    "started": {"learning_rates": _values(_number)},
+    "started": {"learning_rates": _values(_number), "settings": _table, "versions": _values(_text)},
     "joined": {"steps": _count},
+    "grouped": {"tests": _tests},
     "reply": {"measuring": _number},
     "round": {"residual": _optional(_number)},
     "waiting": {

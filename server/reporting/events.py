@@ -9,7 +9,8 @@ A site's text has at most 200 characters. A reader skips a line that is not an e
 event              fields
 =================  ====================================================================================================
 started            A coordinator process began: federation, method, model, rounds, sites (names in roster order),
-                   learning_rates (by parameter group), recipe (hash of all settings that a run cannot change).
+                   learning_rates (by parameter group), recipe (hash of all settings that a run cannot change),
+                   settings (the recipe with all defaults), versions (of Python and packages at the coordinator).
 extended           The run gets more rounds: rounds, before (rounds so far), inexact (the key by which the rounds so
                    far depend on their number, so that the result differs from a run of ``rounds`` rounds; or null).
 resumed            It continues from a checkpoint: round (of the checkpoint), damaged (names of newer checkpoints

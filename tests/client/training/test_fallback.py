@@ -153,7 +153,7 @@ def test_a_run_tells_what_each_site_kept(tiny_recipe: dict, tmp_path: Path) -> N
     rows = summarize(run.events()).rows
     assert all(row.kept_local is not None for row in rows.values())
     console = Console(file=io.StringIO(), width=200, record=True)
-    print_report(summarize(run.events()), tmp_path, console)
+    print_report(summarize(run.events()), run.path, console)
     assert "local model" in console.export_text()
     assert all(row.train == 8 for row in rows.values())  # 4 of 12 rows are for validation
 

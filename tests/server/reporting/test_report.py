@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from colora.server.reporting.conclusions import mean_and_error
 from colora.server.reporting.console import LiveDisplay
-from colora.server.reporting.report import mean_and_error, print_report
+from colora.server.reporting.report import print_report
 from colora.server.reporting.summary import RunSummary, summarize
 
 STARTED = {"event": "started", "federation": "f", "method": "colora", "model": "m", "rounds": 2}
