@@ -1,7 +1,7 @@
 """Text from outside: from another machine, or from a damaged file. Every such text is cut here and escaped per output.
 
 ``clean`` is applied where a text arrives: events, errors and logs hold nothing else. The escapes are applied where a
-text is shown. Text for HTML passes through Rich, whose export escapes it.
+text is shown. Text for HTML is escaped by ``server/reporting/page/markup.py``.
 """
 
 from __future__ import annotations

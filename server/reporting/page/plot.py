@@ -166,7 +166,7 @@ def bar(parts: Sequence[tuple[float, str]], whole: float) -> Html:
     """A stacked bar: (amount, CSS class) of each part, in proportion to ``whole``."""
     rects, x = [], 0.0
     for amount, class_ in parts:
-        width = 100 * amount / whole if whole else 0.0
+        width = max(0.0, 100 * amount / whole) if whole else 0.0
         rects.append(element("rect", x=percent(x), y="4", width=percent(width), height="12", class_=f"bar {class_}"))
         x += width
     return element("svg", *rects, class_="strip", width="100%", height="20", aria_hidden="true")
@@ -275,7 +275,7 @@ def _columns(series: Sequence[Series], across: Axis, axis: Axis) -> list[Html]:
 
 
 def _x_labels(across: Axis) -> list[Html]:
-    span = round(across.high - across.low)
-    every = max(1, round(nice_step(span / 8))) if span > 10 else 1
-    marks = [x for x in range(round(across.low), round(across.high) + 1) if x % every == 0 or span <= 10]
+    low, high = round(across.low), round(across.high)
+    every = max(1, round(nice_step((high - low) / 8))) if high - low > 10 else 1
+    marks = range(-(-low // every) * every, high + 1, every)
     return [element("text", x, x=percent(across.at(x)), y="15", text_anchor="middle") for x in marks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import tomli_w
@@ -52,11 +53,18 @@ def _cosines(history: History, sites: list[str]) -> Html:
     return table(["site", *sites], body, caption="Cosines between first updates", class_="matrix")
 
 
+def _as_toml(settings: dict[str, Any]) -> str:
+    try:
+        return tomli_w.dumps(settings)
+    except (TypeError, ValueError):  # null, which only a damaged log has
+        return json.dumps(settings, indent=1)
+
+
 def recipe(history: History, place: Placement) -> Html:
     """The recipe as TOML, and the versions that the coordinator ran."""
     parts: list[object] = []
     if history.settings:
-        text = tomli_w.dumps(history.settings)
+        text = _as_toml(history.settings)
         cut = len(text) > MAX_RECIPE
         code = [element("code", line) for line in text[:MAX_RECIPE].splitlines()]
         lines = Html("\n".join(code))
