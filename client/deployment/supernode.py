@@ -133,10 +133,10 @@ class SuperNode:
         return ""
 
     def exit_reason(self) -> str:
-        """Return why the process ended, according to its log."""
+        """Return why the process ended, by its log, or by what the coordinator answers now."""
         log = self.log_text()
         known = (meaning for pattern, meaning in REASONS if re.search(pattern, log))
-        return next(known, f"see {self.log}")
+        return next(known, "") or self.connection_problem() or f"see {self.log}"
 
     def deactivate_stale_node(self) -> int | None:
         """Deactivate the recorded node at the coordinator, so that a new SuperNode can connect at once.

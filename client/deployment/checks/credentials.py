@@ -13,6 +13,7 @@ import ssl
 import stat
 import time
 from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
@@ -29,6 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 from ....common.config.site_schema import CoordinatorSettings
 from .result import CheckFailed
 
+MAX_AHEAD, MAX_BEHIND = 5.0, 300.0  # seconds by which Flower lets the clocks of site and coordinator differ
 TIMEOUT = 10.0  # seconds for the coordinator to answer
 EXPIRES_SOON = 30  # days
 UNTRUSTED = {2, 7, 18, 19, 20, 21}  # OpenSSL verify codes: no chain to the CA, or a signature that is not the CA's
@@ -90,7 +92,7 @@ def check_link(folder: Path, components: tuple[str, ...]) -> str:
 
 
 def check_coordinator(coordinator: CoordinatorSettings) -> str:
-    """Check that a coordinator answers at the address, with a certificate of the site's CA."""
+    """Check that a coordinator answers at the address, with a certificate of the site's CA and about the same time."""
     address = coordinator.address
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal():
@@ -116,7 +118,22 @@ def _request(url: str, verify: ssl.SSLContext | bool, address: str) -> str:
         raise CheckFailed(f"coordinator.address is {address!r}, not host:port") from None
     if response.status_code != 200:
         raise CheckFailed(f"{address} answers /health with status {response.status_code}, so it is not a colora server")
+    _check_clock(response.headers.get("date", ""), address)
     return f"{address} answers in {1000 * (time.monotonic() - began):.0f} ms"
+
+
+def _check_clock(date: str, address: str) -> None:
+    """Compare this machine's clock with the time of a response; Flower refuses signatures of another time."""
+    try:
+        ahead = (datetime.datetime.now(datetime.UTC) - parsedate_to_datetime(date)).total_seconds()
+    except (ValueError, TypeError):  # a proxy without the header
+        return
+    if not -MAX_BEHIND < ahead < MAX_AHEAD:
+        relation = "ahead of" if ahead > 0 else "behind"
+        raise CheckFailed(
+            f"this machine's clock is {abs(ahead):.0f} s {relation} that of {address}; Flower accepts "
+            f"{MAX_AHEAD:.0f} s ahead and {MAX_BEHIND:.0f} s behind"
+        )
 
 
 def _connect(host: str, port: int, address: str) -> None:
