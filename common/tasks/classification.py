@@ -16,19 +16,12 @@ from ..dataset import Row
 from ..errors import DataError
 from .base import Batch, Encoded, Metrics, Prediction, Task, pad
 from .columns import RawRow, abbreviated, sorted_labels
+from .tokens import TextEncoder
 
 Label = int | list[float]  # the index of a class, or one number for each class
 Linear = tuple[np.ndarray, np.ndarray]  # weights (classes, d) and offsets (classes,)
 UNSEEN = -10.0  # the offset (logit) of a class without an example
 NEGLIGIBLE = 0.01  # probabilities below it are ignored in the fit, which copies an example for each of its classes
-
-
-class Tokens(list[int]):
-    """Token ids of a text, with their ``types`` for pairs of texts, and whether the text was ``truncated``."""
-
-    def __init__(self, ids: Sequence[int], truncated: bool = False, types: Sequence[int] = ()) -> None:
-        super().__init__(ids)
-        self.truncated, self.types = truncated, types
 
 
 def parse_texts(raw: RawRow, data: DataSettings) -> Row:
@@ -71,6 +64,10 @@ class Classification(Task):
 
     def _build(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         module, self._head = self.base.classifier(len(self.rows.labels))
+        config: Any = module.config
+        end = config.eos_token_id if config.is_encoder_decoder else None
+        self.encoder = TextEncoder(self.base.tokenizer, self.plan.model.max_length, end)
+        self.encoder.check_end(config.model_type)
         return module, self.base.head_parameters(self._head)
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
@@ -78,7 +75,7 @@ class Classification(Task):
         kept = [row for row in rows if row["text"].strip()]
         if not kept:
             return Encoded((), dropped=len(rows))
-        encoded = self._tokenized(kept)
+        encoded = self.encoder(kept)
         examples = tuple(zip(encoded, self._targets(kept), strict=True))
         return Encoded(examples, sum(tokens.truncated for tokens in encoded), len(rows) - len(kept))
 
@@ -119,21 +116,11 @@ class Classification(Task):
         self.module.eval()
         size = self.plan.evaluation.batch_size
         for start in range(0, len(rows), size):
-            encoded = self._tokenized(rows[start : start + size])
+            encoded = self.encoder(rows[start : start + size])
             logits = self._logits(self.collate([(tokens, 0) for tokens in encoded]))
             for tokens, given in zip(encoded, self._probabilities(logits.float()).tolist(), strict=True):
                 probabilities = dict(zip(self.rows.labels, given, strict=True))
                 yield {**self._decide(probabilities), "probabilities": probabilities, "truncated": tokens.truncated}
-
-    def _tokenized(self, rows: Sequence[Row]) -> list[Tokens]:
-        """The token ids of texts or pairs of texts, cut to ``max_length``. A pair loses the end of its longer text."""
-        texts, limit = [row["text"] for row in rows], self.plan.model.max_length
-        pairs = [row.get("text_pair", "") for row in rows] if any("text_pair" in row for row in rows) else None
-        whole = self.base.tokenizer(texts, pairs, verbose=False)
-        cut = self.base.tokenizer(texts, pairs, truncation=True, max_length=limit)
-        types = cut.get("token_type_ids", [()] * len(rows)) if pairs else [()] * len(rows)
-        lengths = map(len, whole["input_ids"])
-        return [Tokens(ids, n > limit, t) for ids, n, t in zip(cut["input_ids"], lengths, types, strict=True)]
 
     @torch.no_grad()
     def probe(self) -> Metrics | None:
