@@ -50,7 +50,7 @@ SPARSE = {**EXPERTS, **HEADS}
 ENCODERS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bert", "electra", "deberta", "deberta-v2", "albert", "ernie", "megatron-bert"), NOTHING_MORE),
     **dict.fromkeys(("convbert", "nystromformer", "rembert", "roformer", "yoso", "mra"), NOTHING_MORE),
-    **dict.fromkeys(("layoutlm", "splinter", "fnet", "visual_bert", "canine"), NOTHING_MORE),
+    **dict.fromkeys(("layoutlm", "splinter", "fnet", "visual_bert"), NOTHING_MORE),
     **dict.fromkeys(
         ("roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text", "xlm-roberta-xl", "ibert", "esm", "xmod"),
         FEW_POSITIONS,
@@ -137,8 +137,8 @@ def save_tiny(family: str, folder: Path) -> Path:
     torch.manual_seed(0)
     sizes = {**SIZES, **FAMILIES[family]}
     config = AutoConfig.for_model(family, **{key: value for key, value in sizes.items() if value is not None})
-    config.architectures = sizes.get("architectures")
     kind = AutoModelForCausalLM if family in DECODERS and family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
+    config.architectures = ["FunnelModel"] if family == "funnel" else None  # one of two backbones
     model = kind.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -14,13 +14,15 @@ from torch import nn
 from ..config.schema import DataSettings
 from ..dataset import Row
 from ..errors import DataError
+from ..models.tokenizer import padding_side
 from .base import Batch, Encoded, Metrics, Prediction, Task, pad
 from .columns import RawRow, abbreviated, sorted_labels
-from .tokens import TextEncoder
+from .tokens import TextEncoder, Tokens
 
 Label = int | list[float]  # the index of a class, or one number for each class
 Linear = tuple[np.ndarray, np.ndarray]  # weights (classes, d) and offsets (classes,)
 UNSEEN = -10.0  # the offset (logit) of a class without an example
+PADDED, SAME = 16, 1e-4  # length of a text that pads another, and the relative difference of logits that is rounding
 NEGLIGIBLE = 0.01  # probabilities below it are ignored in the fit, which copies an example for each of its classes
 
 
@@ -85,13 +87,14 @@ class Classification(Task):
         Pairs of texts have ``token_type_ids`` (n, longest), too, where the tokenizer makes them.
         """
         ids = [tokens for tokens, _ in examples]
+        left = padding_side(self.base.config, generates=False) == "left"
         batch = {
-            "input_ids": pad(ids, self.base.tokenizer.pad_token_id),
-            "attention_mask": pad([[1] * len(i) for i in ids], 0),
+            "input_ids": pad(ids, self.base.tokenizer.pad_token_id, left=left),
+            "attention_mask": pad([[1] * len(i) for i in ids], 0, left=left),
             "labels": torch.tensor([label for _, label in examples]),
         }
         if any(tokens.types for tokens in ids):
-            batch["token_type_ids"] = pad([tokens.types for tokens in ids], 0)
+            batch["token_type_ids"] = pad([tokens.types for tokens in ids], 0, left=left)
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -117,10 +120,27 @@ class Classification(Task):
         size = self.plan.evaluation.batch_size
         for start in range(0, len(rows), size):
             encoded = self.encoder(rows[start : start + size])
-            logits = self._logits(self.collate([(tokens, 0) for tokens in encoded]))
+            logits = self._logits_alone(encoded)
             for tokens, given in zip(encoded, self._probabilities(logits.float()).tolist(), strict=True):
                 probabilities = dict(zip(self.rows.labels, given, strict=True))
                 yield {**self._decide(probabilities), "probabilities": probabilities, "truncated": tokens.truncated}
+
+    def _logits_alone(self, tokens: Sequence[Tokens]) -> torch.Tensor:
+        """The logits of texts as if each were alone in its batch."""
+        groups = [list(range(len(tokens)))]
+        if not self._ignores_padding:
+            groups = [[i for i, each in enumerate(tokens) if len(each) == n] for n in sorted(set(map(len, tokens)))]
+        logits = torch.cat([self._logits(self.collate([(tokens[i], 0) for i in group])) for group in groups])
+        order = [i for group in groups for i in group]
+        return logits[torch.tensor(order).argsort().to(logits.device)]
+
+    @cached_property
+    def _ignores_padding(self) -> bool:
+        """Whether padding leaves a text's logits as they are. Convolutions and some approximate attentions read it."""
+        short, long = self.encoder([{"text": "a"}, {"text": "a " * PADDED}])
+        alone = self._logits(self.collate([(short, 0)]))[0].float()
+        beside = self._logits(self.collate([(short, 0), (long, 0)]))[0].float()
+        return bool((alone - beside).abs().max() <= SAME * alone.abs().max())
 
     @torch.no_grad()
     def probe(self) -> Metrics | None:
