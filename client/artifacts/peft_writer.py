@@ -18,6 +18,7 @@ from ...common.models.tokenizer import (
     declared_ends,
     end_ids,
     load_tokenizer,
+    padding_side,
     set_generation,
     set_padding,
     set_token_ids,
@@ -87,7 +88,8 @@ def _tokenizer(exported: ExportedAdapter) -> Any:
     """
     tokenizer = load_tokenizer(exported.saved.plan.model)
     tokenizer.model_max_length = exported.saved.plan.model.max_length
-    tokenizer.padding_side = "left" if TASKS[exported.saved.metadata.task].needs_causal_lm else "right"
+    generates = TASKS[exported.saved.metadata.task].needs_causal_lm
+    tokenizer.padding_side = padding_side(load_config(exported.saved.plan.model), generates=generates)
     tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # which save_pretrained writes
     return tokenizer
 

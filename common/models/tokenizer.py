@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -192,6 +192,11 @@ def set_generation(generation: Any, tokenizer: Any, ends: Sequence[int]) -> None
     generation.pad_token_id = tokenizer.pad_token_id
     if ends:
         generation.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
+
+
+def padding_side(config: Any, *, generates: bool) -> Literal["left", "right"]:
+    """The side on which a model's inputs are padded: left where it continues them or reads their last position."""
+    return "left" if generates or getattr(config, "summary_type", None) == "last" else "right"
 
 
 def set_padding(config: Any, token: int) -> None:

@@ -14,21 +14,16 @@ from torch import nn
 from ..config.schema import DataSettings
 from ..dataset import Row
 from ..errors import DataError
+from ..models.tokenizer import padding_side
 from .base import Batch, Encoded, Metrics, Prediction, Task, pad
 from .columns import RawRow, abbreviated, sorted_labels
+from .tokens import TextEncoder, Tokens
 
 Label = int | list[float]  # the index of a class, or one number for each class
 Linear = tuple[np.ndarray, np.ndarray]  # weights (classes, d) and offsets (classes,)
 UNSEEN = -10.0  # the offset (logit) of a class without an example
+PADDED, SAME = 16, 1e-4  # length of a text that pads another, and the relative difference of logits that is rounding
 NEGLIGIBLE = 0.01  # probabilities below it are ignored in the fit, which copies an example for each of its classes
-
-
-class Tokens(list[int]):
-    """Token ids of a text, with their ``types`` for pairs of texts, and whether the text was ``truncated``."""
-
-    def __init__(self, ids: Sequence[int], truncated: bool = False, types: Sequence[int] = ()) -> None:
-        super().__init__(ids)
-        self.truncated, self.types = truncated, types
 
 
 def parse_texts(raw: RawRow, data: DataSettings) -> Row:
@@ -71,6 +66,10 @@ class Classification(Task):
 
     def _build(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         module, self._head = self.base.classifier(len(self.rows.labels))
+        config: Any = module.config
+        end = config.eos_token_id if config.is_encoder_decoder else None
+        self.encoder = TextEncoder(self.base.tokenizer, self.plan.model.max_length, end)
+        self.encoder.check_end(config.model_type)
         return module, self.base.head_parameters(self._head)
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
@@ -78,7 +77,7 @@ class Classification(Task):
         kept = [row for row in rows if row["text"].strip()]
         if not kept:
             return Encoded((), dropped=len(rows))
-        encoded = self._tokenized(kept)
+        encoded = self.encoder(kept)
         examples = tuple(zip(encoded, self._targets(kept), strict=True))
         return Encoded(examples, sum(tokens.truncated for tokens in encoded), len(rows) - len(kept))
 
@@ -88,13 +87,14 @@ class Classification(Task):
         Pairs of texts have ``token_type_ids`` (n, longest), too, where the tokenizer makes them.
         """
         ids = [tokens for tokens, _ in examples]
+        left = padding_side(self.base.config, generates=False) == "left"
         batch = {
-            "input_ids": pad(ids, self.base.tokenizer.pad_token_id),
-            "attention_mask": pad([[1] * len(i) for i in ids], 0),
+            "input_ids": pad(ids, self.base.tokenizer.pad_token_id, left=left),
+            "attention_mask": pad([[1] * len(i) for i in ids], 0, left=left),
             "labels": torch.tensor([label for _, label in examples]),
         }
         if any(tokens.types for tokens in ids):
-            batch["token_type_ids"] = pad([tokens.types for tokens in ids], 0)
+            batch["token_type_ids"] = pad([tokens.types for tokens in ids], 0, left=left)
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -119,21 +119,28 @@ class Classification(Task):
         self.module.eval()
         size = self.plan.evaluation.batch_size
         for start in range(0, len(rows), size):
-            encoded = self._tokenized(rows[start : start + size])
-            logits = self._logits(self.collate([(tokens, 0) for tokens in encoded]))
+            encoded = self.encoder(rows[start : start + size])
+            logits = self._logits_alone(encoded)
             for tokens, given in zip(encoded, self._probabilities(logits.float()).tolist(), strict=True):
                 probabilities = dict(zip(self.rows.labels, given, strict=True))
                 yield {**self._decide(probabilities), "probabilities": probabilities, "truncated": tokens.truncated}
 
-    def _tokenized(self, rows: Sequence[Row]) -> list[Tokens]:
-        """The token ids of texts or pairs of texts, cut to ``max_length``. A pair loses the end of its longer text."""
-        texts, limit = [row["text"] for row in rows], self.plan.model.max_length
-        pairs = [row.get("text_pair", "") for row in rows] if any("text_pair" in row for row in rows) else None
-        whole = self.base.tokenizer(texts, pairs, verbose=False)
-        cut = self.base.tokenizer(texts, pairs, truncation=True, max_length=limit)
-        types = cut.get("token_type_ids", [()] * len(rows)) if pairs else [()] * len(rows)
-        lengths = map(len, whole["input_ids"])
-        return [Tokens(ids, n > limit, t) for ids, n, t in zip(cut["input_ids"], lengths, types, strict=True)]
+    def _logits_alone(self, tokens: Sequence[Tokens]) -> torch.Tensor:
+        """The logits of texts as if each were alone in its batch."""
+        groups = [list(range(len(tokens)))]
+        if not self._ignores_padding:
+            groups = [[i for i, each in enumerate(tokens) if len(each) == n] for n in sorted(set(map(len, tokens)))]
+        logits = torch.cat([self._logits(self.collate([(tokens[i], 0) for i in group])) for group in groups])
+        order = [i for group in groups for i in group]
+        return logits[torch.tensor(order).argsort().to(logits.device)]
+
+    @cached_property
+    def _ignores_padding(self) -> bool:
+        """Whether padding leaves a text's logits as they are. Convolutions and some approximate attentions read it."""
+        short, long = self.encoder([{"text": "a"}, {"text": "a " * PADDED}])
+        alone = self._logits(self.collate([(short, 0)]))[0].float()
+        beside = self._logits(self.collate([(short, 0), (long, 0)]))[0].float()
+        return bool((alone - beside).abs().max() <= SAME * alone.abs().max())
 
     @torch.no_grad()
     def probe(self) -> Metrics | None:

@@ -18,6 +18,7 @@ from colora.common.models.base_model import BaseModel, load_base_model
 from colora.common.tasks import build_task
 from colora.common.tasks.classification import Classification
 from tests.conftest import WORDS
+from tests.families import save_tiny
 
 LABELS = ("a", "b", "c")
 ROWS: list[Row] = [{"text": f"red {w}", "label": "aaab"[i % 4]} for i, w in enumerate(WORDS[:8])]
@@ -99,3 +100,15 @@ def test_pairs_of_texts_are_encoded_as_stock_models_read_them(base: BaseModel, t
     ours = torch.tensor([list(p["probabilities"].values()) for p in predictions])
     assert torch.allclose(ours, expected, atol=1e-5)
     assert [p["truncated"] for p in predictions] == [False, False, True]
+
+
+@pytest.mark.parametrize("family", ["convbert", "bert", "xlnet"])
+def test_predictions_do_not_depend_on_the_texts_beside(family: str, tmp_path: Path) -> None:
+    """A convolution reads padding: its model gets texts of one length at a time. XLNet is padded on the left."""
+    settings = ModelSettings(str(save_tiny(family, tmp_path)), max_length=32, device="cpu")
+    task = made(load_base_model(settings, generates=False))
+    task.plan = dataclasses.replace(task.plan, model=settings)
+    texts = [{"text": text} for text in ("red cat", "a b c d e f g h", "blue", "sun moon")]
+    together = [p["probabilities"]["a"] for p in task.predict(texts)]
+    assert together == pytest.approx([next(task.predict([text]))["probabilities"]["a"] for text in texts], abs=1e-6)
+    assert task._ignores_padding is (family != "convbert")
