@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from figures import Figure, show
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 
 from colora.client.data.files import READERS
 from colora.client.data.source import Source
@@ -32,7 +33,6 @@ from colora.common.config.schema import Recipe, to_json
 from colora.common.dataset import Row
 from colora.common.models.assets import asset_folder
 from colora.common.protocol.types import TrainRequest
-from colora.common.tasks.classification import Classification
 from colora.simulation.run import simulate
 
 ROWS, FEW, REPEATS = 100_000, 200, 3
@@ -54,7 +54,8 @@ def write_csv(path: Path, rows: int) -> None:
 def tiny_model(folder: Path) -> Path:
     """Write a random BERT with MiniLM-L6's tokenizer."""
     AutoTokenizer.from_pretrained(asset_folder("minilm-l6")).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     BertModel(BertConfig(**sizes)).save_pretrained(folder)
     return folder
 
@@ -86,24 +87,24 @@ def train_at_site(recipe: Recipe, folder: Path) -> None:
 
 
 def count_rows() -> Counter[str]:
-    """Count rows as they are read and tokenized, from now on."""
+    """Count rows as they are read, and texts as they are tokenized, from now on."""
     counts: Counter[str] = Counter()
-    encode = Classification.encode
+    tokenize = PreTrainedTokenizerBase.__call__
 
-    def counted_encode(self: Classification, rows: list[Row]) -> object:
-        counts["tokenized"] += len(rows)
-        return encode(self, rows)
+    def counted_tokenize(self: Any, texts: Any = None, *arguments: Any, **options: Any) -> Any:
+        counts["tokenized"] += len(texts) if isinstance(texts, list) else 1
+        return tokenize(self, texts, *arguments, **options)
 
-    def counted(reader: object) -> object:
+    def counted(reader: Callable[[Source], Iterable[Row]]) -> Callable[[Source], Iterator[Row]]:
         def read(source: Source) -> Iterator[Row]:
-            for row in reader(source):  # type: ignore[operator]
+            for row in reader(source):
                 counts["read"] += 1
                 yield row
 
         return read
 
-    READERS.update({suffix: counted(reader) for suffix, reader in READERS.items()})  # type: ignore[misc]
-    Classification.encode = counted_encode  # type: ignore[method-assign]
+    READERS.update({suffix: counted(reader) for suffix, reader in READERS.items()})
+    PreTrainedTokenizerBase.__call__ = counted_tokenize  # type: ignore[method-assign]
     return counts
 
 

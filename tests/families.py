@@ -132,14 +132,24 @@ DECODERS: dict[str, dict[str, Any]] = {
 FAMILIES = {**ENCODERS, **SEQ2SEQ, **DECODERS}
 
 
+def config_of(family: str) -> Any:
+    """A configuration of width 16."""
+    sizes = {**SIZES, **FAMILIES[family]}
+    config = AutoConfig.for_model(family, **{key: value for key, value in sizes.items() if value is not None})
+    config.architectures = ["FunnelModel"] if family == "funnel" else None  # one of two backbones
+    return config
+
+
+def backbone(family: str) -> Any:
+    """A model of a family without an output layer."""
+    return AutoModel.from_config(config_of(family))
+
+
 def save_tiny(family: str, folder: Path) -> Path:
     """Write a random model of a family, whose weights are large enough for an adapter to matter, and a tokenizer."""
     torch.manual_seed(0)
-    sizes = {**SIZES, **FAMILIES[family]}
-    config = AutoConfig.for_model(family, **{key: value for key, value in sizes.items() if value is not None})
     kind = AutoModelForCausalLM if family in DECODERS and family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
-    config.architectures = ["FunnelModel"] if family == "funnel" else None  # one of two backbones
-    model = kind.from_config(config)
+    model = kind.from_config(config_of(family))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

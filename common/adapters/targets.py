@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config.diagnostics import did_you_mean
 from ..errors import ModelError
+from .peft_conversion import is_taken_for_experts
 
 logger = logging.getLogger("colora.adapters")
 
@@ -106,7 +107,7 @@ def _chosen(
     if targets.names is None:
         default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, ())
         default = default if isinstance(default, str) else tuple(default)
-        by_default = [name for name in linear if _matches(name, default) and not _is_fused(name, model_type)]
+        by_default = [name for name in linear if _matches(name, default) and _has_effect(name, model_type)]
         return by_default or _all_linear(modules, model_type, targets.field, rank)
     if isinstance(targets.names, str) and targets.names.lower() == ALL_LINEAR:
         return _all_linear(modules, model_type, targets.field, rank)
@@ -120,6 +121,12 @@ def _chosen(
             message = f"{targets.field}: an adapter on {name} has no effect in a {model_type} model."
             hint = "A fused kernel reads the weight of this layer directly. Choose other layers, such as in_proj."
             raise ModelError(targets.field, "layers that can be adapted", name, message=message, hint=hint)
+        if is_taken_for_experts(name, model_type):
+            message = (
+                f"{targets.field}: PEFT takes {name} of a {model_type} model for fused experts and loads no adapter."
+            )
+            hint = "Name other layers, such as those of the attention: this model's export would lose these."
+            raise ModelError(targets.field, "layers that an export can have", name, message=message, hint=hint)
     return matched
 
 
@@ -148,6 +155,8 @@ def _all_linear(modules: Mapping[str, nn.Module], model_type: str, field: str, r
             left_out.setdefault("a router", []).append(name)
         elif _is_fused(name, model_type):
             left_out.setdefault("a fused kernel reads its weight", []).append(name)
+        elif is_taken_for_experts(name, model_type):
+            left_out.setdefault("PEFT takes it for fused experts", []).append(name)
         elif rank(name) > width(module):
             left_out.setdefault("narrower than the rank", []).append(name)
         else:
@@ -177,6 +186,10 @@ def _is_router(name: str, modules: Mapping[str, nn.Module]) -> bool:
 
 def _is_fused(name: str, model_type: str) -> bool:
     return name.rpartition(".")[2] in FUSED.get(model_type, ())
+
+
+def _has_effect(name: str, model_type: str) -> bool:
+    return not _is_fused(name, model_type) and not is_taken_for_experts(name, model_type)
 
 
 def _has_matrix(module: nn.Module) -> bool:

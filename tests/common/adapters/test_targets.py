@@ -16,6 +16,7 @@ from colora.common.adapters.inject import attach, inject, layout_of, private_spe
 from colora.common.config.schema import AdapterSettings, ModelSettings, Plan, PrivateSettings
 from colora.common.errors import ModelError
 from colora.common.methods import METHODS
+from tests.families import backbone
 
 from .test_families import layers, tiny
 
@@ -31,6 +32,23 @@ def refusal(family: str = "bert", **settings: Any) -> str:
     with pytest.raises(ModelError) as caught:
         chosen(family, **settings)
     return str(caught.value)
+
+
+# --- what stock PEFT loads ---
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "dots1"])
+def test_layers_that_peft_takes_for_experts_get_no_adapter(family: str) -> None:
+    """It would load no adapter there, and say so in a warning only."""
+    with torch.device("meta"):
+        model = backbone(family)
+    names = layers(attach(model, AdapterSettings(4), METHODS["colora"]))
+    assert {name.rpartition(".")[2] for name in names} & {"q_proj", "q_b_proj"}
+    assert not [name for name in names if ".mlp." in name]
+    with torch.device("meta"):
+        model = backbone(family)
+    with pytest.raises(ModelError, match=r"PEFT takes layers\.0\.mlp\.down_proj of .* for fused experts"):
+        attach(model, AdapterSettings(4, target_modules=("down_proj",)), METHODS["colora"])
 
 
 # --- names ---
