@@ -43,7 +43,7 @@ PARTS: list[tuple[str, Any, str]] = [  # (part, namespace in which the function 
     (COORDINATOR, strategy.AdapterStrategy, "aggregate_train"),
     (COORDINATOR, strategy.AdapterStrategy, "configure_finalize"),
     ("load values into the model", trainer.Trainer, "load"),
-    ("copy values out", trainer.Trainer, "_values"),
+    ("copy values out", trainer.Trainer, "values"),
     ("draw and collate batches, create the optimizer", trainer, "train"),
     ("hash arrays", protocol, "hash_arrays"),
     ("read the site's state", store.StateStore, "state"),
