@@ -52,10 +52,11 @@ ENCODERS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("convbert", "nystromformer", "rembert", "roformer", "yoso", "mra"), NOTHING_MORE),
     **dict.fromkeys(("layoutlm", "splinter", "fnet", "visual_bert"), NOTHING_MORE),
     **dict.fromkeys(
-        ("roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text", "xlm-roberta-xl", "ibert", "esm", "xmod"),
+        ("roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text", "xlm-roberta-xl", "ibert", "esm"),
         FEW_POSITIONS,
     ),
     "roberta-prelayernorm": FEW_POSITIONS,
+    "xmod": {**FEW_POSITIONS, "default_language": "en_XX"},
     "big_bird": {"attention_type": "original_full"},
     "longformer": {"attention_window": 8, "max_position_embeddings": 66},
     "luke": {"entity_vocab_size": 8, "entity_emb_size": 8},

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config.diagnostics import did_you_mean
 from ..errors import ModelError
-from .peft_conversion import is_taken_for_experts
+from .stock_layers import is_taken_for_experts, is_unused_pooler
 
 logger = logging.getLogger("colora.adapters")
 
@@ -107,10 +107,10 @@ def _chosen(
     if targets.names is None:
         default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, ())
         default = default if isinstance(default, str) else tuple(default)
-        by_default = [name for name in linear if _matches(name, default) and _has_effect(name, model_type)]
-        return by_default or _all_linear(modules, model_type, targets.field, rank)
+        by_default = [name for name in linear if _matches(name, default) and not _why_not(name, backbone)]
+        return by_default or _all_linear(backbone, modules, targets.field, rank)
     if isinstance(targets.names, str) and targets.names.lower() == ALL_LINEAR:
-        return _all_linear(modules, model_type, targets.field, rank)
+        return _all_linear(backbone, modules, targets.field, rank)
     matched = _by_name(modules, linear, targets)
     for name in matched:
         if name not in linear:
@@ -144,7 +144,9 @@ def _by_name(modules: Mapping[str, nn.Module], linear: list[str], targets: Targe
     return matched
 
 
-def _all_linear(modules: Mapping[str, nn.Module], model_type: str, field: str, rank: Callable[[str], int]) -> list[str]:
+def _all_linear(
+    backbone: nn.Module, modules: Mapping[str, nn.Module], field: str, rank: Callable[[str], int]
+) -> list[str]:
     left_out: dict[str, list[str]] = {}  # by reason
     kept: list[str] = []
     for name, module in modules.items():
@@ -153,10 +155,8 @@ def _all_linear(modules: Mapping[str, nn.Module], model_type: str, field: str, r
                 left_out.setdefault(f"of type {type(module).__name__}", []).append(name)
         elif _is_router(name, modules):
             left_out.setdefault("a router", []).append(name)
-        elif _is_fused(name, model_type):
-            left_out.setdefault("a fused kernel reads its weight", []).append(name)
-        elif is_taken_for_experts(name, model_type):
-            left_out.setdefault("PEFT takes it for fused experts", []).append(name)
+        elif reason := _why_not(name, backbone):
+            left_out.setdefault(reason, []).append(name)
         elif rank(name) > width(module):
             left_out.setdefault("narrower than the rank", []).append(name)
         else:
@@ -188,8 +188,14 @@ def _is_fused(name: str, model_type: str) -> bool:
     return name.rpartition(".")[2] in FUSED.get(model_type, ())
 
 
-def _has_effect(name: str, model_type: str) -> bool:
-    return not _is_fused(name, model_type) and not is_taken_for_experts(name, model_type)
+def _why_not(name: str, backbone: nn.Module) -> str:
+    """Why an adapter on a linear layer would be lost; empty where it is not."""
+    model_type = getattr(getattr(backbone, "config", None), "model_type", "")
+    if _is_fused(name, model_type):
+        return "a fused kernel reads its weight"
+    if is_taken_for_experts(name, model_type):
+        return "PEFT takes it for fused experts"
+    return "the classifier has no pooler" if is_unused_pooler(name, backbone) else ""
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -51,6 +51,16 @@ def test_layers_that_peft_takes_for_experts_get_no_adapter(family: str) -> None:
         attach(model, AdapterSettings(4, target_modules=("down_proj",)), METHODS["colora"])
 
 
+@pytest.mark.parametrize("family", ["camembert", "mpnet", "longformer"])
+def test_all_linear_leaves_out_a_pooler_that_the_classifier_lacks(family: str) -> None:
+    """Otherwise a recipe that names no layer would be refused for one of them."""
+    with torch.device("meta"):
+        model = backbone(family)
+    assert dict(model.named_modules())["pooler.dense"] is not None
+    assert "pooler.dense" not in layers(attach(model, AdapterSettings(4), METHODS["colora"]))
+    assert "pooler.dense" in chosen("bert", target_modules="all-linear"), "which its classifier reads"
+
+
 # --- names ---
 
 
