@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +166,53 @@ def test_every_family_works_or_is_refused_in_one_sentence(group: str, tmp_path: 
     wrong = [row for row in table if any("FAULT" in cell or "DIFFERS" in cell for cell in row)]
     assert not wrong, "\n".join(" | ".join(row) for row in wrong)
     assert len({row[0] for row in table if row[2] == "works"}) >= WORKING[group]
+
+
+STOCK_PROCESS = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+found = {}
+for name, folder in json.load(sys.stdin).items():
+    code = open(f"{folder}/README.md").read().partition("```python\\n")[2].partition("```")[0]
+    names = {}
+    exec(code.replace("HERE", folder), names)
+    model, tokenizer = names["model"].eval(), names["tokenizer"]
+    with torch.no_grad():
+        for text in TEXTS:
+            out = model(**tokenizer([text], return_tensors="pt", return_token_type_ids=False)).logits
+            found.setdefault(name, []).append(out.float().reshape(-1, out.shape[-1])[-1].tolist())
+assert "colora" not in sys.modules
+print(json.dumps(found))
+"""
+BY_CARD = {
+    **dict.fromkeys(("bert", "roberta", "electra", "deberta-v2", "albert"), "classification"),
+    **dict.fromkeys(("gpt2", "llama", "qwen2", "mistral", "gpt_neox"), "generation"),
+}
+
+
+@pytest.mark.slow
+def test_ten_families_are_loaded_by_the_code_of_their_model_cards(tmp_path: Path) -> None:
+    """In a fresh process, without colora. The logits are those of the trained model."""
+    torch.set_num_threads(1)
+    trained, folders = {}, {}
+    for family, task in BY_CARD.items():
+        base = save_tiny(family, tmp_path / family / "base")
+        trained[family] = train(base, task, tmp_path / family / "state")
+        folders[family] = str(tmp_path / family / "adapter")
+        export(trained[family].saved, Path(folders[family]))
+    code = f"TEXTS = {TEXTS!r}\n{STOCK_PROCESS}"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(folders),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert ran.returncode == 0, ran.stderr
+    for family, logits in json.loads(ran.stdout.splitlines()[-1]).items():
+        assert difference(trained[family].logits, [np.array(row) for row in logits]) < CLOSE, family
 
 
 def test_the_table_has_at_least_70_families() -> None:
