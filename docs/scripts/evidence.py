@@ -100,6 +100,7 @@ def page() -> str:
         "gain": gain_table(demo, best(demo, "colora"), best(demo, "local")),
         "regression": regression_table(read("regression")),
         "mixed": arms_table(read("mixed")),
+        "newsgroups": arms_table(read("newsgroups")),
         "groups": groups_table(),
     }
     text = PAGE.read_text()
@@ -115,8 +116,8 @@ def _mean(result: Result) -> float:
 
 
 def _spread(values: list[float]) -> str:
-    error = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def main() -> int:
