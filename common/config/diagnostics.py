@@ -14,6 +14,7 @@ from ..methods import ALSO_CALLED, METHODS
 from .other_names import OTHER_NAMES
 
 NAME_RULE = "a letter or digit, then at most 63 letters, digits, '.', '_' or '-'"
+PATTERNS = {"delimiter": "one character"}  # by key: what its pattern means, where it is not that of a name
 UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")  # pydantic's types of errors about unknown keys
 REPLACEMENTS = {"an object": "a table", "a valid array": "a list", "a valid string": "a string"}
 
@@ -32,7 +33,9 @@ def config_error(kind: type, error: pydantic.ValidationError) -> ConfigError:
     if first["type"] in ("missing", "missing_argument"):
         return ConfigError(key, "a value", "nothing", message=f"{key} is missing.")
     expected = first["msg"].removeprefix("Input should be ").removeprefix("String should ")
-    expected = NAME_RULE if first["type"] == "string_pattern_mismatch" else REPLACEMENTS.get(expected, expected)
+    if first["type"] == "string_pattern_mismatch":
+        expected = PATTERNS.get(str(path[-1]), NAME_RULE)
+    expected = REPLACEMENTS.get(expected, expected)
     value = repr(first["input"])
     hint = _as_a_table(key, first["input"], _fields_at(kind, path)) if expected == "a table" else None
     return ConfigError(key, expected, value, message=f"{key} must be {expected}, not {value}.", hint=hint)

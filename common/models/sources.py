@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -75,7 +77,7 @@ def source_folder(settings: ModelSettings) -> Path:
 
     try:
         return _snapshot(source, settings.revision)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, *_http_errors()) as error:
         reason = type(error).__name__
         raise ModelError(
             "model.source",
@@ -88,7 +90,6 @@ def source_folder(settings: ModelSettings) -> Path:
 
 def _snapshot(source: str, revision: str | None) -> Path:
     """Download the files of a hub repository that are needed; without a connection, return the cached snapshot."""
-    import httpx
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -96,10 +97,19 @@ def _snapshot(source: str, revision: str | None) -> Path:
         names = HfApi().list_repo_files(source, revision=revision)
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
-    except (OSError, httpx.HTTPError):
+    except (OSError, *_http_errors()):
         return Path(snapshot_download(source, revision=revision, local_files_only=True))
     patterns = [escape(name) for name in needed_files(names)]
     return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+
+
+def _http_errors() -> tuple[type[Exception], ...]:
+    """Errors of the HTTP clients that huggingface_hub uses: httpx, and httpx2 in later versions."""
+    found = []
+    for name in ("httpx", "httpx2"):
+        with suppress(ImportError):
+            found.append(importlib.import_module(name).HTTPError)
+    return tuple(found)
 
 
 def fingerprint(folder: Path) -> Fingerprint:

@@ -126,9 +126,13 @@ class RunFolder:
 def _difference(stored: Recipe, given: Recipe) -> str:
     """Describe the first three keys that differ and matter to a result."""
     old, new = _flat(to_dict(stored)), _flat(to_dict(given))
-    ignored = ("simulation", "description")  # as in Recipe.identity
+    ignored = ("simulation", "description", "rounds")  # as in Recipe.identity
     keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not k.startswith(ignored))
-    return ", ".join(f"{k} = {new.get(k)!r} instead of {old.get(k)!r}" for k in keys[:3])
+    return ", ".join(f"{k} = {_shown(new.get(k))} instead of {_shown(old.get(k))}" for k in keys[:3])
+
+
+def _shown(value: object) -> str:
+    return "unset" if value is None else repr(value)
 
 
 def _flat(value: Any, path: str = "") -> dict[str, object]:

@@ -257,3 +257,9 @@ def test_steps_and_epochs_exclude_each_other() -> None:
     recipe = recipe_from({**SMALL, "train": {"epochs": 0.5}})
     assert recipe_from(to_dict(recipe)) == recipe  # as a run folder stores it
     assert recipe_from(SMALL).train.steps_per_round(1000) == 5
+
+
+def test_a_delimiter_of_two_characters_is_told_what_it_must_be() -> None:
+    raw = {**SMALL, "data": {**SMALL.get("data", {}), "delimiter": ";;"}}
+    with pytest.raises(ConfigError, match=r"delimiter must be one character, not ';;'"):
+        recipe_from(raw)
