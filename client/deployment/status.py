@@ -163,11 +163,13 @@ def _federations(state: Path) -> list[Path]:
 
 
 def _last_error(federations: Sequence[FederationStatus], state: Path) -> list[str]:
-    """Return a problem if the last message of the trainer to a coordinator was an error."""
-    lines = [each.audit for each in federations if each.audit]
+    """Return a problem if the last message of the trainer to a coordinator was an error, or refused its plan."""
+    lines = [line for line in (_last_line(state / AUDIT), *(each.audit for each in federations)) if line]
     last = max(lines, key=lambda line: str(line.get("time")), default=None)
-    if last is None or last.get("kind") != "error":
+    if last is None or last.get("kind") not in ("error", "refusal"):
         return []
+    if last["kind"] == "refusal":
+        return [f"{last.get('federation')}: the site refused the coordinator's plan: {last.get('reason')}"]
     where = f"{last.get('federation')}: the site's last answer was an error ({last.get('text')})"
     return [f"{where}; {state / 'logs' / 'trainer.log'} has it in full"]
 

@@ -87,6 +87,17 @@ def test_a_site_whose_last_answer_was_an_error_needs_a_person(site: Path) -> Non
     assert site_status(site).healthy, "it has joined since"
 
 
+def test_a_site_that_refused_the_coordinators_plan_needs_a_person(site: Path) -> None:
+    write_record(site)
+    reason = "site north: train.steps: expected at least 24 examples (allow.min_examples), found 2 × batch size 8"
+    AuditLog(site.parent / "state", "town").refusal("RefusedError: train.steps", reason)
+    assert site_status(site).problems == (f"town: the site refused the coordinator's plan: {reason}",)
+    AuditLog(site.parent / "state" / "town", "town").site_info(
+        SiteInfo("north", 2, "", "", "", "", "classification", 1, 1, 0, 0)
+    )
+    assert site_status(site).healthy, "it has joined since"
+
+
 def test_a_trainer_behind_tls_is_asked_with_the_sites_certificates(tmp_path: Path, trainer: grpc.Server) -> None:
     (tmp_path / "sites.toml").write_text(PLAN)
     provision(tmp_path / "sites.toml", tmp_path / "keys")
