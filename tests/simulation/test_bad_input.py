@@ -450,8 +450,8 @@ def test_another_run_in_the_out_folder_is_left_as_it_is(command: Command, finish
         ({"train__lr": 0.5}, "train.lr = 0.5 instead of 0.01"),
         ({"train__lr": 0.5, "seed": 4}, "seed = 4 instead of 3, train.lr = 0.5 instead of 0.01"),
         ({"adapter__rslora": True}, "adapter.rslora = True instead of False"),
-        ({"server__timeout": 9.0}, "server.timeout = 9.0 instead of None"),
-        ({"site__1__train": 9}, "site.bob.data.train = 9 instead of None"),
+        ({"server__timeout": 9.0}, "server.timeout = 9.0 instead of unset"),
+        ({"site__1__train": 9}, "site.bob.data.train = 9 instead of unset"),
         ({"site": finished["site"][::-1]}, "site = ['cyd', 'bob', 'ada'] instead of ['ada', 'bob', 'cyd']"),
         ({"description": "new words", "seed": 4}, "seed = 4 instead of 3"),
     ):
