@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,12 +92,6 @@ class SiteTraining(Protocol):
     def load(self, shared: Arrays, personal: Mapping[str, torch.Tensor]) -> None:
         """Copy values into the model; parameters in neither get their initial values."""
 
-    def train(
-        self, request: TrainRequest, state: PersonalState, on_step: StepCallback | None, method: Method | None = None
-    ) -> TrainOutcome:
-        """Take the steps of a request from a state, with the roles of a method."""
-        ...
-
     def values(self, role: Role, method: Method | None = None) -> dict[str, torch.Tensor]:
         """Copies of the parameters with a role."""
         ...
@@ -106,9 +100,9 @@ class SiteTraining(Protocol):
 class LocalModel:
     """The model that a site trains alone, by the steps of the same requests."""
 
-    def __init__(self, trainer: SiteTraining) -> None:
-        """Raises DataError for a site without validation rows."""
-        self.trainer, self.method = trainer, local_method(trainer.method)
+    def __init__(self, trainer: SiteTraining, take_steps: Callable[..., TrainOutcome]) -> None:
+        """``take_steps`` trains by (request, state, callback, method). Raises DataError without validation rows."""
+        self.trainer, self.take_steps, self.method = trainer, take_steps, local_method(trainer.method)
         if not trainer.task.validation.examples:
             raise DataError(
                 "data.validation_fraction",
@@ -130,7 +124,7 @@ class LocalModel:
         if state is None and request.kind == "finalize":
             return None
         before = state or PersonalState()
-        trained = self.trainer.train(dataclasses.replace(request, shared={}), before, on_step, self.method)
+        trained = self.take_steps(dataclasses.replace(request, shared={}), before, on_step, self.method)
         values = self.trainer.values(PERSONAL, self.method)
         try:
             check_trained(trained, values, self.trainer.site)

@@ -85,7 +85,7 @@ class Trainer:
         self.parameters: dict[str, nn.Parameter] = {**model.adapter, **self.private.parameters, **self.task.head}
         check_layers(self.plan, rows.task, self.parameters)
         fallback = trains and self.plan.train.fallback is not None and self.method.shares
-        self.local = LocalModel(self) if fallback else None
+        self.local = LocalModel(self, self._train) if fallback else None
         layout = layout_of(self.parameters)
         self.layout = self.method.having(layout, SHARED)
         self.site_seed = seed_from(store.secret or self.plan.seed, self.plan.name, self.site)
@@ -146,7 +146,7 @@ class Trainer:
         if not finalizes:
             state, metrics = self._measure_arrival(request, state)
             metrics |= self._benefit(request)
-        trained = self.train(request, state, on_step)
+        trained = self._train(request, state, on_step)
         personal = self.values(PERSONAL)
         check_trained(trained, {**personal, **self.values(SHARED)}, self.site)
         shared, update_metrics = ({}, {}) if finalizes else self._shared_update(request)
@@ -199,7 +199,7 @@ class Trainer:
         self.task.fit_head()
         if request.kind == "trial":
             first = dataclasses.replace(request, round=1, kind="train")
-            trained = self.train(first, PersonalState(tensors=self.values(PERSONAL)), on_step)
+            trained = self._train(first, PersonalState(tensors=self.values(PERSONAL)), on_step)
             arrays, terms, examples = self._shared_update(first)[0], trained.terms, trained.examples
         else:
             arrays, terms = power_step(self.task, self.model.base.backbone, request.shared)
@@ -351,7 +351,7 @@ class Trainer:
         self.measuring += time.perf_counter() - began
         return metrics
 
-    def train(
+    def _train(
         self,
         request: TrainRequest,
         state: PersonalState,

@@ -170,7 +170,7 @@ def test_an_error_tells_the_coordinator_its_kind_and_no_text(
     def broken(self: Trainer, request, state, callback):
         raise ValueError(f"could not read {self.task.rows.train[0]['text']}")
 
-    monkeypatch.setattr(Trainer, "train", broken)
+    monkeypatch.setattr(Trainer, "_train", broken)
     with pytest.raises(Exception, match="quorum"):
         simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
     assert {m.error.reason for m in wire if m.has_error()} == {"ValueError"}

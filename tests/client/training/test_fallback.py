@@ -133,13 +133,14 @@ def test_a_local_model_that_diverges_does_not_end_the_round(
     tiny_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     site = Site(with_fallback(tiny_recipe), tmp_path / "site")
-    train = site.trainer.train
+    local = site.trainer.local
+    assert local is not None
+    take_steps = local.take_steps
 
     def diverging(request: TrainRequest, state: object, on_step: object, method: object = None) -> object:
-        outcome = train(request, state, on_step, method)  # type: ignore[arg-type]
-        return dataclasses.replace(outcome, loss=math.nan) if method else outcome
+        return dataclasses.replace(take_steps(request, state, on_step, method), loss=math.nan)
 
-    monkeypatch.setattr(site.trainer, "train", diverging)
+    monkeypatch.setattr(local, "take_steps", diverging)
     assert site.round(1, site.start).shared
     assert "The model of train.fallback was not trained in round 1" in caplog.text
     state = site.trainer.store.state(1)

@@ -91,6 +91,6 @@ def test_a_round_of_no_steps_is_none_that_failed() -> None:
 def test_overflows_are_reported_as_a_metric(tiny_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_from(tiny_recipe)
     trainer = site_of(recipe, tmp_path)
-    original = Trainer.train
-    monkeypatch.setattr(Trainer, "train", lambda *a: dataclasses.replace(original(*a), overflows=4))
+    original = Trainer._train
+    monkeypatch.setattr(Trainer, "_train", lambda *a: dataclasses.replace(original(*a), overflows=4))
     assert ask(recipe, trainer, 1, 0).metrics[OVERFLOWS] == 4.0
