@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 # (flwr/supercore/superexec/run_superexec.py); Flower has no command-line option for it.
 TASK_POLL_INTERVAL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
 
+# Seconds by which the time in a SuperNode's signature may be in the past and in the future. Read in 1.40, 1.41 and 1.42
+# (TIMESTAMP_TOLERANCE and SYSTEM_TIME_TOLERANCE in flwr/common/constant.py).
+SIGNATURE_MAX_AGE, SIGNATURE_MAX_AHEAD = 305.0, 5.0
+
 # Pauses between two requests in seconds, doubled from FIRST up to LONGEST. Flower's defaults are 1 and 10.
 FIRST, LONGEST = 0.1, 1.0
 # No limit on tries: with these pauses, Flower's 500 would be used up after 8 minutes. Its limit of 2 hours remains.

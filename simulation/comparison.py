@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from ..client.training.state_store import StateStore
 from ..common.config.schema import Recipe
+from ..common.standard_error import mean_and_error
 from ..server.reporting.events import EventLog, Listener
 from ..server.reporting.run_folder import RunFolder
 
@@ -25,11 +24,9 @@ def compare(run: RunFolder, recipe: Recipe, sites: Sequence[str], listener: List
             events.emit("compared", site=site, gain=gain, standard_error=error, rows=len(personal))
 
 
-def paired_gain(scores: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Return the mean difference of two models' scores on the same rows, and its standard error (NaN for one row)."""
-    differences = np.subtract(scores, others)
-    error = differences.std(ddof=1) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    return float(differences.mean()), float(error)
+def paired_gain(scores: Sequence[float], others: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean difference of two models' scores on the same rows, and its standard error (None for one row)."""
+    return mean_and_error([score - other for score, other in zip(scores, others, strict=True)])
 
 
 def _row_scores(store: StateStore, round_number: int) -> tuple[float, ...]:

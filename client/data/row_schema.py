@@ -104,13 +104,17 @@ def hold_out_validation(rows: Sequence[Row], fraction: float) -> tuple[Sequence[
     in the same way again.
     """
     cut = len(rows) - round(len(rows) * fraction)
-    train, validation = list(rows[:cut]), []
-    seen = {label for row in train for label in labels_of(row)}
-    for row in rows[cut:]:
-        known = seen.issuperset(labels_of(row))
+    moved, kept = split_new_labels(rows[:cut], rows[cut:])
+    return [*rows[:cut], *moved], tuple(kept)
+
+
+def split_new_labels(known: Sequence[Row], rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Split rows into those with a label that neither ``known`` nor a row before them has, and the others."""
+    seen, new, others = {label for row in known for label in labels_of(row)}, [], []
+    for row in rows:
+        (others if seen.issuperset(labels_of(row)) else new).append(row)
         seen.update(labels_of(row))
-        (validation if known else train).append(row)
-    return train, tuple(validation)
+    return new, others
 
 
 def tell(sites: Sequence[SiteDataset]) -> None:

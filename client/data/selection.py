@@ -16,7 +16,7 @@ from ...common.dataset import Row, SiteDataset, labels_of
 from ...common.errors import DataError
 from ...common.seeds import seed_from
 from .readers import as_test_source, read_rows
-from .row_schema import SourceRows, check_rows, parse_rows
+from .row_schema import SourceRows, check_rows, parse_rows, split_new_labels
 
 
 @dataclass
@@ -128,19 +128,14 @@ def hold_out(rows: Sequence[Row], data: DataSettings, seed: int) -> tuple[list[R
     if data.stratify:
         order = _interleaved(rows, order)
     share = data.test / (data.train + data.test) if data.train and data.test else data.test_fraction
-    cut = len(rows) - round(len(rows) * share)
-    seen, moved = {label for i in order[:cut] for label in labels_of(rows[i])}, []
-    for i in order[cut:]:
-        if not seen.issuperset(labels_of(rows[i])):
-            seen.update(labels_of(rows[i]))
-            moved.append(i)
-    taken = set(moved)
-    train, test = moved + order[:cut], [i for i in order[cut:] if i not in taken]
+    cut, ordered = len(rows) - round(len(rows) * share), [rows[i] for i in order]
+    moved, test = split_new_labels(ordered[:cut], ordered[cut:])
+    train = moved + ordered[:cut]
     if moved and not test:
-        counts = Counter(label for i in train for label in labels_of(rows[i]))
-        test = [i for i in train if all(counts[label] > 1 for label in labels_of(rows[i]))][-1:]
-        train = [i for i in train if i not in test]
-    return [rows[i] for i in train], [rows[i] for i in test]
+        counts = Counter(label for row in train for label in labels_of(row))
+        test = [row for row in train if all(counts[label] > 1 for label in labels_of(row))][-1:]
+        train = [row for row in train if not any(row is other for other in test)]
+    return train, test
 
 
 def _interleaved(rows: Sequence[Row], order: Sequence[int]) -> list[int]:

@@ -37,7 +37,7 @@ def check_epochs(plan: Plan, site: SiteSettings, examples: int) -> None:
     Raises RefusedError.
     """
     if plan.train.by_epochs:
-        steps = plan.train.steps_per_round(examples)
+        steps = plan.train.models * plan.train.steps_per_round(examples)
         if steps > MAX_STEPS:
             raise RefusedError("train.epochs", f"at most {MAX_STEPS} steps", steps, site=site.name)
         _check_limit("train.epochs", steps, "max_steps", site)
@@ -62,8 +62,8 @@ def round_limits(plan: Plan, site: SiteSettings) -> Iterator[tuple[str, int, str
         "max_rank",
     )  # not the site's own choice
     if not train.by_epochs:
-        yield steps, train.steps_per_round(0), "max_steps"
-    yield "train.final_steps", train.final_steps, "max_steps"
+        yield steps, train.models * train.steps_per_round(0), "max_steps"
+    yield "train.final_steps", train.models * train.final_steps, "max_steps"
     yield "model.max_length", plan.model.max_length, "max_tokens"
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from ...common.config.schema import Plan
 from ...common.errors import DataError, RefusedError
 from ...common.methods import PERSONAL, SHARED, Method, Role
 from ...common.protocol.types import FALLBACK_DIFFERENCE, FALLBACK_ERROR, FALLBACK_KEPT, Arrays, TrainRequest
+from ...common.standard_error import mean_and_error
 from ...common.tasks.base import Task
 from ...common.training.loop import StepCallback, TrainOutcome
 from .soundness import check_trained
@@ -58,8 +58,8 @@ def compare(collaborative: Sequence[float], local: Sequence[float]) -> Compariso
         return Comparison(-math.inf, math.inf)
     if not all(map(math.isfinite, differences)):
         return Comparison(math.inf, 0.0)
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else math.inf
-    return Comparison(statistics.mean(differences), error)
+    difference, error = mean_and_error(differences)
+    return Comparison(difference, math.inf if error is None else error)
 
 
 def row_losses(task: Task, examples: Sequence[Any]) -> list[float]:

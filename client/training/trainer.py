@@ -160,11 +160,7 @@ class Trainer:
             local=self.local.train(request, state.local, on_step) if self.local else None,
         )
         if finalizes:
-            if self.plan.transfer.prepare:
-                self.transfer_artifacts = self._prepare(on_step)
-            new, comparison = self.local.better_of_both(request, new) if self.local else (new, {})
-            new, metrics = self._measure_end(request, new)
-            metrics |= comparison
+            new, metrics = self._finalize(request, new, on_step)
         else:
             metrics = {**metrics, **update_metrics, "train.loss": trained.loss}
         if trained.overflows:
@@ -183,6 +179,16 @@ class Trainer:
             fresh=stored_state is None,
         )
         return self._send(new, reply, request)
+
+    def _finalize(
+        self, request: TrainRequest, state: PersonalState, on_step: StepCallback | None
+    ) -> tuple[PersonalState, dict[str, float]]:
+        """Prepare a later transfer, keep one of two models if there are two, and measure it."""
+        if self.plan.transfer.prepare:
+            self.transfer_artifacts = self._prepare(on_step)
+        state, comparison = self.local.better_of_both(request, state) if self.local else (state, {})
+        state, metrics = self._measure_end(request, state)
+        return state, metrics | comparison
 
     def _shared_update(self, request: TrainRequest) -> tuple[Arrays, dict[str, float]]:
         """The trained shared arrays after the steps of the update pipeline, and the pipeline's metrics."""

@@ -83,8 +83,9 @@ class AllowSettings:
     """Maximum rank of an adapter, all MultiLoRA modules together. Unset: any."""
 
     max_steps: Positive | None = None
-    """Maximum number of optimizer steps in one round (with ``train.epochs``: those of this site's rows), in the final
-    steps, and in the preparation of a transfer. Unset: any."""
+    """Maximum number of optimizer steps in one round, in the final steps, and in the preparation of a transfer. With
+    ``train.epochs`` the steps are those of this site's rows. With ``train.fallback`` the steps of both models count.
+    Unset: any."""
 
     max_seconds: PositiveFloat | None = None
     """Maximum time in seconds of one round's training and evaluation, and of a transfer. Unset: any."""

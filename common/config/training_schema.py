@@ -130,6 +130,11 @@ class TrainSettings:
     """Keep a site's optimizer state from round to round. Otherwise every round starts with a new optimizer."""
 
     @property
+    def models(self) -> int:
+        """Number of models that a site trains."""
+        return 1 if self.fallback is None else 2
+
+    @property
     def by_epochs(self) -> bool:
         """Whether the number of steps in a round depends on the site's number of training examples."""
         return self.epochs is not None and self.schedule == "joint"

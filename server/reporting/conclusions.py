@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...common.dataset import TASKS
 from ...common.protocol.types import FALLBACK_DIFFERENCE, FALLBACK_ERROR
+from ...common.standard_error import mean_and_error
 from .summary import RunSummary, SiteSummary
 
 CLEAR = 2.0  # a difference counts if it is larger than so many standard errors
@@ -56,11 +57,6 @@ def compare_gains(rows: Sequence[SiteSummary]) -> Comparison | None:
     judged = [(r.gain, r.gain_error) for r in rows if r.gain is not None and r.gain_error is not None]
     better, worse = (sum(sign * gain > CLEAR * e for gain, e in judged) for sign in (1, -1))
     return Comparison(mean, error, len(gains), len(judged), better, worse)
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean of at least one value and its standard error, None for one value."""
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def learning_rates(summary: RunSummary) -> str:

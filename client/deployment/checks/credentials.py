@@ -28,9 +28,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from ....common.config.site_schema import CoordinatorSettings
+from ....common.flower_compat import SIGNATURE_MAX_AGE, SIGNATURE_MAX_AHEAD
 from .result import CheckFailed
 
-MAX_AHEAD, MAX_BEHIND = 5.0, 300.0  # seconds by which Flower lets the clocks of site and coordinator differ
 TIMEOUT = 10.0  # seconds for the coordinator to answer
 EXPIRES_SOON = 30  # days
 UNTRUSTED = {2, 7, 18, 19, 20, 21}  # OpenSSL verify codes: no chain to the CA, or a signature that is not the CA's
@@ -128,11 +128,11 @@ def _check_clock(date: str, address: str) -> None:
         ahead = (datetime.datetime.now(datetime.UTC) - parsedate_to_datetime(date)).total_seconds()
     except (ValueError, TypeError):  # a proxy without the header
         return
-    if not -MAX_BEHIND < ahead < MAX_AHEAD:
+    if not -SIGNATURE_MAX_AGE < ahead < SIGNATURE_MAX_AHEAD:
         relation = "ahead of" if ahead > 0 else "behind"
         raise CheckFailed(
             f"this machine's clock is {abs(ahead):.0f} s {relation} that of {address}; Flower accepts "
-            f"{MAX_AHEAD:.0f} s ahead and {MAX_BEHIND:.0f} s behind"
+            f"{SIGNATURE_MAX_AHEAD:.0f} s ahead and {SIGNATURE_MAX_AGE:.0f} s behind"
         )
 
 

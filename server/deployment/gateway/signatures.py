@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-# Seconds by which a timestamp may be in the past and in the future. Flower's SuperLink has the same limits.
-MAX_AGE, MAX_AHEAD = 305.0, 5.0
+from ....common.flower_compat import SIGNATURE_MAX_AGE, SIGNATURE_MAX_AHEAD
+
 # In the format of Flower's errors, so that SuperNode shows it. The SuperLink's own response has no reason.
 REFUSALS = {  # of a signature: status and content
     "unknown key": (400, {"code": 2004, "detail": "This key is not registered with the coordinator."}),
@@ -51,7 +51,7 @@ class SignatureCheck:
 
     def _forget_old(self) -> None:
         """Forget what is too old to be accepted again. The oldest entries come first."""
-        before = time.monotonic() - MAX_AGE - MAX_AHEAD
+        before = time.monotonic() - SIGNATURE_MAX_AGE - SIGNATURE_MAX_AHEAD
         while self._used and self._used[first := next(iter(self._used))][0] < before:
             del self._used[first]
 
@@ -61,7 +61,7 @@ def _is_recent(signed_at: str) -> bool:
         age = (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(signed_at)).total_seconds()
     except (ValueError, TypeError):  # no time, or a time without a zone
         return False
-    return -MAX_AHEAD < age < MAX_AGE
+    return -SIGNATURE_MAX_AHEAD < age < SIGNATURE_MAX_AGE
 
 
 def _is_signed(public: object, text: str, signature: str) -> bool:

@@ -69,6 +69,11 @@ def test_what_lies_on_every_limit_is_allowed() -> None:
         ({"methods": ["ffa"]}, {}, "method.name: expected one of ffa (allow.methods), found 'colora'"),
         ({"max_rank": 7}, {}, "adapter.rank: expected at most 7 (allow.max_rank), found 8"),
         ({"max_steps": 9}, {}, "train.steps: expected at most 9 (allow.max_steps), found 10"),
+        (
+            {"max_steps": 19},
+            {"train": {"steps": 10, "fallback": "local"}},
+            "train.steps: expected at most 19 (allow.max_steps), found 20",
+        ),
         ({}, {"transfer": {**PREPARE, "seeds": 6}}, "transfer.seeds: expected at most 5 (allow.max_seeds), found 6"),
         ({"max_seeds": 0}, {"transfer": PREPARE}, "transfer.seeds: expected at most 0 (allow.max_seeds), found 5"),
         (

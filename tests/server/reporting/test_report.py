@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from colora.server.reporting.conclusions import mean_and_error
+from colora.common.standard_error import mean_and_error
 from colora.server.reporting.console import LiveDisplay
 from colora.server.reporting.report import print_report
 from colora.server.reporting.summary import RunSummary, summarize

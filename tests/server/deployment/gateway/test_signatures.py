@@ -32,7 +32,7 @@ def test_what_flowers_own_client_signs_is_valid(keys: tuple) -> None:
         client.PullMessages(fleet_pb2.PullMessagesRequest())
     check = SignatureCheck([keys[0].public])
     assert check.check(seen[0].headers, "here") == "valid"
-    assert (signatures.MAX_AGE, signatures.MAX_AHEAD) == (
+    assert (signatures.SIGNATURE_MAX_AGE, signatures.SIGNATURE_MAX_AHEAD) == (
         TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE,
         SYSTEM_TIME_TOLERANCE,
     )
@@ -70,7 +70,7 @@ def test_old_signatures_are_forgotten(keys: tuple, monkeypatch: pytest.MonkeyPat
     for second in range(0, 1000, 5):
         now[0] = float(second)
         check.check(keys[0].headers(), "here")
-    assert len(check._used) <= (signatures.MAX_AGE + signatures.MAX_AHEAD) / 5 + 1
+    assert len(check._used) <= (signatures.SIGNATURE_MAX_AGE + signatures.SIGNATURE_MAX_AHEAD) / 5 + 1
 
 
 def unread(gateway: GatewayServer, headers: dict[str, str]) -> int:
