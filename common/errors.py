@@ -68,6 +68,16 @@ class ColoraError(Exception):
         return type(self)(self.field, self.expected, self.found, **{**self._rest(), "site": self.site or site})
 
 
+def reason_in_words(reason: str, site: str | None) -> str:
+    """Return why a site was left out as a clause, without the site's name. A public text becomes a sentence."""
+    reason = reason.removeprefix(f"site {site}: ")
+    kind, _, field = reason.partition(": ")
+    cause = _CAUSES.get(kind)
+    if not cause or (field and not _PUBLIC.fullmatch(field)):
+        return reason
+    return f"{cause}{f' ({field})' if field else ''}; the log of the site has the details"
+
+
 def _rebuild(
     kind: type[ColoraError], field: str, expected: str, found: str, rest: dict[str, str | None]
 ) -> ColoraError:
@@ -109,3 +119,14 @@ class RefusedError(ColoraError, ValueError):
 
 class QuorumError(ColoraError, RuntimeError):
     """Too few sites or admitted replies to continue."""
+
+
+_CAUSES = {  # of the errors whose public text a site sends
+    "ConfigError": "the site has an error in its site file",
+    "AssetError": "the site could not get a packaged model or data set",
+    "ModelError": "the site has an error with its base model",
+    "DataError": "the site has an error in its data",
+    "StateError": "the site could not read or write its state",
+    "DamagedError": "the site found a damaged file",
+    "RefusedError": "the site refused the request",
+}

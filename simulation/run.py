@@ -18,6 +18,7 @@ from ..common.dataset import SiteDataset
 from ..common.errors import ConfigError, QuorumError, StateError
 from ..server.reporting.events import Event
 from ..server.reporting.run_folder import RunFolder
+from ..server.reporting.tracking import track
 from ..server.rounds.run_options import Replay, RosterEntry, RunOptions
 from ..server.server_app import make_app as make_server_app
 from ..server.server_app import run_config
@@ -59,7 +60,7 @@ def simulate(
     Raises ConfigError, DataError, ModelError or AssetError for bad input, StateError when the folder holds something
     else, and QuorumError.
     """
-    run = RunFolder(folder)
+    run, trackers = RunFolder(folder), track(recipe, folder, listener)
     if not run.recipe.exists() or not resume:
         run.check_new()
     else:
@@ -67,11 +68,12 @@ def simulate(
     if not run.recipe.exists():
         initialize_run(run, recipe, on_sites)
     roster = tuple(RosterEntry(*entry) for entry in run.read_roster())
-    federate(recipe, RunPaths(folder, folder), roster, listener, RunOptions(replay=replay))
-    if recipe.simulation.baseline:
-        mark = (lambda event: listener({**event, "baseline": True})) if listener else None
-        federate(local_only(recipe), RunPaths(run.baseline, folder), roster, mark)
-        compare(run, recipe, [entry.site for entry in roster], mark)
+    with trackers:
+        federate(recipe, RunPaths(folder, folder), roster, listener, RunOptions(replay=replay))
+        if recipe.simulation.baseline:
+            mark = (lambda event: listener({**event, "baseline": True})) if listener else None
+            federate(local_only(recipe), RunPaths(run.baseline, folder), roster, mark)
+            compare(run, recipe, [entry.site for entry in roster], mark)
     return run
 
 

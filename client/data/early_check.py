@@ -10,6 +10,7 @@ from ...common.dataset import TASKS, Row
 from ...common.errors import DataError
 from ...common.tasks.columns import RawRow
 from ...common.tasks.conversations import parse_example
+from .packaged import check_asset
 from .readers import as_test_source, is_hub_id, read_rows
 
 SMALL = 1 << 22  # bytes; a larger file is read once only, later
@@ -18,8 +19,8 @@ SMALL = 1 << 22  # bytes; a larger file is read once only, later
 def check_sources(data: DataSettings, site: str | None) -> None:
     """Check that the sources' files exist, can be read and have the columns of the task.
 
-    Columns are checked in files of up to ``SMALL`` bytes. Assets and hub data sets are not checked. Raises the
-    DataError that reading the rows would raise.
+    Columns are checked in files of up to ``SMALL`` bytes. Of an asset only the name is checked, of a hub data set
+    nothing. Raises the error that reading the rows would raise.
     """
     if not data.source:
         message, hint = "data.source is empty.", "Set it to a file, an asset or a hub data set."
@@ -34,7 +35,9 @@ def check_sources(data: DataSettings, site: str | None) -> None:
 
 def _check(source: str, data: DataSettings, site: str | None) -> None:
     path = Path(source)
-    if source.startswith("asset:") or path.is_dir() or (not path.exists() and is_hub_id(source)):
+    if source.startswith("asset:"):
+        return check_asset(source.removeprefix("asset:"), site)
+    if path.is_dir() or (not path.exists() and is_hub_id(source)):
         return
     if not path.exists() or path.stat().st_size <= SMALL:
         _check_columns(read_rows(source, site, data), data, site or "")

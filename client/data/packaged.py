@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from ...common.config.diagnostics import did_you_mean
 from ...common.dataset import Row
 from ...common.errors import AssetError, ConfigError, DataError
 from ...common.models.assets import asset_folder
@@ -14,18 +15,9 @@ from ...common.models.assets import asset_folder
 
 def read_asset(name: str, site: str | None) -> list[Row]:
     """Read ``NAME/PART`` of an asset. Raises ConfigError for an unknown asset, DataError for an unknown part."""
+    check_asset(name, site)
     asset, _, part = name.partition("/")
-    reader = _ASSET_READERS.get(asset)
-    if reader is None:
-        names = ", ".join(_ASSET_READERS)
-        raise ConfigError(
-            "data.source",
-            f"asset:NAME with NAME one of {names}",
-            repr(name),
-            site=site,
-            message=f"data.source: there is no data asset {asset!r}.",
-            hint=f"The data assets are {names}.",
-        )
+    reader = _ASSET_READERS[asset]
     try:
         rows = list(reader(asset_folder(asset), part))
     except AssetError as error:
@@ -37,6 +29,20 @@ def read_asset(name: str, site: str | None) -> list[Row]:
         expected = f"asset:{asset}/PART with an existing part"
         raise DataError("data.source", expected, repr(name), site=site, message=message)
     return rows
+
+
+def check_asset(name: str, site: str | None) -> None:
+    """Check that there is an asset of this name. Raises ConfigError."""
+    asset, names = name.partition("/")[0], ", ".join(_ASSET_READERS)
+    if asset not in _ASSET_READERS:
+        raise ConfigError(
+            "data.source",
+            f"asset:NAME with NAME one of {names}",
+            repr(name),
+            site=site,
+            message=f"data.source: there is no data asset {asset!r}.",
+            hint=f"{did_you_mean(asset, _ASSET_READERS)}The data assets are {names}.",
+        )
 
 
 def _read_newsgroups(folder: Path, part: str) -> Iterator[Row]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
+from ...common.config.diagnostics import did_you_mean
 from ...common.config.schema import DataSettings
 from ...common.dataset import Row
 from ...common.errors import ConfigError, DataError
@@ -35,7 +37,8 @@ def read_rows(
     elif is_hub_id(source):
         rows = read_hub(opened)
     else:
-        raise opened.error("an existing file", source, message=f"the file {source} does not exist.")
+        hint = did_you_mean(opened.path.name, _files_beside(opened.path)).strip() or None
+        raise opened.error("an existing file", source, message=f"the file {source} does not exist.", hint=hint)
     if not rows:
         message = f"{source} contains no rows."
         raise opened.error("rows", f"an empty file, {source}", message=message)
@@ -43,8 +46,23 @@ def read_rows(
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source that is not on this machine can be a hub data set: no path, and no suffix of a file."""
-    return bool(HUB_ID.fullmatch(source)) and Source(source, DataSettings()).suffix not in READERS
+    """Whether a source that is not on this machine can be a hub data set.
+
+    It is no path, has no suffix of a file, and no file here has its name with such a suffix.
+    """
+    if not HUB_ID.fullmatch(source) or Source(source, DataSettings()).suffix in READERS:
+        return False
+    path = Path(source)
+    return not any(name.startswith(f"{path.name}.") for name in _files_beside(path))
+
+
+def _files_beside(path: Path) -> list[str]:
+    """Return the names of the data files in the folder of a path that does not exist."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
+    except OSError:
+        return []
+    return [name for name in names if Source(name, DataSettings()).suffix in READERS]
 
 
 def _read_file(source: Source) -> list[Row]:

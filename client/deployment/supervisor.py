@@ -164,7 +164,7 @@ class NodeSupervisor:
         if not self.child.due:
             return False
         if self.child.starts and not self.child.killed and not self._between_federations:
-            self._report(f"the SuperNode ended: {self.node.exit_reason()}; restarting it")
+            self._report(f"no connection to the coordinator: {self.node.exit_reason()}; retrying")
         self.reported_connected = self.checked_connection = False
         self.node.start()
         return True

@@ -63,6 +63,7 @@ def simulate(
 
     from colora.common.config.loader import load_recipe
     from colora.server.reporting.report import print_report
+    from colora.server.reporting.run_folder import RunFolder
     from colora.server.rounds.run_options import read_replay
 
     overrides = [*(set_ or [])]
@@ -75,8 +76,10 @@ def simulate(
         settings = load_recipe(_recipe_path(recipe, out if resume else None), tuple(overrides))
     folder = out or Path("runs") / settings.name
     continues = resume and (folder / "recipe.toml").exists()  # with the rows in its folder
-    if settings.transfer.source_federation is None and not continues:
-        _check_sources(settings)
+    if not continues:
+        RunFolder(folder).check_new()
+        if settings.transfer.source_federation is None:
+            _check_sources(settings)
     console = Console()
     replayed = read_replay(replay) if replay else None
     if resume and not continues:

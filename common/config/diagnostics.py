@@ -52,9 +52,9 @@ def at_named_site(error: ConfigError, sites: list[dict[str, Any]]) -> ColoraErro
     return ConfigError(key, error.expected, error.found, site=site, message=message, hint=error.hint)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return "Did you mean 'X'? " for the nearest known word; empty if none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def did_you_mean(word: str, known: Iterable[str], *, similarity: float = 0.5) -> str:
+    """Return "Did you mean 'X'? " for the nearest known word; empty if none has this similarity (0 to 1)."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=similarity)
     return f"Did you mean {near[0]!r}? " if near else ""
 
 

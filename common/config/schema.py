@@ -58,6 +58,7 @@ __all__ = [
     "SimulationSettings",
     "TrainSettings",
     "ServerSettings",
+    "TrackingSettings",
     "TransferGeneratorSettings",
     "TransferSettings",
     "digest",
@@ -216,6 +217,17 @@ class SimulationSettings:
 
 
 @dataclass(frozen=True, config=STRICT)
+class TrackingSettings:
+    """Experiment trackers that log the metrics of the run."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Names of trackers. Each needs its own package."""
+
+    project: Name | None = None
+    """The project at ``wandb`` and ``trackio``, and the experiment at ``mlflow``. Unset: ``colora``."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Recipe(Plan):
     """A whole experiment, as read from TOML."""
 
@@ -237,6 +249,9 @@ class Recipe(Plan):
     simulation: SimulationSettings = field(default_factory=SimulationSettings)
     """The simulation."""
 
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    """Experiment trackers."""
+
     @property
     def plan(self) -> Plan:
         """The part of the recipe that sites receive."""
@@ -247,8 +262,9 @@ class Recipe(Plan):
 
     @property
     def identity(self) -> str:
-        """Hash of what a run cannot change: all keys but ``rounds``, ``description`` and ``[simulation]``."""
-        return digest(to_json(dataclasses.replace(self, rounds=1, simulation=SimulationSettings(), description="")))
+        """Hash of what a run cannot change: all but ``rounds``, ``description``, ``[simulation]``, ``[tracking]``."""
+        free = {"simulation": SimulationSettings(), "tracking": TrackingSettings(), "description": ""}
+        return digest(to_json(dataclasses.replace(self, rounds=1, **free)))
 
     @property
     def rounds_matter(self) -> str | None:

@@ -10,11 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from ..config.diagnostics import did_you_mean
 from ..dataset import Row
 from ..errors import DataError
 
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 MAX_LISTED = 5  # row numbers in a message
+RECOGNIZED = {  # the format of instruction data that a column shows
+    "messages": "messages",
+    "conversations": "sharegpt",
+    "conversation": "sharegpt",
+    "instruction": "alpaca",
+}
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,18 @@ class RawRow:
         columns = template_columns(name)
         missing = next((column for column in columns or (name,) if column not in self.values), None)
         if missing is not None:
-            raise self.error(key, f"a column {missing!r}", f"only {', '.join(map(str, self.values))}")
+            columns = ", ".join(map(str, self.values))
+            raise self.error(key, f"a column {missing!r}", f"only {columns}", hint=self._hint(missing, key))
         return "".join(
             literal + ("" if column is None or self.values[column] is None else str(self.values[column]))
             for literal, column, _, _ in Formatter().parse(name)
         )
+
+    def _hint(self, missing: str, key: str) -> str | None:
+        """Suggest the task that the columns show, or the nearest column."""
+        if key in ("text", "label") and any(column in self.values for column in (*RECOGNIZED, "prompt")):
+            return 'Instruction data needs data.task = "generation".'
+        return did_you_mean(missing, map(str, self.values), similarity=0.7).strip() or None
 
     def text(self, name: str, key: str) -> str:
         """The value of a column of texts."""

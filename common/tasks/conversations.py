@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config.schema import DataSettings
 from ..dataset import Row
-from .columns import RawRow
+from .columns import RECOGNIZED, RawRow
 
 Turn = dict[str, Any]
 TURNS = "a list of {role, content}"
@@ -37,7 +37,10 @@ ALPACA = (  # the prompts of the Alpaca data, without and with an input
 
 def parse_example(raw: RawRow, data: DataSettings) -> Row:
     """Convert a row in the format ``data.format`` or, unset, in the one that its columns show."""
-    return FORMATS[format_of(raw, data)](raw, data)
+    row = FORMATS[format_of(raw, data)](raw, data)
+    if not row.get("completion", "messages").strip():
+        raw.remark("The completion is empty")
+    return row
 
 
 def parse_input(raw: RawRow, data: DataSettings) -> Row | None:
@@ -110,12 +113,6 @@ FORMATS: dict[str, Callable[[RawRow, DataSettings], Row]] = {
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
     "messages": _messages,
-}
-RECOGNIZED = {  # the format that a column shows
-    "messages": "messages",
-    "conversations": "sharegpt",
-    "conversation": "sharegpt",
-    "instruction": "alpaca",
 }
 
 

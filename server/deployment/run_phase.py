@@ -15,7 +15,7 @@ ROUND_EVENTS = ("round_started", "reply", "round", "failed", "refused", "late") 
 
 def phase_of(events: list[Event], summary: RunSummary, checkpoint: CheckpointInfo | None) -> tuple[Phase, str]:
     """Return the phase by the events since the last start, and its details."""
-    events = [event for event in events if event["event"] != "site_ready"]
+    events = [event for event in events if event["event"] not in ("site_ready", "tracker_failed")]
     if checkpoint and checkpoint.finalized and checkpoint.round >= summary.rounds:
         return "finished", ""
     if not events:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...common.errors import reason_in_words
 from ...common.processes.health import ProcessStatus, ServiceStatus
 from ..reporting.events import Event
 from ..reporting.summary import RunSummary
@@ -40,7 +41,7 @@ def _left_out(events: Sequence[Event], roster: Sequence[str]) -> list[str]:
     bad = [last[site] for site in roster if site in last and last[site]["event"] in ("failed", "refused")]
     return [
         f"{event['site']} was left out {f'of round {t}' if (t := event['round']) else 'before round 1'}: "
-        f"{str(event['reason']).removeprefix('site ' + event['site'] + ': ')}"
+        f"{reason_in_words(str(event['reason']), event['site'])}"
         for event in bad
     ]
 

@@ -24,6 +24,7 @@ from ...common.processes.file_limit import raise_file_limit
 from ...common.processes.supervised import Signals, exclusive_lock, listens, write_services
 from ..reporting.events import Event, EventLog, EventTail, notify
 from ..reporting.run_folder import RunFolder
+from ..reporting.tracking import track
 from ..rounds.run_options import RosterEntry
 from .gateway.process import GatewayProcess
 from .gateway.server import ListenAddress
@@ -127,7 +128,7 @@ def run_server(job: ServerJob, listener: Callable[[Event], None]) -> bool:
         logger.info("open files: at most %d", raise_file_limit())
         gateway = GatewayProcess(address, upstream(link.url), link.home, job.folder / "logs" / "gateway.log")
         gateway.hold()
-        with gateway:
+        with track(job.recipe, job.folder), gateway:
             return Supervisor(run, link, gateway, job, listener).run_until_done()
 
 

@@ -10,12 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ...common.dataset import EVAL_MODES
+from ...common.errors import reason_in_words
 from ...common.foreign_text import printable, sanitize
 from .events import Event
 from .summary import RunSummary, note_of
 
 PHASES = ("started", "agreed", "round_started", "finalizing")  # events with which a new elapsed time begins
-NOTED = ("waiting", "restarted", "late", "finalizing", "transfer_started")  # events that note_of() describes
+# events that note_of() describes
+NOTED = ("waiting", "restarted", "late", "finalizing", "transfer_started", "tracker_failed")
 
 
 class LiveDisplay:
@@ -108,7 +110,7 @@ def _line(summary: RunSummary, event: Event) -> str | None:
         return f"{prefix}{note_of(event)}"
     if name in ("refused", "failed"):
         site = event.get("site") or "unknown node"
-        reason = str(event["reason"]).removeprefix(f"site {site}: ")
+        reason = reason_in_words(str(event["reason"]), site)
         when = f"round {event['round']}" if event["round"] else "before round 1"
         return f"{prefix}{when}: {site} left out: {reason}"
     return None

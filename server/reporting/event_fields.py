@@ -85,6 +85,7 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
     "finished": {"seconds": _number},
     "run_failed": {**_REASON, "final": lambda value: isinstance(value, bool)},
     "restarted": {"what": _text},
+    "tracker_failed": {"tracker": _text, **_REASON},
 }
 OPTIONAL: Mapping[str, Mapping[str, Check]] = {  # where present
     "resumed": {"damaged": _names},

@@ -51,6 +51,7 @@ stopped            The coordinator stopped on request; the same command continue
 run_failed         The coordinator process ended with an error: reason, final (false if the supervisor retries).
 restarted          The supervisor restarted a component: what ("gateway", "superlink" or "run"), reason (of
                    a run).
+tracker_failed     A tracker ended with an error and logs no more rounds: tracker (its name), reason.
 =================  ====================================================================================================
 """
 
@@ -176,10 +177,11 @@ def _parse(lines: bytes, path: Path) -> tuple[list[Event], str]:
 
 
 class EventTail:
-    """Follows a file that another process appends to, from its present end."""
+    """Follows a file that another process appends to, from ``start`` in bytes or, without it, from its present end."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._offset = path, path.stat().st_size if path.exists() else 0
+    def __init__(self, path: Path, start: int | None = None) -> None:
+        size = path.stat().st_size if path.exists() else 0
+        self.path, self._offset = path, size if start is None else start
 
     def new(self) -> list[Event]:
         """Return the complete events since the last call. A partial last line is left for the next call."""

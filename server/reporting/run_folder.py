@@ -126,7 +126,7 @@ class RunFolder:
 def _difference(stored: Recipe, given: Recipe) -> str:
     """Describe the first three keys that differ and matter to a result."""
     old, new = _flat(to_dict(stored)), _flat(to_dict(given))
-    ignored = ("simulation", "description", "rounds")  # as in Recipe.identity
+    ignored = ("simulation", "tracking", "description", "rounds")  # as in Recipe.identity
     keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not k.startswith(ignored))
     return ", ".join(f"{k} = {_shown(new.get(k))} instead of {_shown(old.get(k))}" for k in keys[:3])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...common.dataset import TASKS
+from ...common.errors import reason_in_words
 from ...common.protocol.types import FALLBACK_KEPT
 from .events import Event
 
@@ -150,7 +151,7 @@ def _waiting_note(event: Event) -> str:
     seconds, present, quorum = event.get("seconds", 0), len(event["present"]), event["quorum"]
     if "round" not in event:
         since = f" for {seconds:.0f} s" if seconds else ""
-        return f"waiting for {', '.join(event['missing'])}{since}: {present} online, {quorum} needed"
+        return f"waiting for {', '.join(event['missing'])}{since}: {present} joined, {quorum} needed"
     offline = event.get("offline", ())
     sites = ", ".join(f"{site} (offline)" if site in offline else site for site in event["missing"])
     silence = f"waiting for {sites}, silent for {seconds:.0f} s"
@@ -158,6 +159,7 @@ def _waiting_note(event: Event) -> str:
 
 
 _NOTES: dict[str, Callable[[Event], str]] = {
+    "tracker_failed": lambda event: f"the tracker {event['tracker']} stopped, the run goes on: {event['reason']}",
     "transfer_started": _transfer_note,
     "finalizing": _finalizing_note,
     "restarted": _restarted_note,
@@ -255,7 +257,7 @@ def _compared(summary: RunSummary, event: Event) -> None:
 
 def _left_out(summary: RunSummary, event: Event) -> None:
     site = event.get("site")
-    reason = str(event["reason"]).removeprefix(f"site {site}: ")
+    reason = reason_in_words(str(event["reason"]), site)
     if site in summary.rows:
         summary.rows[site].failures.setdefault(event["round"], reason)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from ....common.errors import reason_in_words
 from ..events import Event, parse_lines
 from .history import Cost, History, Incident, RoundRecord
 
@@ -24,17 +25,22 @@ def make_history(events: Iterable[Event]) -> History:
     """Build the history of these events; the baseline's have ``baseline`` set to True and come last."""
     history = History()
     for event in events:
-        history.events += 1
-        history.summary.update(event)
-        history.began = event["time"] if history.began is None else history.began
-        history.ended = max(event["time"], history.ended or 0.0)
-        alone = bool(event.get("baseline"))
-        if event["event"] in _INCIDENTS:
-            history.incidents.append(_INCIDENTS[event["event"]](event))
-        handler = _ALONE.get(event["event"]) if alone else _HANDLERS.get(event["event"])
-        if handler:
-            handler(history, event)
+        extend(history, event)
     return history
+
+
+def extend(history: History, event: Event) -> None:
+    """Add the next event to a history."""
+    history.events += 1
+    history.summary.update(event)
+    history.began = event["time"] if history.began is None else history.began
+    history.ended = max(event["time"], history.ended or 0.0)
+    alone = bool(event.get("baseline"))
+    if event["event"] in _INCIDENTS:
+        history.incidents.append(_INCIDENTS[event["event"]](event))
+    handler = _ALONE.get(event["event"]) if alone else _HANDLERS.get(event["event"])
+    if handler:
+        handler(history, event)
 
 
 def _started(history: History, event: Event) -> None:
@@ -156,7 +162,7 @@ _ALONE: Mapping[str, Callable[[History, Event], None]] = {"reply": _baseline_rep
 def _problem(event: Event) -> Incident:
     site = event.get("site") or UNKNOWN
     kind = "silent" if event.get("silent") else event["event"]
-    reason = str(event["reason"] or "an error without a reason").removeprefix(f"site {site}: ")
+    reason = reason_in_words(str(event["reason"] or "an error without a reason"), site)
     return Incident(kind, event["round"], site, reason, bool(event.get("baseline")))
 
 
@@ -173,6 +179,9 @@ _INCIDENTS: Mapping[str, Callable[[Event], Incident]] = {
     "clipped": _clip,
     "restarted": lambda event: Incident(
         "restarted", 0, "coordinator", f"the {event['what']} was restarted" + _because(event.get("reason"))
+    ),
+    "tracker_failed": lambda event: Incident(
+        "tracker_failed", 0, "coordinator", f"the tracker {event['tracker']} stopped: {event['reason']}"
     ),
     "run_failed": lambda event: Incident("run_failed", 0, "coordinator", event["reason"]),
     "resumed": lambda event: Incident(

@@ -30,6 +30,7 @@ KINDS = {
     "clipped": "clipped",
     "fresh": "state lost",
     "restarted": "restarted",
+    "tracker_failed": "tracker stopped",
     "run_failed": "run failed",
     "resumed": "resumed",
 }

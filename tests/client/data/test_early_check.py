@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from colora.client.data.early_check import check_sources
 from colora.client.data.selection import load_site_rows
 from colora.common.config.schema import DataSettings
 from colora.common.config.site_schema import SiteSettings
-from colora.common.errors import DataError
+from colora.common.errors import ConfigError, DataError
 from tests.conftest import labelled_rows, write_lines
 
 WRONG: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
@@ -52,7 +53,7 @@ def test_what_costs_time_is_left_to_the_full_check(tmp_path: Path, monkeypatch: 
     check_sources(DataSettings(str(path)), "ada")
     monkeypatch.setattr(early_check, "SMALL", 4)
     check_sources(DataSettings(str(path), text="body"), "ada")
-    for elsewhere in ("asset:nothing", "owner/name", "name:split"):
+    for elsewhere in ("asset:chatterbot/nothing", "owner/name", "name:split"):
         check_sources(DataSettings(elsewhere), "ada")
     with pytest.raises(DataError, match=r"data\.test_source: the file nowhere/a\.csv does not exist"):
         check_sources(DataSettings("owner/name", "nowhere/a.csv"), "ada")
@@ -71,3 +72,34 @@ def test_the_command_names_a_wrong_column_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "site ada: data.text: expected a column 'body', found only text, label in every row" in done.stderr
     assert done.stdout.split()[-3:] == ["2", "False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("reviews", "the file reviews does not exist. Did you mean 'reviews.csv'?"),
+        ("reveiws.csv", "the file reveiws.csv does not exist. Did you mean 'reviews.csv'?"),
+        ("asset:chaterbot", "there is no data asset 'chaterbot'. Did you mean 'chatterbot'?"),
+    ],
+)
+def test_a_misspelt_source_is_named_without_asking_the_hub(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reviews.csv").write_text("text,label\nfine,good\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((DataError, ConfigError), match=re.escape(message)):
+        check_sources(DataSettings(source), "ada")
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "hint"),
+    [
+        ({"instruction": "Say hello.", "output": "hello"}, {}, 'Instruction data needs data.task = "generation".'),
+        ({"Text": "fine", "label": "good"}, {}, "Did you mean 'Text'?"),
+        ({"text": "fine", "topic": "good"}, {"label": "topics"}, "Did you mean 'topic'?"),
+    ],
+)
+def test_a_missing_column_is_named_with_the_likely_remedy(row: dict, settings: dict, hint: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [row] * 4)
+    with pytest.raises(DataError, match=re.escape(hint)):
+        check_sources(DataSettings(str(path), **settings), "ada")

@@ -167,4 +167,4 @@ def test_without_its_port_it_is_started_again_at_others(which: int, tmp_path: Pa
         finally:
             supervisor.stop()
     assert len(set(ports)) == len(ports) == 2
-    assert "the SuperNode ended: one of its ports was in use; restarting it" in messages
+    assert "no connection to the coordinator: one of its ports was in use; retrying" in messages

@@ -103,7 +103,7 @@ def test_a_coordinator_that_stops_after_the_end_is_not_reported(site_setup: Site
 
     assert retries_after("town has ended after round 2 and the final personalization.") == []
     assert retries_after("town round 1: loss 0.5, 2 steps") == [
-        "the SuperNode ended: see its log; restarting it",
+        "no connection to the coordinator: see its log; retrying",
         "cannot reach the coordinator: connection refused; retrying",
     ]
 

@@ -166,7 +166,8 @@ def test_a_site_whose_last_answer_was_an_error_needs_a_person_until_it_answers(r
     error = {"event": "failed", "round": 2, "site": "bob", "reason": "DataError: data.label"}
     silent = {"event": "failed", "round": 2, "site": "cyd", "reason": "no reply within 5 s", "silent": True}
     now = cut(run, "round", error, silent, checkpoint=1)
-    assert run_status(run, now + 1).problems == ("bob was left out of round 2: DataError: data.label",)
+    why = "the site has an error in its data (data.label); the log of the site has the details"
+    assert run_status(run, now + 1).problems == (f"bob was left out of round 2: {why}",)
     now = cut(run, "round", error, {**events["reply"], "site": "bob"}, checkpoint=1)
     assert run_status(run, now + 1).healthy
 

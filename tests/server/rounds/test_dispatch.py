@@ -425,4 +425,4 @@ def test_who_has_not_joined_is_told_again_with_the_time(tmp_path: Path, monkeypa
     first, *again = recorded(tmp_path, "waiting")
     assert "seconds" not in first
     assert [event["missing"] for event in again] == [["bob", "cyd"]] * 2
-    assert note_of({**again[1], "seconds": 120}) == "waiting for bob, cyd for 120 s: 1 online, 2 needed"
+    assert note_of({**again[1], "seconds": 120}) == "waiting for bob, cyd for 120 s: 1 joined, 2 needed"

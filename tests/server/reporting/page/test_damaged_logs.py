@@ -39,6 +39,7 @@ OTHERS: list[Event] = [
     {"event": "clipped", "round": 2, "site": "bob", "norm": 1.0, "bound": 0},
     {"event": "grouped", "groups": [["ada"], ["bob"]], "tests": [], "cosines": {"ada": {}}},
     {"event": "restarted", "what": "run"},
+    {"event": "tracker_failed", "tracker": "wandb", "reason": "OSError"},
     {"event": "resumed", "round": 1},
 ]
 

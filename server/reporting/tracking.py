@@ -1,0 +1,95 @@
+"""The rows that trackers log of a federation: one for each round, one for its end, one for the local-only baseline.
+
+A row holds what the coordinator sees, per site (``train.loss/SITE``) and as the mean over sites (``train.loss``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ...common.config.schema import Recipe, to_dict
+from ...common.trackers import TrackedRow, TrackedRun, Trackers
+from .events import Event, EventLog, EventTail, Listener
+from .page.fold import extend
+from .page.history import History, RoundRecord
+
+
+def track(recipe: Recipe, folder: Path, listener: Listener | None = None) -> Trackers:
+    """Return a context manager within which the recipe's trackers log the run in ``folder``.
+
+    ``listener`` receives the event of a tracker that failed.
+
+    Raises ConfigError if the package of a tracker is not installed.
+    """
+
+    def failed(tracker: str, reason: str) -> None:
+        EventLog(folder / "events.jsonl", listener).emit("tracker_failed", tracker=tracker, reason=reason)
+
+    project = recipe.tracking.project or "colora"
+    run = TrackedRun(recipe.name, project, folder / "trackers", lambda: _reader(folder), to_dict(recipe), failed)
+    return Trackers(recipe.tracking.trackers, run)
+
+
+def _reader(folder: Path) -> Callable[[], Iterator[TrackedRow]]:
+    history = History()
+    logs = (EventTail(folder / "events.jsonl", 0), False), (EventTail(folder / "baseline" / "events.jsonl", 0), True)
+
+    def read() -> Iterator[TrackedRow]:
+        for tail, baseline in logs:
+            for event in tail.new():
+                yield from _rows(history, {**event, "baseline": True} if baseline else event)
+
+    return read
+
+
+def _rows(history: History, event: Event) -> Iterator[TrackedRow]:
+    """Take the next event; yield the row that it completes."""
+    extend(history, event)
+    name, alone = event["event"], bool(event.get("baseline"))
+    if name == "round" and not alone:
+        t = event["round"]
+        yield TrackedRow(f"round {t}", t, _metrics(history, history.rounds[t]))
+    elif name == "finalized" and not alone:
+        t = event["round"]
+        metrics = _metrics(history, history.rounds[t + 1])
+        yield TrackedRow(f"final {t}", t, {f"final.{key}": value for key, value in metrics.items()})
+    elif name == "compared" or (name == "finished" and alone):
+        yield from _alone(history, event)
+
+
+def _metrics(history: History, record: RoundRecord) -> dict[str, float]:
+    """The metrics of a round. A site evaluates the adapter that it receives, before it trains."""
+    t, by_site = record.number, {}
+    for (site, kind), points in history.losses.items():
+        if kind == "personal" and t in points and site in record.costs:
+            by_site["train.loss", site] = points[t]
+    for (site, mode, metric), points in history.curves.items():
+        if mode != "alone" and t - 1 in points and site in record.costs:
+            by_site[f"{mode}.{metric}", site] = points[t - 1]
+    by_name: dict[str, list[float]] = {}
+    for (name, _), value in by_site.items():
+        by_name.setdefault(name, []).append(value)
+    metrics = {f"{name}/{site}": value for (name, site), value in by_site.items()}
+    metrics |= {name: sum(values) / len(values) for name, values in by_name.items()}
+    for site, cost in record.costs.items():
+        metrics |= {f"seconds/{site}": cost.seconds, f"bytes/{site}": float(cost.down + cost.up)}
+    metrics |= {f"weight/{site}": weight for site, weight in record.weights.items()}
+    metrics |= {"sites": float(len(record.admitted or ())), "bytes": float(record.cost.down + record.cost.up)}
+    return metrics if record.seconds is None else {**metrics, "seconds": record.seconds}
+
+
+def _alone(history: History, event: Event) -> Iterator[TrackedRow]:
+    """Yield the results of a site's local-only training: its metrics, and the gain of the personal model over it."""
+    t = history.summary.rounds
+    if event["event"] == "compared":
+        site = event["site"]
+        yield TrackedRow(f"gain {t} {site}", t, {f"gain/{site}": event["gain"]})
+        return
+    metrics = {
+        f"alone.{name.removeprefix('personal.')}/{row.site}": value
+        for row in history.sites
+        for name, value in row.alone.items()
+        if name.startswith("personal.")
+    }
+    yield TrackedRow(f"alone {t}", t, metrics)

@@ -1,0 +1,85 @@
+"""What a tracker logs is read back with its own library, and compared with the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import tracking
+
+from colora.common.config.loader import recipe_from
+from colora.common.errors import ConfigError
+from colora.common.foreign_text import clean
+from colora.server.reporting.events import Event, read_events
+from colora.server.reporting.run_folder import RunFolder
+from colora.server.reporting.summary import note_of, summarize
+from colora.simulation.run import simulate
+
+Series = dict[str, list[tuple[int, float]]]  # tag → (step, value) of every point
+
+
+def tracked(raw: dict, rounds: int, folder: Path, *, resume: bool = False, **options: Any) -> RunFolder:
+    settings = {**raw, "rounds": rounds, "tracking": {"trackers": ["tensorboard"]}, "evaluation": {"every": 1}}
+    return simulate(recipe_from(settings), folder, resume=resume, **options)
+
+
+def logged(run: RunFolder) -> Series:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(run.path / "trackers" / "tensorboard"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    return {tag: [(p.step, p.value) for p in accumulator.Scalars(tag)] for tag in tags}
+
+
+@pytest.mark.parametrize("stops", [(3,), (1, 3)], ids=["at once", "extended"])
+def test_every_round_is_logged_once_with_the_metrics_of_every_site(
+    tiny_recipe: dict, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    tiny_recipe["simulation"]["baseline"] = True
+    for i, rounds in enumerate(stops):
+        run = tracked(tiny_recipe, rounds, tmp_path / "run", resume=i > 0)
+    series, sites = logged(run), [name for name, _ in run.read_roster()]
+    replies = [e for e in read_events(run.path / "events.jsonl") if e["event"] == "reply" and e["kind"] == "train"]
+    for site in sites:
+        told = [(e["round"], e["metrics"]["train.loss"]) for e in replies if e["site"] == site]
+        assert series[f"train.loss/{site}"] == [(t, pytest.approx(loss)) for t, loss in told]
+        assert [step for step, _ in series[f"personal.accuracy/{site}"]] == [2, 3]  # none before round 1
+        row = summarize(run.events()).rows[site]
+        assert series[f"final.personal.accuracy/{site}"][-1] == (3, pytest.approx(row.metric("personal")))
+        assert series[f"gain/{site}"][-1] == (3, pytest.approx(row.gain))
+    assert [step for step, _ in series["train.loss"]] == [1, 2, 3]
+
+
+ERROR = "no route\x1b[2J to the tracker"
+
+
+class Broken(tracking.TensorBoardTracker):
+    """Raises at the second row."""
+
+    def log(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
+        if step == 2:
+            raise OSError(ERROR)
+
+
+def test_a_tracker_that_raises_is_named_once_and_the_run_goes_on(
+    tiny_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Broken)
+    told: list[Event] = []
+    run = tracked(tiny_recipe, 3, tmp_path / "run", listener=told.append)
+    assert "finished" in {event["event"] for event in told}
+    failures = [event for event in read_events(run.path / "events.jsonl") if event["event"] == "tracker_failed"]
+    assert [event for event in told if event["event"] == "tracker_failed"] == failures
+    (line,) = map(note_of, failures)
+    assert line == f"the tracker tensorboard stopped, the run goes on: OSError: {clean(ERROR)}"
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_the_run(
+    tiny_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs the package tensorboard\. Install it: pip install tensorboard"):
+        tracked(tiny_recipe, 1, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
