@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +110,7 @@ def _start(name: str, run: TrackedRun, identity: str) -> tuple[Any, str]:
     tracker = LOGGER_TYPE_TO_CLASS[name](**_OPTIONS[name](run, identity))
     if hasattr(tracker, "start"):  # older versions of accelerate start in the constructor
         tracker.start()
-    return tracker, tracker.tracker.info.run_id if name == "mlflow" else identity or uuid.uuid4().hex
+    return tracker, _IDENTITY[name](tracker.tracker)
 
 
 def _tensorboard(run: TrackedRun, identity: str) -> dict[str, Any]:
@@ -119,14 +118,13 @@ def _tensorboard(run: TrackedRun, identity: str) -> dict[str, Any]:
 
 
 def _wandb(run: TrackedRun, identity: str) -> dict[str, Any]:
-    mode = os.environ.get("WANDB_MODE", "offline")
-    return {
-        "run_name": run.project, "name": run.name, "id": identity, "resume": "allow", "mode": mode,
-        "dir": str(run.folder),
-    }  # fmt: skip
+    os.environ.setdefault("WANDB_SILENT", "true")
+    where = {"dir": str(run.folder), "mode": os.environ.get("WANDB_MODE", "offline")}
+    return {"run_name": run.project, "name": run.name, "id": identity or None, "resume": "allow", **where}
 
 
 def _mlflow(run: TrackedRun, identity: str) -> dict[str, Any]:
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(run.folder / 'mlflow.db').resolve()}")
     return {"experiment_name": run.project, "run_name": run.name, "run_id": identity or None}
 
@@ -140,6 +138,12 @@ _OPTIONS: Mapping[str, Callable[[TrackedRun, str], dict[str, Any]]] = {
     "wandb": _wandb,
     "mlflow": _mlflow,
     "trackio": _trackio,
+}
+_IDENTITY: Mapping[str, Callable[[Any], str]] = {  # from the library's run, with what it is continued
+    "tensorboard": lambda writer: "",
+    "wandb": lambda run: run.id,
+    "mlflow": lambda run: run.info.run_id,
+    "trackio": lambda run: "",  # by its name
 }
 
 
