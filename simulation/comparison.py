@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..client.training.state_store import StateStore
 from ..common.config.schema import Recipe
@@ -15,10 +16,7 @@ def compare(run: RunFolder, recipe: Recipe, sites: Sequence[str], listener: List
     """Emit one ``compared`` event per site into the baseline's log. Sites whose rows have no scores are left out."""
     events = EventLog(run.baseline / "events.jsonl", listener)
     for site in sites:
-        personal, alone = (
-            _row_scores(StateStore(folder / "sites" / site / "state", recipe.name), recipe.rounds + 1)
-            for folder in (run.path, run.baseline)
-        )
+        personal, alone = (row_scores(folder, site, recipe) for folder in (run.path, run.baseline))
         if personal and len(personal) == len(alone):
             gain, error = paired_gain(personal, alone)
             events.emit("compared", site=site, gain=gain, standard_error=error, rows=len(personal))
@@ -29,6 +27,7 @@ def paired_gain(scores: Sequence[float], others: Sequence[float]) -> tuple[float
     return mean_and_error([score - other for score, other in zip(scores, others, strict=True)])
 
 
-def _row_scores(store: StateStore, round_number: int) -> tuple[float, ...]:
-    state = store.state(round_number)
+def row_scores(folder: Path, site: str, recipe: Recipe) -> tuple[float, ...]:
+    """Return the scores of a site's final model on each test row, in a finished run; none for tasks without them."""
+    state = StateStore(folder / "sites" / site / "state", recipe.name).state(recipe.rounds + 1)
     return state.row_scores if state else ()

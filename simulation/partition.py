@@ -46,6 +46,8 @@ def make_sites(recipe: Recipe) -> list[SiteShare]:
     if recipe.partition is None:
         sites = _explicit(recipe)
     elif recipe.data.source in SOURCES:
+        if recipe.data.evaluate_on != "test":
+            raise DataError("data.evaluate_on", "test, for synthetic data", recipe.data.evaluate_on)
         sites = [SiteShare(settings, rows) for settings, rows in regression_sites(recipe)]
     else:
         sites = _partitioned(recipe)
@@ -72,7 +74,7 @@ def write_site(site: SiteShare, folder: Path) -> None:
         source=f"data/{files['train']}",
         test_source=f"data/{files['test']}",
         shuffle=False,
-        validation_fraction=settings.validation_fraction,
+        validation_fraction=settings.validation_fraction if settings.evaluate_on == "test" else 0.0,
         text_pair=names["text_pair"] if settings.text_pair else None,
         messages=names["messages"] if messages else None,
         format=None if messages or site.rows.task != "generation" else "prompt-completion",

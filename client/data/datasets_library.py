@@ -28,7 +28,7 @@ def read_hub(source: Source) -> Sequence[Row]:
         raise source.error(
             "a file, a folder, asset:NAME or a reachable hub data set",
             f"{source.name!r} ({kind})",
-            message=f"{source.name!r} is no file here and cannot be loaded as a hub data set ({kind}).",
+            message=f"{source.name!r} is not a local file and cannot be loaded as a hub data set ({kind}).",
             hint=f"Use a file ({FORMATS}), asset:NAME/PART, or a hub data set as ID or ID:SPLIT.",
         ) from None
     return _with_names(loaded)
@@ -62,16 +62,15 @@ def _with_names(dataset: Any) -> Sequence[Row]:
     from datasets import ClassLabel
 
     features = getattr(dataset, "features", None) or {}  # some data sets know none before they are read
-    names = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
-    if not names:
-        return dataset
+    inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}  # of lists
+    names = {column: feature.names for column, feature in inner.items() if isinstance(feature, ClassLabel)}
 
-    def named(row: Row) -> Row:
-        numbers = {column: row[column] for column in names}
-        labels = {c: names[c][n] if n is not None and n >= 0 else None for c, n in numbers.items()}
-        return {**row, **labels}
+    def name(column: str, number: Any) -> Any:
+        if isinstance(number, list):
+            return [name(column, each) for each in number]
+        return names[column][number] if number is not None and number >= 0 else None
 
-    return [named(row) for row in dataset]
+    return [{**row, **{c: name(c, row[c]) for c in names}} for row in dataset] if names else dataset
 
 
 def saved_folder(name: str) -> tuple[Path, str] | None:

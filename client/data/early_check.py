@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...common.config.schema import DataSettings
@@ -12,6 +13,7 @@ from ...common.tasks.columns import RawRow
 from ...common.tasks.conversations import parse_example
 from .packaged import check_asset
 from .readers import as_test_source, is_hub_id, read_rows
+from .row_schema import of_file
 
 SMALL = 1 << 22  # bytes; a larger file is read once only, later
 
@@ -19,8 +21,8 @@ SMALL = 1 << 22  # bytes; a larger file is read once only, later
 def check_sources(data: DataSettings, site: str | None) -> None:
     """Check that the sources' files exist, can be read and have the columns of the task.
 
-    Columns are checked in files of up to ``SMALL`` bytes. Of an asset only the name is checked, of a hub data set
-    nothing. Raises the error that reading the rows would raise.
+    Columns are checked in files of up to ``SMALL`` bytes. For an asset only the name is checked. Hub data sets are
+    not checked. Raises the error that reading the rows would raise.
     """
     if not data.source:
         message, hint = "data.source is empty.", "Set it to a file, an asset or a hub data set."
@@ -34,13 +36,14 @@ def check_sources(data: DataSettings, site: str | None) -> None:
 
 
 def _check(source: str, data: DataSettings, site: str | None) -> None:
-    path = Path(source)
     if source.startswith("asset:"):
-        return check_asset(source.removeprefix("asset:"), site)
+        check_asset(source.removeprefix("asset:"), site)
+        return
+    path = Path(source)
     if path.is_dir() or (not path.exists() and is_hub_id(source)):
         return
     if not path.exists() or path.stat().st_size <= SMALL:
-        _check_columns(read_rows(source, site, data), data, site or "")
+        _check_columns(read_rows(source, site, data), replace(data, source=source), site or "")
 
 
 def _check_columns(rows: Sequence[Row], data: DataSettings, site: str) -> None:
@@ -54,7 +57,7 @@ def _check_columns(rows: Sequence[Row], data: DataSettings, site: str) -> None:
         else:
             return
     if first:
-        where = "every row" if len(rows) > 1 else "row 1"
+        where = ("every row" if len(rows) > 1 else "row 1") + of_file(data)
         found = f"{first.found.removesuffix(' in row 1')} in {where}"
         raise DataError(first.field, first.expected, found, site=first.site, hint=first.hint)
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from ...common.dataset import Row
 from ...common.errors import DataError
+from ...common.tasks.columns import RECOGNIZED
 from .source import Source
-from .tables import read_table
+from .tables import check_columns, read_table
 
 XLSX_HINT = 'Install it with pip install "colora[xlsx]", or save the file as CSV.'
 
@@ -48,13 +49,25 @@ def _place(source: Source, line: int) -> str:
 
 
 def _only_list(text: str) -> list[Any] | None:
-    """Return the list of objects in one JSON object, such as ``{"version": 1, "data": [{…}, …]}``; None without one."""
+    """Return the list of objects in one JSON object, such as ``{"version": 1, "data": [{…}, …]}``.
+
+    One conversation is a list of one. None for anything else.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError:  # one object per line
         return None
-    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)] if value else []
+    if not isinstance(value, dict):
+        return None
+    if "instruction" in value or any(_are_turns(value.get(key)) for key in RECOGNIZED):
+        return [value]
+    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
     return lists[0] if len(lists) == 1 else None
+
+
+def _are_turns(value: Any) -> bool:
+    turns = value if isinstance(value, list) else []
+    return any(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
 
 
 def _checked_rows(rows: Any, source: Source) -> list[Row]:
@@ -91,8 +104,11 @@ def _read_xlsx(source: Source) -> Iterator[Row]:
         raise source.error("the package openpyxl", "no such package", message=message, hint=XLSX_HINT) from None
     with source.open() as file:
         book = openpyxl.load_workbook(file, read_only=True, data_only=True)
-        records = book.worksheets[0].iter_rows(values_only=True)
+        sheet: Any = book.worksheets[0]
+        sheet.reset_dimensions()  # some programs write wrong ones
+        records = sheet.iter_rows(values_only=True)
         columns = [("" if name is None else str(name).strip()) for name in next(records, ())]
+        check_columns(columns, source)
         for record in records:
             if any(value is not None for value in record):
                 yield {name: value for name, value in zip(columns, record, strict=False) if name}

@@ -46,9 +46,9 @@ def read_rows(
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source that is not on this machine can be a hub data set.
+    """Whether a source that does not exist here looks like a hub id.
 
-    It is no path, has no suffix of a file, and no file here has its name with such a suffix.
+    It does not if a data file here has this name with a suffix.
     """
     if not HUB_ID.fullmatch(source) or Source(source, DataSettings()).suffix in READERS:
         return False

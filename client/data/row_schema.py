@@ -58,11 +58,16 @@ def parse_rows(
         first = failures[0][1]
         same = [number for number, error in failures if error.field == first.field]
         found = first.found.removesuffix(f" in row {same[0]}")
-        where = "every row" if len(same) == len(rows) > 1 else listed(same)
+        where = ("every row" if len(same) == len(rows) > 1 else listed(same)) + of_file(data)
         raise DataError(first.field, first.expected, f"{found} in {where}", site=first.site, hint=first.hint)
     if notes is not None:
         notes += [f"{sentence} in {listed(numbers)} of {data.source}" for sentence, numbers in remarks.items()]
     return parsed
+
+
+def of_file(data: DataSettings) -> str:
+    """Return " of SOURCE" for a message about a row, where the site has two sources."""
+    return f" of {data.source}" if data.test_source else ""
 
 
 def check_rows(
@@ -75,6 +80,8 @@ def check_rows(
         key, place = ("test_source", data.test_source) if data.test_source else ("test_fraction", data.source)
         raise DataError(f"data.{key}", "rows to test on", f"none in {place} beside {len(train)} to train on", site=site)
     train, validation = hold_out_validation(train, data.validation_fraction)
+    if data.evaluate_on == "validation":
+        test, validation = _for_testing(validation, site), ()
     try:
         labels = task_class(data.task).check_rows(data, train, [*test, *validation])
     except DataError as error:
@@ -97,15 +104,36 @@ def check_rows(
     )
 
 
+def _for_testing(validation: Sequence[Row], site: str) -> list[Row]:
+    if not validation:
+        hint = "Set data.validation_fraction, for example to 0.25, or use more training rows."
+        raise DataError("data.evaluate_on", "validation rows", "none", site=site, hint=hint)
+    return list(validation)
+
+
 def hold_out_validation(rows: Sequence[Row], fraction: float) -> tuple[Sequence[Row], Sequence[Row]]:
-    """Split training rows in two: the last ``fraction`` of them are for validation.
+    """Split training rows in two: the last ``fraction`` of every label is for validation.
 
     A row whose label no row before it has stays in training. Training rows and validation rows in this order are split
     in the same way again.
     """
-    cut = len(rows) - round(len(rows) * fraction)
-    moved, kept = split_new_labels(rows[:cut], rows[cut:])
-    return [*rows[:cut], *moved], tuple(kept)
+    places = places_by_label(rows, range(len(rows)))
+    order = sorted(places, key=lambda i: (places[i], labels_of(rows[i])))
+    held_out = set(order[len(rows) - round(len(rows) * fraction) :])
+    train = [row for i, row in enumerate(rows) if i not in held_out]
+    moved, kept = split_new_labels(train, [row for i, row in enumerate(rows) if i in held_out])
+    return [*train, *moved], tuple(kept)
+
+
+def places_by_label(rows: Sequence[Row], order: Iterable[int]) -> dict[int, float]:
+    """Return for each row its place, from 0 to 1, among the rows with its labels in this order.
+
+    In the order of these places, any first part of the rows has about the label fractions of all rows.
+    """
+    by_label: dict[tuple[str, ...], list[int]] = {}
+    for i in order:
+        by_label.setdefault(labels_of(rows[i]), []).append(i)
+    return {i: (k + 0.5) / len(group) for group in by_label.values() for k, i in enumerate(group)}
 
 
 def split_new_labels(known: Sequence[Row], rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:

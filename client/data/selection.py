@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
+from ...common.config.diagnostics import did_you_mean
 from ...common.config.schema import DataSettings
 from ...common.config.site_schema import SiteSettings
 from ...common.dataset import Row, SiteDataset, labels_of
 from ...common.errors import DataError
 from ...common.seeds import seed_from
 from .readers import as_test_source, read_rows
-from .row_schema import SourceRows, check_rows, parse_rows, split_new_labels
+from .row_schema import SourceRows, check_rows, parse_rows, places_by_label, split_new_labels
 
 
 @dataclass
@@ -63,12 +64,12 @@ def load_site_rows(site: SiteSettings, seed: int, sources: Sources | None = None
     def draw(source: str, count: int | None) -> list[Row]:
         free, notes = sources.free(source, data, site.name)
         known.notes += notes
-        selected = dict(select_numbered(free, data, site.name, known.notes))
+        selected = dict(select_numbered(free, replace(data, source=source), site.name, known.notes))
         order = (
             _order(len(free), seed_from(seed, site.name, _source_name(source))) if data.shuffle else range(len(free))
         )
         candidates = [(n, selected[n]) for n in (free[i][0] for i in order) if n in selected]
-        chosen = balanced(candidates, count) if data.shuffle else candidates
+        chosen = balanced(candidates, count) if data.shuffle else candidates[:count]
         sources.take(source, (n for n, _ in chosen))
         for number, row in chosen:
             known.add(number, row)
@@ -106,7 +107,7 @@ def capped(rows: Sequence[Row], count: int | None) -> list[Row]:
 
 
 def balanced(rows: Sequence[tuple[int, Row]], count: int | None) -> list[tuple[int, Row]]:
-    """Do the same for rows with their numbers."""
+    """Return the first ``count`` numbered rows, taken from each label in turn; all of them without ``count``."""
     if count is None:
         return list(rows)
     by_label: dict[str, list[tuple[int, Row]]] = {}
@@ -126,7 +127,7 @@ def hold_out(rows: Sequence[Row], data: DataSettings, seed: int) -> tuple[list[R
     """
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     if data.stratify:
-        order = _interleaved(rows, order)
+        order = sorted(order, key=places_by_label(rows, order).__getitem__)
     share = data.test / (data.train + data.test) if data.train and data.test else data.test_fraction
     cut, ordered = len(rows) - round(len(rows) * share), [rows[i] for i in order]
     moved, test = split_new_labels(ordered[:cut], ordered[cut:])
@@ -138,19 +139,16 @@ def hold_out(rows: Sequence[Row], data: DataSettings, seed: int) -> tuple[list[R
     return train, test
 
 
-def _interleaved(rows: Sequence[Row], order: Sequence[int]) -> list[int]:
-    """Reorder so that any first part of the rows has about the label fractions of all rows."""
-    by_label: dict[tuple[str, ...], list[int]] = {}
-    for i in order:
-        by_label.setdefault(labels_of(rows[i]), []).append(i)
-    places = {i: (k + 0.5) / len(group) for group in by_label.values() for k, i in enumerate(group)}
-    return sorted(order, key=places.__getitem__)
-
-
 def select_numbered(
     rows: Iterable[tuple[int, Row]], data: DataSettings, site: str, notes: list[str] | None = None
 ) -> list[tuple[int, Row]]:
     """Parse the rows for their task and filter them by ``where`` and ``labels``; keep their numbers in the source."""
+    rows = list(rows)
+    for column in data.where or ():
+        if rows and not any(column in row for _, row in rows):
+            hint = did_you_mean(column, map(str, rows[0][1]), similarity=0.7).strip() or None
+            columns = ", ".join(map(str, rows[0][1]))
+            raise DataError("data.where", f"a column {column!r}", f"only {columns}", site=site, hint=hint)
     return parse_rows([(n, row) for n, row in rows if matches(row, data)], data, site, notes)
 
 

@@ -46,7 +46,7 @@ def read_table(source: Source) -> Iterator[Row]:
     delimiter = source.data.delimiter or (declared and declared[1]) or _sniffed(text, source)
     table = _parsed(text, delimiter, source)
     _check_delimiter(text, table, source)
-    _check_columns(table.columns, source)
+    check_columns(table.columns, source)
     _check_lengths(table, delimiter, source)
     width = len(table.columns)
     for record in table.records:
@@ -96,7 +96,8 @@ def _parsed(text: str, delimiter: str, source: Source) -> Table:
     raise source.error(
         "closed quotation marks",
         f"{failure} in line {line} of {source.name}",
-        message=f"a quotation mark in or after line {line} of {source.name} is not closed or not doubled ({failure}).",
+        message=f"a quotation mark in or after line {line} of {source.name} is not closed, or must be written twice "
+        f"({failure}).",
         hint='Write a quotation mark inside a quoted field as "".',
     )
 
@@ -154,7 +155,8 @@ def _check_delimiter(text: str, table: Table, source: Source) -> None:
         )
 
 
-def _check_columns(columns: Sequence[str], source: Source) -> None:
+def check_columns(columns: Sequence[str], source: Source) -> None:
+    """Refuse two columns of one name."""
     repeated = next((name for name in columns if name and columns.count(name) > 1), None)
     if repeated is not None:
         raise source.error(

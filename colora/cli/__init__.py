@@ -13,7 +13,8 @@ import click
 import typer
 from typer.core import TyperCommand
 
-from . import deploy, doctor, model, report, simulate, transfer
+from . import compare, deploy, doctor, model, report, simulate, transfer
+from .exit_codes import BAD_INPUT
 
 ENVIRONMENT = {  # defaults for this process and its children; a value that the user has set stays
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -21,7 +22,6 @@ ENVIRONMENT = {  # defaults for this process and its children; a value that the 
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-BAD_INPUT = 2  # exit code
 
 
 class PlainCommand(TyperCommand):
@@ -42,6 +42,7 @@ app = typer.Typer(
 )
 for command in (
     simulate.simulate,
+    compare.compare,
     deploy.server,
     deploy.client,
     deploy.provision,

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
+from .exit_codes import STOPPED, UNHEALTHY
 from .recipes import find_recipe
 
-UNHEALTHY, STOPPED = 1, 130  # exit codes
 COMPONENTS = ("trainer", "supernode")
 
 

@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-DAMAGED = 1  # exit code
+from .exit_codes import UNHEALTHY
+
 SKIPPED = {"flower", "logs"}  # folders of other programs' files
 
 
@@ -45,7 +46,7 @@ def doctor(directory: Annotated[Path, typer.Argument(show_default=False, metavar
         f"{len(damaged)} of {len(files)} files are damaged." if damaged else f"All {len(files)} files are whole."
     )
     if damaged:
-        raise typer.Exit(DAMAGED)
+        raise typer.Exit(UNHEALTHY)
 
 
 def _files(directory: Path) -> Iterator[Path]:
@@ -62,7 +63,7 @@ def _arrays(path: Path) -> str:
     arrays, meta = load_arrays(path)
     card = meta.get("card", {})
     number = f"round {card['round']}, " if "round" in card else ""
-    checked = "SHA-256 checked" if has_checksum(path) else "written without a checksum, which proves nothing"
+    checked = "SHA-256 checked" if has_checksum(path) else "no checksum, so damage cannot be detected"
     return f"{number}{len(arrays)} arrays, {checked}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 def find_recipe(name: str) -> Path:
     """Return the path of a recipe. ``name`` is a path, or the name of a shipped recipe. Raises ConfigError."""
+    from colora.common.config.diagnostics import did_you_mean
     from colora.common.errors import ConfigError
 
     if Path(name).suffix == ".toml" or os.sep in name:
@@ -23,7 +24,7 @@ def find_recipe(name: str) -> Path:
             f"a .toml file or one of {names}",
             repr(name),
             message=f"There is no recipe {name!r}.",
-            hint=f"Give the path of a .toml file, or one of {names}.",
+            hint=f"{did_you_mean(name, shipped)}Give the path of a .toml file, or one of {names}.",
         )
     return shipped[name]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .exit_codes import STOPPED
 from .recipes import find_recipe
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from colora.server.reporting.summary import RunSummary
     from colora.server.rounds.run_options import Replay
 
-STOPPED = 130  # exit code after Ctrl-C
 MAX_SITES = 20  # more are counted, not listed
 
 
@@ -177,7 +177,10 @@ def _transfer_recipe(old: Path | None, model: str | None, recipe: str | None, ov
         )
     if not (old / "recipe.toml").is_file():
         raise ConfigError(
-            "--transfer-from", "the run folder of a simulation", old, message=f"--transfer-from {old} is no run folder."
+            "--transfer-from",
+            "the run folder of a simulation",
+            old,
+            message=f"--transfer-from {old} is not a run folder.",
         )
     source = f"simulation.source_run={json.dumps(str(old.resolve()))}"
     return with_base_model(load_recipe(old / "recipe.toml", (*overrides, source)), model)

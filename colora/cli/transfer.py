@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-STOPPED = 130  # exit code after Ctrl-C
+from .exit_codes import STOPPED
 
 
 def transfer(

@@ -125,7 +125,7 @@ def _chosen(
             message = (
                 f"{targets.field}: PEFT takes {name} of a {model_type} model for fused experts and loads no adapter."
             )
-            hint = "Name other layers, such as those of the attention: this model's export would lose these."
+            hint = "Choose other layers, such as attention layers. PEFT would not load an adapter on these."
             raise ModelError(targets.field, "layers that an export can have", name, message=message, hint=hint)
     return matched
 

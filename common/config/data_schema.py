@@ -81,10 +81,12 @@ class DataSettings:
     """Column values that a row must have. Unset: all rows are kept."""
 
     train: Positive | None = None
-    """Maximum number of training rows per site. Unset: no limit."""
+    """Maximum number of training rows per site. They are taken from each label in turn, so rare labels get a larger
+    share. Unset: no limit."""
 
     test: Positive | None = None
-    """Maximum number of test rows per site. Unset: no limit."""
+    """Maximum number of test rows per site. They are taken from each label in turn, so accuracy then counts rare labels
+    more. Unset: no limit."""
 
     stratify: bool = False
     """Hold out the same fraction of every label, as scikit-learn's ``stratify`` does. Otherwise the held-out rows are
@@ -92,6 +94,10 @@ class DataSettings:
 
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of the training rows that a site does not train on. ``train.fallback`` compares two models on them."""
+
+    evaluate_on: Literal["test", "validation"] = "test"
+    """Rows that models are measured on. ``validation``: those that ``validation_fraction`` holds out of the training
+    rows. Use it to choose settings without the test rows."""
 
     shuffle: bool = True
     """Shuffle the rows before ``train`` and ``test`` are applied. The order derives from seed, site and source."""

@@ -16,15 +16,15 @@ def check_rules(recipe: Recipe) -> None:
     _check_phases(recipe, row)
     _check_epochs(recipe.train)
     _check_sites(recipe)
-    if recipe.adapter.init == "spectral" and (row.A, row.B, row.core) != (Role.SHARED, Role.SHARED, Role.PERSONAL):
-        raise ConfigError(
-            "adapter.init",
-            "kaiming, or a method with shared A and B and a core",
-            f"spectral with method {recipe.method.name}",
-            message=f'adapter.init = "spectral" needs shared A and B and a core, which {recipe.method.name!r} lacks.',
-            hint='Use method.name = "colora", or adapter.init = "kaiming".',
-        )
-    _check_orthogonal(recipe, row)
+    _check_init(recipe, row)
+    _check_groups(recipe, row)
+    _check_warmup(recipe.train)
+    _check_label_loss(recipe)
+    _check_fallback(recipe, row)
+    _check_head(recipe, row)
+
+
+def _check_groups(recipe: Recipe, row: Method) -> None:
     if recipe.server.groups != "none" and recipe.adapter.init == "spectral":
         raise ConfigError(
             "server.groups",
@@ -33,7 +33,7 @@ def check_rules(recipe: Recipe) -> None:
             message=f'server.groups = "{recipe.server.groups}" cannot compare updates that begin with cores of zero.',
             hint='Use adapter.init = "kaiming", or server.weights = "benefit" instead of groups.',
         )
-    if recipe.server.groups != "none" and not recipe.row().shares:
+    if recipe.server.groups != "none" and not row.shares:
         raise ConfigError(
             "server.groups",
             "none, or a method that shares parameters",
@@ -41,11 +41,15 @@ def check_rules(recipe: Recipe) -> None:
             message=f"server.groups needs shared parameters, which method {recipe.method.name!r} lacks.",
             hint="Use another method, or remove server.groups.",
         )
-    if recipe.train.warmup_steps and recipe.train.warmup_ratio:
+
+
+def _check_warmup(train: TrainSettings) -> None:
+    if train.warmup_steps and train.warmup_ratio:
         message = "The recipe sets both train.warmup_steps and train.warmup_ratio."
         raise ConfigError("train.warmup_ratio", "one of the two", "both", message=message, hint="Remove one of them.")
-    _check_label_loss(recipe)
-    _check_fallback(recipe, row)
+
+
+def _check_head(recipe: Recipe, row: Method) -> None:
     if recipe.train.head_init == "probe" and row.head is not Role.PERSONAL:
         raise ConfigError(
             "train.head_init",
@@ -108,7 +112,15 @@ def _check_fallback(recipe: Recipe, row: Method) -> None:
         )
 
 
-def _check_orthogonal(recipe: Recipe, row: Method) -> None:
+def _check_init(recipe: Recipe, row: Method) -> None:
+    if recipe.adapter.init == "spectral" and (row.A, row.B, row.core) != (Role.SHARED, Role.SHARED, Role.PERSONAL):
+        raise ConfigError(
+            "adapter.init",
+            "kaiming, or a method with shared A and B and a core",
+            f"spectral with method {recipe.method.name}",
+            message=f'adapter.init = "spectral" needs shared A and B and a core, which {recipe.method.name!r} lacks.',
+            hint='Use method.name = "colora", or adapter.init = "kaiming".',
+        )
     adapter = recipe.adapter
     if adapter.init in ("gaussian", "orthogonal") and row.scale is not Role.ABSENT:
         message = f'adapter.init = "{adapter.init}" is not possible with the scales of {recipe.method.name!r}.'

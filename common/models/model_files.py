@@ -93,10 +93,19 @@ def _problem(file: Path) -> tuple[str, str] | None:
         return "is cut or damaged", again
     if file.suffix == ".bin" and begin.startswith(b"PK") and not zipfile.is_zipfile(file):
         return "is cut or damaged", again
+    if file.name in CONFIGS and not _is_object(file):
+        return "is not a JSON object", again
     if file.name.endswith(".index.json"):
         missing = next((part for part in _parts(file) if not (file.parent / part).is_file()), None)
         return (f"names {missing}, which is not there", "Download it.") if missing else None
     return None
+
+
+def _is_object(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_bytes()), dict)
+    except ValueError:
+        return False
 
 
 def _is_cut(file: Path) -> bool:

@@ -83,7 +83,8 @@ def read_saved_model(place: Path, group: int | None = None) -> SavedModel:
         if damage:
             logger.warning("%s is damaged. Using %s.", newest, path)
         return saved
-    raise damage or StateError(str(place), "a model", "none")
+    assert damage, "there is at least one file"
+    raise damage
 
 
 def _read(path: Path, group: int | None) -> SavedModel:

@@ -78,14 +78,25 @@ def source_folder(settings: ModelSettings) -> Path:
     try:
         return _snapshot(source, settings.revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, *_http_errors()) as error:
-        reason = type(error).__name__
-        raise ModelError(
-            "model.source",
-            "a folder, asset:NAME or a reachable hub id",
-            f"{source!r} ({reason})",
-            message=f"The base model {source!r} is neither a local folder nor a reachable hub repository ({reason}).",
-            hint="Check the name and the network, or use asset:NAME.",
-        ) from None
+        raise _unreachable(settings, error) from None
+
+
+def _unreachable(settings: ModelSettings, error: Exception) -> ModelError:
+    """Return the error for a hub repository that could not be downloaded."""
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    source, reason = settings.source, type(error).__name__
+    field, hint = "model.source", "Check the name and the network, or use asset:NAME."
+    message = f"The base model {source!r} is neither a local folder nor a reachable hub repository ({reason})."
+    if isinstance(error, GatedRepoError):
+        message = f"The base model {source!r} is gated, and this machine may not download it."
+        hint = f"Accept its licence at https://huggingface.co/{source}, then run hf auth login here."
+    elif isinstance(error, RevisionNotFoundError):
+        field, hint = "model.revision", "Check model.revision."
+        message = f"The hub repository {source!r} has no revision {settings.revision!r}."
+    return ModelError(
+        field, "a folder, asset:NAME or a reachable hub id", f"{source!r} ({reason})", message=message, hint=hint
+    )
 
 
 def _snapshot(source: str, revision: str | None) -> Path:

@@ -37,8 +37,9 @@ ANSWER = "wq7zk"  # no chat template contains it
 def load_tokenizer(settings: ModelSettings, field: str = "model.source") -> Any:
     """Load the tokenizer alone, with the tokens that a federation needs.
 
-    A missing token that ends a text is the one that the model's configuration names, and a missing padding token is
-    that. Raises ModelError for ``field`` if the vocabulary is missing, in part or whole, or cannot be read.
+    A missing token that ends a text is the one that the model's configuration names. A missing padding token is the
+    one that ends a text, the unknown token or the one that begins a text, in this order. Raises ModelError for
+    ``field`` if the vocabulary is missing, in part or whole, or cannot be read.
     """
     from transformers import AutoTokenizer
 

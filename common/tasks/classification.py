@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -238,14 +239,21 @@ class Classification(Task):
 
     def _in_batches(self, examples: Sequence[Any]) -> torch.Tensor:
         """The outputs (n, …) for examples, in their order. Texts of similar length share a batch: less padding."""
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
-        outputs = [self._logits(batch) for batch in self.batches([examples[i] for i in order])]
-        # a head that pools by itself (RoBERTa's) receives the whole sequence and reads its first token
-        ordered = torch.cat([output[:, 0] if output.dim() == 3 else output for output in outputs])
+
+        def length(i: int) -> int:
+            return len(examples[i][0])
+
+        order = sorted(range(len(examples)), key=length)
+        groups = [order] if self._ignores_padding else [list(group) for _, group in groupby(order, length)]
+        outputs = [self._logits(batch) for group in groups for batch in self.batches([examples[i] for i in group])]
+        # a head that pools by itself receives the whole sequence: RoBERTa's reads its first token, XLNet's its last
+        read = -1 if padding_side(self.base.config, generates=False) == "left" else 0
+        ordered = torch.cat([output[:, read] if output.dim() == 3 else output for output in outputs])
         return ordered[torch.tensor(order).argsort().to(ordered.device)]
 
     def _features(self, examples: Sequence[Any]) -> tuple[np.ndarray, list[Label]]:
         self.module.eval()
+        _ = self._ignores_padding  # found with the head
         for name in self._head:
             setattr(self.module, name, nn.Identity())
         try:

@@ -41,20 +41,23 @@ class RawRow:
         if name in self.values:
             return self.values[name]
         columns = template_columns(name)
+        if any(not column or spec or conversion for _, column, spec, conversion in _parts(name) if column is not None):
+            raise self.error(key, "a template of columns in braces, such as {title}: {body}", repr(name))
         missing = next((column for column in columns or (name,) if column not in self.values), None)
         if missing is not None:
-            columns = ", ".join(map(str, self.values))
-            raise self.error(key, f"a column {missing!r}", f"only {columns}", hint=self._hint(missing, key))
+            known = ", ".join(map(str, self.values))
+            raise self.error(key, f"a column {missing!r}", f"only {known}", hint=self._hint(missing, key))
         return "".join(
             literal + ("" if column is None or self.values[column] is None else str(self.values[column]))
-            for literal, column, _, _ in Formatter().parse(name)
+            for literal, column, _, _ in _parts(name)
         )
 
     def _hint(self, missing: str, key: str) -> str | None:
         """Suggest the task that the columns show, or the nearest column."""
-        if key in ("text", "label") and any(column in self.values for column in (*RECOGNIZED, "prompt")):
+        near = did_you_mean(missing, map(str, self.values), similarity=0.7).strip()
+        if not near and key in ("text", "label") and any(column in self.values for column in (*RECOGNIZED, "prompt")):
             return 'Instruction data needs data.task = "generation".'
-        return did_you_mean(missing, map(str, self.values), similarity=0.7).strip() or None
+        return near or None
 
     def text(self, name: str, key: str) -> str:
         """The value of a column of texts."""
@@ -96,11 +99,15 @@ class RawRow:
 
 def template_columns(text: str) -> tuple[str, ...]:
     """The columns that a template names in braces; none where the text is not a template."""
+    return tuple(column for _, column, _, _ in _parts(text) if column)
+
+
+def _parts(text: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    """The literal text, column, format and conversion of each part of a template; none for another text."""
     try:
-        parts = list(Formatter().parse(text))
+        return list(Formatter().parse(text))
     except ValueError:  # a single brace
-        return ()
-    return tuple(column for _, column, _, _ in parts if column)
+        return []
 
 
 def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:

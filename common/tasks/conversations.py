@@ -38,7 +38,7 @@ ALPACA = (  # the prompts of the Alpaca data, without and with an input
 def parse_example(raw: RawRow, data: DataSettings) -> Row:
     """Convert a row in the format ``data.format`` or, unset, in the one that its columns show."""
     row = FORMATS[format_of(raw, data)](raw, data)
-    if not row.get("completion", "messages").strip():
+    if "completion" in row and not row["completion"].strip():
         raw.remark("The completion is empty")
     return row
 
@@ -73,8 +73,8 @@ def format_of(raw: RawRow, data: DataSettings) -> str:
         return data.format
     if data.messages and (raw.values.get(data.messages) is not None or data.prompt not in raw.values):
         return "messages"
-    if data.prompt in raw.values or data.prompt != DataSettings.prompt:
-        return "prompt-completion"
+    if (data.prompt in raw.values and data.completion in raw.values) or data.prompt != DataSettings.prompt:
+        return "prompt-completion"  # not from a column of prompts beside whole conversations
     return next((name for column, name in RECOGNIZED.items() if column in raw.values), "prompt-completion")
 
 
@@ -88,7 +88,9 @@ def _prompt_completion(raw: RawRow, data: DataSettings) -> Row:
 def _alpaca(raw: RawRow, data: DataSettings) -> Row:
     instruction, output = raw.text("instruction", "format"), raw.text("output", "format")
     context = raw.text("input", "format") if raw.values.get("input") is not None else ""
-    history = raw.values.get("history") or []
+    history = _decoded(raw.values.get("history")) or []
+    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        raise raw.error("format", "a history of [instruction, output] pairs", repr(history)[:40])
     if data.chat:
         earlier = [turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)]
         prompt = f"{instruction}\n{context}" if context.strip() else instruction

@@ -43,7 +43,8 @@ class Prompt:
 class ExchangeEncoder:
     """Encodes rows of prompt and completion, or of messages, with the tokenizer of the base model ``source``.
 
-    Every answer ends with one of the tokens ``ends``: with the end that the chat template writes, else the tokenizer's.
+    Every answer ends with one of the tokens ``ends``: the one that the chat template writes, or otherwise the
+    tokenizer's.
     """
 
     def __init__(self, tokenizer: Any, source: str, ends: Sequence[int] = ()) -> None:

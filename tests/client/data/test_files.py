@@ -7,16 +7,18 @@ import csv
 import gzip
 import json
 import lzma
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 
 from colora.client.data.readers import read_rows
 from colora.client.data.row_schema import tell
-from colora.client.data.selection import load_site_rows
+from colora.client.data.selection import Sources, load_site_rows
 from colora.common.config.loader import load_site
 from colora.common.config.schema import DataSettings, parse
 from colora.common.config.site_schema import SiteSettings
@@ -294,6 +296,68 @@ def test_the_first_sheet_of_a_workbook_is_read(tmp_path: Path) -> None:
     assert "only the first sheet" in notes[0]
 
 
+def test_a_workbook_with_a_wrong_size_is_read_whole(tmp_path: Path) -> None:
+    """Some programs write the range of the first cell only."""
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in [("text", "label"), *((r["text"], r["label"]) for r in ROWS)]:
+        book.active.append(row)
+    book.save(tmp_path / "whole.xlsx")
+    with ZipFile(tmp_path / "whole.xlsx") as whole, ZipFile(tmp_path / "a.xlsx", "w") as wrong:
+        for name in whole.namelist():
+            wrong.writestr(name, re.sub(rb'<dimension ref="[^"]*"', b'<dimension ref="A1"', whole.read(name)))
+    assert list(read_rows(str(tmp_path / "a.xlsx"))) == ROWS
+
+
+def test_two_columns_of_one_name_in_a_workbook_are_refused(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (("text", "text", "label"), ("a", "b", "yes")):
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    with pytest.raises(DataError, match="two columns"):
+        read_rows(str(tmp_path / "a.xlsx"))
+
+
+def test_one_conversation_in_a_json_file_is_one_row(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
+    assert read_rows(written(tmp_path / "a.json", json.dumps({"messages": turns}, indent=1))) == [{"messages": turns}]
+    many = {"conversations": [{"conversations": turns}, {"conversations": turns}]}
+    assert len(read_rows(written(tmp_path / "b.json", json.dumps(many)))) == 2
+    assert "expected one JSON object, found int" in refused(tmp_path / "c.json", "5")
+
+
+def test_errors_and_notes_name_the_source_of_their_rows(tmp_path: Path) -> None:
+    train = written(tmp_path / "train.jsonl", lines())
+    odd = [*ROWS[:3], {"text": "x", "label": None}]
+    assert refused(
+        tmp_path / "train.jsonl", lines(), test_source=written(tmp_path / "test.jsonl", lines(odd))
+    ).endswith(f"in row 4 of {tmp_path / 'test.jsonl'}")
+    spaced = [*ROWS[:3], {"text": "x", "label": " yes"}]
+    data = DataSettings(train, test_source=written(tmp_path / "test.jsonl", lines(spaced)))
+    (note,) = (n for n in load_site_rows(SiteSettings("ada", data), seed=0).notes if "White space" in n)
+    assert note.endswith(f"in row 4 of {tmp_path / 'test.jsonl'}")
+
+
+def test_a_limit_holds_for_rows_in_their_order(tmp_path: Path) -> None:
+    data = DataSettings(written(tmp_path / "a.jsonl", lines()), train=4, test=2, shuffle=False)
+    sources = Sources()
+    for start, name in ((0, "ada"), (6, "bob")):
+        rows = load_site_rows(SiteSettings(name, data), 0, sources)
+        assert {row["text"] for row in (*rows.train, *rows.test)} == {r["text"] for r in ROWS[start : start + 6]}
+
+
+def test_a_condition_on_a_missing_column_is_named(tmp_path: Path) -> None:
+    message = refused(tmp_path / "a.jsonl", lines(), where={"labels": "yes"})
+    assert "data.where: expected a column 'labels', found only text, label. Did you mean 'label'?" in message
+
+
+@pytest.mark.parametrize("template", ["{}", "{text:.2f}", "{text!r}"])
+def test_a_template_has_names_only(template: str, tmp_path: Path) -> None:
+    message = refused(tmp_path / "a.jsonl", lines(), text=template)
+    assert "data.text: expected a template of columns in braces" in message
+
+
 def test_a_workbook_without_its_reader_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
@@ -413,3 +477,6 @@ def test_labels_that_a_data_set_stores_as_numbers_have_their_names(tmp_path: Pat
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "saved"))
     rows = read_rows(str(tmp_path / "saved"))
     assert [row["label"] for row in rows] == ["yes", "no", None]
+    several = datasets.Features({"label": datasets.Sequence(datasets.ClassLabel(names=["no", "yes"]))})
+    datasets.Dataset.from_dict({"label": [[1, 0], []]}, features=several).save_to_disk(str(tmp_path / "several"))
+    assert [row["label"] for row in read_rows(str(tmp_path / "several"))] == [["yes", "no"], []]

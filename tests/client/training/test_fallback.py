@@ -61,11 +61,11 @@ def test_the_comparison_is_paired() -> None:
     assert Comparison(0.1, 0.1).keeps_local is False
 
 
-def test_validation_rows_are_the_last_ones_and_no_label_is_lost() -> None:
-    rows = [{"text": str(i), "label": "ab"[i % 2]} for i in range(9)] + [{"text": "9", "label": "rare"}]
+def test_validation_rows_are_the_last_ones_of_every_label_and_no_label_is_lost() -> None:
+    rows = [{"text": str(i), "label": label} for i, label in enumerate("ababaaaaac")]
     train, validation = hold_out_validation(rows, 0.3)
-    assert [row["text"] for row in train] == ["0", "1", "2", "3", "4", "5", "6", "9"]
-    assert [row["text"] for row in validation] == ["7", "8"]
+    assert [row["text"] for row in train] == ["0", "1", "2", "4", "5", "6", "9"]
+    assert [(row["text"], row["label"]) for row in validation] == [("3", "b"), ("7", "a"), ("8", "a")]
     assert hold_out_validation([*train, *validation], 0.3) == (train, validation)
     assert hold_out_validation(rows, 0.0) == (rows, ())
 

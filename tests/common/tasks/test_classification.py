@@ -109,6 +109,11 @@ def test_predictions_do_not_depend_on_the_texts_beside(family: str, tmp_path: Pa
     task = made(load_base_model(settings, generates=False))
     task.plan = dataclasses.replace(task.plan, model=settings)
     texts = [{"text": text} for text in ("red cat", "a b c d e f g h", "blue", "sun moon")]
+    task.module.eval()
+    examples = [(tokens, 0) for tokens in task.encoder(texts)]
+    for outputs in (task._in_batches, lambda given: torch.tensor(task._features(given)[0])):
+        alone = torch.cat([outputs([example]) for example in examples])
+        assert torch.allclose(outputs(examples), alone, atol=1e-6)
     together = [p["probabilities"]["a"] for p in task.predict(texts)]
     assert together == pytest.approx([next(task.predict([text]))["probabilities"]["a"] for text in texts], abs=1e-6)
     assert task._ignores_padding is (family != "convbert")

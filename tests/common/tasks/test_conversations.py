@@ -56,6 +56,12 @@ EXAMPLES: dict[str, tuple[dict[str, Any], Row, Row]] = {  # settings, row, expec
         {"instruction": "so", "output": "yes", "history": [["why", "because"]]},
         talk(USER, ANSWER, {"role": "user", "content": "so"}, {"role": "assistant", "content": "yes"}),
     ),
+    "alpaca with history as JSON": (
+        {"chat": True},
+        {"instruction": "so", "output": "yes", "history": '[["why", "because"]]'},
+        talk(USER, ANSWER, {"role": "user", "content": "so"}, {"role": "assistant", "content": "yes"}),
+    ),
+    "messages beside a prompt": ({}, {"prompt": "p", "prompt_id": "1", "messages": [USER, ANSWER]}, talk(USER, ANSWER)),
     "sharegpt": ({}, {"id": 1, "conversations": [HUMAN, GPT]}, talk(USER, ANSWER)),
     "sharegpt as JSON": ({"format": "sharegpt"}, {"conversation": json.dumps([HUMAN, GPT])}, talk(USER, ANSWER)),
     "sharegpt with a system column": (
@@ -136,6 +142,11 @@ REFUSED: dict[str, tuple[dict[str, Any], Row, str]] = {
         {},
         {"messages": [SYSTEM, USER, ANSWER], "system": "be long"},
         "data.system: expected one system message, found a column and another message in the conversation",
+    ),
+    "history of another form": (
+        {"chat": True},
+        {"instruction": "so", "output": "yes", "history": [["why"]]},
+        "data.format: expected a history of [instruction, output] pairs, found [['why']]",
     ),
     "history without chat": (
         {},
