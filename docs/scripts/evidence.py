@@ -73,6 +73,26 @@ def regression_table(arms: dict[str, dict[int, Result]]) -> list[str]:
     return lines
 
 
+def rows_table(arms: dict[str, dict[int, Result]], ours: str, baseline: str) -> list[str]:
+    """One row for each number of training rows a site: both methods, and the gain ± its standard error over seeds."""
+    lines = ["| rows a site | local-only | colora | gain | sites above local-only |", "|---|---|---|---|---|"]
+    for rows in (8, 16, 32, 64, 128):
+        limit = "" if rows == 16 else f",data.train={rows}"
+        mine, alone = arms[ours + limit], arms[baseline + limit]
+        seeds = sorted(mine.keys() & alone.keys())[:3]
+        gains = [_mean(mine[seed]) - _mean(alone[seed]) for seed in seeds]
+        pairs = [
+            (site["personal"], alone[seed]["sites"][name]["personal"])
+            for seed in seeds
+            for name, site in mine[seed]["sites"].items()
+        ]
+        lines.append(
+            f"| {rows} | {_average(alone, seeds):.3f} | {_average(mine, seeds):.3f} | {statistics.mean(gains):+.3f} ± "
+            f"{statistics.stdev(gains) / len(gains) ** 0.5:.3f} | {sum(a > b for a, b in pairs)} of {len(pairs)} |"
+        )
+    return lines
+
+
 def groups_table() -> list[str]:
     """One row for each recipe: the p-value and the number of groups at every seed."""
     found: dict[str, dict[int, str]] = defaultdict(dict)
@@ -94,8 +114,10 @@ def best(arms: dict[str, dict[int, Result]], method: str) -> str:
 
 def page() -> str:
     """Return the page with its tables written anew."""
-    demo = read("demo")
+    everything = read("demo")
+    demo = {arm: results for arm, results in everything.items() if "data.train" not in arm}
     tables = {
+        "rows": rows_table(everything, "colora", "local,train.lr=5e-3"),
         "arms": arms_table(demo),
         "gain": gain_table(demo, best(demo, "colora"), best(demo, "local")),
         "regression": regression_table(read("regression")),
@@ -113,6 +135,10 @@ def page() -> str:
 
 def _mean(result: Result) -> float:
     return statistics.mean(site["personal"] for site in result["sites"].values())
+
+
+def _average(results: dict[int, Result], seeds: list[int]) -> float:
+    return statistics.mean(_mean(results[seed]) for seed in seeds)
 
 
 def _spread(values: list[float]) -> str:
