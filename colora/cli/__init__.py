@@ -13,7 +13,7 @@ import click
 import typer
 from typer.core import TyperCommand
 
-from . import compare, deploy, doctor, model, report, simulate, transfer
+from . import compare, deploy, doctor, model, report, simulate, transfer, watch
 from .exit_codes import BAD_INPUT
 
 ENVIRONMENT = {  # defaults for this process and its children; a value that the user has set stays
@@ -48,6 +48,7 @@ for command in (
     deploy.provision,
     deploy.status,
     report.report,
+    watch.watch,
     doctor.doctor,
     model.export,
     model.predict,

@@ -39,10 +39,12 @@ def write_page(runs: Sequence[Path], out: Path) -> list[str]:
     return [history.skipped for history in histories if history.skipped]
 
 
-def build_page(histories: Sequence[History]) -> str:
-    """Return the page of one run, or of several beside each other."""
-    style, script = _asset("page.css"), _asset("page.js")
-    policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; {_LOCKED}"
+def build_page(histories: Sequence[History], *, live: bool = False) -> str:
+    """Return the page of one run, or of several beside each other. A ``live`` page loads itself again when told to."""
+    style, scripts = _asset("page.css"), [_asset(name) for name in ("page.js", *(["live.js"] if live else []))]
+    allowed = " ".join(f"'{_hash(script)}'" for script in scripts)
+    policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src {allowed}; {_LOCKED}"
+    policy += "; connect-src 'self'" if live else ""
     title = ", ".join(dict.fromkeys(_name(history) for history in histories))
     head = (
         element("meta", charset="utf-8"),
@@ -52,9 +54,9 @@ def build_page(histories: Sequence[History]) -> str:
         element("meta", name="referrer", content="no-referrer"),
         element("title", f"{title}: colora report"),
         element("style", style),
-        element("script", script),
+        *(element("script", script) for script in scripts),
     )
-    content = _one(histories[0]) if len(histories) == 1 else _several(histories)
+    content = _one(histories[0], live=live) if len(histories) == 1 else _several(histories)
     body = element("body", element("main", *content, id="main"))
     return f"<!doctype html>\n{element('html', element('head', *head), body, lang='en')}\n"
 
@@ -62,10 +64,10 @@ def build_page(histories: Sequence[History]) -> str:
 _LOCKED = "base-uri 'none'; form-action 'none'"
 
 
-def _one(history: History) -> list[Html]:
+def _one(history: History, *, live: bool) -> list[Html]:
     place = Placement()
     sections = [section for make in SECTIONS if (section := make(history, place)) is not None]
-    return [_header(history, 1), _navigation(place), *sections, _footer([history])]
+    return [_header(history, 1), _navigation(place), *sections, _footer([history], live=live)]
 
 
 def _several(histories: Sequence[History]) -> list[Html]:
@@ -118,9 +120,10 @@ def _navigation(place: Placement) -> Html:
     return element("nav", element("ul", *links), aria_label=f"Sections {place.prefix.rstrip('-')}".strip())
 
 
-def _footer(histories: Sequence[History]) -> Html:
+def _footer(histories: Sequence[History], *, live: bool = False) -> Html:
     made = count(sum(history.events for history in histories), "event")
-    lines = [element("p", f"Made from {made} in events.jsonl. The page loads nothing and sends nothing.")]
+    loads = "It is updated while the run goes on." if live else "The page loads nothing and sends nothing."
+    lines = [element("p", f"Made from {made} in events.jsonl. {loads}")]
     lines += [element("p", history.skipped + ".", class_="note") for history in histories if history.skipped]
     return element("footer", *lines)
 

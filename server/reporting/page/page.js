@@ -1,10 +1,15 @@
 "use strict";
 // Optional: without scripts the charts have the titles of their parts, and tables have all values.
 document.addEventListener("DOMContentLoaded", () => {
-  document.querySelectorAll(".chart").forEach(addTip);
-  addFilters();
+  prepare();
   window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
 });
+document.addEventListener("replaced", prepare);
+
+function prepare() {
+  document.querySelectorAll(".chart").forEach(addTip);
+  addFilters();
+}
 
 // A tip beside the round or point under the pointer, or chosen with the arrow keys.
 function addTip(chart) {
