@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +15,10 @@ from ...common.errors import ColoraError, ConfigError, DataError, StateError
 from ...common.foreign_text import sanitize
 from ...common.processes.log_tail import LogTail
 from ...common.processes.supervised import Command, Signals, SupervisedProcess, exclusive_lock, write_services
+from ...common.prometheus import serve_metrics
 from ..data.early_check import check_sources
 from ..trainer_service.site_report import END, SHOWN
+from .site_metrics import site_metrics
 from .supernode import SuperNode
 
 POLL_INTERVAL = 0.4  # seconds
@@ -27,8 +29,10 @@ Component = Literal["trainer", "supernode"]
 Print = Callable[[str], None]
 
 
-def run_site(path: Path, log: Print, component: Component | None = None) -> None:
+def run_site(path: Path, log: Print, component: Component | None = None, metrics_port: int | None = None) -> None:
     """Run a site's two processes, or one of them, until SIGTERM or SIGINT.
+
+    ``metrics_port`` serves the site's metrics for Prometheus, on the loopback interface.
 
     Raises ConfigError, DataError or StateError for an unusable site file, source, key or state folder, TrainerRefused
     when the trainer cannot start.
@@ -46,6 +50,9 @@ def run_site(path: Path, log: Print, component: Component | None = None) -> None
             supervisors.append(NodeSupervisor(site, log, trainer))
         if component is None or site.trainer.listen.startswith(UNIX):  # both ends of a socket belong to one user
             log("trainer and SuperNode run as one user: code from the coordinator could read this site's files")
+        if metrics_port is not None:
+            port = serve_metrics(metrics_port, site_metrics(state, lambda: _starts(supervisors)))
+            log(f"metrics: http://127.0.0.1:{port}/metrics")
         signals = Signals()
         try:
             while not signals.count:
@@ -56,6 +63,11 @@ def run_site(path: Path, log: Print, component: Component | None = None) -> None
         finally:
             for supervisor in reversed(supervisors):
                 supervisor.stop()
+
+
+def _starts(supervisors: Sequence[TrainerSupervisor | NodeSupervisor]) -> dict[str, int]:
+    """How often each process was started."""
+    return {supervisor.child.command.name: supervisor.child.starts for supervisor in supervisors}
 
 
 def _check_at_once(site: SiteSettings, log: Print, component: Component | None) -> None:

@@ -34,6 +34,9 @@ def server(
     transfer_to: Annotated[
         str | None, typer.Option(help="Transfer the sites of RECIPE to this base model. They must have prepared it.")
     ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve metrics for Prometheus at this port of 127.0.0.1.")
+    ] = None,
 ) -> None:
     """Run the coordinator of a federation.
 
@@ -44,10 +47,12 @@ def server(
 
     from colora.common.config.loader import load_recipe, with_base_model
     from colora.common.errors import ConfigError
+    from colora.common.prometheus import serve_metrics
     from colora.server.deployment.supervisor import ServerJob, read_keys, run_server
     from colora.server.reporting.console import LiveDisplay
     from colora.server.reporting.report import print_report
     from colora.server.reporting.run_folder import RunFolder
+    from colora.server.reporting.run_metrics import run_metrics
 
     if (keys is None) != insecure:
         raise ConfigError(
@@ -62,6 +67,9 @@ def server(
     settings = with_base_model(settings, transfer_to) if transfer_to else settings
     folder, console = out or Path("runs") / settings.name, Console()
     job = ServerJob(settings, folder, host, port, read_keys(keys) if keys else None)
+    if metrics_port is not None:
+        metrics_port = serve_metrics(metrics_port, run_metrics(folder))
+        console.print(f"Metrics: http://127.0.0.1:{metrics_port}/metrics", highlight=False)
     with LiveDisplay(console) as display:
         for event in RunFolder(folder).events():
             display.summary.update(event)
@@ -78,6 +86,9 @@ def client(
     model: Annotated[str | None, typer.Option(help="With --check: the base model to check.")] = None,
     component: Annotated[
         str | None, typer.Option(help="Run only one of the two processes: trainer or supernode. For containers.")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve metrics for Prometheus at this port of 127.0.0.1.")
     ] = None,
 ) -> None:
     """Take part in a federation as one site.
@@ -103,7 +114,10 @@ def client(
         raise typer.Exit(print_checks(preflight(site, model, component), console))  # type: ignore[arg-type]
     from colora.client.deployment.supervisor import run_site
 
-    run_site(site, lambda text: console.print(text, highlight=False, soft_wrap=True), component)  # type: ignore[arg-type]
+    def tell(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    run_site(site, tell, component, metrics_port)  # type: ignore[arg-type]
 
 
 def provision(
