@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -30,3 +31,25 @@ def test_simulate_and_use(tiny_recipe: dict, tmp_path: Path, capsys: pytest.Capt
     assert "Predictions of site ada" in first
     example.main(str(tmp_path / "tiny.toml"), str(tmp_path / "run"))
     assert capsys.readouterr().out == first, "a finished run is not repeated"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(EXAMPLES / "colora.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [json.dumps(cell.get("outputs", "")) for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(site in shown[0] for site in ("united", "virginamerica"))
+    assert "gain over local" in next(text for text in shown if "results.csv" in text)
+    assert "adapter_model.safetensors" in shown[-2]
+    assert ["negative" in shown[-1], "positive" in shown[-1]] == [True, True]
+    assert all(not cell.get("outputs") and cell.execution_count is None for cell in stored_code_cells())
+
+
+def stored_code_cells() -> list:
+    import nbformat
+
+    notebook = nbformat.read(EXAMPLES / "colora.ipynb", as_version=4)
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
