@@ -48,6 +48,10 @@ def load_config(settings: ModelSettings, field: str = "model.source", *, generat
         message = f"The weights of {source!r} are already quantized ({method}), which colora does not support."
         hint = "Use the model's original weights; model.precision = 'int4' quantizes them when they are loaded."
         raise ModelError(field, "weights that are not quantized", method, message=message, hint=hint)
+    if getattr(config, "default_language", "") is None:  # X-MOD
+        message = f"The base model {source!r} has an adapter for each language, and its config.json names none of them."
+        hint = "Set default_language in the config.json of a local copy, for example to en_XX."
+        raise ModelError(field, "a model with a default language", "none", message=message, hint=hint)
     return config
 
 

@@ -120,6 +120,14 @@ PROBLEMS = {
     "weights of another model": (_others_weights, "and most others of its architecture"),
     "GPTQ": (_quantized("gptq"), r"already quantized \(gptq\).* Use the model's original weights"),
     "AWQ": (_quantized("awq"), r"already quantized \(awq\)"),
+    "generation configuration": (
+        lambda folder: (folder / "generation_config.json").write_text("{oops"),
+        r"generation_config.json is not a JSON object\. Download it again",
+    ),
+    "X-MOD without a language": (
+        lambda folder: configure(folder, model_type="xmod", default_language=None),
+        "its config.json names none of them. Set default_language",
+    ),
     "bitsandbytes": (_quantized("bitsandbytes"), r"already quantized \(bitsandbytes\)"),
 }
 
