@@ -23,7 +23,7 @@ from .page.build import build_page
 from .page.fold import read_history
 
 INTERVAL = 0.5  # seconds between two looks at the logs
-SHARE = 20  # a page is made at most every SHARE times the seconds that the last one took
+SHARE = 10  # a page is made at most every SHARE times the processor seconds that the last one took
 HEARTBEAT = 15.0  # seconds after which a silent stream is written to, so that closed ones are found
 MAX_VIEWERS = 200  # streams at a time
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
@@ -53,9 +53,9 @@ class LivePage:
             version = tuple(_version(log) for log in self.logs)
             if version == self._made_from or time.monotonic() < self._due:
                 return
-            began = time.monotonic()
+            began = time.process_time()
             self.content, self._made_from = await asyncio.to_thread(self._make), version
-            self._due = time.monotonic() + SHARE * (time.monotonic() - began)
+            self._due = time.monotonic() + SHARE * (time.process_time() - began)
         async with self.changed:
             self.number += 1
             self.changed.notify_all()
