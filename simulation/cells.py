@@ -88,7 +88,7 @@ class Result:
     def quality(self) -> tuple[float, float]:
         """Larger is better: the mean primary metric, and the mean loss for cells with equal ones."""
         signed = [self.sign(site) * value for site, value in self.metrics.items()]
-        losses = [row.metrics.get("personal.loss", 0.0) for row in self.summary.rows.values()]
+        losses = [row.metrics.get("personal.loss") or 0.0 for row in self.summary.rows.values()]
         return sum(signed) / len(signed), -sum(losses) / len(losses)
 
     @property

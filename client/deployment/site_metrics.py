@@ -11,7 +11,7 @@ from typing import Any
 from ...common.prometheus import Metric
 from ..trainer_service.audit_log import FILE
 
-KINDS = {"reply": "replies", "error": "errors", "refusal": "refusals"}
+KINDS = {"reply": "replies", "error": "errors", "refusal": "refusals", "description": "joins"}
 
 
 def site_metrics(state: Path, starts: Callable[[], dict[str, int]]) -> Callable[[], list[Metric]]:
@@ -30,7 +30,7 @@ def site_metrics(state: Path, starts: Callable[[], dict[str, int]]) -> Callable[
         for path in (state / FILE, *state.glob(f"*/{FILE}")):
             for line in _new_lines(path, offsets):
                 federation = str(line.get("federation", ""))
-                answers.add(1, federation, KINDS.get(line["kind"], line["kind"]))
+                answers.add(1, federation, KINDS[line["kind"]])
                 sent.add(line["bytes"], federation)
                 seen.values[federation,] = datetime.fromisoformat(line["time"]).timestamp()
                 if line["kind"] == "reply":

@@ -90,6 +90,6 @@ def _alone(history: History, event: Event) -> Iterator[TrackedRow]:
         f"alone.{name.removeprefix('personal.')}/{row.site}": value
         for row in history.sites
         for name, value in row.alone.items()
-        if name.startswith("personal.")
+        if value is not None and name.startswith("personal.")
     }
     yield TrackedRow(f"alone {t}", t, metrics)
