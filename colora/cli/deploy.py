@@ -46,7 +46,6 @@ def server(
     from rich.console import Console
 
     from colora.common.config.loader import load_recipe, with_base_model
-    from colora.common.errors import ConfigError
     from colora.common.prometheus import serve_metrics
     from colora.server.deployment.supervisor import ServerJob, read_keys, run_server
     from colora.server.reporting.console import LiveDisplay
@@ -54,14 +53,7 @@ def server(
     from colora.server.reporting.run_folder import RunFolder
     from colora.server.reporting.run_metrics import run_metrics
 
-    if (keys is None) != insecure:
-        raise ConfigError(
-            "--keys",
-            "a folder of keys, or --insecure for none",
-            "both" if keys else "neither",
-            message="--keys and --insecure exclude each other." if keys else "Neither --keys nor --insecure was given.",
-            hint="Give --keys with the folder that colora provision wrote, or --insecure for a trial on one machine.",
-        )
+    _check_keys(keys, insecure=insecure)
     overrides = (*(set_ or ()), *([f"rounds={rounds}"] if rounds else ()))
     settings = load_recipe(find_recipe(recipe), overrides)
     settings = with_base_model(settings, transfer_to) if transfer_to else settings
@@ -78,6 +70,19 @@ def server(
         typer.echo("Stopped. Run the same command to continue from the last completed round.", err=True)
         raise typer.Exit(STOPPED)
     print_report(display.summary, folder, console)
+
+
+def _check_keys(keys: Path | None, *, insecure: bool) -> None:
+    from colora.common.errors import ConfigError
+
+    if (keys is None) != insecure:
+        raise ConfigError(
+            "--keys",
+            "a folder of keys, or --insecure for none",
+            "both" if keys else "neither",
+            message="--keys and --insecure exclude each other." if keys else "Neither --keys nor --insecure was given.",
+            hint="Give --keys with the folder that colora provision wrote, or --insecure for a trial on one machine.",
+        )
 
 
 def client(

@@ -59,6 +59,8 @@ def simulate(
     RECIPE is a .toml file, or demo (the default), mixed, newsgroups, r8, dissimilar, regression or chatterbot. With
     --resume and --out it can be left out: the run folder has its recipe. The final table shows what each site gains.
     """
+    import json
+
     from rich.console import Console
 
     from colora.common.config.loader import load_recipe
@@ -66,10 +68,8 @@ def simulate(
     from colora.server.reporting.run_folder import RunFolder
     from colora.server.rounds.run_options import read_replay
 
-    overrides = [*(set_ or [])]
-    overrides += [f"rounds={rounds}"] if rounds else []
-    overrides += [f'simulation.engine="{engine}"'] if engine else []
-    overrides += [f"simulation.baseline={str(baseline).lower()}"] if baseline is not None else []
+    changes = {"rounds": rounds, "simulation.engine": engine, "simulation.baseline": baseline}
+    overrides = [*(set_ or []), *(f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None)]
     if transfer_from or transfer_to:
         settings = _transfer_recipe(transfer_from, transfer_to, recipe, overrides)
     else:
