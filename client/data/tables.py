@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -82,13 +82,13 @@ def _fit(text: str, delimiter: str) -> float:
 def _parsed(text: str, delimiter: str, source: Source) -> Table:
     """Parse the table. Quotation marks that enclose no field are ordinary characters where every row then fits."""
     try:
-        rows = [row for row in _reader(text, delimiter, csv.QUOTE_MINIMAL, strict=True) if row]
+        rows = _records(_reader(text, delimiter, csv.QUOTE_MINIMAL, strict=True))
         failure = _swallowed(rows, delimiter)
     except csv.Error as error:
         rows, failure = [], str(error)
     if failure is None:
         return Table([name.strip() for name in rows[0]] if rows else [], rows[1:], True)
-    plain = [row for row in _reader(text, delimiter, csv.QUOTE_NONE, strict=False) if row]
+    plain = _records(_reader(text, delimiter, csv.QUOTE_NONE, strict=False))
     if all(len(row) == len(plain[0]) for row in plain) and not any(_is_enclosed(f) for row in plain for f in row):
         source.notes.append(f"{source.name} has quotation marks that enclose no field; they were kept as characters")
         return Table([name.strip() for name in plain[0]], plain[1:], False)
@@ -100,6 +100,15 @@ def _parsed(text: str, delimiter: str, source: Source) -> Table:
         f"({failure}).",
         hint='Write a quotation mark inside a quoted field as "".',
     )
+
+
+def _records(reader: Iterable[list[str]]) -> list[list[str]]:
+    """Return the records. Blank lines are left out; in a table of one column those between rows are empty values."""
+    rows = list(reader)
+    filled = [i for i, row in enumerate(rows) if row]
+    if filled and len(rows[filled[0]]) == 1:
+        return [row or [""] for row in rows[filled[0] : filled[-1] + 1]]
+    return [rows[i] for i in filled]
 
 
 def _swallowed(rows: Sequence[Sequence[str]], delimiter: str) -> str | None:

@@ -55,6 +55,8 @@ def compare(
         typer.echo("Stopped. The same command continues from the last completed round.", err=True)
         raise typer.Exit(STOPPED) from None
     write_results(compared, folder)
+    for each in compared if grid else ():
+        console.print(f"{each.cell.arm}: {', '.join(each.cell.point)}, the best on held-out rows", highlight=False)
     console.print(_table(compared))
     console.print(f"Results: {folder / 'results.csv'}\nReport: {folder / 'report.html'}", highlight=False)
 
@@ -72,13 +74,12 @@ def _table(compared: Sequence[Comparison]) -> Table:
     first = compared[0].cell.arm
     over = "seeds" if len(compared[0].results) > 1 else "sites"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=f"± standard error over {over}", caption_justify="left")
-    for column in ("method", "settings", "mean", f"gain over {first}", "better", "worse", "MB", "seconds"):
-        table.add_column(column, justify="left" if column in ("method", "settings") else "right")
+    for column in ("method", "mean", f"gain over {first}", "better", "worse", "MB", "seconds"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for each in compared:
         reference = each is compared[0]
         table.add_row(
             each.cell.arm,
-            ", ".join(each.cell.point),
             _with_error(*each.mean),
             "" if reference else _with_error(*each.gain, signed=True),
             *(("", "") if reference else (str(each.better), str(each.worse))),

@@ -64,6 +64,7 @@ def simulate(
     from rich.console import Console
 
     from colora.common.config.loader import load_recipe
+    from colora.common.errors import StateError
     from colora.server.reporting.report import print_report
     from colora.server.reporting.run_folder import RunFolder
     from colora.server.rounds.run_options import read_replay
@@ -76,6 +77,9 @@ def simulate(
         settings = load_recipe(_recipe_path(recipe, out if resume else None), tuple(overrides))
     folder = out or Path("runs") / settings.name
     continues = resume and (folder / "recipe.toml").exists()  # with the rows in its folder
+    if resume and not continues and not (recipe or transfer_from):
+        message = f"There is no run to resume in {folder}."
+        raise StateError("--resume", "a run folder", folder, message=message, hint="Name its folder with --out.")
     if not continues:
         RunFolder(folder).check_new()
         if settings.transfer.source_federation is None:

@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..config.diagnostics import did_you_mean
 from ..errors import AssetError
 
 
@@ -172,7 +173,8 @@ def asset_folder(name: str) -> Path:
     if asset is None:
         names = ", ".join(ASSETS)
         message = f"There is no asset {name!r}."
-        raise AssetError("asset", f"one of {names}", repr(name), message=message, hint=f"The assets are {names}.")
+        hint = f"{did_you_mean(name, ASSETS)}The assets are {names}."
+        raise AssetError("asset", f"one of {names}", repr(name), message=message, hint=hint)
     name = next(known for known, other in ASSETS.items() if other is asset)
     folder = cache_folder() / "assets" / f"{name}-{asset.version}-{asset.sha256[:8]}"
     if not _is_complete(asset, folder):

@@ -145,6 +145,8 @@ def find_saved_model(place: Path) -> Path:
     if not newest:
         message = f"There is no model in {place}."
         hint = "Name a run folder, a site's folder or a file round-….safetensors."
+        if (folder / "adapter_config.json").is_file():
+            hint = "It is an export, which PEFT loads. Name the site's folder that it was made from."
         raise StateError(str(place), "a run, a site's folder or a model file", "nothing", message=message, hint=hint)
     return next(iter(newest.values()))
 

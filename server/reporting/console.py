@@ -111,8 +111,8 @@ def _line(summary: RunSummary, event: Event) -> str | None:
     if name in ("refused", "failed"):
         site = event.get("site") or "unknown node"
         reason = reason_in_words(str(event["reason"]), site)
-        when = f"round {event['round']}" if event["round"] else "before round 1"
-        return f"{prefix}{when}: {site} left out: {reason}"
+        what = f"round {event['round']}: {site} left out" if event["round"] else f"before round 1: {site} cannot join"
+        return f"{prefix}{what}: {reason}"
     return None
 
 

@@ -207,6 +207,7 @@ def _joined(summary: RunSummary, event: Event) -> None:
     for name in ("task", "train", "test", "truncated", "dropped"):
         setattr(row, name, event[name])
     row.steps = event.get("steps", 0)
+    row.failures.pop(0, None)  # before it joined
 
 
 def _extended(summary: RunSummary, event: Event) -> None:

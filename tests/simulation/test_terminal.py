@@ -48,7 +48,7 @@ def test_a_refusal_at_joining_shows_its_whole_reason_here_and_its_kind_to_the_co
     code, out, err = simulated(tiny_recipe)
     assert code == 2
     for site in ("ada", "bob", "cyd"):
-        assert f"before round 1: {site} left out: weights.bin ends early. Get it." in out
+        assert f"before round 1: {site} cannot join: weights.bin ends early. Get it." in out
     assert "at least 3 sites are required, 0 took part. First failure: ada: weights.bin ends early. Get it." in err
     assert {m.error.reason for m in wire if m.has_error()} == {"ModelError: model.source"}
     assert "weights.bin" not in (tmp_path / "run" / "events.jsonl").read_text()

@@ -113,3 +113,10 @@ def test_labels_that_a_data_set_stores_as_numbers_have_their_names(tmp_path: Pat
     several = datasets.Features({"label": datasets.Sequence(datasets.ClassLabel(names=["no", "yes"]))})
     datasets.Dataset.from_dict({"label": [[1, 0], []]}, features=several).save_to_disk(str(tmp_path / "several"))
     assert [row["label"] for row in read_rows(str(tmp_path / "several"))] == [["yes", "no"], []]
+
+
+def test_a_blank_line_of_a_table_with_one_column_is_a_row(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.csv", "\ntext\nred sun\n\nblue moon\n\n")
+    assert [row["text"] for row in read_rows(source)] == ["red sun", "", "blue moon"]
+    several = written(tmp_path / "b.csv", "text,label\na,yes\n\nb,no\n")
+    assert [row["text"] for row in read_rows(several)] == ["a", "b"]
