@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..common.config.loader import load_recipe
 from ..common.config.rules import check_rules
-from ..common.config.schema import MethodSettings, PrivateSettings, Recipe, parse, to_dict
+from ..common.config.schema import DataSettings, MethodSettings, PrivateSettings, Recipe, parse, to_dict
 from ..common.dataset import TASKS
 from ..server.reporting.events import Event
 from ..server.reporting.run_folder import RunFolder
@@ -94,16 +94,12 @@ class Result:
     @property
     def bytes(self) -> int:
         """Bytes of all messages."""
-        return sum(event["bytes_up"] + event["bytes_down"] for event in self._replies)
+        return sum(row.bytes_up + row.bytes_down for row in self.summary.rows.values())
 
     @property
     def seconds(self) -> float:
         """Seconds of work at all sites."""
-        return sum(event["seconds"] for event in self._replies)
-
-    @property
-    def _replies(self) -> list[Event]:
-        return [event for event in self.run.events() if event["event"] == "reply"]
+        return sum(row.seconds for row in self.summary.rows.values())
 
     def sign(self, site: str) -> int:
         """-1 where a lower metric is better, otherwise 1."""
@@ -131,15 +127,11 @@ def run_cell(
 
 def _held_out(recipe: Recipe) -> Recipe:
     """The recipe with held-out training rows in place of the test rows."""
-    data = {"evaluate_on": "validation", "validation_fraction": recipe.data.validation_fraction or HELD_OUT}
-    site = tuple(
-        dataclasses.replace(
-            site,
-            data=dataclasses.replace(
-                site.data, evaluate_on="validation", validation_fraction=site.data.validation_fraction or HELD_OUT
-            ),
-        )
-        for site in recipe.site
-    )
+
+    def held_out(data: DataSettings) -> DataSettings:
+        fraction = data.validation_fraction or HELD_OUT
+        return dataclasses.replace(data, evaluate_on="validation", validation_fraction=fraction)
+
+    sites = tuple(dataclasses.replace(site, data=held_out(site.data)) for site in recipe.site)
     train = dataclasses.replace(recipe.train, fallback=None)
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **data), site=site, train=train)
+    return dataclasses.replace(recipe, data=held_out(recipe.data), site=sites, train=train)

@@ -37,7 +37,7 @@ def read_rows(
     elif is_hub_id(source):
         rows = read_hub(opened)
     else:
-        hint = did_you_mean(opened.path.name, _files_beside(opened.path)).strip() or None
+        hint = did_you_mean(opened.path.name, _files_beside(opened.path))
         raise opened.error("an existing file", source, message=f"the file {source} does not exist.", hint=hint)
     if not rows:
         message = f"{source} contains no rows."

@@ -146,7 +146,7 @@ def select_numbered(
     rows = list(rows)
     for column in data.where or ():
         if rows and not any(column in row for _, row in rows):
-            hint = did_you_mean(column, map(str, rows[0][1]), similarity=0.7).strip() or None
+            hint = did_you_mean(column, map(str, rows[0][1]), similarity=0.7)
             columns = ", ".join(map(str, rows[0][1]))
             raise DataError("data.where", f"a column {column!r}", f"only {columns}", site=site, hint=hint)
     return parse_rows([(n, row) for n, row in rows if matches(row, data)], data, site, notes)

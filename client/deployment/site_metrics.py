@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
+from ...common.processes.log_tail import FileTail
 from ...common.prometheus import Metric
 from ..trainer_service.audit_log import FILE
 
@@ -24,11 +24,11 @@ def site_metrics(state: Path, starts: Callable[[], dict[str, int]]) -> Callable[
     last = Metric("colora_site_round", "Round of the last reply.", ("federation",))
     seen = Metric("colora_site_last_answer_timestamp_seconds", "Unix time of the last answer.", ("federation",))
     restarts = Metric("colora_site_restarts", "Restarts of a process.", ("component",), kind="counter")
-    offsets: dict[Path, int] = {}
+    tails: dict[Path, FileTail] = {}
 
     def read() -> list[Metric]:
         for path in (state / FILE, *state.glob(f"*/{FILE}")):
-            for line in _new_lines(path, offsets):
+            for line in map(json.loads, tails.setdefault(path, FileTail(path, 0)).new().splitlines()):
                 federation = str(line.get("federation", ""))
                 answers.add(1, federation, KINDS[line["kind"]])
                 sent.add(line["bytes"], federation)
@@ -39,16 +39,3 @@ def site_metrics(state: Path, starts: Callable[[], dict[str, int]]) -> Callable[
         return [answers, sent, last, seen, restarts]
 
     return read
-
-
-def _new_lines(path: Path, offsets: dict[Path, int]) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines since the last call. A log that has become shorter was begun anew."""
-    try:
-        start = offsets.get(path, 0) if path.stat().st_size >= offsets.get(path, 0) else 0
-        with path.open("rb") as file:
-            file.seek(start)
-            whole, newline, _ = file.read().rpartition(b"\n")
-    except OSError:
-        return
-    offsets[path] = start + len(whole) + len(newline)
-    yield from map(json.loads, whole.splitlines())

@@ -64,9 +64,7 @@ def simulate(
     from rich.console import Console
 
     from colora.common.config.loader import load_recipe
-    from colora.common.errors import StateError
     from colora.server.reporting.report import print_report
-    from colora.server.reporting.run_folder import RunFolder
     from colora.server.rounds.run_options import read_replay
 
     changes = {"rounds": rounds, "simulation.engine": engine, "simulation.baseline": baseline}
@@ -77,13 +75,8 @@ def simulate(
         settings = load_recipe(_recipe_path(recipe, out if resume else None), tuple(overrides))
     folder = out or Path("runs") / settings.name
     continues = resume and (folder / "recipe.toml").exists()  # with the rows in its folder
-    if resume and not continues and not (recipe or transfer_from):
-        message = f"There is no run to resume in {folder}."
-        raise StateError("--resume", "a run folder", folder, message=message, hint="Name its folder with --out.")
     if not continues:
-        RunFolder(folder).check_new()
-        if settings.transfer.source_federation is None:
-            _check_sources(settings)
+        _check_start(settings, folder, resumes_nothing=resume and not (recipe or transfer_from))
     console = Console()
     replayed = read_replay(replay) if replay else None
     if resume and not continues:
@@ -91,6 +84,19 @@ def simulate(
     summary = _run(settings, folder, console, replayed, resume=resume)
     print_report(summary, folder, console)  # with the sites' own words, which events.jsonl does not have
     _print_next_step(settings, folder, console)
+
+
+def _check_start(settings: Recipe, folder: Path, *, resumes_nothing: bool) -> None:
+    """Check what can be checked at once before a new run. Raises StateError or DataError."""
+    from colora.common.errors import StateError
+    from colora.server.reporting.run_folder import RunFolder
+
+    if resumes_nothing:
+        message = f"There is no run to resume in {folder}."
+        raise StateError("--resume", "a run folder", folder, message=message, hint="Name its folder with --out.")
+    RunFolder(folder).check_new()
+    if settings.transfer.source_federation is None:
+        _check_sources(settings)
 
 
 def _run(settings: Recipe, folder: Path, console: Console, replay: Replay | None, *, resume: bool) -> RunSummary:

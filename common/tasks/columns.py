@@ -52,12 +52,12 @@ class RawRow:
             for literal, column, _, _ in _parts(name)
         )
 
-    def _hint(self, missing: str, key: str) -> str | None:
+    def _hint(self, missing: str, key: str) -> str:
         """Suggest the task that the columns show, or the nearest column."""
-        near = did_you_mean(missing, map(str, self.values), similarity=0.7).strip()
+        near = did_you_mean(missing, map(str, self.values), similarity=0.7)
         if not near and key in ("text", "label") and any(column in self.values for column in (*RECOGNIZED, "prompt")):
             return 'Instruction data needs data.task = "generation".'
-        return near or None
+        return near
 
     def text(self, name: str, key: str) -> str:
         """The value of a column of texts."""

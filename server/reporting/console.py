@@ -13,11 +13,9 @@ from ...common.dataset import EVAL_MODES
 from ...common.errors import reason_in_words
 from ...common.foreign_text import printable, sanitize
 from .events import Event
-from .summary import RunSummary, note_of
+from .summary import NOTED, RunSummary, note_of
 
 PHASES = ("started", "agreed", "round_started", "finalizing")  # events with which a new elapsed time begins
-# events that note_of() describes
-NOTED = ("waiting", "restarted", "late", "finalizing", "transfer_started", "tracker_failed")
 
 
 class LiveDisplay:

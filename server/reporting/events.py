@@ -68,6 +68,7 @@ from typing import Any
 
 from ...common.errors import ColoraError, QuorumError
 from ...common.foreign_text import clean
+from ...common.processes.log_tail import FileTail
 from .event_fields import parse_event
 
 FIRST_FAILURE = " First failure: "  # in the message of a missed quorum
@@ -180,18 +181,11 @@ class EventTail:
     """Follows a file that another process appends to, from ``start`` in bytes or, without it, from its present end."""
 
     def __init__(self, path: Path, start: int | None = None) -> None:
-        size = path.stat().st_size if path.exists() else 0
-        self.path, self._offset = path, size if start is None else start
+        self._tail = FileTail(path, start)
 
     def new(self) -> list[Event]:
         """Return the complete events since the last call. A partial last line is left for the next call."""
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            file.seek(min(self._offset, self.path.stat().st_size))
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        events, skipped = _parse(whole, self.path)
+        events, skipped = _parse(self._tail.new(), self._tail.path)
         if skipped:
             logger.warning("%s", skipped)
         return events

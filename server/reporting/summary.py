@@ -168,8 +168,16 @@ _NOTES: dict[str, Callable[[Event], str]] = {
 }
 
 
+NOTED = frozenset(_NOTES)  # events that note_of() describes
+
+
 def _set_note(summary: RunSummary, event: Event) -> None:
     summary.note = note_of(event)
+
+
+def _tracker_failed(summary: RunSummary, event: Event) -> None:
+    _set_note(summary, event)
+    summary.failures.append(f"The tracker {event['tracker']} stopped: {event['reason']}")
 
 
 def _transfer_started(summary: RunSummary, event: Event) -> None:
@@ -294,6 +302,7 @@ _HANDLERS: dict[tuple[str, bool | None], Callable[[RunSummary, Any], None]] = {
     ("waiting", None): _set_note,
     ("restarted", None): _set_note,
     ("late", None): _set_note,
+    ("tracker_failed", None): _tracker_failed,
     ("finalizing", None): _finalizing,
     ("transfer_started", False): _transfer_started,
     ("site_ready", False): _ready,

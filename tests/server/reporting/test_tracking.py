@@ -72,6 +72,7 @@ def test_a_tracker_that_raises_is_named_once_and_the_run_goes_on(
     assert "finished" in {event["event"] for event in told}
     failures = [event for event in read_events(run.path / "events.jsonl") if event["event"] == "tracker_failed"]
     assert [event for event in told if event["event"] == "tracker_failed"] == failures
+    assert summarize(told).failures == [f"The tracker tensorboard stopped: OSError: {clean(ERROR)}"]
     (line,) = map(note_of, failures)
     assert line == f"the tracker tensorboard stopped, the run goes on: OSError: {clean(ERROR)}"
 
