@@ -215,18 +215,25 @@ class SiteModel:
 
 
 def export(
-    state: str | Path, out: str | Path, *, merge: bool = False, only: Part = "all", group: int | None = None
+    state: str | Path,
+    out: str | Path,
+    *,
+    merge: bool = False,
+    only: Part = "all",
+    group: int | None = None,
+    round_number: int | None = None,
 ) -> Path:
     """Write a personal model as a stock PEFT adapter, or with ``merge`` as a full model, and return the folder.
 
     ``state`` is a site's folder or a state file; with ``only="shared"`` also a run folder or checkpoint, of which
-    ``group`` selects a group of sites, 1 being the largest.
+    ``group`` selects a group of sites, 1 being the largest. ``round_number`` selects the model of a round, where all
+    rounds' models were kept (``train.keep_states``).
     Raises StateError or ConfigError for what cannot be exported.
     """
     from colora.client.artifacts.export import export as write
     from colora.common.models.saved import read_saved_model
 
-    write(read_saved_model(Path(state), group), Path(out), only, merge=merge)
+    write(read_saved_model(Path(state), group, round_number), Path(out), only, merge=merge)
     return Path(out)
 
 

@@ -2,7 +2,7 @@
 
 S_0: A ~ Kaiming, B = 0                  (at the sites, cores Λ_k start as the identity; or a spectral start)
                                          (with server.groups, what follows holds for each group of sites)
-for t = 1 … T:
+for t = 1 … T:                           (or until the loss on the sites' validation rows stops improving)
     send S_{t-1} to the sites of round t
     each site k trains A, B and its core Λ_k, and returns S_k = (A, B)
     S_t = Σ p_k S_k                      (or a server optimizer's step towards it)
@@ -23,7 +23,7 @@ from ..common.config.loader import recipe_from
 from ..common.config.schema import Recipe, to_dict, to_json
 from .reporting.events import EventLog, Listener
 from .reporting.versions import installed_versions
-from .rounds import preparation
+from .rounds import early_stopping, preparation
 from .rounds.checkpoint import Checkpoints, ServerState
 from .rounds.run_options import RosterEntry, Run, RunOptions, StopRequested
 from .rounds.strategy import AdapterStrategy
@@ -37,7 +37,7 @@ def train_federation(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpo
     Raises StopRequested between rounds, and QuorumError where missing sites are not waited for.
     """
     recipe, last = strategy.recipe, checkpoints.latest()
-    if last and last.finalized and last.round >= recipe.rounds:
+    if last and last.finalized and early_stopping.is_over(strategy, last):
         return last
     if last:
         strategy.events.emit("resumed", round=last.round, damaged=checkpoints.damaged)
@@ -45,13 +45,21 @@ def train_federation(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpo
     if preparation.is_needed(strategy) and not last:
         state = preparation.prepare(strategy, state)
         checkpoints.write(state)
-    for t in range(state.round + 1, recipe.rounds + 1):
+    if early_stopping.is_due(strategy, state):  # the coordinator ended between a round and its validation
+        state = early_stopping.validate(strategy, state)
+        checkpoints.write(state)
+    while not early_stopping.is_over(strategy, state):
         if strategy.options.should_stop():
             raise StopRequested
+        t = state.round + 1
         state = strategy.retry_until_quorum(
             lambda t=t, s=state: strategy.aggregate_train(t, s, strategy.configure_train(t, s))
         )
         checkpoints.write(state)
+        if early_stopping.is_due(strategy, state):
+            state = early_stopping.validate(strategy, state)
+            checkpoints.write(state)
+    state = early_stopping.select(strategy, checkpoints, state)
     state = strategy.retry_until_quorum(lambda s=state: strategy.aggregate_finalize(s, strategy.configure_finalize(s)))
     checkpoints.write(state)
     return state

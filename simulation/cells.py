@@ -134,4 +134,5 @@ def _held_out(recipe: Recipe) -> Recipe:
 
     sites = tuple(dataclasses.replace(site, data=held_out(site.data)) for site in recipe.site)
     train = dataclasses.replace(recipe.train, fallback=None)
-    return dataclasses.replace(recipe, data=held_out(recipe.data), site=sites, train=train)
+    server = dataclasses.replace(recipe.server, keep="last", patience=None)  # they need validation rows of their own
+    return dataclasses.replace(recipe, data=held_out(recipe.data), site=sites, train=train, server=server)

@@ -29,5 +29,5 @@ def paired_gain(scores: Sequence[float], others: Sequence[float]) -> tuple[float
 
 def row_scores(folder: Path, site: str, recipe: Recipe) -> tuple[float, ...]:
     """Return the scores of a site's final model on each test row, in a finished run; none for tasks without them."""
-    state = StateStore(folder / "sites" / site / "state", recipe.name).state(recipe.rounds + 1)
+    state = StateStore(folder / "sites" / site / "state", recipe.name).newest()
     return state.row_scores if state else ()

@@ -89,14 +89,14 @@ class SitePool:
                 source, folder = paths.source_state_of(name), paths.synthetic_data_of(name)
                 rows, artifacts = rows_on_new_base(self.plan, source, folder)
             self.trainers[name] = Trainer(self.model, rows, store, site.private, artifacts=artifacts)
-            self.trainers[name].base_metrics = self._base_metrics(name)
+            self.trainers[name].measurer.base_metrics = self._base_metrics(name)
         return self.trainers[name]
 
     def _base_metrics(self, name: str) -> Mapping[str, float] | None:
         """The base model's metrics from the run that a baseline belongs to: same model, same rows."""
         if self.paths.sites == self.paths.state:
             return None
-        state = StateStore(self.paths.sites / name / "state", self.plan.name).state(self.plan.rounds + 1)
+        state = StateStore(self.paths.sites / name / "state", self.plan.name).newest()
         return state.base if state else None
 
 

@@ -28,7 +28,8 @@ MARKED: dict[str, dict[str, str]] = {  # module → function in it → name of t
     "flwr.serverapp.strategy.fedavg": {"FedAvg.aggregate_evaluate": "round"},
     "plain.task": {"load_model": "load", "train": "work", "evaluate": "work"},
     "colora.server.rounds.checkpoint": {"Checkpoints.write": "round"},
-    "colora.client.training.trainer": {"Trainer.handle": "trainer", "train": "work", "Trainer._measure": "work"},
+    "colora.client.training.trainer": {"Trainer.handle": "trainer", "train": "work"},
+    "colora.client.training.measuring": {"Measurer._measure": "work"},
     "colora.client.training.state_store": {"StateStore.write": "store"},
 }
 

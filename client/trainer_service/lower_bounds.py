@@ -53,6 +53,8 @@ def below(plan: Plan, allow: AllowSettings, examples: int | None = None) -> Iter
     train = plan.train
     if allow.metrics == "none" and train.report_benefit:
         yield Finding("train.report_benefit", "false (allow.metrics is none)", "true")
+    if allow.metrics == "none" and plan.evaluation.validation_loss:
+        yield Finding("evaluation.validation_loss", "false (allow.metrics is none)", "true")
     if not plan.row().shares:
         return
     sizes = (

@@ -58,6 +58,7 @@ ROUNDS: Mapping[str, Callable[[int], tuple[int, int]]] = {  # rounds of the plan
     "trial": lambda rounds: (0, 0),
     "initialize": lambda rounds: (0, 0),
     "train": lambda rounds: (1, rounds),
+    "validate": lambda rounds: (2, rounds + 1),
     "finalize": lambda rounds: (1, rounds + 1),
 }
 BY_LAYER = ("adapter.rank_pattern", "adapter.alpha_pattern")  # tables whose keys are names of layers

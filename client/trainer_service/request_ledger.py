@@ -38,22 +38,23 @@ def check_requests_of_day(site: SiteSettings, key: str) -> None:
     _write(path, {day: [*keys, key]})
 
 
-def may_send_metrics(site: SiteSettings, folder: Path, round_number: int, key: str) -> bool:
+def may_send_metrics(site: SiteSettings, folder: Path, place: str, key: str) -> bool:
     """Whether the reply to this request may hold metrics, by ``allow.max_evaluations``; if so, this is recorded.
 
-    A coordinator that asks for a round again with another adapter gets an update, but no second measurement.
+    ``place`` is the round, or the validation of one. A coordinator that asks for it again with another adapter gets an
+    update, but no second measurement.
     """
     limit = site.allow.max_evaluations
     if limit is None:
         return True
-    path, name = folder / EVALUATIONS, str(round_number)
+    path = folder / EVALUATIONS
     rounds = _read(path)
-    keys = rounds.get(name, [])
+    keys = rounds.get(place, [])
     if key in keys:
         return True
     if len(keys) >= limit:
         return False
-    _write(path, {**rounds, name: [*keys, key]})
+    _write(path, {**rounds, place: [*keys, key]})
     return True
 
 

@@ -116,7 +116,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             for chunk in serde.chunks(reply.shared):
                 await context.write(pb.TrainReplyPart(chunk=chunk))
             if request.kind == "finalize":
-                site_report.report_end(plan, self.session.folder(plan))
+                site_report.report_end(plan.name, reply.round - 1, self.session.folder(plan))
         except Exception as error:
             await self._abort(error, context, audit)
 

@@ -148,7 +148,8 @@ class TrainerSession:
         rule, task = self.site.allow.metrics, self.trainer(plan).task
         size = SiteSize(len(task.train.examples), len(task.test.examples))
         asks = bool(reply.metrics) and rule != "none"
-        evaluates = not asks or may_send_metrics(self.site, self.folder(plan), request.round, request.key)
+        place = f"validation after {request.round - 1}" if request.kind == "validate" else str(request.round)
+        evaluates = not asks or may_send_metrics(self.site, self.folder(plan), place, request.key)
         return release(reply, rule, size, evaluates=evaluates)
 
     def _rows(self, plan: Plan) -> tuple[SiteDataset, bool, TransferArtifacts | None]:

@@ -9,9 +9,8 @@ import logging
 import re
 from pathlib import Path
 
-from ...common.config.schema import Plan
 from ...common.dataset import TASKS, SiteDataset
-from ...common.protocol.types import PRELIMINARY, TrainReply, TrainRequest
+from ...common.protocol.types import PRELIMINARY, VALIDATION_LOSS, TrainReply, TrainRequest
 from ..data.label_counts import describe_rows
 
 logger = logging.getLogger("colora.report")
@@ -32,22 +31,24 @@ def report_reply(request: TrainRequest, reply: TrainReply, *, task: str, steps: 
     if request.kind in PRELIMINARY:
         place = "before round 1"
     else:
-        place = "final personalization" if request.kind == "finalize" else f"round {reply.round}"
+        places = {"finalize": "final personalization", "validate": f"validation after round {reply.round - 1}"}
+        place = places.get(request.kind, f"round {reply.round}")
     metric = f"personal.{TASKS[task].primary_metric}"
-    numbers = {"loss": reply.metrics.get("train.loss"), metric: reply.metrics.get(metric)}
+    loss = reply.metrics.get("train.loss", reply.metrics.get(VALIDATION_LOSS))
+    numbers = {"loss": loss, metric: reply.metrics.get(metric)}
     results = [f"{name} {value:.4f}" for name, value in numbers.items() if value is not None]
     measuring = f" (of which measuring {reply.measuring:.1f} s)" if reply.measuring else ""
     work = ["stored reply"] if steps is None else [f"{steps} steps", f"{reply.seconds:.1f} s{measuring}"]
     logger.info("%s %s: %s", reply.federation, place, ", ".join([*results, *work, f"{sent} bytes sent"]))
 
 
-def report_end(plan: Plan, folder: Path) -> None:
-    """Report that the site's last reply of a federation was made."""
+def report_end(federation: str, last: int, folder: Path) -> None:
+    """Report that the site's last reply of a federation was made, after round ``last``."""
     logger.info(
         "%s %s %d and the final personalization. The site's model is in %s, for colora export and "
         "colora predict. colora client waits for another federation; Ctrl-C stops it.",
-        plan.name,
+        federation,
         END,
-        plan.rounds,
+        last,
         folder,
     )

@@ -10,12 +10,12 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from ...common.config.schema import Plan
-from ...common.errors import DataError, RefusedError
+from ...common.errors import RefusedError
 from ...common.methods import PERSONAL, SHARED, Method, Role
 from ...common.protocol.types import FALLBACK_DIFFERENCE, FALLBACK_ERROR, FALLBACK_KEPT, Arrays, TrainRequest
 from ...common.standard_error import mean_and_error
@@ -23,6 +23,7 @@ from ...common.tasks.base import Task
 from ...common.training.loop import StepCallback, TrainOutcome
 from .soundness import check_trained
 from .state_store import PersonalState
+from .validation_rows import require_validation_rows, row_losses
 
 logger = logging.getLogger("colora.trainer")
 
@@ -62,13 +63,6 @@ def compare(collaborative: Sequence[float], local: Sequence[float]) -> Compariso
     return Comparison(difference, math.inf if error is None else error)
 
 
-def row_losses(task: Task, examples: Sequence[Any]) -> list[float]:
-    """The loss of each example with the model as it is."""
-    task.module.eval()
-    with torch.no_grad():
-        return [float(task.loss(task.collate([example]))[0]) for example in examples]
-
-
 def local_method(method: Method) -> Method:
     """The method with every shared group personal."""
     shared = [field.name for field in dataclasses.fields(method) if getattr(method, field.name) is SHARED]
@@ -103,15 +97,7 @@ class LocalModel:
     def __init__(self, trainer: SiteTraining, take_steps: Callable[..., TrainOutcome]) -> None:
         """``take_steps`` trains by (request, state, callback, method). Raises DataError without validation rows."""
         self.trainer, self.take_steps, self.method = trainer, take_steps, local_method(trainer.method)
-        if not trainer.task.validation.examples:
-            raise DataError(
-                "data.validation_fraction",
-                "validation rows for train.fallback",
-                "none",
-                site=trainer.site,
-                message="train.fallback compares two models on validation rows, and the site has none.",
-                hint="Set data.validation_fraction, for example to 0.2.",
-            )
+        require_validation_rows(trainer.task, trainer.site, "train.fallback compares two models")
 
     def train(
         self, request: TrainRequest, state: PersonalState | None, on_step: StepCallback | None

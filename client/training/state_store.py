@@ -100,6 +100,11 @@ class StateStore:
         except (KeyError, TypeError) as error:
             raise _incomplete(path, error) from None
 
+    def newest(self) -> PersonalState | None:
+        """Return the state of the last round on disk, or None if there is none; see ``state`` for damaged files."""
+        rounds = [int(path.stem.removeprefix("round-")) for path in self.folder.glob(FILES)]
+        return self.state(max(rounds)) if rounds else None
+
     def labels(self) -> tuple[str, ...]:
         """Return the labels of the site's first state on disk, in the order of its head; empty without a state."""
         for path in sorted(self.folder.glob(FILES)):

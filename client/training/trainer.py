@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,14 +39,15 @@ from ...common.training.loop import StepCallback, TrainCursor, TrainOutcome, tra
 from ...transfer.preparation import TransferArtifacts, check_preparation, prepare
 from .adapted_model import AdaptedModel
 from .benefit import PersonalFit, benefit_ratio, cross_fitted_loss
-from .evaluation import evaluate
 from .fallback import LocalModel, local_plan
 from .label_list import with_pinned_labels
+from .measuring import Measurer
 from .schedule import phases
 from .soundness import check_trained
 from .spectral import power_step
 from .state_store import PersonalState, StateStore, check_private
 from .update_pipeline import UpdateContext, process_update
+from .validation_rows import require_validation_rows
 
 
 class Trainer:
@@ -56,8 +58,6 @@ class Trainer:
     a later transfer needs; they are written into the site's states.
     """
 
-    base_metrics: Mapping[str, float] | None = None  # those of the base model, where they are known
-    measuring = 0.0  # seconds in which models were measured, for the request in progress
     _base_loss: float | None = None  # the base model's part of the benefit ratio, once it is measured
 
     def __init__(
@@ -84,8 +84,11 @@ class Trainer:
         self.private = model.private_adapter(self.plan.private)
         self.parameters: dict[str, nn.Parameter] = {**model.adapter, **self.private.parameters, **self.task.head}
         check_layers(self.plan, rows.task, self.parameters)
+        if trains and self.plan.evaluation.validation_loss:
+            require_validation_rows(self.task, self.site, "server.keep and server.patience compare rounds")
         fallback = trains and self.plan.train.fallback is not None and self.method.shares
         self.local = LocalModel(self, self._train) if fallback else None
+        self.measurer = Measurer(self)
         layout = layout_of(self.parameters)
         self.layout = self.method.having(layout, SHARED)
         self.site_seed = seed_from(store.secret or self.plan.seed, self.plan.name, self.site)
@@ -133,9 +136,13 @@ class Trainer:
         if request.federation != self.plan.name:
             raise RefusedError("federation", self.plan.name, request.federation, site=self.site)
         check_arrays(request.shared, self.layout, self.site)
-        started, self.measuring = time.perf_counter(), 0.0
+        started, self.measurer.seconds = time.perf_counter(), 0.0
         if request.kind in PRELIMINARY:
             return self._preliminary(request, started, on_step)
+        if request.kind == "validate":
+            metrics = self.measurer.validation(request)
+            seconds = time.perf_counter() - started
+            return self._reply(request, metrics=metrics, seconds=seconds, measuring=self.measurer.seconds)
         stored_state = self.store.state(request.admitted_round)
         state = stored_state or PersonalState()
         check_private(state, self.plan.private, self.site)
@@ -144,7 +151,7 @@ class Trainer:
         finalizes = request.kind == "finalize"
         metrics: dict[str, float] = {}
         if not finalizes:
-            state, metrics = self._measure_arrival(request, state)
+            state, metrics = self.measurer.arrival(request, state)
             metrics |= self._benefit(request)
         trained = self._train(request, state, on_step)
         personal = self.values(PERSONAL)
@@ -165,17 +172,14 @@ class Trainer:
             metrics = {**metrics, **update_metrics, "train.loss": trained.loss}
         if trained.overflows:
             metrics = {**metrics, OVERFLOWS: float(trained.overflows)}
-        reply = TrainReply(
-            site=self.site,
-            federation=request.federation,
-            round=request.round,
-            key=request.key,
+        reply = self._reply(
+            request,
             shared=shared,
             terms=trained.terms,
             examples=trained.examples,
             metrics=metrics,
             seconds=time.perf_counter() - started,
-            measuring=self.measuring,
+            measuring=self.measurer.seconds,
             fresh=stored_state is None,
         )
         return self._send(new, reply, request)
@@ -187,7 +191,7 @@ class Trainer:
         if self.plan.transfer.prepare:
             self.transfer_artifacts = self._prepare(on_step)
         state, comparison = self.local.better_of_both(request, state) if self.local else (state, {})
-        state, metrics = self._measure_end(request, state)
+        state, metrics = self.measurer.end(request, state)
         return state, metrics | comparison
 
     def _shared_update(self, request: TrainRequest) -> tuple[Arrays, dict[str, float]]:
@@ -211,15 +215,14 @@ class Trainer:
             arrays, terms = power_step(self.task, self.model.base.backbone, request.shared)
             examples = len(self.task.train.examples)
         check_arrays(arrays, self.layout, self.site)
+        seconds = time.perf_counter() - started
+        return self._reply(request, shared=arrays, terms=terms, examples=examples, seconds=seconds)
+
+    def _reply(
+        self, request: TrainRequest, *, shared: Arrays | None = None, terms: int = 0, examples: int = 0, **more: Any
+    ) -> TrainReply:
         return TrainReply(
-            site=self.site,
-            federation=request.federation,
-            round=request.round,
-            key=request.key,
-            shared=arrays,
-            terms=terms,
-            examples=examples,
-            seconds=time.perf_counter() - started,
+            self.site, request.federation, request.round, request.key, shared or {}, terms, examples, **more
         )
 
     def _benefit(self, request: TrainRequest) -> dict[str, float]:
@@ -263,7 +266,8 @@ class Trainer:
         received = request.shared if request.kind == "finalize" and not state.is_local else {}
         plan = local_plan(self.plan) if state.is_local else self.plan
         self.store.write(state, reply, self._metadata(reply, plan), received, self.transfer_artifacts)
-        self.store.prune(request.admitted_round)
+        if self.plan.train.keep_states == "newest":
+            self.store.prune(request.admitted_round)
         return reply
 
     def _metadata(self, reply: TrainReply, plan: Plan) -> ModelMetadata:
@@ -307,56 +311,6 @@ class Trainer:
         chosen = (method or self.method).having(self.parameters, role)
         return {key: value.detach().to("cpu", copy=True) for key, value in chosen.items()}
 
-    def _measure_arrival(self, request: TrainRequest, state: PersonalState) -> tuple[PersonalState, dict[str, float]]:
-        """Evaluate the base model (once), the shared adapter from round 2, and the personal model from its first state.
-
-        Returns the state with the metrics of the base model in it, and all metrics by name.
-        """
-        if not request.evaluate:
-            return state, {}
-        generate = not self.plan.evaluation.generate_at_end_only
-        state = self._with_base_metrics(state)
-        metrics = _prefixed("base", state.base or {})
-        if request.round > 1 and self._has_shared_model:
-            metrics |= _prefixed("shared", self._measure(request.shared, {}, generate=generate))
-        if state.round > 0:
-            personal = self._measure(request.shared, state.tensors, generate=generate, own_head=True)
-            metrics |= _prefixed("personal", personal)
-        return state, metrics
-
-    def _measure_end(self, request: TrainRequest, state: PersonalState) -> tuple[PersonalState, dict[str, float]]:
-        state = self._with_base_metrics(state)
-        metrics = _prefixed("base", state.base or {})
-        if self.trains and (state.position or self.plan.probes_head):  # a site that never trained has no own model
-            shared = {} if state.is_local else request.shared
-            metrics |= _prefixed("personal", self._measure(shared, state.tensors, generate=True, own_head=True))
-            state = dataclasses.replace(state, row_scores=tuple(self.task.row_scores))
-        if self._has_shared_model:
-            metrics |= _prefixed("shared", self._measure(request.shared, {}, generate=True))
-        return state, metrics
-
-    @property
-    def _has_shared_model(self) -> bool:
-        """Whether base model and shared adapter make a model of their own; with cores that start at 0 they do not."""
-        return self.method.shares and self.plan.adapter.init != "spectral"
-
-    def _with_base_metrics(self, state: PersonalState) -> PersonalState:
-        """Evaluate the base model once per site. An adapter at its initial values does not change the base model."""
-        if state.base is not None:
-            return state
-        return dataclasses.replace(state, base=self.base_metrics or self._measure({}, {}, generate=True))
-
-    def _measure(
-        self, shared: Arrays, personal: Mapping[str, torch.Tensor], *, generate: bool, own_head: bool = False
-    ) -> dict[str, float]:
-        """Metrics of the model with these values. Without ``own_head``, a head is fitted to the training rows."""
-        began = time.perf_counter()
-        self.load(shared, personal)
-        probes = not own_head and (self.method.head is PERSONAL or not shared)
-        metrics = evaluate(self.task, generate=generate, probes=probes)
-        self.measuring += time.perf_counter() - began
-        return metrics
-
     def _train(
         self,
         request: TrainRequest,
@@ -381,7 +335,3 @@ class Trainer:
         planned = phases(self.plan, method, trainable, request.kind, examples=examples, late=late)
         planned = planned if self.trains else []
         return train(self.task, trainable, planned, settings, cursor, on_step)
-
-
-def _prefixed(mode: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    return {f"{mode}.{name}": value for name, value in metrics.items()}

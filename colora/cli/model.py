@@ -18,6 +18,15 @@ GroupOption = Annotated[
     typer.Option(min=1, help="Group of sites, if the run has several: 1 is the largest. See the event `grouped`."),
 ]
 
+RoundOption = Annotated[
+    int | None,
+    typer.Option(
+        "--round",
+        min=1,
+        help="Use the model of this round; the last + 1 is the final one. Default: the newest. See train.keep_states.",
+    ),
+]
+
 
 def export(
     state: Annotated[Path, typer.Argument(show_default=False)],
@@ -27,6 +36,7 @@ def export(
         str | None, typer.Option(help="shared (what all sites have) or personal (what this site adds).")
     ] = None,
     group: GroupOption = None,
+    round_number: RoundOption = None,
 ) -> None:
     """Export a personalized model as a stock PEFT adapter.
 
@@ -41,7 +51,7 @@ def export(
         raise ConfigError(
             "--only", "shared or personal", repr(only), message=f"--only must be shared or personal, not {only!r}."
         )
-    written = write(read_saved_model(state, group), out, only or "all", merge=merge)  # type: ignore[arg-type]
+    written = write(read_saved_model(state, group, round_number), out, only or "all", merge=merge)  # type: ignore[arg-type]
     typer.echo(written.about(out, merged=merge))
 
 
@@ -56,6 +66,7 @@ def predict(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's evaluation.batch_size.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:0, …")] = "auto",
+    round_number: RoundOption = None,
 ) -> None:
     """Predict with a personalized model: labels with probabilities, or text.
 
@@ -65,7 +76,7 @@ def predict(
     from colora.common.models.saved import read_saved_model
     from colora.common.tasks.columns import listed
 
-    saved = read_saved_model(state)
+    saved = read_saved_model(state, round_number=round_number)
     columns = trained_columns(saved)
     if column:
         columns = dataclasses.replace(columns, text=column, prompt=column, messages=None)

@@ -22,6 +22,7 @@ def check_rules(recipe: Recipe) -> None:
     _check_label_loss(recipe)
     _check_fallback(recipe, row)
     _check_head(recipe, row)
+    _check_validation(recipe)
 
 
 def _check_groups(recipe: Recipe, row: Method) -> None:
@@ -47,6 +48,28 @@ def _check_warmup(train: TrainSettings) -> None:
     if train.warmup_steps and train.warmup_ratio:
         message = "The recipe sets both train.warmup_steps and train.warmup_ratio."
         raise ConfigError("train.warmup_ratio", "one of the two", "both", message=message, hint="Remove one of them.")
+
+
+def _check_validation(recipe: Recipe) -> None:
+    key = "server.keep" if recipe.server.keep == "best" else "server.patience"
+    if recipe.server.validates and recipe.transfer.source_federation is not None:
+        raise ConfigError(
+            key,
+            "unset in a transfer",
+            recipe.transfer.source_federation,
+            message=f"{key} is not possible in a transfer, whose sites train on generated texts.",
+            hint=f"Remove {key}.",
+        )
+
+    measured = [recipe.data, *(site.data for site in recipe.site)]
+    if recipe.server.validates and any(data.evaluate_on == "validation" for data in measured):
+        raise ConfigError(
+            "data.evaluate_on",
+            f"test, with {key}",
+            "validation",
+            message=f'data.evaluate_on = "validation" measures models on the rows by which {key} compares rounds.',
+            hint=f"Remove data.evaluate_on or {key}.",
+        )
 
 
 def _check_head(recipe: Recipe, row: Method) -> None:

@@ -181,6 +181,14 @@ class ServerSettings:
     timeout: PositiveFloat | None = None
     """Maximum duration of a round in seconds. A simulation counts the seconds of each site alone. Unset: no limit."""
 
+    keep: Literal["last", "best"] = "last"
+    """The round whose shared adapter and personal models the run ends with. ``best``: the round with the lowest loss on
+    the sites' validation rows, as the mean over sites. It needs ``data.validation_fraction``."""
+
+    patience: Positive | None = None
+    """End the run early if the loss on the sites' validation rows, as the mean over sites, has not improved for so many
+    rounds. It needs ``data.validation_fraction``. Unset: all rounds."""
+
     max_attempts: Positive = 3
     """Number of times a site is tried in one round when it answers with an error."""
 
@@ -197,6 +205,11 @@ class ServerSettings:
     fingerprints: dict[Literal["model", "tokenizer", "chat_template"], str] | None = None
     """SHA-256 fingerprints that every site's base model must have, as the event ``agreed`` of a run shows them. Unset:
     those of the coordinator's own copy of the model or, without one, those that most sites have."""
+
+    @property
+    def validates(self) -> bool:
+        """Whether the coordinator compares rounds by the loss on the sites' validation rows."""
+        return self.keep == "best" or self.patience is not None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -255,10 +268,15 @@ class Recipe(Plan):
     @property
     def plan(self) -> Plan:
         """The part of the recipe that sites receive."""
-        plan = Plan(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Plan)})
-        if self.server.weights != "benefit":
-            return plan
-        return dataclasses.replace(plan, train=dataclasses.replace(plan.train, report_benefit=True))
+        train, evaluation = self.train, self.evaluation
+        if self.server.weights == "benefit":
+            train = dataclasses.replace(train, report_benefit=True)
+        if self.server.keep == "best":
+            train = dataclasses.replace(train, keep_states="all")
+        if self.server.validates:
+            evaluation = dataclasses.replace(evaluation, validation_loss=True)
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Plan)}
+        return Plan(**{**fields, "train": train, "evaluation": evaluation})
 
     @property
     def identity(self) -> str:
@@ -273,6 +291,8 @@ class Recipe(Plan):
             return f'train.lr_schedule = "{self.train.lr_schedule}"'
         if self.train.lr_schedule == "constant_with_warmup" and self.train.warmup_ratio:
             return f"train.warmup_ratio = {self.train.warmup_ratio:g}"
+        if self.server.validates:
+            return 'server.keep = "best"' if self.server.keep == "best" else f"server.patience = {self.server.patience}"
         return 'server.weights = "benefit"' if self.server.weights == "benefit" else None
 
 

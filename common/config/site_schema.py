@@ -141,10 +141,12 @@ class AllowSettings:
 
     metrics: Literal["all", "rounded", "none"] = "all"
     """Which metrics a reply holds. ``rounded`` rounds them as far as the number of examples makes them uncertain.
-    ``none`` holds none, not even the training loss, and refuses a recipe with ``train.report_benefit``."""
+    ``none`` holds none, not even the training loss, and refuses a recipe with ``train.report_benefit`` or
+    ``evaluation.validation_loss``."""
 
     max_evaluations: Positive | None = None
-    """Maximum number of different requests of one round that are answered with metrics. Unset: any."""
+    """Maximum number of different requests of one round, and of one validation after a round, that are answered with
+    metrics. Unset: any."""
 
     max_requests_per_day: Positive | None = None
     """Maximum number of different requests of all federations in a day (UTC). A repeated request does not count. Unset:

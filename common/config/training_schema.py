@@ -126,6 +126,11 @@ class TrainSettings:
     keeps it if its mean loss on the site's validation rows is lower by more than one standard error. It needs
     ``data.validation_fraction`` and doubles the training time. Unset: the collaborative model is kept."""
 
+    keep_states: Literal["newest", "all"] = "newest"
+    """Which states a site keeps on disk. ``newest``: the last one and the few that it was trained from. ``all``: one
+    for every round, which ``--round`` of ``colora export`` and ``colora predict`` selects. ``server.keep = "best"``
+    turns it on."""
+
     persist_optimizer_state: bool = False
     """Keep a site's optimizer state from round to round. Otherwise every round starts with a new optimizer."""
 
@@ -177,6 +182,10 @@ class EvaluationSettings:
 
     max_new_tokens: Positive = 32
     """Maximum number of tokens generated per example, in generation tasks."""
+
+    validation_loss: bool = False
+    """Measure the mean loss of the personal model on the site's validation rows after every round. ``server.keep =
+    "best"`` and ``server.patience`` turn it on. It needs ``data.validation_fraction``."""
 
     generate_at_end_only: bool = True
     """Generate text only at the start and the end; evaluations in between measure the token loss."""

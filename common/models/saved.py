@@ -64,14 +64,18 @@ class SavedModel:
         return bool(self.metadata.site)
 
 
-def read_saved_model(place: Path, group: int | None = None) -> SavedModel:
+def read_saved_model(place: Path, group: int | None = None, round_number: int | None = None) -> SavedModel:
     """Read the model at ``place``: a file, or a folder of a run or site, of which the newest whole file is read.
+
+    ``round_number`` selects the file of one round in the folder; a site's last one is that of the final steps.
 
     ``group`` counts from 1, the largest, where a checkpoint has a shared adapter for each group of sites; unset, the
     largest is read with a warning. Newer files that are damaged are skipped with a warning. Raises StateError if there
     is no model, more than one, or no such group, and DamagedError if none is whole.
     """
     newest = find_saved_model(place)
+    if round_number is not None:
+        return _read(_of_round(newest, round_number), group)
     others = [] if newest == place else [path for path in newest.parent.glob(FILES) if path != newest]
     damage: DamagedError | None = None
     for path in (newest, *sorted(others, reverse=True)):
@@ -85,6 +89,20 @@ def read_saved_model(place: Path, group: int | None = None) -> SavedModel:
         return saved
     assert damage, "there is at least one file"
     raise damage
+
+
+def _of_round(newest: Path, round_number: int) -> Path:
+    path = newest.with_name(f"round-{round_number:06d}.safetensors")
+    if path.exists():
+        return path
+    known = [str(int(file.stem.removeprefix("round-"))) for file in sorted(newest.parent.glob(FILES))]
+    raise StateError(
+        f"--round {round_number}",
+        f"one of {', '.join(known)}",
+        round_number,
+        message=f"{newest.parent} has no model of round {round_number}, only of {', '.join(known)}.",
+        hint='Models of all rounds are kept with train.keep_states = "all".',
+    )
 
 
 def _read(path: Path, group: int | None) -> SavedModel:

@@ -24,18 +24,20 @@ UPDATE_SCALE = "update.scale"  # metric: the factor by which a site scaled its u
 BENEFIT = "train.benefit"  # metric: loss with the shared adapter ÷ loss without it; in [0, MAX_BENEFIT]
 MAX_BENEFIT = 10.0
 OVERFLOWS = "train.overflows"  # metric: attempts at an optimizer step whose fp16 gradients overflowed; absent for none
+VALIDATION_LOSS = "validation.loss"  # metric: mean loss of the personal model on the site's validation rows
 FALLBACK_DIFFERENCE = "fallback.difference"  # metric: validation loss of the collaborative − of the local model
 FALLBACK_ERROR = "fallback.standard_error"  # metric: of this difference, over validation rows
 FALLBACK_KEPT = "fallback.kept_local"  # metric: 1 if the site kept its local model, else 0
 FALLBACK = frozenset((FALLBACK_DIFFERENCE, FALLBACK_ERROR, FALLBACK_KEPT))
 METRIC_NAMES = frozenset(
-    {"train.loss", UPDATE_SCALE, BENEFIT, OVERFLOWS}
+    {"train.loss", UPDATE_SCALE, BENEFIT, OVERFLOWS, VALIDATION_LOSS}
     | FALLBACK
     | {f"{mode}.{name}" for mode in EVAL_MODES for name in METRICS}
 )
 Arrays = Mapping[str, np.ndarray]
-RequestKind = Literal["trial", "initialize", "train", "finalize"]
+RequestKind = Literal["trial", "initialize", "train", "validate", "finalize"]
 PRELIMINARY = ("trial", "initialize")  # requests before round 1, of which a site stores nothing
+WITHOUT_ARRAYS = ("validate", "finalize")  # requests whose replies hold metrics only
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class TrainRequest:
     ``admitted_round`` is the last round in which this site's reply was admitted (0: none); the site continues from its
     state of that round. ``plan`` is the plan as JSON. Before round 1, ``trial`` asks for an update to compare with
     those of other sites, and ``initialize`` for a step of the spectral start; a site stores nothing of either.
+    ``validate`` asks for the loss on the site's validation rows after ``round - 1`` rounds; nothing is stored.
     ``finalize`` asks for the final steps and the final metrics.
     """
 

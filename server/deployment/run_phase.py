@@ -27,6 +27,8 @@ def phase_of(events: list[Event], summary: RunSummary, checkpoint: CheckpointInf
         return _PHASE_BY_LAST_EVENT[last["event"]](last)
     if not set(names) & set(ROUND_EVENTS):
         return "joining", ""
+    if "finalizing" in names and "round_started" not in names[_last_index(names, "finalizing") :]:
+        return "finalizing", ""
     between_rounds = "round" in names and "round_started" not in names[_last_index(names, "round") :]
     return ("finalizing" if between_rounds and summary.round >= summary.rounds else "training"), ""
 

@@ -83,7 +83,7 @@ def measuring(summary: RunSummary) -> list[str]:
 def advice(summary: RunSummary) -> list[str]:
     """A line if the training loss says that the shared adapter is still improving."""
     losses: dict[int, list[float]] = {}
-    for (_, _, t), reply in summary.replies.items():
+    for (_, _, t, _), reply in summary.replies.items():
         if (loss := reply["metrics"].get("train.loss")) is not None:
             losses.setdefault(t, []).append(loss)
     if len(losses) < 2:
@@ -128,6 +128,22 @@ def extensions(summary: RunSummary) -> list[str]:
             f"of {rounds} rounds."
         )
         lines.append(f"The run was extended from {before} to {rounds} rounds. {differs if key else same}")
+    return lines
+
+
+def selection(summary: RunSummary) -> list[str]:
+    """Lines about the round that the run ended with, where validation losses decided it."""
+    if not summary.selected:
+        return []
+    last, kept = summary.selected["round"], summary.selected["kept"]
+    lines = []
+    if summary.selected["early"]:
+        lines.append(
+            f"The run ended after round {last} of {summary.rounds}: the validation loss had stopped improving "
+            "(server.patience)."
+        )
+    if kept != last:
+        lines.append(f"The final models are those of round {kept}, whose validation loss was the lowest.")
     return lines
 
 

@@ -79,6 +79,8 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
     "clipped": {**_ROUND, **_SITE, "norm": _number, "bound": _number},
     "late": {**_ROUND, **_SITE, **_REASON},
     "round": {**_ROUND, "admitted": _names, "weights": _values(_number), "seconds": _number},
+    "validated": {**_ROUND, "losses": _values(_optional(_number)), "loss": _optional(_number), "best": _count},
+    "selected": {**_ROUND, "kept": _count, "early": lambda value: isinstance(value, bool)},
     "finalizing": {**_ROUND, **_SITES, "prepares": lambda value: isinstance(value, bool)},
     "finalized": {**_ROUND, **_SITES},
     "compared": {**_SITE, "gain": _number, "standard_error": _optional(_number)},
@@ -92,7 +94,7 @@ OPTIONAL: Mapping[str, Mapping[str, Check]] = {  # where present
     "started": {"learning_rates": _values(_number), "settings": _table, "versions": _values(_text)},
     "joined": {"steps": _count},
     "grouped": {"tests": _tests},
-    "reply": {"measuring": _number},
+    "reply": {"measuring": _number, "kind": _text},
     "round": {"residual": _optional(_number)},
     "waiting": {
         "when": _text,

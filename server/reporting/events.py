@@ -1,9 +1,10 @@
 """The event log of a run: ``events.jsonl``, one JSON object per line, append-only. All reports are made from it.
 
 Every event has ``time`` (seconds since 1970) and ``event``, its name. ``round`` counts from 1. Replies and failures
-of the finalization have the last round + 1, those before round 1 have 0. Failures while sites join have the round of
-the last checkpoint, or 0. Numbers that JSON cannot represent (NaN, infinity) and metrics beyond 1e15 are null.
-A site's text has at most 200 characters. A reader skips a line that is not an event, with a warning.
+of the finalization have the last round + 1, those before round 1 have 0, and those of a validation have the validated
+round + 1. Failures while sites join have the round of the last checkpoint, or 0. Numbers that JSON cannot represent
+(NaN, infinity) and metrics beyond 1e15 are null. A site's text has at most 200 characters. A reader skips a line that
+is not an event, with a warning.
 
 =================  ====================================================================================================
 event              fields
@@ -30,16 +31,20 @@ grouped            Sites were compared before round 1: groups (lists of sites, t
                    updates of any two sites, by site).
 initialized        The spectral start has ended: sites (that are connected).
 round_started      round, sites (sampled for this round).
-reply              A reply was admitted: round, site, kind ("trial", "initialize", "train" or "finalize"), metrics (by
-                   name, for example personal.accuracy), terms (loss terms trained on), fresh (the site had lost its
-                   state), bytes_down, bytes_up (payload), seconds (of work at the site), measuring (of these: not
-                   training).
+reply              A reply was admitted: round, site, kind ("trial", "initialize", "train", "validate" or "finalize"),
+                   metrics (by name, for example personal.accuracy), terms (loss terms trained on), fresh (the site
+                   had lost its state), bytes_down, bytes_up (payload), seconds (of work at the site), measuring (of
+                   these: not training).
 failed             A site sent an error or no reply: round, site, reason, silent (whether it sent nothing).
 refused            A reply or a joining site was refused: round, site, field, expected, found, reason.
 clipped            An update was much larger than the others of its round and was scaled: round, site, norm, bound.
 late               A reply came after its round had ended and was ignored: round, site, reason.
 round              A round ended with its quorum: round, admitted (sites), weights (by site), residual (relative
                    distance of mean(B)·mean(A) from mean(BA), or null), seconds.
+validated          The personal models were measured on validation rows: round, losses (by site), loss (mean over
+                   sites), best (the round with the lowest loss so far).
+selected           The round that the run ends with is known: round (the last), kept (that round), early (whether the
+                   run ended before the recipe's number of rounds).
 finalizing         Sites personalize on the final adapter and evaluate: round (the last), sites, prepares (whether
                    they also prepare a later transfer).
 finalized          round (the last), sites (that replied).

@@ -12,7 +12,16 @@ from rich.text import Text
 
 from ...common.dataset import EVAL_MODES, TASKS
 from ...common.foreign_text import printable, sanitize
-from .conclusions import advice, compare_gains, extensions, fallbacks, learning_rates, measuring, warnings
+from .conclusions import (
+    advice,
+    compare_gains,
+    extensions,
+    fallbacks,
+    learning_rates,
+    measuring,
+    selection,
+    warnings,
+)
 from .console import number, size
 from .page.build import write_page
 from .summary import RunSummary, SiteSummary
@@ -90,7 +99,8 @@ def _conclusions(summary: RunSummary) -> list[str]:
         lines.append(
             f"The sites' first updates have different directions. Each of these groups has its own adapter: {told}."
         )
-    lines += [*_comparison(summary), *advice(summary), *fallbacks(summary), *extensions(summary)]
+    lines += [*_comparison(summary), *advice(summary), *fallbacks(summary)]
+    lines += [*selection(summary), *extensions(summary)]
     lines += warnings(summary)
     for row in summary.rows.values():
         if row.clipped:

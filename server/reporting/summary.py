@@ -80,7 +80,8 @@ class RunSummary:
     expected_ready: int = 0  # number of sites that will
     rows: dict[str, SiteSummary] = field(default_factory=dict)  # by site, in roster order
     failures: list[str] = field(default_factory=list)  # of nodes that are not a known site
-    replies: dict[tuple[bool, str, int], Event] = field(default_factory=dict)  # by (baseline, site, round)
+    selected: Event | None = None  # the event that names the round that the run ends with
+    replies: dict[tuple[bool, str, int, str], Event] = field(default_factory=dict)  # by (baseline, site, round, kind)
 
     def update(self, event: Event) -> None:
         """Process one event. A round that was repeated after a restart counts once."""
@@ -95,7 +96,7 @@ class RunSummary:
 
     def measuring_share(self, t: int, *, baseline: bool = False) -> float:
         """The fraction of the sites' work in round ``t`` that was measuring, not training."""
-        replies = [event for (alone, _, number), event in self.replies.items() if (alone, number) == (baseline, t)]
+        replies = [event for (alone, _, number, _), event in self.replies.items() if (alone, number) == (baseline, t)]
         seconds = sum(event["seconds"] for event in replies)
         return sum(event.get("measuring", 0) for event in replies) / seconds if seconds else 0.0
 
@@ -141,6 +142,11 @@ def _finalizing_note(event: Event) -> str:
     return f"finalizing: {len(event['sites'])} sites personalize and evaluate{prepare}"
 
 
+def _validated_note(event: Event) -> str:
+    loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
+    return f"round {event['round']}: validation loss {loss}, best round {event['best']}"
+
+
 def _restarted_note(event: Event) -> str:
     return f"restarted the {event['what']}" + (f": {event['reason']}" if event.get("reason") else "")
 
@@ -163,6 +169,7 @@ _NOTES: dict[str, Callable[[Event], str]] = {
     "transfer_started": _transfer_note,
     "finalizing": _finalizing_note,
     "restarted": _restarted_note,
+    "validated": _validated_note,
     "late": lambda event: f"round {event['round']}: {event['site']} {event['reason']}",
     "waiting": _waiting_note,
 }
@@ -236,11 +243,14 @@ def _round(summary: RunSummary, event: Event) -> None:
 
 
 def _reply(summary: RunSummary, event: Event) -> None:
-    row, key = summary.site(event["site"]), (False, event["site"], event["round"])
+    row, kind = summary.site(event["site"]), event.get("kind", "")
+    key = (False, event["site"], event["round"], "validate" if kind == "validate" else "")
     before = summary.replies.get(key) if event["round"] else None  # round 0 holds all steps of a spectral start
     summary.replies[key] = event
     for name in ("bytes_up", "bytes_down", "seconds", "measuring"):
         setattr(row, name, getattr(row, name) + event.get(name, 0) - (before.get(name, 0) if before else 0))
+    if kind == "validate":  # it is no part of a round
+        return
     row.metrics.update(event["metrics"])
     row.failures.pop(event["round"], None)  # its round was repeated, and now it is admitted
     if event.get("fresh") and event["round"] not in row.fresh:
@@ -252,6 +262,8 @@ def _reply(summary: RunSummary, event: Event) -> None:
 
 def _baseline_reply(summary: RunSummary, event: Event) -> None:
     row = summary.site(event["site"])
+    if event.get("kind") == "validate":
+        return
     row.alone.update(event["metrics"])
     row.alone_loss, row.round = event["metrics"].get("train.loss", row.alone_loss), min(event["round"], summary.rounds)
     alone, personal = row.metric("alone"), row.metric("personal")
@@ -279,6 +291,10 @@ def _clipped(summary: RunSummary, event: Event) -> None:
         rounds.append(event["round"])
 
 
+def _selected(summary: RunSummary, event: Event) -> None:
+    summary.selected = event
+
+
 def _finished(summary: RunSummary, event: Event) -> None:
     summary.seconds += event["seconds"]
 
@@ -295,6 +311,8 @@ _HANDLERS: dict[tuple[str, bool | None], Callable[[RunSummary, Any], None]] = {
     ("reply", False): _reply,
     ("reply", True): _baseline_reply,
     ("compared", True): _compared,
+    ("validated", None): _set_note,
+    ("selected", False): _selected,
     ("clipped", False): _clipped,
     ("refused", None): _left_out,
     ("failed", None): _left_out,

@@ -17,6 +17,7 @@ from ...common.protocol.types import (
     FALLBACK_KEPT,
     MAX_BENEFIT,
     PROTOCOL,
+    VALIDATION_LOSS,
     Arrays,
     SiteInfo,
     TrainReply,
@@ -52,8 +53,8 @@ def reply_limits(recipe: Recipe, site: SiteInfo) -> ReplyLimits:
 def admit_reply(reply: TrainReply, site: str, request: TrainRequest, layout: Layout, limits: ReplyLimits) -> float:
     """Check a reply against the request that it answers, and return the norm of its update.
 
-    ``layout`` maps the names of the expected arrays to their shapes: none for a finalize request, else all shared
-    arrays. Raises RefusedError.
+    ``layout`` maps the names of the expected arrays to their shapes: none for a validate or finalize request, else all
+    shared arrays. Raises RefusedError.
     """
     for field, expected in (("site", site), ("federation", request.federation), ("round", request.round)):
         if getattr(reply, field) != expected:
@@ -70,6 +71,8 @@ def admit_reply(reply: TrainReply, site: str, request: TrainRequest, layout: Lay
         for field in ("terms", "examples"):
             if not 0 < getattr(reply, field) <= getattr(limits, field):
                 raise RefusedError(field, f"1 to {getattr(limits, field)}", getattr(reply, field), site=site)
+    if request.kind == "validate" and VALIDATION_LOSS not in reply.metrics:
+        raise RefusedError(VALIDATION_LOSS, "a number", "nothing", site=site)
     if request.kind == "initialize":
         check_power_step(reply.shared, site)
     return check_values(reply.shared, request.shared, limits.update_norm, site)

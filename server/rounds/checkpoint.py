@@ -22,6 +22,14 @@ MAX_CHECKPOINTS = 3  # newest checkpoints kept on disk
 
 
 @dataclass(frozen=True)
+class BestRound:
+    """The round with the lowest validation loss so far, and the loss of every site that measured it."""
+
+    round: int
+    losses: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class ServerState:
     """The state of a federation after ``round``. ``admitted`` is each site's last round whose reply was admitted."""
 
@@ -34,6 +42,8 @@ class ServerState:
     benefit: Mapping[str, float] = field(default_factory=dict)  # running mean of each site's benefit ratio
     finalized: bool = False
     task: str = ""  # of all sites; empty if they have different tasks
+    validated: int = 0  # last round whose validation loss was measured
+    best: BestRound | None = None
 
     @property
     def shared(self) -> Mapping[str, np.ndarray]:
@@ -58,7 +68,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.folder, self.identity = folder, {"federation": recipe.name, "recipe": recipe.identity}
-        self.plan = to_json(recipe.plan)
+        self.plan, self.keeps_all = to_json(recipe.plan), recipe.train.keep_states == "all"
         self.damaged: list[str] = []
 
     def latest(self) -> ServerState | None:
@@ -83,6 +93,10 @@ class Checkpoints:
             )
         return None
 
+    def read(self, round_number: int) -> ServerState:
+        """Return the state after a round. Raises DamagedError, and StateError if there is none."""
+        return self._read(self._path(round_number))
+
     def _read(self, path: Path) -> ServerState:
         arrays, meta = load_arrays(path)
         for name, expected in self.identity.items():
@@ -105,6 +119,8 @@ class Checkpoints:
                 meta["benefit"],
                 meta["closed"],
                 meta["task"],
+                meta["validated"],
+                BestRound(**meta["best"]) if meta["best"] else None,
             )
         except KeyError as error:
             raise _incomplete(path, error) from None
@@ -127,11 +143,19 @@ class Checkpoints:
             "benefit": dict(state.benefit),
             "closed": state.finalized,
             "task": state.task,
+            "validated": state.validated,
+            "best": dataclasses.asdict(state.best) if state.best else None,
             "card": dataclasses.asdict(self._metadata(state)),
         }
-        save_arrays(self.folder / f"round-{state.round:06d}.safetensors", arrays, meta)
-        for path in sorted(self.folder.glob(FILES))[:-MAX_CHECKPOINTS]:
-            path.unlink(missing_ok=True)
+        save_arrays(self._path(state.round), arrays, meta)
+        if not self.keeps_all:
+            best = self._path(state.best.round) if state.best else None
+            for path in sorted(self.folder.glob(FILES))[:-MAX_CHECKPOINTS]:
+                if path != best:
+                    path.unlink(missing_ok=True)
+
+    def _path(self, round_number: int) -> Path:
+        return self.folder / f"round-{round_number:06d}.safetensors"
 
     def _metadata(self, state: ServerState) -> ModelMetadata:
         fingerprint = {name: state.pins[name] for name in FINGERPRINTS if name in state.pins}

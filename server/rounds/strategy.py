@@ -25,7 +25,7 @@ from ...common.errors import QuorumError, RefusedError
 from ...common.protocol import flower_messages as messages
 from ...common.protocol.codec import as_received
 from ...common.protocol.limits import measured
-from ...common.protocol.types import BENEFIT, RequestKind, TrainReply, TrainRequest, hash_layout
+from ...common.protocol.types import BENEFIT, WITHOUT_ARRAYS, RequestKind, TrainReply, TrainRequest, hash_layout
 from ...common.seeds import seed_from
 from ..reporting.events import EventLog, EventRecorder
 from .admission import admit_reply, reply_limits
@@ -274,7 +274,7 @@ class AdapterStrategy:
             request = asked[site].request
             try:
                 reply = messages.reply_from(message, request)
-                layout = {} if request.kind == "finalize" else self.layout
+                layout = {} if request.kind in WITHOUT_ARRAYS else self.layout
                 limits = reply_limits(self.recipe, self.membership.sites[site].info)
                 norm = admit_reply(reply, site, request, layout, limits)
             except RefusedError as error:

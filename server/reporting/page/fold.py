@@ -88,6 +88,8 @@ def _left_out(history: History, event: Event) -> None:
 
 
 def _reply(history: History, event: Event) -> None:
+    if event.get("kind") == "validate":
+        return _validation_reply(history, event)
     t, site = event["round"], event["site"]
     record = _record(history, t)
     cost = Cost(event["bytes_down"], event["bytes_up"], event["seconds"], event.get("measuring", 0.0))
@@ -103,8 +105,18 @@ def _reply(history: History, event: Event) -> None:
         _measure(history, event, ("base", "shared", "personal"), "personal")
 
 
+def _validation_reply(history: History, event: Event) -> None:
+    """Add the cost of a validation to that of the round before it, once."""
+    record, site = _record(history, event["round"] - 1), event["site"]
+    if site not in record.validated:
+        record.validated.add(site)
+        cost = Cost(event["bytes_down"], event["bytes_up"], event["seconds"], event.get("measuring", 0.0))
+        record.costs.setdefault(site, Cost()).add(cost)
+    _measure(history, event, ("validation",), "validation")
+
+
 def _baseline_reply(history: History, event: Event) -> None:
-    if event["round"]:
+    if event["round"] and event.get("kind") != "validate":
         _measure(history, event, ("personal",), "alone")
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from ..conclusions import CLEAR, Comparison, advice, compare_gains, extensions, fallbacks, learning_rates, warnings
+from ..conclusions import (
+    CLEAR,
+    Comparison,
+    advice,
+    compare_gains,
+    extensions,
+    fallbacks,
+    learning_rates,
+    selection,
+    warnings,
+)
 from ..summary import SiteSummary
 from .formats import (
     count,
@@ -121,6 +131,7 @@ def _sentences(history: History) -> Iterator[object]:
         yield f"The rows are generated texts, labeled with the models of {source}. The original data was not read."
     yield from advice(history.summary)
     yield from fallbacks(history.summary)
+    yield from selection(history.summary)
     yield from extensions(history.summary)
     yield from warnings(history.summary)
 

@@ -52,6 +52,7 @@ class RoundRecord:
     costs: dict[str, Cost] = field(default_factory=dict)  # of the sites that replied
     problems: dict[str, Incident] = field(default_factory=dict)  # the last one of a site
     clipped: set[str] = field(default_factory=set)
+    validated: set[str] = field(default_factory=set)  # sites that measured the loss on validation rows after it
 
     @property
     def name(self) -> str:

@@ -39,15 +39,15 @@ def test_a_day_has_so_many_different_requests(tmp_path: Path, monkeypatch: pytes
 
 def test_a_round_is_evaluated_once_and_the_same_request_as_often_as_it_comes(tmp_path: Path) -> None:
     site, folder = site_in(tmp_path, max_evaluations=1), tmp_path / "town"
-    asked = [(1, "one"), (1, "other"), (1, "one"), (2, "other"), (1, "other")]
+    asked = [("1", "one"), ("1", "other"), ("1", "one"), ("2", "other"), ("1", "other")]
     assert [may_send_metrics(site, folder, *each) for each in asked] == [True, False, True, True, False]
-    assert may_send_metrics(site, tmp_path / "city", 1, "other")
+    assert may_send_metrics(site, tmp_path / "city", "1", "other")
 
 
 def test_without_limits_nothing_is_written(tmp_path: Path) -> None:
     site = site_in(tmp_path)
     check_requests_of_day(site, "one")
-    assert may_send_metrics(site, tmp_path, 1, "one")
+    assert may_send_metrics(site, tmp_path, "1", "one")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -58,4 +58,4 @@ def test_a_damaged_ledger_refuses_instead_of_counting_from_zero(tmp_path: Path) 
     with pytest.raises(StateError, match=r"requests.json is damaged.*delete it to count from zero"):
         check_requests_of_day(site, "one")
     with pytest.raises(StateError, match=r"evaluations.json is damaged"):
-        may_send_metrics(site, tmp_path, 1, "one")
+        may_send_metrics(site, tmp_path, "1", "one")

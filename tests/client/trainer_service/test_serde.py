@@ -118,7 +118,7 @@ def test_what_is_kept_in_memory_is_what_came_and_not_what_a_header_claims() -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "steal"}, "kind: expected trial or initialize or train or finalize, found 'steal'"),
+        ({"kind": "steal"}, "kind: expected trial or initialize or train or validate or finalize, found 'steal'"),
         ({"protocol": 99}, f"The trainer uses protocol version {PROTOCOL}, its client version 99"),
         ({"admitted_round": 2}, "admitted_round: expected a round before round 2, found 2"),
         ({"admitted_round": -1}, "admitted_round"),

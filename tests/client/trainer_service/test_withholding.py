@@ -13,6 +13,7 @@ from colora.client.trainer_service import audit_log
 from colora.client.trainer_service.audit_log import AuditLog
 from colora.client.trainer_service.client import TrainerError
 from colora.common.config.schema import to_json
+from colora.common.protocol.types import VALIDATION_LOSS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +42,26 @@ def test_the_audit_log_says_what_was_rounded_and_withheld(site_setup: SiteSetup)
     assert [line.get("rounded", []) for line in lines] == [sorted(exact.metrics), [], sorted(exact.metrics)]
     assert lines[1]["withheld"] == sorted(exact.metrics)
     assert lines[1]["metrics"] == []
+
+
+def test_a_validation_is_measured_beside_the_next_round_and_once(site_setup: SiteSetup) -> None:
+    """Its number is that of the next round. Both are answered with metrics, a second validation is not."""
+    data = 'source = "rows.csv"\nvalidation_fraction = 0.25\n'
+    site_setup.configure("[allow]", "max_evaluations = 1", data=data).start()
+    site, plan = site_setup.client(), site_setup.plan()
+    site.handle(site_setup.request(plan))
+    asked = [
+        dataclasses.replace(site_setup.request(plan, 2, seed=seed), kind="validate", admitted_round=1, evaluate=False)
+        for seed in (1, 2, 1)
+    ]
+    replies = [site.handle(each) for each in asked]
+    assert [sorted(reply.metrics) for reply in replies] == [[VALIDATION_LOSS], [], [VALIDATION_LOSS]]
+    assert replies[0].metrics == replies[2].metrics
+    assert not any(reply.shared for reply in replies)
+    assert sorted(path.name for path in (site_setup.state / plan.name).glob("round-*")) == ["round-000001.safetensors"]
+    following = dataclasses.replace(site_setup.request(plan, 2), admitted_round=1)
+    assert "train.loss" in site.handle(following).metrics
+    assert [line["phase"] for line in site_setup.audit()] == ["train", "validate", "validate", "validate", "train"]
 
 
 def test_a_site_without_metrics_sends_none_and_keeps_its_own(site_setup: SiteSetup) -> None:
