@@ -82,6 +82,8 @@ def measuring(summary: RunSummary) -> list[str]:
 
 def advice(summary: RunSummary) -> list[str]:
     """A line if the training loss says that the shared adapter is still improving."""
+    if summary.selected and (summary.selected["early"] or summary.selected["kept"] < summary.selected["round"]):
+        return []  # the validation loss says that more rounds are no better
     losses: dict[int, list[float]] = {}
     for (_, _, t, _), reply in summary.replies.items():
         if (loss := reply["metrics"].get("train.loss")) is not None:

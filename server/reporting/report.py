@@ -121,8 +121,9 @@ def _conclusions(summary: RunSummary) -> list[str]:
 
 
 def _legend(summary: RunSummary) -> str:
+    steps = "ended by the same rule on validation rows" if summary.selected else "for the same steps"
     alone = (
-        "; alone: local-only training, for the same steps at the same learning rates; gain: personal − alone ± its "
+        f"; alone: local-only training, {steps} at the same learning rates; gain: personal − alone ± its "
         "standard error over test rows (of the mean: over sites)"
         if summary.baseline
         else ""

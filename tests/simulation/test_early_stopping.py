@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from colora.common.config.loader import recipe_from
 from colora.common.errors import ConfigError, DataError, StateError
 from colora.common.models.saved import read_saved_model
 from colora.server.reporting.conclusions import selection
+from colora.server.reporting.report import print_report
 from colora.server.reporting.run_folder import RunFolder
 from colora.server.reporting.summary import summarize
 from colora.server.rounds.early_stopping import is_better
@@ -73,7 +76,11 @@ def test_a_run_ends_early_when_the_loss_has_not_improved(tiny_recipe: dict, tmp_
     assert last == losses.index(min(losses)) + 1 + 2 < 9
     short = run(recipe(tiny_recipe, last), tmp_path / "short")
     assert_same(states(stopped), states(short))
-    assert "ended after round" in selection(summarize(stopped.events()))[0]
+    summary, shown = summarize(stopped.events()), io.StringIO()
+    assert "ended after round" in selection(summary)[0]
+    print_report(summary, Console(file=shown, width=200), stopped.path)
+    assert "local-only training, ended by the same rule on validation rows at the same" in shown.getvalue()
+    assert "has not converged" not in shown.getvalue()
     again = simulate(recipe_from(recipe(tiny_recipe, 9, patience=2)), stopped.path, resume=True)
     assert len(events(again, "validated")) == last, "a finished run is not continued"
     assert all(row.gain is not None for row in summarize(again.events()).rows.values())
