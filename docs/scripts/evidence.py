@@ -93,6 +93,21 @@ def rows_table(arms: dict[str, dict[int, Result]], ours: str, baseline: str) -> 
     return lines
 
 
+def sites_table(arms: dict[str, dict[int, Result]]) -> list[str]:
+    """One row for each number of sites that share one task: CoLoRA, and its gain over training at one site alone.
+
+    The accuracy of local-only training does not depend on the number of sites. It was measured at the 16 sites.
+    """
+    split = ",partition.by=iid,partition.sites="
+    alone, lines = arms[f"local,train.lr=5e-3{split}16"], ["| sites | colora | gain | seeds |", "|---|---|---|---|"]
+    for count in (2, 4, 8, 16):
+        mine = arms[f"colora{split}{count}"]
+        seeds = sorted(mine.keys() & alone.keys())
+        gain = _average(mine, seeds) - _average(alone, seeds)
+        lines.append(f"| {count} | {_average(mine, seeds):.3f} | {gain:+.3f} | {len(seeds)} |")
+    return lines
+
+
 def groups_table() -> list[str]:
     """One row for each recipe: the p-value and the number of groups at every seed."""
     found: dict[str, dict[int, str]] = defaultdict(dict)
@@ -115,9 +130,12 @@ def best(arms: dict[str, dict[int, Result]], method: str) -> str:
 def page() -> str:
     """Return the page with its tables written anew."""
     everything = read("demo")
-    demo = {arm: results for arm, results in everything.items() if "data.train" not in arm}
+    other = ("data.train", "partition")  # keys of arms on other rows
+    demo = {arm: results for arm, results in everything.items() if not any(key in arm for key in other)}
     tables = {
         "rows": rows_table(everything, "colora", "local,train.lr=5e-3"),
+        "sites": sites_table(everything),
+        "r8": arms_table(read("r8")),
         "arms": arms_table(demo),
         "gain": gain_table(demo, best(demo, "colora"), best(demo, "local")),
         "regression": regression_table(read("regression")),

@@ -78,7 +78,7 @@ def test_a_run_ends_early_when_the_loss_has_not_improved(tiny_recipe: dict, tmp_
     assert_same(states(stopped), states(short))
     summary, shown = summarize(stopped.events()), io.StringIO()
     assert "ended after round" in selection(summary)[0]
-    print_report(summary, Console(file=shown, width=200), stopped.path)
+    print_report(summary, stopped.path, Console(file=shown, width=200))
     assert "local-only training, ended by the same rule on validation rows at the same" in shown.getvalue()
     assert "has not converged" not in shown.getvalue()
     again = simulate(recipe_from(recipe(tiny_recipe, 9, patience=2)), stopped.path, resume=True)
