@@ -33,6 +33,18 @@ BASELINE = "local"  # method of the local-only baseline
 
 
 @dataclass(frozen=True)
+class LocalObserver:
+    """What the terminal of this machine is told beside the events.
+
+    ``on_sites`` receives the rows of a new run's sites. ``on_step`` receives the steps of a site while it trains, with
+    the local engine only.
+    """
+
+    on_sites: Callable[[Sequence[SiteDataset]], None] = lambda sites: None
+    on_step: site_pool.SiteStep = site_pool.ignore
+
+
+@dataclass(frozen=True)
 class RunPaths:
     """Folders of one federation: its run folder, and the run folder that holds the rows of its sites.
 
@@ -50,29 +62,29 @@ def simulate(
     resume: bool,
     listener: Callable[[Event], None] | None = None,
     replay: Replay | None = None,
-    on_sites: Callable[[Sequence[SiteDataset]], None] = lambda sites: None,
+    terminal: LocalObserver | None = None,
 ) -> RunFolder:
     """Run a recipe to its end in ``folder`` and return the run folder. All checks come before the first write.
 
-    ``replay`` limits every round to the sites that the log of an earlier run lists as admitted. ``on_sites`` receives
-    the rows of a new run's sites, for the terminal of this machine.
+    ``replay`` limits every round to the sites that the log of an earlier run lists as admitted. ``terminal`` is told
+    what must not leave this machine.
 
     Raises ConfigError, DataError, ModelError or AssetError for bad input, StateError when the folder holds something
     else, and QuorumError.
     """
-    run, trackers = RunFolder(folder), track(recipe, folder, listener)
+    run, trackers, terminal = RunFolder(folder), track(recipe, folder, listener), terminal or LocalObserver()
     if not run.recipe.exists() or not resume:
         run.check_new()
     else:
         run.resume(recipe, listener)
     if not run.recipe.exists():
-        initialize_run(run, recipe, on_sites)
+        initialize_run(run, recipe, terminal.on_sites)
     roster = tuple(RosterEntry(*entry) for entry in run.read_roster())
     with trackers:
-        federate(recipe, RunPaths(folder, folder), roster, listener, RunOptions(replay=replay))
+        federate(recipe, RunPaths(folder, folder), roster, listener, RunOptions(replay=replay), terminal.on_step)
         if recipe.simulation.baseline:
             mark = (lambda event: listener({**event, "baseline": True})) if listener else None
-            federate(local_only(recipe), RunPaths(run.baseline, folder), roster, mark)
+            federate(local_only(recipe), RunPaths(run.baseline, folder), roster, mark, on_step=terminal.on_step)
             compare(run, recipe, [entry.site for entry in roster], mark)
     return run
 
@@ -155,6 +167,7 @@ def federate(
     roster: tuple[RosterEntry, ...],
     listener: Callable[[Event], None] | None,
     options: RunOptions | None = None,
+    on_step: site_pool.SiteStep = site_pool.ignore,
 ) -> None:
     """Run one federation to its end, from the last checkpoint in its folder if there is one."""
     simulation = recipe.simulation
@@ -168,9 +181,10 @@ def federate(
         source_run=Path(simulation.source_run).resolve() if simulation.source_run else None,
     )
     errors = SiteErrors(site_paths.log, listener)
+    watched = site_pool.ignore if simulation.engine == "ray" else on_step  # Ray's sites are in other processes
     job = SimulationJob(
         server=make_server_app(errors, options),
-        client=make_client_app(site_pool.connect_to(site_paths)),
+        client=make_client_app(site_pool.connect_to(site_paths, watched)),
         config=run_config(recipe, roster, paths.folder.resolve()),
         sites=len(roster),
         threads=threads,

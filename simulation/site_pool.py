@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -27,6 +27,7 @@ from ..common.models.base_model import load_base_model
 from ..common.protocol.types import SiteInfo, TrainReply, TrainRequest
 
 logger = logging.getLogger("colora.site")
+SiteStep = Callable[[str, int, int], None]  # (site, optimizer steps done, steps of the round)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class SimulatedSite(Site):
 
     name: str
     paths: SitePaths
+    on_step: SiteStep
 
     def site_info(self, federation: str, plan: str) -> SiteInfo:
         """Return the site's metadata for the first round."""
@@ -115,7 +117,8 @@ class SimulatedSite(Site):
     def handle(self, request: TrainRequest) -> TrainReply:
         """Train as requested and return the reply."""
         with _named(self.name):
-            return _site_pool(self.paths, request.plan).trainer(self.name).handle(request)
+            trainer = _site_pool(self.paths, request.plan).trainer(self.name)
+            return trainer.handle(request, partial(self.on_step, self.name))
 
 
 @contextmanager
@@ -130,11 +133,15 @@ def _named(site: str) -> Iterator[None]:
         raise
 
 
-def connect_to(paths: SitePaths) -> Connect:
-    """Return a ``connect`` for the ClientApp: partition k is the k-th site."""
+def ignore(site: str, done: int, total: int) -> None:
+    """The callback of a simulation whose steps nobody watches."""
+
+
+def connect_to(paths: SitePaths, on_step: SiteStep) -> Connect:
+    """Return a ``connect`` for the ClientApp: partition k is the k-th site. ``on_step`` is called while it trains."""
 
     def connect(context: Context) -> Site:
-        return SimulatedSite(paths.names[int(context.node_config["partition-id"])], paths)
+        return SimulatedSite(paths.names[int(context.node_config["partition-id"])], paths, on_step)
 
     return connect
 

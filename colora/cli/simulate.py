@@ -106,7 +106,8 @@ def _run(settings: Recipe, folder: Path, console: Console, replay: Replay | None
 
     try:
         with LiveDisplay(console) as display:
-            from colora.simulation.run import simulate as run_simulation  # imports torch, which takes seconds
+            from colora.simulation.run import LocalObserver  # imports torch, which takes seconds
+            from colora.simulation.run import simulate as run_simulation
 
             for event in RunFolder(folder).events() if resume else ():
                 display.summary.update(event)
@@ -116,7 +117,7 @@ def _run(settings: Recipe, folder: Path, console: Console, replay: Replay | None
                 resume=resume,
                 listener=display,
                 replay=replay,
-                on_sites=lambda sites: _show_rows(sites, display),
+                terminal=LocalObserver(lambda sites: _show_rows(sites, display), display.progress.step),
             )
     except KeyboardInterrupt:
         typer.echo("Stopped. Run the same command with --resume to continue from the last completed round.", err=True)

@@ -13,6 +13,7 @@ from ...common.dataset import EVAL_MODES
 from ...common.errors import reason_in_words
 from ...common.foreign_text import printable, sanitize
 from .events import Event
+from .round_progress import RoundProgress
 from .summary import NOTED, RunSummary, note_of
 
 PHASES = ("started", "agreed", "round_started", "finalizing")  # events with which a new elapsed time begins
@@ -29,6 +30,7 @@ class LiveDisplay:
         columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
         self.headline = Progress(*columns, console=console)  # drawn by ``live``
         self.phase = self.headline.add_task("starting")
+        self.progress = RoundProgress(console)
         self.live = Live(self.headline, console=console, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> LiveDisplay:
@@ -48,11 +50,12 @@ class LiveDisplay:
         """Process one event, and redraw the table or print the event's line."""
         before = len(self.summary.ready)
         self.summary.update(event)
+        self.progress(event)
         if self.live:
             if event["event"] in PHASES:
                 self.headline.reset(self.phase)
             self.headline.update(self.phase, description=_headline(self.summary))
-            self.live.update(Group(self.headline, _progress_table(self.summary)), refresh=True)
+            self.live.update(Group(self.headline, self.progress.bar, _progress_table(self.summary)), refresh=True)
         else:
             new = len(self.summary.ready) > before
             line = f"{self.summary.note} ({event['site']})" if new else _line(self.summary, event)
