@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ...common.config.schema import Recipe, to_dict
+from ...common.protocol.types import VALIDATION_LOSS
 from ...common.trackers import TrackedRow, TrackedRun, Trackers
 from .events import Event, EventLog, EventTail, Listener
 from .page.fold import extend
@@ -50,6 +51,10 @@ def _rows(history: History, event: Event) -> Iterator[TrackedRow]:
     if name == "round" and not alone:
         t = event["round"]
         yield TrackedRow(f"round {t}", t, _metrics(history, history.rounds[t]))
+    elif name == "validated" and not alone:
+        losses = {f"{VALIDATION_LOSS}/{site}": loss for site, loss in event["losses"].items() if loss is not None}
+        mean = {} if event["loss"] is None else {VALIDATION_LOSS: event["loss"]}
+        yield TrackedRow(f"validation {event['round']}", event["round"], losses | mean)
     elif name == "finalized" and not alone:
         t = event["round"]
         metrics = _metrics(history, history.rounds[t + 1])

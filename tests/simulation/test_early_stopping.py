@@ -81,6 +81,9 @@ def test_a_run_ends_early_when_the_loss_has_not_improved(tiny_recipe: dict, tmp_
     print_report(summary, stopped.path, Console(file=shown, width=200))
     assert "local-only training, ended by the same rule on validation rows at the same" in shown.getvalue()
     assert "has not converged" not in shown.getvalue()
+    page = (stopped.path / "report.html").read_text()
+    assert "Mean loss on validation rows" in page
+    assert f"The run ended with the models of round {last}." in page
     again = simulate(recipe_from(recipe(tiny_recipe, 9, patience=2)), stopped.path, resume=True)
     assert len(events(again, "validated")) == last, "a finished run is not continued"
     assert all(row.gain is not None for row in summarize(again.events()).rows.values())

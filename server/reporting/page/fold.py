@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from ....common.errors import reason_in_words
+from ....common.protocol.types import VALIDATION_LOSS
 from ..events import Event, parse_lines
 from .history import Cost, History, Incident, RoundRecord
 
@@ -112,11 +113,18 @@ def _validation_reply(history: History, event: Event) -> None:
         record.validated.add(site)
         cost = Cost(event["bytes_down"], event["bytes_up"], event["seconds"], event.get("measuring", 0.0))
         record.costs.setdefault(site, Cost()).add(cost)
-    _measure(history, event, ("validation",), "validation")
+    _validation_loss(history, event, "validation")
+
+
+def _validation_loss(history: History, event: Event, kind: str) -> None:
+    if (loss := event["metrics"].get(VALIDATION_LOSS)) is not None:
+        history.losses.setdefault((event["site"], kind), {})[event["round"] - 1] = loss
 
 
 def _baseline_reply(history: History, event: Event) -> None:
-    if event["round"] and event.get("kind") != "validate":
+    if event.get("kind") == "validate":
+        _validation_loss(history, event, "alone validation")
+    elif event["round"]:
         _measure(history, event, ("personal",), "alone")
 
 

@@ -70,7 +70,7 @@ def curves(history: History, place: Placement) -> Html | None:
     parts: list[object] = []
     for task, rows in history.tasks().items():
         parts += _task_curves(history, place, task, rows)
-    parts += _loss_curve(history, place)
+    parts += [*_validation_curve(history, place), *_loss_curve(history, place)]
     return place.section("curves", "Learning curves", *parts) if parts else None
 
 
@@ -163,6 +163,25 @@ def _site_points(points: dict[tuple[str, str], dict[int, float]], sites: Sequenc
         xs = sorted({x for mode in CLASSES for x in points.get((site, mode), ())})
         rows += [[site, x, *(number(points.get((site, mode), {}).get(x)) for mode in CLASSES)] for x in xs]
     return rows
+
+
+def _validation_curve(history: History, place: Placement) -> Iterator[Html]:
+    """The mean validation loss after each round, where rounds were compared by it."""
+    series = [
+        Series(MODE_NAMES[mode], CLASSES[mode], points)
+        for mode, kind in (("personal", "validation"), ("alone", "alone validation"))
+        if (points := mean_losses(history, kind))
+    ]
+    if not series:
+        return
+    yield place.heading("Mean loss on validation rows, lower is better")
+    selected = history.summary.selected
+    if selected:
+        yield element("p", f"The run ended with the models of round {selected['kept']}.", class_="note")
+    last = max(max(s.points) for s in series)
+    label = "Line chart of the mean loss on validation rows by rounds of training. The table below has its values."
+    yield element("figure", line_chart(series, label=label, last=last, x_label="rounds trained"))
+    yield details("Values of this chart", _points_table(series, "Mean loss on validation rows by rounds trained"))
 
 
 def _loss_curve(history: History, place: Placement) -> Iterator[Html]:
