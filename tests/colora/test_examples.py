@@ -12,8 +12,9 @@ import tomli_w
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SMALLER = {  # what the test changes in the notebook: another test runs beside it, and both share two cores
-    "rounds=3": "rounds=2",
+    "rounds=3": "rounds=1",
     "data.test=60": "data.test=20",
+    "local,fedit,colora": "local,colora",
     "simulation.threads=2": "simulation.threads=1",
     "colora compare demo": "colora compare demo --set simulation.threads=1",
 }
