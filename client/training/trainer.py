@@ -84,8 +84,6 @@ class Trainer:
         self.private = model.private_adapter(self.plan.private)
         self.parameters: dict[str, nn.Parameter] = {**model.adapter, **self.private.parameters, **self.task.head}
         check_layers(self.plan, rows.task, self.parameters)
-        if trains and self.plan.evaluation.validation_loss:
-            require_validation_rows(self.task, self.site, "server.keep and server.patience compare rounds")
         fallback = trains and self.plan.train.fallback is not None and self.method.shares
         self.local = LocalModel(self, self._train) if fallback else None
         self.measurer = Measurer(self)
@@ -104,10 +102,16 @@ class Trainer:
         return len(self.task.train.examples)
 
     def site_info(self) -> SiteInfo:
-        """Describe the site to the coordinator. Raises the errors that would make a transfer preparation fail."""
+        """Describe the site to the coordinator.
+
+        Raises DataError without validation rows that the plan needs, and the errors that would make a transfer
+        preparation fail.
+        """
         fingerprint, task = self.model.base.fingerprint, self.task
         if self.plan.transfer.prepare:
             check_preparation(self.plan, task.rows, self.transfer_artifacts)
+        if self.trains and self.plan.evaluation.validation_loss:
+            require_validation_rows(task, self.site, "server.keep and server.patience compare rounds")
         return SiteInfo(
             site=self.site,
             protocol=PROTOCOL,

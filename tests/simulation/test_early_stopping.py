@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from colora.client.artifacts.predict import Predictor
 from colora.common.config.loader import recipe_from
 from colora.common.errors import ConfigError, DataError, StateError
 from colora.common.models.saved import read_saved_model
@@ -59,6 +60,9 @@ def test_the_best_round_is_finalized_as_if_the_run_had_ended_with_it(tiny_recipe
     assert 1 < chosen["kept"] < 6, "otherwise the test shows nothing"
     short = run(recipe(tiny_recipe, chosen["kept"]), tmp_path / "short")
     assert_same(states(best), states(short))
+    rows = [{"text": "red cat"}]
+    predicted = [list(Predictor(read_saved_model(f.path / "sites" / "ada")).predict(rows)) for f in (best, short)]
+    assert predicted[0] == predicted[1], "the model is used without its validation rows"
     shared = [read_saved_model(folder.path / "checkpoints").shared for folder in (best, short)]
     assert_same({"": dict(shared[0])}, {"": dict(shared[1])})
     assert selection(summarize(best.events())) == [
