@@ -66,8 +66,8 @@ def simulate(
 ) -> RunFolder:
     """Run a recipe to its end in ``folder`` and return the run folder. All checks come before the first write.
 
-    ``replay`` limits every round to the sites that the log of an earlier run lists as admitted. ``terminal`` is told
-    what must not leave this machine.
+    ``replay`` limits every round to the sites that the log of an earlier run lists as admitted. ``terminal``
+    receives the sites' rows and the progress of their training.
 
     Raises ConfigError, DataError, ModelError or AssetError for bad input, StateError when the folder holds something
     else, and QuorumError.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..client.data.unknown_tokens import tell_unknown
+from ..client.training.validation_rows import require_validation_rows
 from ..common.adapters.fit import check_fit
 from ..common.adapters.initialization import head_layout, initial_shared_state
 from ..common.config.schema import Recipe
-from ..common.errors import ConfigError, DataError, QuorumError
+from ..common.errors import ConfigError, QuorumError
 from ..common.methods import SHARED
 from ..common.models.architecture import skeleton
 from ..common.models.synthetic import PREFIX
@@ -36,7 +37,8 @@ def check_simulation(recipe: Recipe, sites: Sequence[SiteShare]) -> None:
     if labels:
         head_layout(skeleton(recipe.model), 2)
     if recipe.server.validates:
-        _check_validation_rows(sites)
+        for site in (site for site in sites if site.rows.train):
+            require_validation_rows(site.rows.validation, site.settings.name)
     privates = {recipe.private, *(site.settings.private for site in sites if site.settings.private)}
     check_fit(recipe.plan, {site.rows.task for site in sites}, privates)
     _tell_unknown_tokens(recipe, sites)
@@ -44,19 +46,6 @@ def check_simulation(recipe: Recipe, sites: Sequence[SiteShare]) -> None:
     if recipe.transfer.prepare:
         for site in sites:
             check_preparation(recipe.plan, site.rows)
-
-
-def _check_validation_rows(sites: Sequence[SiteShare]) -> None:
-    for site in sites:
-        if site.rows.train and not site.rows.validation:
-            raise DataError(
-                "data.validation_fraction",
-                "validation rows",
-                "none",
-                site=site.settings.name,
-                message="server.keep and server.patience compare rounds on validation rows, and the site has none.",
-                hint="Set data.validation_fraction, for example to 0.2.",
-            )
 
 
 def _tell_unknown_tokens(recipe: Recipe, sites: Sequence[SiteShare]) -> None:

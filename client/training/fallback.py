@@ -97,7 +97,7 @@ class LocalModel:
     def __init__(self, trainer: SiteTraining, take_steps: Callable[..., TrainOutcome]) -> None:
         """``take_steps`` trains by (request, state, callback, method). Raises DataError without validation rows."""
         self.trainer, self.take_steps, self.method = trainer, take_steps, local_method(trainer.method)
-        require_validation_rows(trainer.task, trainer.site, "train.fallback compares two models")
+        require_validation_rows(trainer.task.validation.examples, trainer.site, "train.fallback compares two models")
 
     def train(
         self, request: TrainRequest, state: PersonalState | None, on_step: StepCallback | None

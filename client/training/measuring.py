@@ -67,9 +67,8 @@ class Measurer:
         """
         state = self._with_base_metrics(state)
         metrics = _prefixed("base", state.base or {})
-        if self.trainer.trains and (
-            state.position or self.trainer.plan.probes_head
-        ):  # a site that never trained has no own model
+        has_model = state.position or self.trainer.plan.probes_head  # a site that never trained has none of its own
+        if self.trainer.trains and has_model:
             shared = {} if state.is_local else request.shared
             metrics |= _prefixed("personal", self._measure(shared, state.tensors, generate=True, own_head=True))
             state = dataclasses.replace(state, row_scores=tuple(self.trainer.task.row_scores))

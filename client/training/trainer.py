@@ -111,7 +111,7 @@ class Trainer:
         if self.plan.transfer.prepare:
             check_preparation(self.plan, task.rows, self.transfer_artifacts)
         if self.trains and self.plan.evaluation.validation_loss:
-            require_validation_rows(task, self.site, "server.keep and server.patience compare rounds")
+            require_validation_rows(task.validation.examples, self.site)
         return SiteInfo(
             site=self.site,
             protocol=PROTOCOL,

@@ -10,6 +10,8 @@ import torch
 from ...common.errors import DataError
 from ...common.tasks.base import Task
 
+COMPARES_ROUNDS = "server.keep and server.patience compare rounds"
+
 
 def row_losses(task: Task, examples: Sequence[Any]) -> list[float]:
     """The loss of each example with the model as it is."""
@@ -18,9 +20,9 @@ def row_losses(task: Task, examples: Sequence[Any]) -> list[float]:
         return [float(task.loss(task.collate([example]))[0]) for example in examples]
 
 
-def require_validation_rows(task: Task, site: str, purpose: str) -> None:
-    """Raise DataError if the site has no validation rows. ``purpose`` begins the sentence that says what needs them."""
-    if not task.validation.examples:
+def require_validation_rows(rows: Sequence[Any], site: str, purpose: str = COMPARES_ROUNDS) -> None:
+    """Raise DataError if a site has no validation rows. ``purpose`` begins the sentence that says what needs them."""
+    if not rows:
         raise DataError(
             "data.validation_fraction",
             "validation rows",

@@ -73,6 +73,8 @@ def admit_reply(reply: TrainReply, site: str, request: TrainRequest, layout: Lay
                 raise RefusedError(field, f"1 to {getattr(limits, field)}", getattr(reply, field), site=site)
     if request.kind == "validate" and VALIDATION_LOSS not in reply.metrics:
         raise RefusedError(VALIDATION_LOSS, "a number", "nothing", site=site)
+    if reply.metrics.get(VALIDATION_LOSS, 0) < 0:
+        raise RefusedError(VALIDATION_LOSS, "at least 0", reply.metrics[VALIDATION_LOSS], site=site)
     if request.kind == "initialize":
         check_power_step(reply.shared, site)
     return check_values(reply.shared, request.shared, limits.update_norm, site)

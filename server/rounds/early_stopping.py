@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import statistics
 from collections.abc import Mapping
 
@@ -58,24 +59,27 @@ def aggregate_validate(
 
 
 def is_better(losses: Mapping[str, float], before: Mapping[str, float]) -> bool:
-    """Whether the mean loss over the sites in both is lower. A loss that is not finite is never better."""
-    both = losses.keys() & before.keys()
-    return bool(both) and sum(losses[site] - before[site] for site in sorted(both)) < 0
+    """Whether the mean loss over the sites in both is lower. Sites whose loss is finite in neither are left out."""
+    both = [site for site in sorted(losses.keys() & before.keys()) if _any_finite(losses[site], before[site])]
+    return sum(losses[site] - before[site] for site in both) < 0  # NaN is not
+
+
+def _any_finite(*values: float) -> bool:
+    return any(map(math.isfinite, values))
 
 
 def select(strategy: AdapterStrategy, checkpoints: Checkpoints, state: ServerState) -> ServerState:
     """Return the state to finalize: that of the last round or, with ``server.keep = "best"``, of the best one."""
     if not strategy.settings.validates:
         return state
-    best, kept = state.best, state
-    if strategy.settings.keep == "best" and best and best.round < state.round:
+    kept, number = state, state.round
+    if strategy.settings.keep == "best" and state.best:
         try:
-            chosen = checkpoints.read(best.round)
+            chosen = checkpoints.read(state.best.round)
             kept = dataclasses.replace(state, adapters=chosen.adapters, admitted=chosen.admitted)
+            number = state.best.round
         except StateError as error:
             logger.error("The last round is kept, because the best one cannot be read: %s", error)
-            best = None
-    number = best.round if best and kept is not state else state.round
     early = state.round < strategy.recipe.rounds
     strategy.recorder.emit("selected", round=state.round, kept=number, early=early)
     return kept

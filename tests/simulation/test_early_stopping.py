@@ -125,6 +125,8 @@ def test_only_sites_that_measured_both_rounds_are_compared() -> None:
     assert not is_better({"a": 1.0}, {"b": 2.0})
     assert not is_better({"a": math.nan, "b": 0.0}, {"a": 1.0, "b": 1.0})
     assert is_better({"a": 1.0}, {"a": math.inf})
+    assert is_better({"a": math.nan, "b": 0.9}, {"a": math.inf, "b": 1.0}), "a diverged site does not end the run"
+    assert not is_better({"a": math.nan}, {"a": math.inf})
 
 
 def test_what_cannot_work_is_told_before_the_run(tiny_recipe: dict, tmp_path: Path) -> None:
