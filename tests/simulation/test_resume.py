@@ -29,10 +29,13 @@ def events_in(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def kill_after(process: subprocess.Popen, folder: Path, events: int, delay: float) -> str | None:
-    """Kill a process ``delay`` seconds after so many of its events. Returns its last event; None if it ended before."""
+def kill_in_round(process: subprocess.Popen, folder: Path, number: int, events: int, delay: float) -> str | None:
+    """Kill a process in or after a round, once it has told of so many events of its own, ``delay`` seconds later.
+
+    Returns the last event of the run; None if the process ended before.
+    """
     before = events_in(folder)
-    while process.poll() is None and events_in(folder) < before + events:
+    while process.poll() is None and (events_in(folder) < before + events or round_of(last_event(folder)) < number):
         time.sleep(0.002)
     time.sleep(delay)
     if process.poll() is not None:
@@ -41,6 +44,10 @@ def kill_after(process: subprocess.Popen, folder: Path, events: int, delay: floa
     process.wait()
     last = last_event(folder)
     return f"{last['event']} {last.get('round', '')} {last.get('site', '')}".strip()
+
+
+def round_of(event: dict) -> int:
+    return event.get("round", 0)
 
 
 def last_event(folder: Path) -> dict:
@@ -100,12 +107,13 @@ def test_kills_change_no_bit_of_adapter_or_personal_state(
     recipe, undisturbed, killed = tmp_path / "recipe.toml", tmp_path / "calm", tmp_path / "killed"
     recipe.write_text(tomli_w.dumps(raw))
     subprocess.run(command(recipe, undisturbed), check=True, capture_output=True, env=os.environ)
-    rng, kills_at = random.Random(1), []
-    while len(kills_at) < kills:
-        reached = last_event(killed).get("round", 0) if events_in(killed) else 0
-        ahead = (rounds - reached) * 5 // (kills - len(kills_at))  # events that this process may see
+    rng, kills_at = random.Random(repr(options)), []
+    ran = max(round_of(event) for event in RunFolder(undisturbed).events())
+    events_per_round = events_in(undisturbed) // ran
+    for number in sorted(rng.sample(range(1, ran - 1), kills)):  # two rounds are left, so the run cannot end first
         process = subprocess.Popen(command(recipe, killed), stdout=subprocess.DEVNULL, env=os.environ)
-        kills_at.append(kill_after(process, killed, rng.randint(1, 2 * ahead), rng.uniform(0, 0.05)))
+        events, delay = rng.randint(1, events_per_round), rng.uniform(0, 0.05)
+        kills_at.append(kill_in_round(process, killed, number, events, delay))
     done = subprocess.run(command(recipe, killed), capture_output=True, text=True, env=os.environ)
     print("\nkilled at:", *kills_at, sep="\n  ")
     assert done.returncode == 0, done.stderr
