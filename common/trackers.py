@@ -53,10 +53,7 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], run: TrackedRun) -> None:
         """Raises ConfigError if the package of a tracker is not installed."""
-        for name in names:
-            if importlib.util.find_spec(name) is None:
-                message, hint = f"The tracker {name} needs the package {name}.", f"Install it: pip install {name}"
-                raise ConfigError("tracking.trackers", "an installed package", name, message=message, hint=hint)
+        check_installed(names)
         self._threads = [_TrackerThread(name, run) for name in names]
 
     def __enter__(self) -> Trackers:
@@ -71,6 +68,14 @@ class Trackers:
             thread.join(CLOSING)
             if thread.is_alive():
                 thread.tracked.failed(thread.library, f"it was still busy after {CLOSING:g} s")
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Raise ConfigError if the package of a tracker is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            message, hint = f"The tracker {name} needs the package {name}.", f"Install it: pip install {name}"
+            raise ConfigError("tracking.trackers", "an installed package", name, message=message, hint=hint)
 
 
 class _TrackerThread(threading.Thread):

@@ -21,8 +21,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from ..common.config.loader import recipe_from
 from ..common.config.schema import Recipe, to_dict, to_json
-from .reporting.events import EventLog, Listener
-from .reporting.versions import installed_versions
+from ..common.event_log import EventLog, Listener
+from ..common.versions import installed_versions
 from .rounds import early_stopping, preparation
 from .rounds.checkpoint import Checkpoints, ServerState
 from .rounds.run_options import RosterEntry, Run, RunOptions, StopRequested

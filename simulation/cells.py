@@ -12,7 +12,7 @@ from ..common.config.loader import load_recipe
 from ..common.config.rules import check_rules
 from ..common.config.schema import DataSettings, MethodSettings, PrivateSettings, Recipe, parse, to_dict
 from ..common.dataset import TASKS
-from ..server.reporting.events import Event
+from ..common.event_log import Event
 from ..server.reporting.run_folder import RunFolder
 from ..server.reporting.summary import RunSummary, summarize
 from .comparison import row_scores

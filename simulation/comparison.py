@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..client.training.state_store import StateStore
 from ..common.config.schema import Recipe
+from ..common.event_log import EventLog, Listener
 from ..common.standard_error import mean_and_error
-from ..server.reporting.events import EventLog, Listener
 from ..server.reporting.run_folder import RunFolder
 
 

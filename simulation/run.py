@@ -16,7 +16,7 @@ from ..common.atomic_io import write_atomically
 from ..common.config.schema import MethodSettings, Recipe
 from ..common.dataset import SiteDataset
 from ..common.errors import ConfigError, QuorumError, StateError
-from ..server.reporting.events import Event
+from ..common.event_log import Event
 from ..server.reporting.run_folder import RunFolder
 from ..server.reporting.tracking import track
 from ..server.rounds.run_options import Replay, RosterEntry, RunOptions

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..common.errors import QuorumError
+from ..common.event_log import Event
 from ..common.processes.log_tail import LogTail
-from ..server.reporting.events import FIRST_FAILURE, Event
+from ..server.reporting.events import FIRST_FAILURE
 
 LINE = re.compile(r"^ERROR site ([A-Za-z0-9._-]+): (.*)$")
 QUORUM_EVENTS = ("agreed", "grouped", "round", "finalized")  # after which earlier errors no longer matter

@@ -239,6 +239,7 @@ def test_nothing_is_decided_by_a_methods_name() -> None:
         "server/server_app.py",
         "server/deployment/status.py",
         "client/artifacts/export.py",
+        "client/trainer_service/site_events.py",
         "client/artifacts/model_card.py",
         "client/personalize.py",
         "common/config/rules.py",

@@ -30,12 +30,13 @@ from ...common.config.schema import Plan
 from ...common.config.site_schema import SiteSettings
 from ...common.errors import ColoraError, ConfigError, RefusedError
 from ...common.foreign_text import clean
-from ...common.protocol.types import Arrays, TrainRequest
+from ...common.protocol.types import Arrays, TrainReply, TrainRequest
 from . import listener, serde, site_report
 from .audit_log import AuditLog
 from .lower_bounds import out_of_the_ordinary
 from .proto import trainer_pb2 as pb
 from .proto import trainer_pb2_grpc
+from .site_events import SiteEvents
 
 if TYPE_CHECKING:
     from .release import ReleasedReply
@@ -64,10 +65,19 @@ END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The reply to send, with what was left out of it, and the number of training steps; None for a stored reply."""
+    """The stored reply, what of it is sent, and the number of training steps; None if it had been stored before."""
 
+    reply: TrainReply
     released: ReleasedReply
     steps: int | None
+
+
+@dataclass(frozen=True)
+class Logs:
+    """The logs of one federation. The thread ``audit`` writes both."""
+
+    audit: AuditLog
+    events: SiteEvents
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
@@ -81,15 +91,16 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
 
     async def GetSiteInfo(self, request: pb.SiteInfoRequest, context: Context) -> pb.SiteInfo:
         """Return the description of the site for a plan."""
-        audit = None
+        logs = None
         try:
             serde.check_protocol(request.protocol)
-            plan, audit = await self._accept(request.federation, request.plan)
+            plan, logs = await self._accept(request.federation, request.plan)
             info = await _result(self.model_thread.submit(lambda: self.session.trainer(plan).site_info()))
-            await _result(self.audit_thread.submit(audit.site_info, info))
+            await _result(self.audit_thread.submit(logs.audit.site_info, info))
+            await _result(self.audit_thread.submit(logs.events.joined, info))
             return serde.site_info_message(info)
         except Exception as error:
-            return await self._abort(error, context, audit)
+            return await self._abort(error, context, logs)
 
     async def Train(self, request_iterator: object, context: Context) -> None:
         """Run a training request: send progress while it runs, then the reply."""
@@ -99,18 +110,20 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             self.audit_thread.submit(release_memory)  # in another thread, so that the call ends without delay
 
     async def _train(self, context: Context) -> None:
-        audit = None
+        logs, request = None, None
         try:
             async with self.slots:
                 head = await self._receive_head(context)
                 request = serde.request_from(head, {})
-                plan, audit = await self._accept(request.federation, request.plan)
+                plan, logs = await self._accept(request.federation, request.plan)
                 layout = await _result(self.model_thread.submit(lambda: self.session.trainer(plan).layout))
                 request = serde.request_from(head, await self._receive_arrays(context, layout))
+                await _result(self.audit_thread.submit(logs.events.asked, request))
                 job = self.model_thread.submit(self._run, plan, request)
                 result = await _result(job, lambda: context.write(pb.TrainReplyPart(progress=self.progress)))
             reply = result.released.reply
-            size = await _result(self.audit_thread.submit(_record, audit, request, result))
+            size = await _result(self.audit_thread.submit(_record, logs.audit, request, result))
+            await _result(self.audit_thread.submit(logs.events.replied, request, result.reply, size))
             site_report.report_reply(request, reply, task=self.site.data.task, steps=result.steps, sent=size)
             await context.write(pb.TrainReplyPart(head=serde.reply_head(reply)))
             for chunk in serde.chunks(reply.shared):
@@ -118,9 +131,9 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             if request.kind == "finalize":
                 site_report.report_end(plan.name, reply.round - 1, self.session.folder(plan))
         except Exception as error:
-            await self._abort(error, context, audit)
+            await self._abort(error, context, logs, request.round if request else 0)
 
-    async def _accept(self, federation: str, text: str) -> tuple[Plan, AuditLog]:
+    async def _accept(self, federation: str, text: str) -> tuple[Plan, Logs]:
         try:
             plan = self.session.accept(federation, text)
         except ColoraError as error:
@@ -128,7 +141,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             await _result(self.audit_thread.submit(log.refusal, error.public(), str(error)))
             raise
         unusual = out_of_the_ordinary(plan, self.site, self.session.examples(plan))
-        return plan, AuditLog(self.session.folder(plan), plan.name, unusual)
+        folder = self.session.folder(plan)
+        return plan, Logs(AuditLog(folder, plan.name, unusual), SiteEvents(folder, self.site.name, plan))
 
     async def _receive_head(self, context: Context) -> pb.TrainRequestHead:
         async with asyncio.timeout(RECEIVE_TIMEOUT):
@@ -154,18 +168,20 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
 
         on_step(0, 0)
         reply, replayed = self.session.answer(plan, request, on_step)
-        return TrainResult(self.session.released(plan, request, reply), None if replayed else self.progress.step)
+        released = self.session.released(plan, request, reply)
+        return TrainResult(reply, released, None if replayed else self.progress.step)
 
-    async def _abort(self, error: Exception, context: Context, audit: AuditLog | None) -> Any:
+    async def _abort(self, error: Exception, context: Context, logs: Logs | None, t: int = 0) -> Any:
         """Log an error in full, and end the call with its public text."""
         _log_error(error)
         code = REFUSED if isinstance(error, ColoraError) else FAILED
         public = error.public() if isinstance(error, ColoraError) else type(error).__name__
         public = public.encode(errors="replace")[:MAX_ERROR_BYTES].decode(errors="ignore")
-        if audit is not None:
+        if logs is not None:
             try:
                 reason = str(error) if isinstance(error, RefusedError) else ""  # other errors may quote data
-                await _result(self.audit_thread.submit(audit.error, public, reason))
+                await _result(self.audit_thread.submit(logs.audit.error, public, reason))
+                await _result(self.audit_thread.submit(logs.events.failed, t, str(error)))
             except ColoraError as audit_error:
                 _log_error(audit_error)
                 public = audit_error.public()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -118,11 +119,14 @@ def client(
 
         raise typer.Exit(print_checks(preflight(site, model, component), console))  # type: ignore[arg-type]
     from colora.client.deployment.supervisor import run_site
+    from colora.common.config.loader import load_site
+    from colora.server.reporting.site_tracking import SiteTrackers
 
     def tell(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    run_site(site, tell, component, metrics_port)  # type: ignore[arg-type]
+    with contextlib.nullcontext() if component == "supernode" else SiteTrackers(load_site(site), tell):
+        run_site(site, tell, component, metrics_port)  # type: ignore[arg-type]
 
 
 def provision(

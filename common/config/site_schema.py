@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from .field_types import PositiveFloat
-from .schema import STRICT, Count, DataSettings, Name, Positive, Precision, Private
+from .schema import STRICT, Count, DataSettings, Name, Positive, Precision, Private, TrackingSettings
 from .training_schema import Optimizer
 
 
@@ -190,3 +190,6 @@ class SiteSettings:
 
     allow: AllowSettings = field(default_factory=AllowSettings)
     """Limits on requests."""
+
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    """Experiment trackers that log what this site does and measures."""

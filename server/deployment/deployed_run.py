@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ...common.config.loader import load_recipe
 from ...common.errors import ColoraError, QuorumError
+from ...common.event_log import EventLog
 from ...common.flower_compat import shorten_pull_backoff
-from ..reporting.events import EventLog
 from ..reporting.run_folder import RunFolder
 from ..rounds.agreement import own_fingerprints
 from ..rounds.run_options import RosterEntry, Run, RunOptions, StopRequested

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from ..reporting.events import Event
+from ...common.event_log import Event
 from ..reporting.summary import RunSummary, note_of
 from ..rounds.checkpoint import CheckpointInfo
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...common.errors import reason_in_words
+from ...common.event_log import Event
 from ...common.processes.health import ProcessStatus, ServiceStatus
-from ..reporting.events import Event
 from ..reporting.summary import RunSummary
 from .run_phase import Phase
 

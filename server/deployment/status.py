@@ -31,6 +31,7 @@ from rich.table import Table
 from ...common.config.loader import load_recipe
 from ...common.dataset import EVAL_MODES
 from ...common.errors import StateError
+from ...common.event_log import Event
 from ...common.foreign_text import sanitize
 from ...common.processes.health import (
     PATIENCE,
@@ -44,7 +45,7 @@ from ...common.processes.health import (
     read_services,
     show_services,
 )
-from ..reporting.events import Event, parse_lines
+from ..reporting.events import parse_lines
 from ..reporting.summary import RunSummary, SiteSummary, summarize
 from ..rounds.checkpoint import CheckpointInfo, latest_checkpoint_info
 from .run_phase import Phase, last_change, phase_of

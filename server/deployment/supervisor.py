@@ -20,9 +20,10 @@ import httpx
 from ...common.atomic_io import write_atomically
 from ...common.config.schema import Recipe
 from ...common.errors import ColoraError, ConfigError, QuorumError, StateError
+from ...common.event_log import Event, EventLog, notify
 from ...common.processes.file_limit import raise_file_limit
 from ...common.processes.supervised import Signals, exclusive_lock, listens, write_services
-from ..reporting.events import Event, EventLog, EventTail, notify
+from ..reporting.events import EventTail
 from ..reporting.run_folder import RunFolder
 from ..reporting.tracking import track
 from ..rounds.run_options import RosterEntry

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from ...common.dataset import EVAL_MODES
 from ...common.errors import reason_in_words
+from ...common.event_log import Event
 from ...common.foreign_text import printable, sanitize
-from .events import Event
 from .round_progress import RoundProgress
 from .summary import NOTED, RunSummary, note_of
 

@@ -62,16 +62,12 @@ tracker_failed     A tracker ended with an error and logs no more rounds: tracke
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import os
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...common.errors import ColoraError, QuorumError
+from ...common.event_log import Event, EventLog
 from ...common.foreign_text import clean
 from ...common.processes.log_tail import FileTail
 from .event_fields import parse_event
@@ -124,41 +120,6 @@ class EventRecorder:
         self.failures.clear()
 
 
-Event = dict[str, Any]
-Listener = Callable[[Event], None]
-
-
-class EventLog:
-    """Appends events to a file and passes them to a listener. A partial last line (of a crash) is removed first."""
-
-    def __init__(self, path: Path, listener: Listener | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.listener = path, listener
-        if path.exists():
-            whole = path.read_bytes()
-            end = whole.rfind(b"\n") + 1
-            if end < len(whole):
-                os.truncate(path, end)
-
-    def emit(self, event: str, **fields: Any) -> None:
-        """Write one event with the current time."""
-        record = {"time": round(time.time(), 3), "event": event, **_finite(fields)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-        if self.listener:
-            notify(self.listener, record)
-
-
-def notify(listener: Listener, event: Event) -> None:
-    """Pass an event to a listener. If the listener raises, the error is logged and the run continues."""
-    try:
-        listener(event)
-    except Exception as error:  # a listener is a display or a user's function, and may raise anything
-        logger.warning(
-            "The listener failed on the event %s: %s", event["event"], clean(f"{type(error).__name__}: {error}")
-        )
-
-
 def read_events(path: Path) -> list[Event]:
     """Return all complete events of a file, oldest first; none if there is no file.
 
@@ -194,11 +155,3 @@ class EventTail:
         if skipped:
             logger.warning("%s", skipped)
         return events
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ...common.event_log import Event
 from ...common.foreign_text import printable
-from .events import Event
 
 BEGINS, REPLIES, ENDS = ("round_started", "finalizing"), ("reply", "failed", "refused"), ("round", "finalized")
 

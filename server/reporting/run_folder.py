@@ -13,7 +13,8 @@ from ...common.atomic_io import write_atomically
 from ...common.config.loader import load_recipe
 from ...common.config.schema import Recipe, to_dict
 from ...common.errors import ConfigError, StateError
-from .events import Event, EventLog, Listener, read_events
+from ...common.event_log import Event, EventLog, Listener
+from .events import read_events
 
 # Files that may exist before the recipe, which is written last when a run is prepared.
 STARTED = {"sites", "roster.json", "sites/data", "sites/site.toml", "logs", "server.lock", "flower"}

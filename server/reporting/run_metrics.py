@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ...common.event_log import Event
 from ...common.prometheus import Metric
-from .events import Event, EventTail
+from .events import EventTail
 
 UNKNOWN = "unknown"  # label of a site that the roster does not have
 

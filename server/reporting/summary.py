@@ -8,8 +8,8 @@ from typing import Any
 
 from ...common.dataset import TASKS
 from ...common.errors import reason_in_words
+from ...common.event_log import Event
 from ...common.protocol.types import FALLBACK_KEPT
-from .events import Event
 
 Metrics = Mapping[str, float | None]
 _SLOW = "takes minutes per site without a GPU"

@@ -5,13 +5,15 @@ A row holds what the coordinator sees, per site (``train.loss/SITE``) and as the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from ...common.config.schema import Recipe, to_dict
+from ...common.config.schema import Recipe, TrackingSettings, to_dict
+from ...common.event_log import Event, EventLog, Listener
 from ...common.protocol.types import VALIDATION_LOSS
 from ...common.trackers import TrackedRow, TrackedRun, Trackers
-from .events import Event, EventLog, EventTail, Listener
+from .events import EventTail
 from .page.fold import extend
 from .page.history import History, RoundRecord
 
@@ -24,12 +26,27 @@ def track(recipe: Recipe, folder: Path, listener: Listener | None = None) -> Tra
     Raises ConfigError if the package of a tracker is not installed.
     """
 
+    return track_folder(folder, recipe.name, recipe.tracking, to_dict(recipe), listener)
+
+
+def track_folder(
+    folder: Path,
+    name: str,
+    tracking: TrackingSettings,
+    configuration: Mapping[str, Any],
+    listener: Listener | None = None,
+) -> Trackers:
+    """Return a context manager within which trackers log the ``events.jsonl`` in ``folder`` as the run ``name``.
+
+    Raises ConfigError if the package of a tracker is not installed.
+    """
+
     def failed(tracker: str, reason: str) -> None:
         EventLog(folder / "events.jsonl", listener).emit("tracker_failed", tracker=tracker, reason=reason)
 
-    project = recipe.tracking.project or "colora"
-    run = TrackedRun(recipe.name, project, folder / "trackers", lambda: _reader(folder), to_dict(recipe), failed)
-    return Trackers(recipe.tracking.trackers, run)
+    project = tracking.project or "colora"
+    run = TrackedRun(name, project, folder / "trackers", lambda: _reader(folder), configuration, failed)
+    return Trackers(tracking.trackers, run)
 
 
 def _reader(folder: Path) -> Callable[[], Iterator[TrackedRow]]:

@@ -22,12 +22,13 @@ from flwr.serverapp import Grid
 from ...common.atomic_io import ArrayFile, save_arrays
 from ...common.config.schema import Recipe, to_json
 from ...common.errors import QuorumError, RefusedError
+from ...common.event_log import EventLog
 from ...common.protocol import flower_messages as messages
 from ...common.protocol.codec import as_received
 from ...common.protocol.limits import measured
 from ...common.protocol.types import BENEFIT, WITHOUT_ARRAYS, RequestKind, TrainReply, TrainRequest, hash_layout
 from ...common.seeds import seed_from
-from ..reporting.events import EventLog, EventRecorder
+from ..reporting.events import EventRecorder
 from .admission import admit_reply, reply_limits
 from .aggregation import WeightedUpdate
 from .agreement import agree_on_pins, has_mixed_tasks, number_of_classes

@@ -19,9 +19,10 @@ import pytest
 import tomli_w
 from safetensors import safe_open
 
+from colora.common.event_log import Event
 from colora.common.processes.supervised import free_port
 from colora.server.deployment.provisioning.provision import provision
-from colora.server.reporting.events import Event, read_events
+from colora.server.reporting.events import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 COLORA = [sys.executable, "-m", "colora"]

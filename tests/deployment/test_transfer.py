@@ -16,8 +16,8 @@ from colora.client.data.selection import load_site_rows
 from colora.common.config.loader import recipe_from, with_base_model
 from colora.common.config.schema import DataSettings
 from colora.common.config.site_schema import SiteSettings
+from colora.common.event_log import Event
 from colora.common.models.saved import read_saved_model
-from colora.server.reporting.events import Event
 from tests.leaks import personal_tensors, windows_of
 
 from .conftest import Town

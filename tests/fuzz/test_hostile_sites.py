@@ -20,9 +20,10 @@ from colora.client.client_app import make_app
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
 from colora.common.config.schema import Recipe
+from colora.common.event_log import Event, EventLog
 from colora.common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
 from colora.server.reporting.console import LiveDisplay
-from colora.server.reporting.events import Event, EventLog, parse_lines
+from colora.server.reporting.events import parse_lines
 from colora.server.reporting.report import print_report
 from colora.server.rounds.checkpoint import Checkpoints
 from colora.server.rounds.run_options import RosterEntry

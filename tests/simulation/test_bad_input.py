@@ -24,9 +24,10 @@ from colora.cli import main
 from colora.client.data import packaged as data
 from colora.client.training import trainer
 from colora.common.atomic_io import load_arrays
+from colora.common.event_log import Event
 from colora.common.models import assets
 from colora.common.training.loop import TrainOutcome
-from colora.server.reporting.events import Event, read_events
+from colora.server.reporting.events import read_events
 
 
 @dataclass(frozen=True)

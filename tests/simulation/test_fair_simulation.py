@@ -17,9 +17,9 @@ from colora.common.adapters.inject import layout_of
 from colora.common.config.loader import recipe_from
 from colora.common.config.site_schema import SiteSettings
 from colora.common.errors import ConfigError
+from colora.common.event_log import Event
 from colora.common.models.base_model import load_base_model
 from colora.common.protocol.types import TrainReply
-from colora.server.reporting.events import Event
 from colora.server.reporting.report import print_report
 from colora.server.reporting.summary import summarize
 from colora.simulation.run import simulate

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from ....common.errors import reason_in_words
+from ....common.event_log import Event
 from ....common.protocol.types import VALIDATION_LOSS
-from ..events import Event, parse_lines
+from ..events import parse_lines
 from .history import Cost, History, Incident, RoundRecord
 
 UNKNOWN = "unknown node"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from colora.common.event_log import Event
 from colora.server.reporting.console import LiveDisplay
-from colora.server.reporting.events import Event
 from colora.server.reporting.summary import summarize
 
 

@@ -10,8 +10,9 @@ from accelerate import tracking
 
 from colora.common.config.loader import recipe_from
 from colora.common.errors import ConfigError
+from colora.common.event_log import Event
 from colora.common.foreign_text import clean
-from colora.server.reporting.events import Event, read_events
+from colora.server.reporting.events import read_events
 from colora.server.reporting.run_folder import RunFolder
 from colora.server.reporting.summary import note_of, summarize
 from colora.simulation.run import simulate

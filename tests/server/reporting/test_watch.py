@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ import uvicorn
 from typer.testing import CliRunner
 
 from colora.cli import app
-from colora.common.errors import StateError
+from colora.common.errors import ConfigError, StateError
 from colora.server.reporting import watch
 from tests.server.reporting.page.runs import ended, joined, reply, started, timed
 
@@ -129,3 +130,25 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["watch", str(tmp_path / "no")])
     assert isinstance(result.exception, StateError)
     assert "is not a run folder" in str(result.exception)
+
+
+def test_a_site_is_watched_by_its_site_file(tmp_path: Path) -> None:
+    """The federation with the newest event is shown."""
+    from colora.cli.watch import _run_folder
+
+    site = tmp_path / "site.toml"
+    site.write_text('name = "ada"\n[data]\nsource = "rows.csv"\n')
+    with pytest.raises(StateError, match="The site ada has not worked for a federation yet"):
+        _run_folder(None, site)
+    for name, written in (("old", 100), ("new", 300), ("older", 50)):
+        log = tmp_path / "state" / name / "events.jsonl"
+        log.parent.mkdir(parents=True)
+        log.write_text("")
+        os.utime(log, (written, written))
+    assert _run_folder(None, site) == tmp_path / "state" / "new"
+
+
+@pytest.mark.parametrize("arguments", [[], ["runs/demo", "--site", "site.toml"]])
+def test_a_run_or_a_site_is_watched(arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, ["watch", *arguments])
+    assert isinstance(result.exception, ConfigError)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from colora.common.event_log import Event
 from colora.common.protocol.types import TrainReply, TrainRequest
-from colora.server.reporting.events import Event
 from colora.server.reporting.summary import summarize
 from colora.server.rounds.clipping import Clipped, norm_bound
 from tests.server.rounds.test_strategy import Hall, Pretender, recipe, same

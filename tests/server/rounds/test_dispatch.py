@@ -18,8 +18,9 @@ from colora.client.client_app import make_app
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
 from colora.common.config.schema import Recipe
+from colora.common.event_log import Event, EventLog
 from colora.common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
-from colora.server.reporting.events import Event, EventLog, read_events
+from colora.server.reporting.events import read_events
 from colora.server.reporting.summary import note_of
 from colora.server.rounds import dispatch, membership
 from colora.server.rounds.checkpoint import Checkpoints, ServerState

@@ -16,10 +16,11 @@ from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
 from colora.common.config.schema import Recipe
 from colora.common.errors import ConfigError, QuorumError, StateError
+from colora.common.event_log import EventLog
 from colora.common.models.saved import read_saved_model
 from colora.common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
 from colora.common.seeds import seed_from
-from colora.server.reporting.events import EventLog, read_events
+from colora.server.reporting.events import read_events
 from colora.server.rounds.checkpoint import Checkpoints, ServerState
 from colora.server.rounds.grouping import best_division, find_groups, update_cosines
 from colora.server.rounds.run_options import RosterEntry, RunOptions, read_replay

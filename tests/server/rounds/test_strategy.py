@@ -19,11 +19,12 @@ from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
 from colora.common.config.schema import CommunicationSettings, Recipe
 from colora.common.errors import DataError, QuorumError, RefusedError, StateError
+from colora.common.event_log import Event, EventLog
 from colora.common.protocol import flower_messages as messages
 from colora.common.protocol.codec import DEFAULT, as_received
 from colora.common.protocol.types import PROTOCOL, Arrays, SiteInfo, TrainReply, TrainRequest, hash_labels, hash_layout
 from colora.common.seeds import seed_from
-from colora.server.reporting.events import Event, EventLog, read_events
+from colora.server.reporting.events import read_events
 from colora.server.rounds.admission import PINNED, admit_site
 from colora.server.rounds.agreement import agree_on_pins, number_of_classes
 from colora.server.rounds.checkpoint import Checkpoints, ServerState
