@@ -105,7 +105,8 @@ def stock(trained: Trained, folder: Path, *, merged: bool) -> list[np.ndarray]:
 def exported(trained: Trained, folder: Path, *, merged: bool) -> str:
     export(trained.saved, folder, merge=merged)
     apart = difference(trained.logits, stock(trained, folder, merged=merged))
-    return "works" if apart < CLOSE else f"DIFFERS by {apart:.1e}"
+    close = CLOSE * 10 if merged else CLOSE  # a merged weight is rounded before its product with the input
+    return "works" if apart < close else f"DIFFERS by {apart:.1e}"
 
 
 def predicted(trained: Trained) -> str:
