@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,12 @@ def predict_file(
     *,
     device: str = "auto",
     batch_size: int | None = None,
+    on_row: Callable[[int, int], None] = lambda done, total: None,
 ) -> FilePredictions:
     """Predict the rows of a file. The inputs are in the columns that the model was trained on.
 
-    ``columns`` names other ones. A prediction's key that is a column already gets the prefix ``predicted_``. Raises
-    DataError for a row that lacks the column, before the model is loaded.
+    ``columns`` names other ones. ``on_row`` is told how many of all rows are done. A prediction's key that is a column
+    already gets the prefix ``predicted_``. Raises DataError for a row without the column, before the model is loaded.
     """
     spec = TASKS.get(saved.metadata.task)
     if spec is None or spec.input_column is None:
@@ -103,10 +104,11 @@ def predict_file(
     predictor = Predictor(saved, device=device, batch_size=batch_size) if given else None
     predictions = iter(predictor.predict(given)) if predictor else iter(())
     results, truncated = [], 0
-    for row, parsed in zip(rows, inputs, strict=True):
+    for number, (row, parsed) in enumerate(zip(rows, inputs, strict=True), 1):
         prediction = next(predictions) if parsed is not None else {}
         truncated += prediction.pop("truncated", False)
         results.append({**row, **{f"predicted_{key}" if key in row else key: v for key, v in prediction.items()}})
+        on_row(number, len(rows))
     blank = tuple(number for number, parsed in enumerate(inputs, 1) if parsed is None)
     return FilePredictions(results, truncated, blank, tuple(notes))
 

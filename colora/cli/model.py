@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from .progress import progress
+
 PARTS = ("shared", "personal")
 
 GroupOption = Annotated[
@@ -51,7 +53,9 @@ def export(
         raise ConfigError(
             "--only", "shared or personal", repr(only), message=f"--only must be shared or personal, not {only!r}."
         )
-    written = write(read_saved_model(state, group, round_number), out, only or "all", merge=merge)  # type: ignore[arg-type]
+    saved = read_saved_model(state, group, round_number)
+    with progress(f"writing {out}"):
+        written = write(saved, out, only or "all", merge=merge)  # type: ignore[arg-type]
     typer.echo(written.about(out, merged=merge))
 
 
@@ -81,7 +85,8 @@ def predict(
     if column:
         columns = dataclasses.replace(columns, text=column, prompt=column, messages=None)
     render([], out.suffix if out else ".jsonl")  # refuse an unknown ending before the work
-    found = predict_file(saved, source, columns, device=device, batch_size=batch_size)
+    with progress("predicting", "rows") as on_row:
+        found = predict_file(saved, source, columns, device=device, batch_size=batch_size, on_row=on_row)
     count = len(found.rows)
     if out:
         write_rows(found.rows, out)
@@ -122,5 +127,7 @@ def personalize(
     from colora.common.config.loader import load_site
     from colora.common.models.saved import read_saved_model
 
-    result = train(load_site(site), read_saved_model(source, group), steps=steps, replace=replace)
+    settings, saved = load_site(site), read_saved_model(source, group)
+    with progress("personalizing", "steps") as on_step:
+        result = train(settings, saved, steps=steps, replace=replace, on_step=on_step)
     print_result(result, Console())

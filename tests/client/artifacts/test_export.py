@@ -403,7 +403,9 @@ def test_predictions_are_those_of_the_stock_model(tiny_recipe: dict, generation_
     case = train(varied(tiny_recipe, "colora", "lora"), tmp_path / "a", "a")
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)))
-    found = predict_file(case.saved, source, batch_size=1)
+    told: list[tuple[int, int]] = []
+    found = predict_file(case.saved, source, batch_size=1, on_row=lambda *count: told.append(count))
+    assert told == [(number, len(found.rows)) for number in range(1, len(found.rows) + 1)]
     rows, truncated = found.rows, found.truncated
     logits = torch.as_tensor(case.logits()).reshape(len(TEXTS), -1).softmax(-1)
     for i, row in enumerate(rows):
