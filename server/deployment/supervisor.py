@@ -147,6 +147,7 @@ class Supervisor:
         self.run, self.link, self.gateway, self.job, self.listener = run, link, gateway, job, listener
         self.events = EventTail(run.path / "events.jsonl")
         self.signals = Signals()
+        self.link_began = True  # whether the last SuperLink ran until it listened
         self.submitted: float | None = None  # monotonic time at which the current run was submitted
         self.seen = False  # whether its ServerApp has been seen
         self.failed_runs = 0  # runs in a row that ended without a new round
@@ -205,12 +206,14 @@ class Supervisor:
 
     def _start_link(self) -> None:
         if self.link.child.starts:
-            self._emit("restarted", what="superlink")
+            reason = None if self.link_began else f"it ended before it listened; see {self.link.child.command.log}"
+            self._emit("restarted", what="superlink", reason=reason)
         self.link.start()
         self.link.prepare()
         deadline = time.monotonic() + LISTEN_TIMEOUT
         while self.link.child.running and not listens("127.0.0.1", self.link.port) and time.monotonic() < deadline:
             time.sleep(EVENT_INTERVAL)
+        self.link_began = self.link.child.running
         try:
             if self.link.child.running and self.job.keys:
                 self.link.register(self.job.keys.sites)

@@ -55,7 +55,7 @@ finished           The run has ended: seconds (of this process).
 stopped            The coordinator stopped on request; the same command continues the run.
 run_failed         The coordinator process ended with an error: reason, final (false if the supervisor retries).
 restarted          The supervisor restarted a component: what ("gateway", "superlink" or "run"), reason (of
-                   a run).
+                   a run, and of a SuperLink that could not start).
 tracker_failed     A tracker ended with an error and logs no more rounds: tracker (its name), reason.
 =================  ====================================================================================================
 """
