@@ -39,6 +39,7 @@ class SiteEvents:
             method=plan.method.name,
             model=plan.model.source,
             rounds=plan.rounds,
+            site=self.site,
             sites=[self.site],
             learning_rates=plan.train.learning_rates,
             settings=to_dict(plan),

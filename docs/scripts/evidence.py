@@ -21,6 +21,7 @@ RATES = {  # recipe → arm of CoLoRA, without its rate
     "mixed": "colora",
     "newsgroups": "colora,rounds=8,train.lr_schedule=cosine",
 }
+AIRLINES = ("americanair", "jetblue", "southwestair", "united")  # the similar sites of the recipe `mixed`
 Result = dict[str, Any]
 
 
@@ -131,6 +132,21 @@ def sites_table(arms: dict[str, dict[int, Result]]) -> list[str]:
     return lines
 
 
+def share_table(arms: dict[str, dict[int, Result]], alone: dict[int, Result]) -> list[str]:
+    """One row for each number of dissimilar sites in the pool: the similar ones, and their gain over local-only."""
+    lines = ["| dissimilar sites | share | colora | gain | lowest gain of a seed |", "|---|---|---|---|---|"]
+    for number in (0, 1, 2, 4):
+        mine = arms[f"colora,server.groups=none,dissimilar={number}"]
+        seeds = sorted(mine.keys() & alone.keys())
+        means = [statistics.mean(mine[seed]["sites"][name]["personal"] for name in AIRLINES) for seed in seeds]
+        own = [statistics.mean(alone[seed]["sites"][name]["personal"] for name in AIRLINES) for seed in seeds]
+        gains = [a - b for a, b in zip(means, own, strict=True)]
+        share = number / (number + len(AIRLINES))
+        gain = f"{statistics.mean(gains):+.3f} | {min(gains):+.3f}"
+        lines.append(f"| {number} | {share:.0%} | {statistics.mean(means):.3f} | {gain} |")
+    return lines
+
+
 def groups_table() -> list[str]:
     """One row for each recipe: the p-value and the number of groups at every seed."""
     found: dict[str, dict[int, str]] = defaultdict(dict)
@@ -164,6 +180,7 @@ def page() -> str:
         "gain": gain_table(demo, best(demo, "colora"), best(demo, "local")),
         "regression": regression_table(read("regression")),
         "mixed": arms_table(read("mixed")),
+        "share": share_table(read("share"), read("mixed")["local,train.lr=5e-3"]),
         "newsgroups": arms_table(read("newsgroups")),
         "groups": groups_table(),
     }

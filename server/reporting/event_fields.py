@@ -91,7 +91,7 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
 }
 OPTIONAL: Mapping[str, Mapping[str, Check]] = {  # where present
     "resumed": {"damaged": _names},
-    "started": {"learning_rates": _values(_number), "settings": _table, "versions": _values(_text)},
+    "started": {"learning_rates": _values(_number), "settings": _table, "versions": _values(_text), **_SITE},
     "joined": {"steps": _count},
     "grouped": {"tests": _tests},
     "reply": {"measuring": _number, "kind": _text},

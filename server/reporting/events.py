@@ -12,6 +12,7 @@ event              fields
 started            A coordinator process began: federation, method, model, rounds, sites (names in roster order),
                    learning_rates (by parameter group), recipe (hash of all settings that a run cannot change),
                    settings (the recipe with all defaults), versions (of Python and packages at the coordinator).
+                   In a site's own log: site (its name), the settings of the plan, and the versions at the site.
 extended           The run gets more rounds: rounds, before (rounds so far), inexact (the key by which the rounds so
                    far depend on their number, so that the result differs from a run of ``rounds`` rounds; or null).
 resumed            It continues from a checkpoint: round (of the checkpoint), damaged (names of newer checkpoints

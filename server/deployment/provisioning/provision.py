@@ -326,4 +326,7 @@ max_requests_per_day = {limits.max_requests_per_day}
 
 # [private]                        # a private adapter of this site, instead of the recipe's
 # kind = "multilora"               # or "lora"
+
+# [tracking]                       # what this site measures, to trackers of its own
+# trackers = ["tensorboard"]       # also "wandb", "mlflow", "trackio"
 """

@@ -129,7 +129,8 @@ def _footer(histories: Sequence[History], *, live: bool = False) -> Html:
 
 
 def _name(history: History) -> str:
-    return history.summary.federation or history.label or "run"
+    name = history.summary.federation or history.label or "run"
+    return f"{name} at {history.at_site}" if history.at_site else name
 
 
 def _date(seconds: float | None) -> str:

@@ -48,6 +48,7 @@ def extend(history: History, event: Event) -> None:
 def _started(history: History, event: Event) -> None:
     history.state = "running"
     history.identity = str(event.get("recipe", history.identity))
+    history.at_site = event.get("site", history.at_site)
     history.settings = event.get("settings", history.settings)
     history.versions = event.get("versions", history.versions)
 

@@ -110,7 +110,7 @@ def _sentences(history: History) -> Iterator[object]:
         if compared:
             yield from _compared(compared, of, learning_rates(history.summary))
             yield from _extremes(rows, primary_metric(task))
-    if tasks and not history.summary.baseline:
+    if tasks and not history.summary.baseline and not history.at_site:
         yield (
             "No site was trained alone for comparison, so the gain over training alone is not known. In a simulation, "
             "--baseline measures it."

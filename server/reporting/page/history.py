@@ -88,6 +88,7 @@ class History:
     cosines: dict[str, dict[str, float]] = field(default_factory=dict)
     weighting: str = ""
     identity: str = ""  # hash of the recipe
+    at_site: str = ""  # the site whose own log this is; empty for the coordinator's
     settings: dict[str, Any] = field(default_factory=dict)  # the recipe; empty in logs of older versions
     versions: dict[str, str] = field(default_factory=dict)
 

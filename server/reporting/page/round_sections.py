@@ -160,9 +160,11 @@ def costs(history: History, place: Placement) -> Html | None:
     if not records:
         return None
     words = (
-        "Duration is the time of the round at the coordinator. Work is the time of the sites' work: training (dark) "
-        "and measuring (light). Bytes are those of messages: sent by the sites (dark) and received by them (light)."
+        "Work is the time of the sites' work: training (dark) and measuring (light). Bytes are those of messages: sent "
+        "by the sites (dark) and received by them (light)."
     )
+    if not history.at_site:
+        words = f"Duration is the time of the round at the coordinator. {words}"
     parts: list[object] = [element("p", words), place.heading("Rounds"), *_round_costs(records)]
     parts += [place.heading("Sites"), *_site_costs(history)]
     return place.section("costs", "Bytes and seconds", *parts)

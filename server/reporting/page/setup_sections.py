@@ -80,10 +80,14 @@ def recipe(history: History, place: Placement) -> Html:
     body = [[name, element("td", value, class_="words")] for name, value in known.items()]
     parts.append(table(["setting", element("th", "value", scope="col", class_="words")], body, caption="Main settings"))
     if history.versions:
+        owner = f"software of the {'site' if history.at_site else 'coordinator'}"
         body = [[name, element("td", version, class_="words")] for name, version in history.versions.items()]
         parts.append(
             table(
-                ["software of the coordinator", element("th", "version", scope="col", class_="words")],
+                [
+                    f"software of the {'site' if history.at_site else 'coordinator'}",
+                    element("th", "version", scope="col", class_="words"),
+                ],
                 body,
                 caption="Versions",
             )

@@ -51,6 +51,7 @@ def test_the_log_has_the_metrics_that_are_withheld_and_the_page_shows_them(site_
     assert sorted(history.losses["ada", "personal"]) == [1, 2]
     assert history.rounds[1].costs["ada"].down > history.rounds[3].costs["ada"].up == 0
     page = build_page([history])
+    assert "town at ada" in page
     assert "Finished after 2 of 2 rounds" in page
     assert "Learning curves" in page
 
