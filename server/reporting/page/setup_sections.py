@@ -85,7 +85,7 @@ def recipe(history: History, place: Placement) -> Html:
         parts.append(
             table(
                 [
-                    f"software of the {'site' if history.at_site else 'coordinator'}",
+                    owner,
                     element("th", "version", scope="col", class_="words"),
                 ],
                 body,
