@@ -17,7 +17,8 @@ def check_rules(recipe: Recipe) -> None:
     _check_epochs(recipe.train)
     _check_sites(recipe)
     _check_init(recipe, row)
-    _check_groups(recipe, row)
+    _check_groups(recipe)
+    _check_aggregator(recipe, row)
     _check_warmup(recipe.train)
     _check_label_loss(recipe)
     _check_fallback(recipe, row)
@@ -25,7 +26,7 @@ def check_rules(recipe: Recipe) -> None:
     _check_validation(recipe)
 
 
-def _check_groups(recipe: Recipe, row: Method) -> None:
+def _check_groups(recipe: Recipe) -> None:
     if recipe.server.groups != "none" and recipe.adapter.init == "spectral":
         raise ConfigError(
             "server.groups",
@@ -34,13 +35,17 @@ def _check_groups(recipe: Recipe, row: Method) -> None:
             message=f'server.groups = "{recipe.server.groups}" cannot compare updates that begin with cores of zero.',
             hint='Use adapter.init = "kaiming", or server.weights = "benefit" instead of groups.',
         )
-    if recipe.server.groups != "none" and not row.shares:
+
+
+def _check_aggregator(recipe: Recipe, row: Method) -> None:
+    fits = row.averages_products and row.scale is Role.ABSENT
+    if recipe.server.aggregator == "product" and row.shares and not fits:  # where nothing is shared, it has no effect
         raise ConfigError(
-            "server.groups",
-            "none, or a method that shares parameters",
-            f"{recipe.server.groups} with method {recipe.method.name}",
-            message=f"server.groups needs shared parameters, which method {recipe.method.name!r} lacks.",
-            hint="Use another method, or remove server.groups.",
+            "server.aggregator",
+            "another one, or a method that shares A and B and no scales",
+            f"product with method {recipe.method.name}",
+            message=f"The aggregator product averages B·A, but {recipe.method.name!r} does not share just A and B.",
+            hint='Use method "fedit" or "colora", or server.aggregator = "mean".',
         )
 
 

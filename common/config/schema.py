@@ -135,9 +135,10 @@ class Plan:
 class ServerSettings:
     """How the coordinator samples sites, admits and weights their replies, and updates the shared adapter."""
 
-    aggregator: Literal["mean", "median", "trimmed_mean"] = "mean"
-    """How the admitted updates are combined. ``mean`` is weighted and folds replies one by one; ``median`` and
-    ``trimmed_mean`` are coordinate-wise, unweighted, and hold all replies of a round."""
+    aggregator: Literal["mean", "product", "median", "trimmed_mean"] = "mean"
+    """How the admitted updates are combined. ``mean`` is the weighted mean of A and of B, and folds replies one by one.
+    The others hold all replies of a round: ``product`` is the weighted mean of the products B·A, truncated to the rank
+    of the adapter; ``median`` and ``trimmed_mean`` are coordinate-wise and unweighted."""
 
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     """Fraction of the sites that ``trimmed_mean`` leaves out on each side: at least one site if three or more

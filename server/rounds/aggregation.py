@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cache
-from typing import NamedTuple
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from ...common.config.schema import ServerSettings
+from .products import Factors, dense_squares, gram_squares, truncate
 
 Arrays = dict[str, np.ndarray]
-SMALL = 10**9  # multiplications; for a smaller product BLAS threads cost more than they save
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class Aggregator:
 
     rule: Callable[[Iterable[WeightedUpdate], RoundState], tuple[Arrays, Arrays]]
     needs_all: bool = False
-    averages: bool = False  # returns the weighted mean of A and of B, so the product residual has a meaning
+    averages: bool = False  # returns A and B of a weighted mean, so the product residual has a meaning
 
 
 def aggregate(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arrays, Arrays]:
@@ -102,6 +98,20 @@ def _trimmed_mean(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple
     return _per_coordinate(given, lambda values: np.sort(values, axis=0)[cut : len(given) - cut].mean(axis=0)), {}
 
 
+def _product(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arrays, Arrays]:
+    """The best approximation of Σ p_k B_k A_k of the adapter's rank: FLoRA's mean (Wang et al. 2024), truncated.
+
+    Other arrays are averaged.
+    """
+    given = list(updates)
+    mean, total = weighted_mean(given), sum(update.weight for update in given)
+    for a_key, b_key in _pairs(mean):
+        like = Factors(mean[b_key].astype(np.float64), mean[a_key].astype(np.float64))
+        b, a = truncate(_products(given, total, a_key, b_key), like)
+        mean[b_key], mean[a_key] = b.astype(mean[b_key].dtype), a.astype(mean[a_key].dtype)
+    return mean, {}
+
+
 def trimmed_per_side(count: int, fraction: float) -> int:
     """How many of ``count`` values a trimmed mean leaves out on each side; at least one value remains."""
     return 0 if count < 3 else min(max(1, math.floor(fraction * count + 1e-9)), (count - 1) // 2)
@@ -115,6 +125,7 @@ def _per_coordinate(updates: list[WeightedUpdate], reduce: Callable[[np.ndarray]
 
 AGGREGATORS: dict[str, Aggregator] = {
     "mean": Aggregator(_mean, averages=True),
+    "product": Aggregator(_product, needs_all=True, averages=True),
     "median": Aggregator(_median, needs_all=True),
     "trimmed_mean": Aggregator(_trimmed_mean, needs_all=True),
 }
@@ -191,11 +202,11 @@ SERVER_OPTIMIZERS: dict[str, ServerOptimizer] = {
 }
 
 
-# --- diagnostics ----------------------------------------------------------------------------------------------------
+# --- products -------------------------------------------------------------------------------------------------------
 
 
 def product_residual(updates: list[WeightedUpdate], mean: Mapping[str, np.ndarray]) -> float:
-    """The relative distance between the product of the mean factors and the mean of the products.
+    """The relative distance between the product of the aggregated factors and the mean of the products.
 
     √(Σ_layers ‖Σ p_k B_k A_k − B̄ Ā‖²_F ÷ Σ_layers ‖Σ p_k B_k A_k‖²_F). It is 0 where averaging A and B separately loses
     nothing. Gram matrices of size (K·r)² replace the products where they take fewer operations.
@@ -203,44 +214,18 @@ def product_residual(updates: list[WeightedUpdate], mean: Mapping[str, np.ndarra
     total = sum(update.weight for update in updates)
     difference, whole = 0.0, 0.0
     for a_key, b_key in _pairs(mean):
-        b = [update.weight / total * _scaled(update.arrays, b_key) for update in updates]
-        a = [update.arrays[a_key].astype(np.float64) for update in updates]
-        products = Factors(np.hstack(b), np.vstack(a))
-        squares = _dense_squares if products.product_is_cheaper else _gram_squares
+        products = _products(updates, total, a_key, b_key)
+        squares = dense_squares if products.product_is_cheaper else gram_squares
         of_products, of_difference = squares(products, Factors(_scaled(mean, b_key), mean[a_key].astype(np.float64)))
         whole += of_products
         difference += of_difference
     return float(np.sqrt(max(difference, 0.0) / whole)) if whole else 0.0
 
 
-class Factors(NamedTuple):
-    """A product of two thin matrices: ``left`` (d_out, n) and ``right`` (n, d_in)."""
-
-    left: np.ndarray
-    right: np.ndarray
-
-    @property
-    def product_is_cheaper(self) -> bool:
-        """Whether the product itself takes fewer operations than two Gram matrices of size n²."""
-        d_out, n, d_in = *self.left.shape, self.right.shape[1]
-        return n * (d_out + d_in) > 2 * d_out * d_in
-
-
-def _dense_squares(products: Factors, mean: Factors) -> tuple[float, float]:
-    """‖P‖²_F and ‖P − M‖²_F."""
-    with _threads(products):
-        whole = products.left @ products.right
-        difference = whole - mean.left @ mean.right
-        return float(np.vdot(whole, whole)), float(np.vdot(difference, difference))
-
-
-def _gram_squares(products: Factors, mean: Factors) -> tuple[float, float]:
-    """‖P‖²_F and ‖P − M‖²_F as sums of ⟨l_i r_i, l_j r_j⟩ over the rank-one terms of P, and of P − M."""
-    left, right = np.hstack([products.left, -mean.left]), np.vstack([products.right, mean.right])
-    with _threads(products):
-        terms = (left.T @ left) * (right @ right.T)
-    rank = len(mean.right)
-    return float(np.sum(terms[:-rank, :-rank])), float(np.sum(terms))
+def _products(updates: list[WeightedUpdate], total: float, a_key: str, b_key: str) -> Factors:
+    """Σ p_k B_k A_k of one layer as two factors, the sites' factors side by side."""
+    b = [update.weight / total * _scaled(update.arrays, b_key) for update in updates]
+    return Factors(np.hstack(b), np.vstack([update.arrays[a_key].astype(np.float64) for update in updates]))
 
 
 def _pairs(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
@@ -253,14 +238,3 @@ def _scaled(arrays: Mapping[str, np.ndarray], b_key: str) -> np.ndarray:
     """Factor B in double precision, multiplied by MultiLoRA's scales (n, d_out) where they exist."""
     b, scale = arrays[b_key].astype(np.float64), arrays.get(b_key.replace(".lora_B.weight", ".lora_scale"))
     return b if scale is None else (b.reshape(len(b), len(scale), -1) * scale.T[:, :, None]).reshape(b.shape)
-
-
-def _threads(factors: Factors) -> AbstractContextManager[object]:
-    """Limit small products to one BLAS thread: on a busy machine several threads wait for each other."""
-    threads = 1 if factors.left.shape[1] * max(factors.left.size, factors.right.size) < SMALL else None
-    return _blas().limit(limits=threads, user_api="blas")
-
-
-@cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()

@@ -56,3 +56,21 @@ def test_mixed_tasks_share_one_adapter_with_uniform_weights(
     run = simulate(recipe, tmp_path / "run", resume=False)
     weights = [event["weights"] for event in run.events() if event["event"] == "round"]
     assert weights == [{"plain": 1.0, "chat": 1.0, "ada": 1.0}] * 2
+
+
+def test_the_mean_of_products_loses_less_than_the_product_of_means(tiny_recipe: dict, tmp_path: Path) -> None:
+    """In the first round, which begins with the same adapter."""
+    first = {}
+    for aggregator in ("mean", "product"):
+        tiny_recipe["server"]["aggregator"] = aggregator
+        run = simulate(recipe_from(tiny_recipe), tmp_path / aggregator, resume=False)
+        first[aggregator] = next(event["residual"] for event in run.events() if event["event"] == "round")
+    assert 0 < first["product"] < first["mean"]
+
+
+@pytest.mark.parametrize("server", [{"groups": "similarity"}, {"aggregator": "product"}, {"aggregator": "median"}])
+def test_a_baseline_shares_nothing_whatever_the_server_does(tiny_recipe: dict, tmp_path: Path, server: dict) -> None:
+    tiny_recipe["simulation"]["baseline"] = True
+    tiny_recipe["server"] |= server
+    rows = summarize(simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False).events()).rows
+    assert all(row.metric("alone") is not None for row in rows.values())

@@ -263,3 +263,13 @@ def test_a_delimiter_of_two_characters_is_told_what_it_must_be() -> None:
     raw = {**SMALL, "data": {**SMALL.get("data", {}), "delimiter": ";;"}}
     with pytest.raises(ConfigError, match=r"delimiter must be one character, not ';;'"):
         recipe_from(raw)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_products_are_averaged_where_a_and_b_are_shared_without_scales(name: str) -> None:
+    raw = {**SMALL, "method": {"name": name}, "server": {"aggregator": "product"}}
+    if name in ("fedit", "colora", "local"):  # the last one shares nothing
+        assert recipe_from(raw).server.aggregator == "product"
+    else:
+        with pytest.raises(ConfigError, match=f"'{name}' does not share just A and B"):
+            recipe_from(raw)

@@ -13,11 +13,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
 
 from colora.common.config.schema import ServerSettings
-from colora.server.rounds import aggregation
 from colora.server.rounds.aggregation import (
     AGGREGATORS,
     SERVER_OPTIMIZERS,
-    Factors,
     RoundState,
     WeightedUpdate,
     aggregate,
@@ -26,6 +24,7 @@ from colora.server.rounds.aggregation import (
     trimmed_per_side,
     weighted_mean,
 )
+from colora.server.rounds.products import Factors, dense_squares, gram_squares
 from colora.server.rounds.weighting import WEIGHTS, Contribution
 from colora.simulation.local_grid import LocalGrid
 
@@ -328,7 +327,7 @@ def test_small_and_large_products_are_computed_in_the_cheaper_way_with_one_resul
         factors = Factors(rng.normal(size=(30, n)), rng.normal(size=(n, 20)))
         mean = Factors(rng.normal(size=(30, 2)), rng.normal(size=(2, 20)))
         assert factors.product_is_cheaper is wide
-        assert aggregation._gram_squares(factors, mean) == pytest.approx(aggregation._dense_squares(factors, mean))
+        assert gram_squares(factors, mean) == pytest.approx(dense_squares(factors, mean))
 
 
 def test_the_residual_of_opposite_sites_by_hand() -> None:
@@ -348,3 +347,55 @@ def test_the_residual_is_zero_for_one_site_and_before_anyone_moved() -> None:
     assert product_residual(one, weighted_mean(one)) == pytest.approx(0.0, abs=1e-7)
     still = [WeightedUpdate(1.0, {k: v * ("_A" in k) for k, v in arrays(s).items()}) for s in (0, 1)]  # B = 0
     assert product_residual(still, weighted_mean(still)) == 0.0
+
+
+# --- the mean of the products -----------------------------------------------------------------------------------------
+
+
+def best_approximations(given: list[WeightedUpdate], rank: int) -> dict[str, np.ndarray]:
+    """The best approximation of Σ p B A by a matrix of this rank, of every layer, by the SVD of the dense matrix."""
+    total, found = sum(update.weight for update in given), {}
+    for layer in ("q", "v"):
+        products = [u.weight * u.arrays[f"{layer}.lora_B.weight"] @ u.arrays[f"{layer}.lora_A.weight"] for u in given]
+        left, values, right = np.linalg.svd(np.sum(products, axis=0, dtype=np.float64) / total)
+        found[layer] = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return found
+
+
+def product_mean(given: list[WeightedUpdate]) -> Arrays:
+    return aggregate(iter(given), RoundState(1, {}, ServerSettings(aggregator="product")))[0]
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 1), (3, 5, 2), (1, 100, 7, 9, 30)])
+def test_the_product_mean_is_the_best_approximation_of_its_rank(weights: tuple[int, ...]) -> None:
+    given = [WeightedUpdate(w, arrays(k)) for k, w in enumerate(weights)]
+    found, mean = product_mean(given), weighted_mean(given)
+    rank = len(mean["q.lora_A.weight"])
+    for layer, best in best_approximations(given, rank).items():
+        np.testing.assert_allclose(found[f"{layer}.lora_B.weight"] @ found[f"{layer}.lora_A.weight"], best, atol=2e-6)
+    assert product_residual(given, found) <= product_residual(given, mean) + 1e-7
+    assert {key: array.dtype for key, array in found.items()} == {key: array.dtype for key, array in mean.items()}
+    assert all(np.array_equal(product_mean(given)[key], array) for key, array in found.items())
+
+
+def test_the_product_mean_of_equal_updates_is_the_update() -> None:
+    """In its own basis, so that the cores of the sites keep their meaning."""
+    found = product_mean([WeightedUpdate(w, arrays(0)) for w in (3, 1)])
+    for key, array in arrays(0).items():
+        np.testing.assert_allclose(found[key], array, atol=1e-5)
+
+
+def test_the_product_mean_of_zero_products_keeps_a() -> None:
+    """Before the first step B is zero. With A zero as well, nothing could be learned from there."""
+    empty = {key: np.zeros_like(a) if "lora_B" in key else a for key, a in arrays(0).items()}
+    found = product_mean([WeightedUpdate(1, empty), WeightedUpdate(1, empty)])
+    for key, array in empty.items():
+        np.testing.assert_allclose(found[key], array, atol=1e-6)
+
+
+def test_the_product_mean_of_opposite_factors_keeps_what_the_mean_loses() -> None:
+    """(B, A) and (−B, −A) are one product, and the means of their factors are zero."""
+    one = arrays(0)
+    given = [WeightedUpdate(1, one), WeightedUpdate(1, {key: -a if "lora" in key else a for key, a in one.items()})]
+    assert product_residual(given, weighted_mean(given)) == pytest.approx(1)
+    assert product_residual(given, product_mean(given)) < 1e-6
