@@ -92,7 +92,11 @@ def _tiles(history: History) -> Iterator[tuple[str, ...]]:
     yield "Cost", size(cost.up + cost.down), f"sent and received by the sites, in {duration(spent)}{both}", per_round
     left_out = _left_out(history)
     sites = len({incident.site for incident in left_out})
-    yield "Left out", count(len(left_out), "reply"), f"of {count(sites, 'site')}" if left_out else "every reply counted"
+    if history.at_site:
+        yield "Errors", str(len(left_out)), "answers that were an error"
+    else:
+        of_sites = f"of {count(sites, 'site')}" if left_out else "every reply counted"
+        yield "Left out", count(len(left_out), "reply"), of_sites
 
 
 _SHORT = {"shared": "shared only", "alone": "alone", "base": "base model"}
@@ -115,15 +119,18 @@ def _sentences(history: History) -> Iterator[object]:
             "No site was trained alone for comparison, so the gain over training alone is not known. In a simulation, "
             "--baseline measures it."
         )
-    yield from _left_out_sentences(_left_out(history))
+    if history.at_site:
+        yield from _own_record(history)
+    else:
+        yield from _left_out_sentences(_left_out(history))
     clipped = [i for i in history.incidents if i.kind == "clipped"]
     if clipped:
         sites = listed(sorted({i.site for i in clipped}))
         yield f"Clipped: {count(len(clipped), 'update')} of {sites} were much larger than the others of their round."
     if of_round := round_cost(history):
         yield (
-            f"A round took {duration(of_round[0])} and moved {size(of_round[1])} between the coordinator and its sites "
-            "(medians)."
+            f"A typical round took {duration(of_round[0])} and moved {size(of_round[1])} between the coordinator and "
+            "its sites (medians, without the final personalization)."
         )
     yield from _rows(history)
     if history.summary.source_federation:
@@ -182,6 +189,15 @@ def _left_out_sentences(incidents: Sequence[Incident]) -> Iterator[object]:
         yield f"{len(reasons) - REASONS} more reasons are in the table of incidents."
     if not reasons:
         yield "No reply was left out."
+
+
+def _own_record(history: History) -> Iterator[str]:
+    """What the page of a site shows, and what the site has sent."""
+    yield (
+        f"This is the record of {history.at_site} itself: its rounds, measurements and messages. What other sites did, "
+        "and what the coordinator left out, is not known here."
+    )
+    yield "Sent were arrays of the shared parameters and metrics. audit.jsonl beside this record lists each of them."
 
 
 def when_of(numbers: Sequence[int]) -> str:

@@ -207,7 +207,7 @@ def shared_against_personal(history: History, place: Placement) -> Html | None:
             for row in rows
             if (shared := row.metric("shared")) is not None and (personal := row.metric("personal")) is not None
         ]
-        if not points:
+        if len(points) < 2:
             continue
         name, lower = metric_name(primary_metric(task)), lower_is_better(task)
         side = "below" if lower else "above"

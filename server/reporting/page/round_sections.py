@@ -87,7 +87,7 @@ def _weights_words(history: History) -> Html:
         "benefit": "by how much the shared adapter helps it",
     }.get(history.weighting, "")
     of = " of its group" if len(history.summary.groups) > 1 else ""
-    words = f"A number is the site's weight in the mean{of}, in percent."
+    words = f"A number is the site's weight in the mean{of}, in percent. A tick is a reply that is not averaged."
     if meaning:
         words += f" A site is weighted {meaning} (server.weights = {history.weighting})."
     return element("p", words + " In the final column the sites personalize, and nothing is averaged.")
@@ -160,8 +160,8 @@ def costs(history: History, place: Placement) -> Html | None:
     if not records:
         return None
     words = (
-        "Work is the time of the sites' work: training (dark) and measuring (light). Bytes are those of messages: sent "
-        "by the sites (dark) and received by them (light)."
+        "Work is the time of the sites' work: training (first part of the bar) and measuring (second part). Bytes are "
+        "those of admitted replies (first part) and of the requests for them (second part)."
     )
     if not history.at_site:
         words = f"Duration is the time of the round at the coordinator. {words}"
@@ -216,7 +216,7 @@ def _site_costs(history: History) -> list[object]:
         "site",
         "rounds",
         "work",
-        "of it measuring",
+        "of which measuring",
         *_picture_head("work"),
         "sent",
         "received",

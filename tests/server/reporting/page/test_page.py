@@ -60,7 +60,7 @@ def test_the_headline_answers_who_gained_who_lost_and_what_it_cost(folder: Path)
     )
     assert "the personal models gain +0.117 ± 0.101 over training alone on average (3 sites, one seed)" in text
     assert "Beyond 2 standard errors, 1 of 3 sites are better and 0 worse." in text
-    assert "A round took 5.0 s and moved 12.0 kB" in text
+    assert "A typical round took 5.0 s and moved 12.0 kB" in text
     assert "No reply was left out." in text
     assert "Truncated: 6 of 324 rows" in text
     assert "Dropped: 3 rows" in text
@@ -90,7 +90,7 @@ def test_costs_are_those_of_the_replies(folder: Path) -> None:
         "final": "4.0 s",
     }
     assert page.column("Cost of every site", "received") == dict.fromkeys(SITES, "12.0 kB")
-    assert page.column("Cost of every site", "of it measuring") == dict.fromkeys(SITES, "2.0 s")
+    assert page.column("Cost of every site", "of which measuring") == dict.fromkeys(SITES, "2.0 s")
 
 
 def test_left_out_late_and_clipped_replies_have_their_reasons() -> None:
