@@ -24,11 +24,8 @@ class EventLog:
     def __init__(self, path: Path, listener: Listener | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.listener = path, listener
-        if path.exists():
-            whole = path.read_bytes()
-            end = whole.rfind(b"\n") + 1
-            if end < len(whole):
-                os.truncate(path, end)
+        if path.exists() and not _ends_with_a_line(path):
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def emit(self, event: str, **fields: Any) -> None:
         """Write one event with the current time."""
@@ -37,6 +34,14 @@ class EventLog:
             file.write(json.dumps(record, allow_nan=False) + "\n")
         if self.listener:
             notify(self.listener, record)
+
+
+def _ends_with_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def notify(listener: Listener, event: Event) -> None:

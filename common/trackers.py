@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .foreign_text import clean
 
 INTERVAL = 1.0  # seconds between two looks for new rows
+MLFLOW_FILE = "/mlflow.db"
 CLOSING = 30.0  # seconds that a tracker may take to log the last rows and to close
 
 
@@ -130,7 +131,11 @@ def _wandb(run: TrackedRun, identity: str) -> dict[str, Any]:
 
 def _mlflow(run: TrackedRun, identity: str) -> dict[str, Any]:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(run.folder / 'mlflow.db').resolve()}")
+    uri = os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_FILE)
+    if uri.endswith(MLFLOW_FILE):  # not set by the user, but here, by an earlier run of this process
+        import mlflow  # type: ignore[import-not-found]
+
+        mlflow.set_tracking_uri(f"sqlite:///{run.folder.resolve()}{MLFLOW_FILE}")
     return {"experiment_name": run.project, "run_name": run.name, "run_id": identity or None}
 
 

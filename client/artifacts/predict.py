@@ -84,8 +84,9 @@ def predict_file(
 ) -> FilePredictions:
     """Predict the rows of a file. The inputs are in the columns that the model was trained on.
 
-    ``columns`` names other ones. ``on_row`` is told how many of all rows are done. A prediction's key that is a column
-    already gets the prefix ``predicted_``. Raises DataError for a row without the column, before the model is loaded.
+    ``columns`` names other ones. A prediction's key that is a column already gets the prefix ``predicted_``. ``on_row``
+    receives the number of rows that are done, and of all. Raises DataError for a row without the column, before the
+    model is loaded.
     """
     spec = TASKS.get(saved.metadata.task)
     if spec is None or spec.input_column is None:

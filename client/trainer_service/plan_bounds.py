@@ -129,10 +129,18 @@ def check_request(plan: Plan, request: TrainRequest, site: SiteSettings) -> None
 
 def check_disk(folder: Path, site: SiteSettings) -> None:
     """Raise RefusedError if a federation's state folder has reached ``allow.max_disk`` (in GB of 10⁹ bytes)."""
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    size = sum(map(_size, folder.rglob("*")))
     if size > site.allow.max_disk * 1e9:
         found = f"{size / 1e9:.3g} GB in its state folder"
         raise RefusedError("allow.max_disk", f"at most {site.allow.max_disk:g} GB", found, site=site.name)
+
+
+def _size(path: Path) -> int:
+    """The size of a file in bytes; 0 for anything else, and for a file that another process has just deleted."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
 
 
 def _check_modules(key: str, modules: tuple[str, ...] | str | None, site: SiteSettings) -> None:

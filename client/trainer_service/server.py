@@ -118,8 +118,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
                 plan, logs = await self._accept(request.federation, request.plan)
                 layout = await _result(self.model_thread.submit(lambda: self.session.trainer(plan).layout))
                 request = serde.request_from(head, await self._receive_arrays(context, layout))
-                await _result(self.audit_thread.submit(logs.events.asked, request))
-                job = self.model_thread.submit(self._run, plan, request)
+                job = self.model_thread.submit(self._run, plan, request, logs.events)
                 result = await _result(job, lambda: context.write(pb.TrainReplyPart(progress=self.progress)))
             reply = result.released.reply
             size = await _result(self.audit_thread.submit(_record, logs.audit, request, result))
@@ -160,19 +159,20 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
                 assembler.add(part.chunk)
         return assembler.arrays()
 
-    def _run(self, plan: Plan, request: TrainRequest) -> TrainResult:
+    def _run(self, plan: Plan, request: TrainRequest, events: SiteEvents) -> TrainResult:
         """Run a request in the thread of the model."""
 
         def on_step(done: int, total: int) -> None:
             self.progress = pb.Progress(step=done, total=total, kind=request.kind)
 
         on_step(0, 0)
-        reply, replayed = self.session.answer(plan, request, on_step)
+        begin = self.audit_thread.submit
+        reply, replayed = self.session.answer(plan, request, on_step, lambda: begin(events.began, request).result())
         released = self.session.released(plan, request, reply)
         return TrainResult(reply, released, None if replayed else self.progress.step)
 
-    async def _abort(self, error: Exception, context: Context, logs: Logs | None, t: int = 0) -> Any:
-        """Log an error in full, and end the call with its public text."""
+    async def _abort(self, error: Exception, context: Context, logs: Logs | None, number: int = 0) -> Any:
+        """Log an error in full, and end the call with its public text. ``number`` is the round of the request."""
         _log_error(error)
         code = REFUSED if isinstance(error, ColoraError) else FAILED
         public = error.public() if isinstance(error, ColoraError) else type(error).__name__
@@ -181,7 +181,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             try:
                 reason = str(error) if isinstance(error, RefusedError) else ""  # other errors may quote data
                 await _result(self.audit_thread.submit(logs.audit.error, public, reason))
-                await _result(self.audit_thread.submit(logs.events.failed, t, str(error)))
+                await _result(self.audit_thread.submit(logs.events.failed, number, str(error)))
             except ColoraError as audit_error:
                 _log_error(audit_error)
                 public = audit_error.public()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -126,8 +127,13 @@ class TrainerSession:
         current = self._current
         return current[1].examples if current and current[0] == plan else None
 
-    def answer(self, plan: Plan, request: TrainRequest, on_step: StepCallback) -> tuple[TrainReply, bool]:
-        """Return the reply to a request, and whether it had been stored before."""
+    def answer(
+        self, plan: Plan, request: TrainRequest, on_step: StepCallback, on_begin: Callable[[], None] = lambda: None
+    ) -> tuple[TrainReply, bool]:
+        """Return the reply to a request, and whether it had been stored before.
+
+        ``on_begin`` is called before the work on a new request that the site accepts.
+        """
         check_request(plan, request, self.site)
         trainer = self.trainer(plan)
         stored = trainer.store.reply(request.round, request.key)
@@ -135,6 +141,7 @@ class TrainerSession:
             return stored, True
         check_disk(self.folder(plan), self.site)
         check_requests_of_day(self.site, request.key)
+        on_begin()
         with TimeLimit(self.site.allow.max_seconds, self.site.name) as limit:
 
             def count(done: int, total: int) -> None:

@@ -1,37 +1,55 @@
 """The event log of a federation at a site: what the site's report and its trackers are made from.
 
 It has the names and fields of the coordinator's log, for this site alone. A metric is as the site measured it, also
-where ``[allow]`` withholds or rounds it. The log never leaves the site.
+where ``[allow]`` withholds or rounds it. The trainer never sends the log.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from ...common.config.schema import Plan, to_dict
 from ...common.event_log import EventLog
 from ...common.foreign_text import clean
-from ...common.protocol.types import PRELIMINARY, SiteInfo, TrainReply, TrainRequest
+from ...common.protocol.limits import measured
+from ...common.protocol.types import PRELIMINARY, ROWS_OF_SITE, SiteInfo, TrainReply, TrainRequest
 from ...common.versions import installed_versions
 
 FILE = "events.jsonl"
-ROWS = ("site", "task", "train", "test", "truncated", "dropped")
+MAX_REASON = 1000  # characters of an error
 logger = logging.getLogger("colora.trainer")
 
 
-class SiteEvents:
-    """Appends to the ``events.jsonl`` of one federation. An event that cannot be written is logged, and work goes on.
+def _never_raises(record: Callable[..., None]) -> Callable[..., None]:
+    """Log an error of any kind instead of raising it: a record that cannot be written must not cost a reply."""
 
-    One thread at a time may use it.
+    @wraps(record)
+    def recorded(self: SiteEvents, *arguments: Any) -> None:
+        try:
+            record(self, *arguments)
+        except Exception as error:
+            logger.warning("cannot write %s: %s", self.path, clean(error))
+
+    return recorded
+
+
+class SiteEvents:
+    """Appends to the ``events.jsonl`` of one federation, which only this user can read.
+
+    No method raises. One thread at a time may use it.
     """
 
     def __init__(self, folder: Path, site: str, plan: Plan) -> None:
         self.path, self.site, self.plan = folder / FILE, site, plan
 
+    @_never_raises
     def joined(self, info: SiteInfo) -> None:
-        """The site has described itself, as it does whenever a coordinator starts or continues."""
+        """Record that the site has described itself, as it does whenever a coordinator starts or continues."""
         plan = self.plan
         self._emit(
             "started",
@@ -46,24 +64,26 @@ class SiteEvents:
             versions=installed_versions(),
         )
         steps = plan.train.steps_per_round(info.train)
-        self._emit("joined", **{name: getattr(info, name) for name in ROWS}, steps=steps)
+        self._emit("joined", **{name: getattr(info, name) for name in ROWS_OF_SITE}, steps=steps)
 
-    def asked(self, request: TrainRequest) -> None:
-        """A request has begun."""
+    @_never_raises
+    def began(self, request: TrainRequest) -> None:
+        """Record that work on a request begins."""
         if request.kind == "finalize":
             self._emit("finalizing", round=request.round - 1, sites=[self.site], prepares=self.plan.transfer.prepare)
         elif request.kind == "train":
             self._emit("round_started", round=request.round, sites=[self.site])
 
+    @_never_raises
     def replied(self, request: TrainRequest, reply: TrainReply, bytes_up: int) -> None:
-        """A reply is about to be sent. ``bytes_up`` is its size, and ``reply`` has all its metrics."""
-        t = 0 if request.kind in PRELIMINARY else request.round  # as in the coordinator's log
+        """Record a reply that is about to be sent. ``bytes_up`` is its size, and ``reply`` has all its metrics."""
+        number = 0 if request.kind in PRELIMINARY else request.round  # as in the coordinator's log
         self._emit(
             "reply",
-            round=t,
+            round=number,
             site=self.site,
             kind=request.kind,
-            metrics=dict(reply.metrics),
+            metrics=measured(reply.metrics),
             terms=reply.terms,
             fresh=reply.fresh,
             bytes_down=sum(array.nbytes for array in request.shared.values()),
@@ -72,17 +92,17 @@ class SiteEvents:
             measuring=reply.measuring,
         )
         if request.kind == "train":
-            self._emit("round", round=t, admitted=[self.site], weights={}, residual=None, seconds=reply.seconds)
+            self._emit("round", round=number, admitted=[self.site], weights={}, residual=None, seconds=reply.seconds)
         elif request.kind == "finalize":
-            self._emit("finalized", round=t - 1, sites=[self.site])
+            self._emit("finalized", round=number - 1, sites=[self.site])
             self._emit("finished", seconds=0.0)
 
-    def failed(self, t: int, reason: str) -> None:
-        """The site answered with an error, in round ``t``. ``reason`` is the error in full."""
-        self._emit("failed", round=t, site=self.site, reason=clean(reason), silent=False)
+    @_never_raises
+    def failed(self, number: int, reason: str) -> None:
+        """Record that the answer to a request of this round is an error. ``reason`` is the error in full."""
+        self._emit("failed", round=number, site=self.site, reason=clean(reason, MAX_REASON), silent=False)
 
     def _emit(self, event: str, **fields: Any) -> None:
-        try:
-            EventLog(self.path).emit(event, **fields)
-        except OSError as error:
-            logger.warning("cannot write %s: %s", self.path, error.strerror or error)
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+        EventLog(self.path).emit(event, **fields)

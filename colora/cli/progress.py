@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(words: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-    """Show a bar while the context is open, and yield the function that is told how many of all units are done.
+    """Show a bar while the context is open, and yield a function for the number of units that are done, and of all.
 
     Until its first call, and without a ``unit``, the bar only moves.
     """
@@ -16,7 +16,12 @@ def progress(words: str, unit: str = "") -> Iterator[Callable[[int, int], None]]
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[done]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(words, total=None, done="")
 

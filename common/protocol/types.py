@@ -40,6 +40,9 @@ PRELIMINARY = ("trial", "initialize")  # requests before round 1, of which a sit
 WITHOUT_ARRAYS = ("validate", "finalize")  # requests whose replies hold metrics only
 
 
+ROWS_OF_SITE = ("site", "task", "train", "test", "truncated", "dropped")  # of SiteInfo, in the event ``joined``
+
+
 @dataclass(frozen=True)
 class TrainRequest:
     """A request of the coordinator to one site: the shared adapter of the previous round, and what to do with it.

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 from ...common.config.site_schema import SiteSettings
-from ...common.event_log import Event
 from ...common.trackers import Trackers, check_installed
 from .events import read_events
 from .tracking import track_folder
 
-INTERVAL = 1.0  # seconds between two looks for new federations
+INTERVAL = 1.0  # seconds between two looks for new events
 
 
 class SiteTrackers:
     """A context manager within which the trackers that a site file names log what the site does.
 
-    A federation is tracked from its first new event on, with what went before. ``report`` receives a sentence about a
-    tracker that failed.
+    They follow the federation with the newest event, from its first one on. When another federation has a newer one,
+    the tracked run of the first is closed. ``report`` receives a sentence about a tracker that failed.
     """
 
     def __init__(self, site: SiteSettings, report: Callable[[str], None]) -> None:
         """Raises ConfigError if the package of a tracker is not installed."""
         check_installed(site.tracking.trackers)
-        self.site, self.report, self.tracked = site, report, set[Path]()
-        self._began = time.time()
-        self._closing, self._stack = threading.Event(), ExitStack()
+        self.site, self.report = site, report
+        self.followed: Path | None = None  # the event log that is tracked
+        self._began, self._closing = time.time(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="trackers", daemon=True)
 
     def __enter__(self) -> SiteTrackers:
@@ -41,19 +40,30 @@ class SiteTrackers:
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._stack.close()
 
     def _follow(self) -> None:
-        while not self._closing.wait(INTERVAL):
-            for log in sorted(Path(self.site.trainer.state).glob("*/events.jsonl")):
-                if log not in self.tracked and log.stat().st_mtime >= self._began:
-                    self.tracked.add(log)
-                    self._stack.enter_context(self._track(log))
+        with ExitStack() as tracked:
+            while not self._closing.wait(INTERVAL):
+                newest = max(self._changed(), default=(0.0, None), key=lambda found: found[0])[1]
+                if newest is not None and newest != self.followed:
+                    tracked.close()
+                    tracked.enter_context(self._track(newest))
+                    self.followed = newest
+
+    def _changed(self) -> Iterator[tuple[float, Path]]:
+        """The event logs with an event since this object was made, and the times of their last events."""
+        for log in Path(self.site.trainer.state).glob("*/events.jsonl"):
+            try:
+                changed = log.stat().st_mtime
+            except OSError:  # deleted in this moment
+                continue
+            if changed >= self._began and log.is_file():
+                yield changed, log
 
     def _track(self, log: Path) -> Trackers:
         started = next((event for event in read_events(log) if event["event"] == "started"), {})
         name = f"{log.parent.name} at {self.site.name}"
         return track_folder(log.parent, name, self.site.tracking, started.get("settings", {}), self._failed)
 
-    def _failed(self, event: Event) -> None:
-        self.report(f"the tracker {event['tracker']} stopped: {event['reason']}")
+    def _failed(self, tracker: str, reason: str) -> None:
+        self.report(f"the tracker {tracker} stopped: {reason}")

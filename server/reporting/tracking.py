@@ -26,7 +26,10 @@ def track(recipe: Recipe, folder: Path, listener: Listener | None = None) -> Tra
     Raises ConfigError if the package of a tracker is not installed.
     """
 
-    return track_folder(folder, recipe.name, recipe.tracking, to_dict(recipe), listener)
+    def failed(tracker: str, reason: str) -> None:
+        EventLog(folder / "events.jsonl", listener).emit("tracker_failed", tracker=tracker, reason=reason)
+
+    return track_folder(folder, recipe.name, recipe.tracking, to_dict(recipe), failed)
 
 
 def track_folder(
@@ -34,16 +37,14 @@ def track_folder(
     name: str,
     tracking: TrackingSettings,
     configuration: Mapping[str, Any],
-    listener: Listener | None = None,
+    failed: Callable[[str, str], None],
 ) -> Trackers:
     """Return a context manager within which trackers log the ``events.jsonl`` in ``folder`` as the run ``name``.
 
+    ``failed`` receives the name of a tracker that failed, and why.
+
     Raises ConfigError if the package of a tracker is not installed.
     """
-
-    def failed(tracker: str, reason: str) -> None:
-        EventLog(folder / "events.jsonl", listener).emit("tracker_failed", tracker=tracker, reason=reason)
-
     project = tracking.project or "colora"
     run = TrackedRun(name, project, folder / "trackers", lambda: _reader(folder), configuration, failed)
     return Trackers(tracking.trackers, run)

@@ -106,8 +106,7 @@ def _product(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arra
     given = list(updates)
     mean, total = weighted_mean(given), sum(update.weight for update in given)
     for a_key, b_key in _pairs(mean):
-        like = Factors(mean[b_key].astype(np.float64), mean[a_key].astype(np.float64))
-        b, a = truncate(_products(given, total, a_key, b_key), like)
+        b, a = truncate(_products(given, total, a_key, b_key), mean[a_key].astype(np.float64))
         mean[b_key], mean[a_key] = b.astype(mean[b_key].dtype), a.astype(mean[a_key].dtype)
     return mean, {}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ...common.config.schema import TrainSettings
 from ...common.errors import RefusedError
-from ...common.protocol.types import SiteInfo
+from ...common.protocol.types import ROWS_OF_SITE, SiteInfo
 from ..reporting.events import EventRecorder
 from .admission import admit_site
 from .dispatch import NOTICE
@@ -16,7 +16,6 @@ from .registry import ConnectedSite, NodeRegistry
 from .run_options import RunOptions, StopRequested
 
 GRACE = 30.0  # seconds to wait for further join replies once the quorum has joined (deployed)
-JOINED_FIELDS = ("site", "task", "train", "test", "truncated", "dropped")  # of SiteInfo, in the event `joined`
 
 
 class Membership:
@@ -95,7 +94,7 @@ class Membership:
             self.sites[name] = connected
             info = dataclasses.asdict(connected.info)
             steps = self.train.steps_per_round(connected.info.train)
-            self.recorder.emit("joined", **{key: info[key] for key in JOINED_FIELDS}, steps=steps)
+            self.recorder.emit("joined", **{key: info[key] for key in ROWS_OF_SITE}, steps=steps)
 
     def _report_failures(self, t: int) -> None:
         for name, reason in self.registry.failures:

@@ -27,24 +27,26 @@ class Factors(NamedTuple):
         return n * (d_out + d_in) > 2 * d_out * d_in
 
 
-def truncate(products: Factors, like: Factors) -> Factors:
+def truncate(products: Factors, like: np.ndarray) -> Factors:
     """The best approximation of a product by factors of the rank of ``like`` (Eckart and Young), in a similar basis.
 
-    A' is the factor A of ``like``, projected on the rows of the approximation. B' is the matrix with which B'·A' is the
+    ``like`` (rank, d_in) is a factor A.
+    A' is ``like``, projected on the rows of the approximation. B' is the matrix with which B'·A' is the
     approximation. So factors that need no truncation come back unchanged, and a site's core, which stands between B and
     A, keeps its meaning as far as possible. Takes O(d n²) for n columns of ``products``, with d its longer side.
     """
-    rank = len(like.right)
+    rank, width = like.shape
     with _threads(products):
         left, left_rest = np.linalg.qr(products.left)
         right, right_rest = np.linalg.qr(products.right.T)
         u, values, v = np.linalg.svd(left_rest @ right_rest.T)
         kept = int(np.sum(values[:rank] > NEGLIGIBLE * max(values[0], np.finfo(float).tiny)))
         rows = right @ v[:kept].T  # (d_in, kept), orthonormal
-        rest = like.right - (like.right @ rows) @ rows.T
+        rest = like - (like @ rows) @ rows.T
         others = np.linalg.svd(rest, full_matrices=False)[2][: rank - kept]  # for products of a lower rank
-        basis = np.hstack([rows, others.T])  # (d_in, rank)
-        x, scales, y = np.linalg.svd(like.right @ basis)
+        none = np.zeros((width, rank - kept - len(others)))  # where the rank exceeds the rows there can be
+        basis = np.hstack([rows, others.T, none])  # (d_in, rank)
+        x, scales, y = np.linalg.svd(like @ basis)
         largest = scales[0] or np.sqrt(values[0]) or 1.0  # factors A may cancel, although the products do not
         scales = np.maximum(scales, largest / CONDITION)
         targets = np.zeros((len(left), rank))

@@ -163,8 +163,8 @@ def costs(history: History, place: Placement) -> Html | None:
         "Work is the time of the sites' work: training (first part of the bar) and measuring (second part). Bytes are "
         "those of admitted replies (first part) and of the requests for them (second part)."
     )
-    if not history.at_site:
-        words = f"Duration is the time of the round at the coordinator. {words}"
+    of = "of the site's work" if history.at_site else "of the round at the coordinator"
+    words = f"Duration is the time {of}. {words}"
     parts: list[object] = [element("p", words), place.heading("Rounds"), *_round_costs(records)]
     parts += [place.heading("Sites"), *_site_costs(history)]
     return place.section("costs", "Bytes and seconds", *parts)

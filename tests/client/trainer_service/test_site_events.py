@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from colora.client.trainer_service.client import TrainerError
+from colora.client.trainer_service.site_events import SiteEvents
 from colora.common.config.loader import load_site
-from colora.common.config.schema import to_json
+from colora.common.config.schema import ModelSettings, Plan, to_json
+from colora.common.protocol.types import TrainReply, TrainRequest
 from colora.server.reporting.events import parse_lines
 from colora.server.reporting.page.build import build_page
 from colora.server.reporting.page.fold import read_history
@@ -75,18 +78,39 @@ def test_an_event_that_cannot_be_written_costs_no_reply(running_site: SiteSetup)
     assert "cannot write" in running_site.running[0].log
 
 
-def test_a_sites_trackers_log_its_federations_that_go_on(site_setup: SiteSetup) -> None:
+def test_the_log_is_of_this_user_alone_and_a_record_that_fails_is_logged(tmp_path: Path, caplog: object) -> None:
+    """Whatever the umask is. A metric beyond what an event can hold is null."""
+    before = os.umask(0o022)
+    try:
+        events = SiteEvents(tmp_path / "town", "ada", Plan("town", 2, ModelSettings("m")))
+        request = TrainRequest("town", 1, "train", 0, "{}", {}, True)
+        events.began(request)
+        events.replied(request, TrainReply("ada", "town", 1, "k", {}, 1, 1, {"train.loss": 1e30}), 9)
+        events.joined(None)  # type: ignore[arg-type]
+    finally:
+        os.umask(before)
+    assert events.path.stat().st_mode & 0o777 == 0o600
+    found, skipped = parse_lines(events.path)
+    assert not skipped
+    assert [event["metrics"] for event in found if event["event"] == "reply"] == [{"train.loss": None}]
+    assert "cannot write" in caplog.text  # type: ignore[attr-defined]
+
+
+def test_a_sites_trackers_log_one_federation_after_the_other(site_setup: SiteSetup) -> None:
     from tensorboard.backend.event_processing import event_accumulator
 
     site_setup.configure("[tracking]", 'trackers = ["tensorboard"]').start()
     before, reports = take_part(site_setup, "before"), []
     with SiteTrackers(load_site(site_setup.file), reports.append) as trackers:
-        folder = take_part(site_setup, "now")
-        site_setup.running[0].wait_for("now has ended after round")
-        while not trackers.tracked:
-            time.sleep(0.1)
+        for name in ("first", "second"):
+            folder = take_part(site_setup, name)
+            ends = time.monotonic() + 30
+            while trackers.followed != folder / "events.jsonl" and time.monotonic() < ends:
+                time.sleep(0.1)
     assert reports == []
     assert not (before / "trackers").exists()
-    logged = event_accumulator.EventAccumulator(str(folder / "trackers" / "tensorboard")).Reload()
-    assert [scalar.step for scalar in logged.Scalars("train.loss/ada")] == [1, 2]
-    assert [scalar.step for scalar in logged.Scalars("final.personal.accuracy/ada")] == [2]
+    for name in ("first", "second"):
+        folder = site_setup.state / name / "trackers" / "tensorboard"
+        logged = event_accumulator.EventAccumulator(str(folder)).Reload()
+        assert [scalar.step for scalar in logged.Scalars("train.loss/ada")] == [1, 2]
+        assert [scalar.step for scalar in logged.Scalars("final.personal.accuracy/ada")] == [2]
