@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .errors import ConfigError
 from .foreign_text import clean
 
 INTERVAL = 1.0  # seconds between two looks for new rows
+BUFFERED = "wandb"  # keeps the last rows in memory until it is closed, so what a killed process logged is lost
 MLFLOW_FILE = "/mlflow.db"
 CLOSING = 30.0  # seconds that a tracker may take to log the last rows and to close
 
@@ -93,7 +95,11 @@ class _TrackerThread(threading.Thread):
 
     def _follow(self) -> None:
         state = _read_state(self.path)
+        if self.library == BUFFERED:
+            del state["logged"][state["closed"] :]
+            _remove_sessions(self.tracked.folder, keep=state["sessions"])
         tracker, state["id"] = _start(self.library, self.tracked, state["id"])
+        self._write(state)
         if not state["logged"]:
             tracker.store_init_configuration(_flat(self.tracked.configuration))
         read, logged, last = self.tracked.rows(), set(state["logged"]), False
@@ -104,8 +110,25 @@ class _TrackerThread(threading.Thread):
                     tracker.log(dict(row.metrics), step=row.step)
                     logged.add(row.key)
                     state["logged"].append(row.key)
-                    write_atomically(self.path, json.dumps(state).encode(), lasting=False)
+                    self._write(state)
         tracker.finish()
+        state["closed"], state["sessions"] = len(state["logged"]), sorted(_sessions(self.tracked.folder))
+        self._write(state)
+
+    def _write(self, state: Mapping[str, Any]) -> None:
+        write_atomically(self.path, json.dumps(state).encode(), lasting=False)
+
+
+def _sessions(folder: Path) -> dict[str, Path]:
+    """The offline sessions of Weights & Biases in a folder, by name."""
+    return {path.name: path for path in (folder / BUFFERED).glob("offline-run-*")}
+
+
+def _remove_sessions(folder: Path, *, keep: Sequence[str]) -> None:
+    """Remove the sessions that were not closed: they lack rows, and all of their rows are logged again."""
+    for name, path in _sessions(folder).items():
+        if name not in keep:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _start(name: str, run: TrackedRun, identity: str) -> tuple[Any, str]:
@@ -158,12 +181,16 @@ _IDENTITY: Mapping[str, Callable[[Any], str]] = {  # from the library's run, wit
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """Return the library's name of the run and the keys of the rows that it has; both empty for a new run."""
+    """Return the library's name of the run, the keys of the rows that it has, and what was there at the last close.
+
+    ``closed`` is the number of these rows, and ``sessions`` the names of W&B's folders. All are empty for a new run.
+    """
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        return {"id": str(state["id"]), "logged": [str(key) for key in state["logged"]]}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {"id": "", "logged": []}
+        names = {key: [str(name) for name in state.get(key, ())] for key in ("logged", "sessions")}
+        return {"id": str(state["id"]), "closed": int(state.get("closed", 0)), **names}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {"id": "", "closed": 0, "logged": [], "sessions": []}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from accelerate import tracking
 
+from colora.common import trackers
 from colora.common.config.loader import recipe_from
 from colora.common.errors import ConfigError
 from colora.common.event_log import Event
@@ -85,3 +89,41 @@ def test_a_tracker_that_is_not_installed_is_named_before_the_run(
     with pytest.raises(ConfigError, match=r"needs the package tensorboard\. Install it: pip install tensorboard"):
         tracked(tiny_recipe, 1, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class Buffering:
+    """Like W&B offline: a session's rows are in its file when it is closed. One that is killed has none."""
+
+    killed = False
+
+    def __init__(self, run_name: str, **options: Any) -> None:
+        self.rows: list[int] = []
+        number = len(list(Path(options["dir"]).glob("wandb/*")))
+        self.file = Path(options["dir"]) / "wandb" / f"offline-run-{number}-{time.monotonic_ns()}" / "rows"
+        self.file.parent.mkdir(parents=True)
+        self.tracker = SimpleNamespace(id="run")
+
+    def store_init_configuration(self, values: dict) -> None: ...
+
+    def log(self, values: dict, step: int) -> None:
+        self.rows.append(step)
+
+    def finish(self) -> None:
+        if self.killed:
+            raise RuntimeError("killed")
+        self.file.write_text(json.dumps(self.rows))
+
+
+def test_a_killed_session_of_wandb_is_logged_again_and_a_closed_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "check_installed", lambda names: None)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Buffering)
+    for last, killed in ((1, False), (3, True), (4, False)):
+        rows = [trackers.TrackedRow(f"round {t}", t, {"loss": 1.0}) for t in range(1, last + 1)]
+        run = trackers.TrackedRun("n", "p", tmp_path, lambda rows=rows: lambda: rows, {}, lambda *failure: None)
+        Buffering.killed = killed
+        with trackers.Trackers(["wandb"], run):
+            pass
+    sessions = sorted((tmp_path / "wandb").glob("*/rows"))
+    assert [json.loads(file.read_text()) for file in sessions] == [[1], [2, 3, 4]]
