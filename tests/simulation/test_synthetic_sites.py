@@ -21,7 +21,7 @@ from colora.simulation.run import simulate
 from colora.simulation.synthetic_sites import truths
 
 LAYER = "proj"
-OTHER_ROUNDS = 30  # rounds of the methods whose error no longer changes
+OTHER_ROUNDS = 12  # rounds of the methods whose error is above 1 from the first round on
 
 
 def relative_error(recipe: Recipe, folder: Path) -> float:
