@@ -1,4 +1,4 @@
-"""What one bad site of six does to the others: the demo under three attacks and four ways to aggregate.
+"""What one bad site of six does to the others: the demo under three attacks and five ways to aggregate.
 
 The last airline of the roster attacks in every round. ``scaling``: it sends its update times -1000. ``opposition``:
 times -3, which is just within the bound. ``label flip``: it trains on complaints labelled as praise, and the other way
@@ -36,6 +36,7 @@ RULES = {
     "mean, no bound": ("server.max_relative_norm=1e9",),
     "median": ("server.aggregator=median",),
     "trimmed mean": ("server.aggregator=trimmed_mean", "server.trim=0.2"),
+    "krum": ("server.aggregator=krum", "server.trim=0.2"),
 }
 Handle = Callable[..., TrainReply]
 

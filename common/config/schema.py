@@ -135,14 +135,15 @@ class Plan:
 class ServerSettings:
     """How the coordinator samples sites, admits and weights their replies, and updates the shared adapter."""
 
-    aggregator: Literal["mean", "product", "median", "trimmed_mean"] = "mean"
+    aggregator: Literal["mean", "product", "median", "trimmed_mean", "krum"] = "mean"
     """How the admitted updates are combined. ``mean`` is the weighted mean of A and of B, and folds replies one by one.
     The others hold all replies of a round: ``product`` is the weighted mean of the products B·A, truncated to the rank
-    of the adapter; ``median`` and ``trimmed_mean`` are coordinate-wise and unweighted."""
+    of the adapter; ``median`` and ``trimmed_mean`` are coordinate-wise and unweighted; ``krum`` is the unweighted mean
+    of the updates that are close to others."""
 
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     """Fraction of the sites that ``trimmed_mean`` leaves out on each side: at least one site if three or more
-    replied."""
+    replied. Fraction of the sites that ``krum`` leaves out: at least one if five or more replied."""
 
     optimizer: Literal["mean", "momentum", "adam", "yogi"] = "mean"
     """Server optimizer, applied to what the aggregator returns."""

@@ -77,6 +77,7 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
     "failed": {**_ROUND, "site": _optional(_text), "reason": _optional(_text)},
     "refused": {**_ROUND, "site": _optional(_text), **_REASON},
     "clipped": {**_ROUND, **_SITE, "norm": _number, "bound": _number},
+    "distant": {**_ROUND, **_SITE},
     "late": {**_ROUND, **_SITE, **_REASON},
     "round": {**_ROUND, "admitted": _names, "weights": _values(_number), "seconds": _number},
     "validated": {**_ROUND, "losses": _values(_optional(_number)), "loss": _optional(_number), "best": _count},

@@ -39,6 +39,7 @@ reply              A reply was admitted: round, site, kind ("trial", "initialize
 failed             A site sent an error or no reply: round, site, reason, silent (whether it sent nothing).
 refused            A reply or a joining site was refused: round, site, field, expected, found, reason.
 clipped            An update was much larger than the others of its round and was scaled: round, site, norm, bound.
+distant            An update was far from the others of its round and was not averaged: round, site.
 late               A reply came after its round had ended and was ignored: round, site, reason.
 round              A round ended with its quorum: round, admitted (sites), weights (by site), residual (relative
                    distance of mean(B)·mean(A) from mean(BA), or null), seconds.

@@ -108,6 +108,9 @@ def _conclusions(summary: RunSummary) -> list[str]:
             lines.append(
                 f"The update of {row.site} was much larger than the others and was scaled down in round {rounds}."
             )
+        if row.distant:
+            rounds = ", ".join(map(str, row.distant))
+            lines.append(f"The update of {row.site} was far from the others and was not averaged in round {rounds}.")
         lines += [
             f"{row.site} was left out {f'of round {t}' if t else 'before round 1'}: {reason}"
             for t, reason in row.failures.items()

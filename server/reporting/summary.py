@@ -42,6 +42,7 @@ class SiteSummary:
     measuring: float = 0.0  # of ``seconds``: those in which models were measured
     failures: dict[int, str] = field(default_factory=dict)  # round → why its reply was left out
     clipped: list[int] = field(default_factory=list)  # rounds in which its update was scaled down
+    distant: list[int] = field(default_factory=list)  # rounds in which its update was left out as far from the others
     fresh: list[int] = field(default_factory=list)  # rounds in which it had lost its personal state
 
     @property
@@ -291,6 +292,12 @@ def _clipped(summary: RunSummary, event: Event) -> None:
         rounds.append(event["round"])
 
 
+def _distant(summary: RunSummary, event: Event) -> None:
+    rounds = summary.site(event["site"]).distant
+    if event["round"] not in rounds:
+        rounds.append(event["round"])
+
+
 def _selected(summary: RunSummary, event: Event) -> None:
     summary.selected = event
 
@@ -314,6 +321,7 @@ _HANDLERS: dict[tuple[str, bool | None], Callable[[RunSummary, Any], None]] = {
     ("validated", None): _set_note,
     ("selected", False): _selected,
     ("clipped", False): _clipped,
+    ("distant", False): _distant,
     ("refused", None): _left_out,
     ("failed", None): _left_out,
     ("finished", None): _finished,

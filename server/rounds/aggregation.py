@@ -6,9 +6,11 @@ optimizer (``SERVER_OPTIMIZERS``) makes S_t from S_{t-1} and these arrays. A new
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,18 +51,32 @@ class Aggregator:
 
     A rule streams unless ``needs_all`` is set: it receives an iterator and keeps one update in memory at a time. A rule
     with ``needs_all`` receives a list. Its arrays are read from disk one at a time, so a coordinate-wise rule holds one
-    array of every site.
+    array of every site. ``choose`` returns the positions of the updates that the rule receives; without it, all are.
     """
 
     rule: Callable[[Iterable[WeightedUpdate], RoundState], tuple[Arrays, Arrays]]
     needs_all: bool = False
+    choose: Callable[[list[WeightedUpdate], RoundState], list[int]] | None = None
     averages: bool = False  # returns A and B of a weighted mean, so the product residual has a meaning
 
 
-def aggregate(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arrays, Arrays]:
-    """Apply the aggregator that the settings name. Returns the shared arrays and the aggregator's own."""
+class Aggregate(NamedTuple):
+    """What an aggregator made: the shared arrays, arrays of its own, and the positions of updates left out."""
+
+    shared: Arrays
+    own: Arrays
+    left_out: list[int]
+
+
+def aggregate(updates: Iterable[WeightedUpdate], state: RoundState) -> Aggregate:
+    """Apply the aggregator that the settings name."""
     aggregator = AGGREGATORS[state.settings.aggregator]
-    return aggregator.rule(list(updates) if aggregator.needs_all else updates, state)
+    if aggregator.choose is None:
+        return Aggregate(*aggregator.rule(list(updates) if aggregator.needs_all else updates, state), [])
+    given = list(updates)
+    chosen = aggregator.choose(given, state)
+    left_out = [i for i in range(len(given)) if i not in chosen]
+    return Aggregate(*aggregator.rule([given[i] for i in chosen], state), left_out)
 
 
 def weighted_mean(updates: Iterable[WeightedUpdate]) -> Arrays:
@@ -111,6 +127,29 @@ def _product(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arra
     return mean, {}
 
 
+def _unweighted_mean(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arrays, Arrays]:
+    return weighted_mean(WeightedUpdate(1.0, update.arrays) for update in updates), {}
+
+
+def _close_ones(updates: list[WeightedUpdate], state: RoundState) -> list[int]:
+    """Multi-Krum (Blanchard et al. 2017): all but the f updates with the largest distances to their K − f − 2 nearest.
+
+    f is a fraction ``server.trim`` of the K updates, at least one, and at most (K − 3) / 2, for which the paper's bound
+    holds. So fewer than five updates are all kept.
+    """
+    count = len(updates)
+    far = max(0, min(max(1, math.floor(state.settings.trim * count + 1e-9)), (count - 3) // 2))
+    if not far:
+        return list(range(count))
+    squares = np.zeros((count, count))
+    for key in updates[0].arrays:
+        values = [update.arrays[key].astype(np.float64) for update in updates]
+        for i, j in itertools.combinations(range(count), 2):
+            squares[i, j] += np.sum((values[i] - values[j]) ** 2)
+    nearest = np.sort(squares + squares.T, axis=1)[:, 1 : count - far - 1]  # without the distance to itself
+    return sorted(np.argsort(nearest.sum(axis=1), kind="stable")[: count - far].tolist())
+
+
 def trimmed_per_side(count: int, fraction: float) -> int:
     """How many of ``count`` values a trimmed mean leaves out on each side; at least one value remains."""
     return 0 if count < 3 else min(max(1, math.floor(fraction * count + 1e-9)), (count - 1) // 2)
@@ -127,6 +166,7 @@ AGGREGATORS: dict[str, Aggregator] = {
     "product": Aggregator(_product, needs_all=True, averages=True),
     "median": Aggregator(_median, needs_all=True),
     "trimmed_mean": Aggregator(_trimmed_mean, needs_all=True),
+    "krum": Aggregator(_unweighted_mean, needs_all=True, choose=_close_ones),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,14 @@ class SharedAdapter:
     aggregator_state: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
+class StepResult(NamedTuple):
+    """The adapter after a round, the product residual where it has a meaning, and the positions of updates left out."""
+
+    adapter: SharedAdapter
+    residual: float | None
+    left_out: list[int]
+
+
 @dataclass(frozen=True)
 class ServerStep:
     """S_{t-1} → S_t: the aggregator, the server optimizer, and the codec in which the sites receive the result."""
@@ -31,15 +40,14 @@ class ServerStep:
     codec: str
     averages_products: bool  # of the method: mean(B)·mean(A) is not mean(BA)
 
-    def __call__(
-        self, adapter: SharedAdapter, updates: Callable[[], Iterable[WeightedUpdate]]
-    ) -> tuple[SharedAdapter, float | None]:
-        """Return the adapter after this round and the product residual of its mean, where that has a meaning."""
+    def __call__(self, adapter: SharedAdapter, updates: Callable[[], Iterable[WeightedUpdate]]) -> StepResult:
+        """Make the next adapter from the updates of a round."""
         before = RoundState(self.round, adapter.shared, self.settings, adapter.aggregator_state)
-        aggregated, aggregator_state = aggregation.aggregate(updates(), before)
+        aggregated, aggregator_state, left_out = aggregation.aggregate(updates(), before)
         before = RoundState(self.round, adapter.shared, self.settings, adapter.optimizer_state)
         shared, optimizer_state = aggregation.apply_optimizer(aggregated, before)
         residual = None
         if self.averages_products and AGGREGATORS[self.settings.aggregator].averages:
             residual = aggregation.product_residual(list(updates()), aggregated)
-        return SharedAdapter(as_received(self.codec, shared), optimizer_state, aggregator_state), residual
+        after = SharedAdapter(as_received(self.codec, shared), optimizer_state, aggregator_state)
+        return StepResult(after, residual, left_out)

@@ -175,8 +175,12 @@ class AdapterStrategy:
             updates = partial(
                 self.spooled, weights, {site: factors.get(site) for site in members}, adapters[group].shared
             )
-            adapters[group], residual = step(adapters[group], updates)
-            residuals += [] if residual is None else [residual]
+            result = step(adapters[group], updates)
+            adapters[group] = result.adapter
+            residuals += [] if result.residual is None else [result.residual]
+            for site in (members[i] for i in result.left_out):
+                weights[site] = 0.0
+                self.recorder.emit("distant", round=t, site=site)
         shutil.rmtree(self.spool, ignore_errors=True)
         seconds, residual = time.monotonic() - started, max(residuals, default=None)
         self.recorder.emit("round", round=t, admitted=order, weights=weights, residual=residual, seconds=seconds)

@@ -9,6 +9,8 @@ import pytest
 from colora.common.config.loader import recipe_from
 from colora.common.methods import METHODS
 from colora.common.protocol.codec import CODECS
+from colora.server.reporting.page.build import build_page
+from colora.server.reporting.page.fold import read_history
 from colora.server.reporting.summary import summarize
 from colora.simulation.run import simulate
 
@@ -74,3 +76,16 @@ def test_a_baseline_shares_nothing_whatever_the_server_does(tiny_recipe: dict, t
     tiny_recipe["server"] |= server
     rows = summarize(simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False).events()).rows
     assert all(row.metric("alone") is not None for row in rows.values())
+
+
+def test_krum_names_the_site_that_it_leaves_out(tiny_recipe: dict, tmp_path: Path) -> None:
+    first = tiny_recipe["site"][0]
+    tiny_recipe["site"] += [{**first, "name": name} for name in ("dee", "eve")]
+    tiny_recipe["server"]["aggregator"] = "krum"
+    run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
+    left_out = {event["round"]: event["site"] for event in run.events() if event["event"] == "distant"}
+    ended = [event for event in run.events() if event["event"] == "round"]
+    assert left_out.keys() == {event["round"] for event in ended}
+    assert all((weight == 0) == (site == left_out[e["round"]]) for e in ended for site, weight in e["weights"].items())
+    page = build_page([read_history(run.path)])
+    assert all(f"{site}" in page and "its update was far from the others" in page for site in left_out.values())

@@ -199,6 +199,7 @@ _INCIDENTS: Mapping[str, Callable[[Event], Incident]] = {
     "refused": _problem,
     "late": _problem,
     "clipped": _clip,
+    "distant": lambda event: Incident("distant", event["round"], event["site"], "its update was far from the others"),
     "restarted": lambda event: Incident(
         "restarted", 0, "coordinator", f"the {event['what']} was restarted" + _because(event.get("reason"))
     ),

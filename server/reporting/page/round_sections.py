@@ -28,6 +28,7 @@ KINDS = {
     "refused": "refused",
     "late": "late",
     "clipped": "clipped",
+    "distant": "not averaged",
     "fresh": "state lost",
     "restarted": "restarted",
     "tracker_failed": "tracker stopped",

@@ -107,7 +107,7 @@ def test_weights_are_what_they_say() -> None:
 
 def combine(name: str, given: Iterable[WeightedUpdate], **settings: Any) -> Arrays:
     """The shared arrays that an aggregator makes of updates of round 1."""
-    shared, _ = aggregate(given, RoundState(1, arrays(0), ServerSettings(aggregator=name, **settings)))  # type: ignore[arg-type]
+    shared = aggregate(given, RoundState(1, arrays(0), ServerSettings(aggregator=name, **settings))).shared  # type: ignore[arg-type]
     return shared
 
 
@@ -151,7 +151,7 @@ def test_only_a_rule_that_needs_all_updates_holds_more_than_one(name: str) -> No
             most = max(most, len(alive))
             yield WeightedUpdate(1.0, Counted(k))
 
-    assert combine(name, stream())["x"].tolist() == [4.0]
+    assert combine(name, stream())["x"].tolist() == [3.5 if name == "krum" else 4.0]  # it leaves one out
     assert (most > 1) is AGGREGATORS[name].needs_all
 
 
@@ -175,7 +175,9 @@ def test_a_robust_rule_does_not_depend_on_the_order_or_the_weights(name: str) ->
 @pytest.mark.parametrize("sites", [3, 4, 7])
 @pytest.mark.parametrize("wild", [-1e30, -9.0, 1e30])
 def test_one_wild_site_cannot_leave_the_range_of_the_others(name: str, sites: int, wild: float) -> None:
-    """The mean of the same updates leaves it everywhere."""
+    """The mean of the same updates leaves it everywhere. Krum keeps all updates where there are fewer than five."""
+    if name == "krum" and sites < 5:
+        pytest.skip("all updates are kept")
     honest = updates(1, arrays(0), (1,) * (sites - 1))
     wild_update = WeightedUpdate(1e6, {key: np.full(shape, wild, np.float32) for key, shape in SHAPES.items()})
     given = [honest[0], wild_update, *honest[1:]]
@@ -363,7 +365,7 @@ def best_approximations(given: list[WeightedUpdate], rank: int) -> dict[str, np.
 
 
 def product_mean(given: list[WeightedUpdate]) -> Arrays:
-    return aggregate(iter(given), RoundState(1, {}, ServerSettings(aggregator="product")))[0]
+    return aggregate(iter(given), RoundState(1, {}, ServerSettings(aggregator="product"))).shared
 
 
 @pytest.mark.parametrize("weights", [(1,), (1, 1), (3, 5, 2), (1, 100, 7, 9, 30)])
@@ -399,3 +401,34 @@ def test_the_product_mean_of_opposite_factors_keeps_what_the_mean_loses() -> Non
     given = [WeightedUpdate(1, one), WeightedUpdate(1, {key: -a if "lora" in key else a for key, a in one.items()})]
     assert product_residual(given, weighted_mean(given)) == pytest.approx(1)
     assert product_residual(given, product_mean(given)) < 1e-6
+
+
+# --- multi-Krum -------------------------------------------------------------------------------------------------------
+
+
+def krum(values: list[float], trim: float = 0.1) -> tuple[float, list[int]]:
+    """The aggregate of updates that are one number each, and the positions of those left out."""
+    given = [WeightedUpdate(9.0, {"x": np.full(1, value, np.float32)}) for value in values]
+    made = aggregate(iter(given), RoundState(1, {}, ServerSettings(aggregator="krum", trim=trim)))
+    return float(made.shared["x"][0]), made.left_out
+
+
+def test_krum_by_hand() -> None:
+    """Five updates, one is left out: each is judged by its two nearest. Weights count for nothing."""
+    assert krum([1.0, 2.0, 3.0, 4.0, 1000.0]) == (2.5, [4])
+    assert krum([-50.0, 2.0, 3.0, 4.0, 1.0]) == (2.5, [0])
+
+
+@pytest.mark.parametrize(
+    ("count", "trim", "left_out"), [(3, 0.4, 0), (4, 0.4, 0), (5, 0.1, 1), (7, 0.4, 2), (20, 0.1, 2)]
+)
+def test_krum_leaves_out_so_many(count: int, trim: float, left_out: int) -> None:
+    values = [float(np.random.default_rng(0).normal(i)) for i in range(count)]
+    assert len(krum(values, trim)[1]) == left_out
+
+
+def test_krum_is_not_moved_by_two_of_seven_that_agree() -> None:
+    honest = [1.0, 1.1, 0.9, 1.05, 0.95]
+    value, left_out = krum([*honest, -30.0, -30.0], trim=0.3)
+    assert left_out == [5, 6]
+    assert value == pytest.approx(1.0)
