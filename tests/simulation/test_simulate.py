@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,8 +80,11 @@ def test_a_baseline_shares_nothing_whatever_the_server_does(tiny_recipe: dict, t
 
 
 def test_krum_names_the_site_that_it_leaves_out(tiny_recipe: dict, tmp_path: Path) -> None:
-    first = tiny_recipe["site"][0]
-    tiny_recipe["site"] += [{**first, "name": name} for name in ("dee", "eve")]
+    for site, name in zip(tiny_recipe["site"][:2], ("dee", "eve"), strict=True):
+        copies = {key: f"{site[key]}.{name}.jsonl" for key in ("source", "test_source")}
+        for key, copy in copies.items():
+            shutil.copy(site[key], copy)
+        tiny_recipe["site"].append({**site, **copies, "name": name})
     tiny_recipe["server"]["aggregator"] = "krum"
     run = simulate(recipe_from(tiny_recipe), tmp_path / "run", resume=False)
     left_out = {event["round"]: event["site"] for event in run.events() if event["event"] == "distant"}
