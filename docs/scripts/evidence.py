@@ -21,6 +21,17 @@ RATES = {  # recipe → arm of CoLoRA, without its rate
     "mixed": "colora",
     "newsgroups": "colora,rounds=8,train.lr_schedule=cosine",
 }
+COSINE = "rounds=8,train.lr_schedule=cosine"
+PRIVATE = {  # recipe → arms of local-only training, CoLoRA, and CoLoRA with a private adapter
+    "demo": ("local,train.lr=5e-3", "colora", "colora+lora,train.private_lr=2e-3"),
+    "r8": ("local,train.lr=5e-3", "colora,train.lr=1e-2", "colora+lora,train.lr=1e-2,train.private_lr=2e-3"),
+    "mixed": ("local,train.lr=5e-3", "colora", "colora+lora,train.private_lr=2e-3"),
+    "newsgroups": (
+        f"local,{COSINE},train.lr=2e-3",
+        f"colora,{COSINE},train.lr=1e-2",
+        f"colora+lora,{COSINE},train.lr=1e-2,train.private_lr=2e-3",
+    ),
+}
 AIRLINES = ("americanair", "jetblue", "southwestair", "united")  # the similar sites of the recipe `mixed`
 Result = dict[str, Any]
 
@@ -147,6 +158,17 @@ def share_table(arms: dict[str, dict[int, Result]], alone: dict[int, Result]) ->
     return lines
 
 
+def private_table() -> list[str]:
+    """One row for each recipe: local-only, CoLoRA, and CoLoRA with a private adapter at a fifth of its rate."""
+    lines = ["| recipe | seeds | local-only | colora | colora, private adapter |", "|---|---|---|---|---|"]
+    for recipe, arms in PRIVATE.items():
+        results = read(recipe)
+        seeds = sorted(set.intersection(*(set(results[arm]) for arm in arms)))
+        cells = [_spread([_mean(results[arm][seed]) for seed in seeds]) for arm in arms]
+        lines.append(f"| `{recipe}` | {len(seeds)} | {' | '.join(cells)} |")
+    return lines
+
+
 def groups_table() -> list[str]:
     """One row for each recipe: the p-value and the number of groups at every seed."""
     found: dict[str, dict[int, str]] = defaultdict(dict)
@@ -182,6 +204,8 @@ def page() -> str:
         "mixed": arms_table(read("mixed")),
         "share": share_table(read("share"), read("mixed")["local,train.lr=5e-3"]),
         "newsgroups": arms_table(read("newsgroups")),
+        "private": private_table(),
+        "instructions": arms_table(read("instructions")),
         "groups": groups_table(),
     }
     text = PAGE.read_text()
