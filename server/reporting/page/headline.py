@@ -197,7 +197,7 @@ def _own_record(history: History) -> Iterator[str]:
         f"This is the record of {history.at_site} itself: its rounds, measurements and messages. What other sites did, "
         "and what the coordinator left out, is not known here."
     )
-    yield "Sent were arrays of the shared parameters and metrics. audit.jsonl beside this record lists each of them."
+    yield "The site sent metrics and arrays of shared parameters. audit.jsonl, beside this record, lists each of them."
 
 
 def when_of(numbers: Sequence[int]) -> str:
