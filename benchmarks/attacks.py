@@ -1,8 +1,9 @@
-"""What one bad site of six does to the others: the demo under three attacks and five ways to aggregate.
+"""What one bad site of six does to the others: the demo under four attacks and five ways to aggregate.
 
 The last airline of the roster attacks in every round. ``scaling``: it sends its update times -1000. ``opposition``:
-times -3, which is just within the bound. ``label flip``: it trains on complaints labelled as praise, and the other way
-round. The accuracies are means over the five honest sites.
+times -3, which is just within the bound. ``weight claim``: its update times -1, and a claim of a thousand million
+examples. ``label flip``: it trains on complaints labelled as praise, and the other way round. The accuracies are means
+over the five honest sites.
 
 python benchmarks/attacks.py [SEEDS]     (2)
 """
@@ -41,8 +42,8 @@ RULES = {
 Handle = Callable[..., TrainReply]
 
 
-def scaled(factor: float) -> Callable[[Handle], Handle]:
-    """An attack that multiplies the update of the bad site."""
+def scaled(factor: float, claim: int | None = None) -> Callable[[Handle], Handle]:
+    """An attack that multiplies the update of the bad site, and claims this number of examples and loss terms."""
 
     def attack(handle: Handle) -> Handle:
         def handled(self: Trainer, request: TrainRequest, *rest: Any) -> TrainReply:
@@ -53,7 +54,8 @@ def scaled(factor: float) -> Callable[[Handle], Handle]:
                 key: (request.shared[key] + factor * (array - request.shared[key])).astype(np.float32)
                 for key, array in reply.shared.items()
             }
-            return dataclasses.replace(reply, shared=sent)
+            claimed = {} if claim is None or not sent else {"examples": claim, "terms": claim}
+            return dataclasses.replace(reply, shared=sent, **claimed)
 
         return handled
 
@@ -76,6 +78,7 @@ ATTACKS: dict[str, Callable[[Handle], Handle]] = {
     "none": lambda handle: handle,
     "scaling": scaled(-1000.0),
     "opposition": scaled(-3.0),
+    "weight claim": scaled(-1.0, claim=10**9),
     "label flip": flipped,
 }
 

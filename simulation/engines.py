@@ -14,7 +14,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from ..common.errors import ConfigError
-from .local_grid import RUN_ID, LocalGrid
+from .cohort import Cohort
+from .local_grid import RUN_ID, BatchedGrid, LocalGrid
 
 RunConfig = dict[str, bool | float | int | str]
 
@@ -24,6 +25,7 @@ class SimulationJob:
     """One federation, ready to run.
 
     ``config`` is Flower's run config, ``sites`` the number of sites and ``threads`` the CPU threads of a process.
+    ``cohort`` and ``cohort_size`` are those of the batched engine.
     """
 
     server: ServerApp
@@ -31,11 +33,18 @@ class SimulationJob:
     config: RunConfig
     sites: int
     threads: int
+    cohort: Cohort
+    cohort_size: int
 
 
 def run_local(job: SimulationJob) -> None:
     """Run the sites in this process, one after the other, on one shared base model."""
     job.server(LocalGrid(job.client, job.sites), _context(job))
+
+
+def run_batched(job: SimulationJob) -> None:
+    """Run the sites in this process on one shared base model, and train ``cohort_size`` of them in one batch."""
+    job.server(BatchedGrid(job.client, job.sites, job.cohort, job.cohort_size), _context(job))
 
 
 def run_ray(job: SimulationJob) -> None:
@@ -96,7 +105,11 @@ def start_ray(threads: int) -> None:
         raise ConfigError("simulation.threads", f"at most {cpus}", threads, message=message, hint="Lower it.")
 
 
-ENGINES: dict[str, Callable[[SimulationJob], None]] = {"local": run_local, "ray": run_ray}
+ENGINES: dict[str, Callable[[SimulationJob], None]] = {
+    "local": run_local,
+    "batched": run_batched,
+    "ray": run_ray,
+}
 
 
 def _context(job: SimulationJob) -> Context:

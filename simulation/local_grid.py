@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -10,6 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from ..server.flower_compat import ErrorCode, Run, identify_process, set_message_id
+from .rendezvous import Rendezvous
 
 RUN_ID = 1
 
@@ -78,6 +80,20 @@ class LocalGrid(Grid):
             reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
         _assign_id(reply)
         return reply
+
+
+class BatchedGrid(LocalGrid):
+    """A grid that answers up to ``size`` messages side by side when a reply is pulled."""
+
+    def __init__(self, app: ClientApp, nodes: int, cohort: Rendezvous, size: int) -> None:
+        super().__init__(app, nodes)
+        self._cohort, self._size = cohort, size
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Answer the first of these messages that are pending, and return the replies."""
+        chosen = [message_id for message_id in message_ids if message_id in self._pending][: self._size]
+        messages = [self._pending.pop(message_id) for message_id in chosen]
+        return self._cohort.run([partial(self._answer, message) for message in messages])
 
 
 def _assign_id(message: Message) -> str:

@@ -23,6 +23,7 @@ from ..server.rounds.run_options import Replay, RosterEntry, RunOptions
 from ..server.server_app import make_app as make_server_app
 from ..server.server_app import run_config
 from . import site_pool
+from .cohort import Cohort
 from .comparison import compare
 from .engines import ENGINES, SimulationJob
 from .partition import make_sites, write_site
@@ -36,12 +37,13 @@ BASELINE = "local"  # method of the local-only baseline
 class LocalObserver:
     """What the terminal of this machine is told beside the events.
 
-    ``on_sites`` receives the rows of a new run's sites. ``on_step`` receives the steps of a site while it trains, with
-    the local engine only.
+    ``on_sites`` receives the rows of a new run's sites. ``on_step`` receives the steps of a site while it trains, but
+    not with Ray. ``on_notice`` receives what the engine has to say.
     """
 
     on_sites: Callable[[Sequence[SiteDataset]], None] = lambda sites: None
     on_step: site_pool.SiteStep = site_pool.ignore
+    on_notice: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,10 @@ def simulate(
         initialize_run(run, recipe, terminal.on_sites)
     roster = tuple(RosterEntry(*entry) for entry in run.read_roster())
     with trackers:
-        federate(recipe, RunPaths(folder, folder), roster, listener, RunOptions(replay=replay), terminal.on_step)
+        federate(recipe, RunPaths(folder, folder), roster, listener, RunOptions(replay=replay), terminal)
         if recipe.simulation.baseline:
             mark = (lambda event: listener({**event, "baseline": True})) if listener else None
-            federate(local_only(recipe), RunPaths(run.baseline, folder), roster, mark, on_step=terminal.on_step)
+            federate(local_only(recipe), RunPaths(run.baseline, folder), roster, mark, terminal=terminal)
             compare(run, recipe, [entry.site for entry in roster], mark)
     return run
 
@@ -167,7 +169,7 @@ def federate(
     roster: tuple[RosterEntry, ...],
     listener: Callable[[Event], None] | None,
     options: RunOptions | None = None,
-    on_step: site_pool.SiteStep = site_pool.ignore,
+    terminal: LocalObserver = LocalObserver(),
 ) -> None:
     """Run one federation to its end, from the last checkpoint in its folder if there is one."""
     simulation = recipe.simulation
@@ -181,13 +183,17 @@ def federate(
         source_run=Path(simulation.source_run).resolve() if simulation.source_run else None,
     )
     errors = SiteErrors(site_paths.log, listener)
-    watched = site_pool.ignore if simulation.engine == "ray" else on_step  # Ray's sites are in other processes
+    watched = site_pool.ignore if simulation.engine == "ray" else terminal.on_step  # Ray's sites: other processes
+    cohort = Cohort(terminal.on_notice)
+    connect = site_pool.connect_to(site_paths, watched, cohort if simulation.engine == "batched" else None)
     job = SimulationJob(
         server=make_server_app(errors, options),
-        client=make_client_app(site_pool.connect_to(site_paths, watched)),
+        client=make_client_app(connect),
         config=run_config(recipe, roster, paths.folder.resolve()),
         sites=len(roster),
         threads=threads,
+        cohort=cohort,
+        cohort_size=simulation.cohort,
     )
     try:
         ENGINES[simulation.engine](job)

@@ -25,6 +25,7 @@ from ..common.dataset import TASKS
 from ..common.errors import ColoraError
 from ..common.models.base_model import load_base_model
 from ..common.protocol.types import SiteInfo, TrainReply, TrainRequest
+from .cohort import Cohort
 
 logger = logging.getLogger("colora.site")
 SiteStep = Callable[[str, int, int], None]  # (site, optimizer steps done, steps of the round)
@@ -108,6 +109,7 @@ class SimulatedSite(Site):
     name: str
     paths: SitePaths
     on_step: SiteStep
+    cohort: Cohort | None = None  # with which it trains
 
     def site_info(self, federation: str, plan: str) -> SiteInfo:
         """Return the site's metadata for the first round."""
@@ -118,7 +120,8 @@ class SimulatedSite(Site):
         """Train as requested and return the reply."""
         with _named(self.name):
             trainer = _site_pool(self.paths, request.plan).trainer(self.name)
-            return trainer.handle(request, partial(self.on_step, self.name))
+            on_step = partial(self.on_step, self.name)
+            return self.cohort.handle(trainer, request, on_step) if self.cohort else trainer.handle(request, on_step)
 
 
 @contextmanager
@@ -137,11 +140,11 @@ def ignore(site: str, done: int, total: int) -> None:
     """The callback of a simulation whose steps nobody watches."""
 
 
-def connect_to(paths: SitePaths, on_step: SiteStep) -> Connect:
+def connect_to(paths: SitePaths, on_step: SiteStep, cohort: Cohort | None = None) -> Connect:
     """Return a ``connect`` for the ClientApp: partition k is the k-th site. ``on_step`` is called while it trains."""
 
     def connect(context: Context) -> Site:
-        return SimulatedSite(paths.names[int(context.node_config["partition-id"])], paths, on_step)
+        return SimulatedSite(paths.names[int(context.node_config["partition-id"])], paths, on_step, cohort)
 
     return connect
 

@@ -81,11 +81,11 @@ class DiscriminatorTask(Task):
         }
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
-    def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
+    def loss_of(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
         """Return the mean of −log p(answer | t(x)), and the number of texts."""
-        return F.cross_entropy(self.last_logits(batch), batch["labels"]), len(batch["labels"])
+        return F.cross_entropy(outputs, batch["labels"]), len(batch["labels"])
 
-    def last_logits(self, batch: Batch) -> torch.Tensor:
+    def outputs(self, batch: Batch) -> torch.Tensor:
         """Return the logits of the token after the question, (n, vocabulary), in fp32."""
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         return self.module(**inputs, logits_to_keep=1).logits[:, -1].float()
@@ -127,5 +127,5 @@ class Discriminator(AuxiliaryLora):
         task = DiscriminatorTask(self.base, self.dataset_name, rows, self.plan)
         task.module.eval()
         no, yes = task.answers
-        logits = torch.cat([task.last_logits(batch) for batch in task.batches(task.train.examples)])
+        logits = torch.cat([task.outputs(batch) for batch in task.batches(task.train.examples)])
         return (logits[:, yes] > logits[:, no]).tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -86,6 +86,8 @@ class Trainer:
         check_layers(self.plan, rows.task, self.parameters)
         fallback = trains and self.plan.train.fallback is not None and self.method.shares
         self.local = LocalModel(self, self._train) if fallback else None
+        self.take_steps: Callable[..., TrainOutcome] = train  # with the arguments of ``train``
+        self.waited = 0.0  # seconds of the request in progress that went into the work of other sites
         self.measurer = Measurer(self)
         layout = layout_of(self.parameters)
         self.layout = self.method.having(layout, SHARED)
@@ -128,24 +130,24 @@ class Trainer:
             labels=hash_labels(task.rows.labels) if self.method.head is SHARED else "",
         )
 
-    def handle(self, request: TrainRequest, on_step: StepCallback | None = None) -> TrainReply:
+    def handle(self, request: TrainRequest, on_step: StepCallback | None = None, *, again: bool = False) -> TrainReply:
         """Execute a request, or return the stored reply if the same request was executed before.
 
-        ``on_step`` is called during training. Raises RefusedError when the request's arrays are not the shared groups
-        of this plan.
+        ``on_step`` is called during training. With ``again`` a request is executed in any case. Raises RefusedError
+        when the request's arrays are not the shared groups of this plan.
         """
-        stored = self.store.reply(request.round, request.key)
+        stored = None if again else self.store.reply(request.round, request.key)
         if stored is not None:
             return stored
         if request.federation != self.plan.name:
             raise RefusedError("federation", self.plan.name, request.federation, site=self.site)
         check_arrays(request.shared, self.layout, self.site)
-        started, self.measurer.seconds = time.perf_counter(), 0.0
+        started, self.measurer.seconds, self.waited = time.perf_counter(), 0.0, 0.0
         if request.kind in PRELIMINARY:
             return self._preliminary(request, started, on_step)
         if request.kind == "validate":
             metrics = self.measurer.validation(request)
-            seconds = time.perf_counter() - started
+            seconds = self._seconds_since(started)
             return self._reply(request, metrics=metrics, seconds=seconds, measuring=self.measurer.seconds)
         stored_state = self.store.state(request.admitted_round)
         state = stored_state or PersonalState()
@@ -182,7 +184,7 @@ class Trainer:
             terms=trained.terms,
             examples=trained.examples,
             metrics=metrics,
-            seconds=time.perf_counter() - started,
+            seconds=self._seconds_since(started),
             measuring=self.measurer.seconds,
             fresh=stored_state is None,
         )
@@ -219,8 +221,11 @@ class Trainer:
             arrays, terms = power_step(self.task, self.model.base.backbone, request.shared)
             examples = len(self.task.train.examples)
         check_arrays(arrays, self.layout, self.site)
-        seconds = time.perf_counter() - started
+        seconds = self._seconds_since(started)
         return self._reply(request, shared=arrays, terms=terms, examples=examples, seconds=seconds)
+
+    def _seconds_since(self, started: float) -> float:
+        return time.perf_counter() - started - self.waited
 
     def _reply(
         self, request: TrainRequest, *, shared: Arrays | None = None, terms: int = 0, examples: int = 0, **more: Any
@@ -338,4 +343,4 @@ class Trainer:
         trainable = method.having(self.parameters, SHARED, PERSONAL)
         planned = phases(self.plan, method, trainable, request.kind, examples=examples, late=late)
         planned = planned if self.trains else []
-        return train(self.task, trainable, planned, settings, cursor, on_step)
+        return self.take_steps(self.task, trainable, planned, settings, cursor, on_step)

@@ -117,7 +117,7 @@ def _run(settings: Recipe, folder: Path, console: Console, replay: Replay | None
                 resume=resume,
                 listener=display,
                 replay=replay,
-                terminal=LocalObserver(lambda sites: _show_rows(sites, display), display.progress.step),
+                terminal=LocalObserver(lambda sites: _show_rows(sites, display), display.progress.step, display.say),
             )
     except KeyboardInterrupt:
         typer.echo("Stopped. Run the same command with --resume to continue from the last completed round.", err=True)

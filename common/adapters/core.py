@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from .stacked import linear, scale
 from .variant import Variant
 
 
@@ -21,17 +21,17 @@ class CoreForm:
 
     initial: Callable[[int], torch.Tensor]  # rank → the parameter for which Λ = I
     zero: Callable[[int], torch.Tensor]  # rank → the parameter for which Λ = 0
-    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (z = A x, parameter) → Λ z
+    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (z = A x, parameter, maybe of each site) → Λ z
     matrix: Callable[[torch.Tensor], torch.Tensor]  # parameter → Λ (r, r)
 
 
 CORE_FORMS: dict[str, CoreForm] = {
-    "full": CoreForm(torch.eye, lambda r: torch.zeros(r, r), F.linear, lambda core: core),
-    "diagonal": CoreForm(torch.ones, torch.zeros, lambda z, core: z * core, torch.diag),
+    "full": CoreForm(torch.eye, lambda r: torch.zeros(r, r), linear, lambda core: core),
+    "diagonal": CoreForm(torch.ones, torch.zeros, scale, torch.diag),
     "residual": CoreForm(
         lambda r: torch.zeros(r, r),
         lambda r: -torch.eye(r),
-        lambda z, core: z + F.linear(z, core),
+        lambda z, core: z + linear(z, core),
         lambda core: torch.eye(core.shape[0], dtype=core.dtype, device=core.device) + core,
     ),
 }

@@ -10,15 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from .stacked import linear
 from .variant import Variant
 
 
 def fold(b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Fold scales (n, d_out) into B (d_out, n·r): [diag(s_1) B_1, …, diag(s_n) B_n]."""
-    n, d_out = scale.shape
-    return (b.view(d_out, n, -1) * scale.T.unsqueeze(-1)).view_as(b)
+    """Fold scales (n, d_out) into B (d_out, n·r): [diag(s_1) B_1, …, diag(s_n) B_n]. Both may be those of each site."""
+    n = scale.shape[-2]
+    return (b.unflatten(-1, (n, -1)) * scale.transpose(-1, -2).unsqueeze(-1)).reshape(b.shape)
 
 
 class MultiVariant(Variant):
@@ -42,4 +42,4 @@ class MultiVariant(Variant):
     ) -> torch.Tensor:
         """Return ``result`` + s · Σ_i s_i ⊙ B_i A_i dropout(x)."""
         z = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        return result + F.linear(z, self.factor(module, active_adapter))
+        return result + linear(z, self.factor(module, active_adapter))

@@ -218,8 +218,12 @@ class ServerSettings:
 class SimulationSettings:
     """How one machine runs all sites."""
 
-    engine: Literal["local", "ray"] = "local"
-    """``local`` runs all sites in one process, ``ray`` on Flower's simulation runtime in several."""
+    engine: Literal["local", "batched", "ray"] = "local"
+    """``local`` runs all sites in one process, one after the other. ``batched`` trains several of them in one batch.
+    ``ray`` runs them on Flower's simulation runtime, in several processes."""
+
+    cohort: Positive = 8
+    """Number of sites that the batched engine trains in one batch."""
 
     threads: Positive | None = None
     """Torch threads per process. Unset: all cores with ``local``, 1 with ``ray``."""

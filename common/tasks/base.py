@@ -103,8 +103,16 @@ class Task(ABC):
         """Make one batch of examples, padded to its longest example, on the model's device."""
 
     @abstractmethod
+    def outputs(self, batch: Batch) -> torch.Tensor:
+        """The module's outputs for the rows of a batch, shape (n, …)."""
+
+    @abstractmethod
+    def loss_of(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
+        """The mean loss over the batch's loss terms, and the number of terms, from the outputs for the same rows."""
+
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
         """The mean loss over the batch's loss terms, and the number of terms."""
+        return self.loss_of(self.outputs(batch), batch)
 
     @abstractmethod
     def measure(self, *, generate: bool) -> Metrics:

@@ -98,10 +98,13 @@ class Classification(Task):
             batch["token_type_ids"] = pad([tokens.types for tokens in ids], 0, left=left)
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
-    def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
+    def outputs(self, batch: Batch) -> torch.Tensor:
+        """The logits (n, classes)."""
+        return self._logits(batch)
+
+    def loss_of(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
         """The mean training loss over the examples; one term per example."""
-        labels = batch["labels"]
-        return self._training_loss(self._logits(batch), labels), len(labels)
+        return self._training_loss(outputs, batch["labels"]), len(batch["labels"])
 
     @torch.no_grad()
     def measure(self, *, generate: bool) -> Metrics:

@@ -88,10 +88,22 @@ class Generation(Task):
         }
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
-    def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
+    def outputs(self, batch: Batch) -> torch.Tensor:
+        """The logits (n, longest, vocabulary)."""
+        return self.module(**{key: value for key, value in batch.items() if key != "labels"}).logits
+
+    def loss_of(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
         """Mean cross-entropy per answer token. The first token of a text is never predicted."""
-        terms = int((batch["labels"][:, 1:] != MASKED).sum())
-        return self.module(**batch).loss, terms
+        module: Any = self.module
+        labels = batch["labels"]
+        loss = module.loss_function(
+            logits=outputs, labels=labels, vocab_size=module.config.get_text_config().vocab_size
+        )
+        return loss, _terms(labels)
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        """The loss as the model computes it: some architectures add terms of their own."""
+        return self.module(**batch).loss, _terms(batch["labels"])
 
     @torch.no_grad()
     def measure(self, *, generate: bool) -> Metrics:
@@ -166,3 +178,8 @@ class Generation(Task):
             for prompts in ([[token]], [[token], [token] * 8])
         )
         return bool((alone - beside).abs().max() < 0.1 * alone.std())
+
+
+def _terms(labels: torch.Tensor) -> int:
+    """The number of answer tokens that are predicted."""
+    return int((labels[:, 1:] != MASKED).sum())

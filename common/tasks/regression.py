@@ -46,9 +46,13 @@ class Regression(Task):
         x, y = zip(*examples, strict=True)
         return {"x": torch.stack(x), "y": torch.stack(y)}
 
-    def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
+    def outputs(self, batch: Batch) -> torch.Tensor:
+        """The predictions (n,)."""
+        return self.module(batch["x"])
+
+    def loss_of(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
         """Mean squared error; one term an example."""
-        return F.mse_loss(self.module(batch["x"]), batch["y"]), len(batch["y"])
+        return F.mse_loss(outputs, batch["y"]), len(batch["y"])
 
     @torch.no_grad()
     def measure(self, *, generate: bool) -> Metrics:

@@ -81,7 +81,7 @@ def train(
     """
     optimizer = make_optimizer(parameters, settings)
     if cursor.moments:
-        _load_optimizer_state(optimizer, parameters, cursor.moments)
+        load_optimizer_state(optimizer, parameters, cursor.moments)
     factor = lr_factor(settings, cursor.total)
     rates = [group["lr"] for group in optimizer.param_groups]
     batches = batch_indices(len(task.train.examples), settings.batch_size, cursor)
@@ -94,7 +94,7 @@ def train(
         torch.manual_seed(cursor.noise)
         task.module.train()
         for phase in phases:
-            _train_only(parameters, phase.keys)
+            train_only(parameters, phase.keys)
             for _ in range(phase.steps):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor(step)
@@ -102,12 +102,13 @@ def train(
                 results.append(micro_batcher.step(task, optimizer, batch, settings.max_grad_norm))
                 step, examples = step + 1, examples + len(batch)
                 callback(step - cursor.step, total)
-    _train_only(parameters, frozenset())
-    state = _save_optimizer_state(optimizer, parameters) if settings.persist_optimizer_state else {}
-    return _outcome(results, examples, state)
+    train_only(parameters, frozenset())
+    state = save_optimizer_state(optimizer, parameters) if settings.persist_optimizer_state else {}
+    return outcome(results, examples, state)
 
 
-def _outcome(results: Sequence[StepResult], examples: int, state: OptimizerState) -> TrainOutcome:
+def outcome(results: Sequence[StepResult], examples: int, state: OptimizerState) -> TrainOutcome:
+    """Return the result of these steps."""
     applied = [result for result in results if result.applied]
     loss_sum, terms = sum(result.loss * result.terms for result in applied), sum(result.terms for result in applied)
     overflows = sum(result.overflows for result in results)
@@ -158,13 +159,15 @@ def batch_indices(examples: int, batch_size: int, cursor: TrainCursor) -> Iterat
         position += batch_size
 
 
-def _train_only(parameters: Mapping[str, nn.Parameter], keys: frozenset[str]) -> None:
+def train_only(parameters: Mapping[str, nn.Parameter], keys: frozenset[str]) -> None:
+    """Freeze all parameters but those in ``keys``, and drop all gradients."""
     for key, parameter in parameters.items():
         parameter.requires_grad_(key in keys)
         parameter.grad = None
 
 
-def _save_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> OptimizerState:
+def save_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> OptimizerState:
+    """Return copies of the optimizer's tensors, on the CPU."""
     return {
         f"{key}/{name}": value.detach().to("cpu", copy=True)
         for key, parameter in parameters.items()
@@ -173,11 +176,12 @@ def _save_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[
     }
 
 
-def _load_optimizer_state(
+def load_optimizer_state(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     moments: Mapping[str, torch.Tensor],
 ) -> None:
+    """Set the optimizer's tensors to copies of ``moments``."""
     for full, value in moments.items():
         key, _, name = full.rpartition("/")
         parameter = parameters[key]
