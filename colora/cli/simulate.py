@@ -38,7 +38,7 @@ def simulate(
         int | None, typer.Option(min=1, help="Number of rounds. With --resume, a run can get more rounds.")
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="local (one process, the default) or ray (several processes).")
+        str | None, typer.Option(help="local (one process, the default), batched (several sites in one batch) or ray.")
     ] = None,
     baseline: Annotated[
         bool | None,

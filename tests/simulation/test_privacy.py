@@ -98,6 +98,13 @@ def test_benefit_weights_and_a_spectral_start_send_nothing_personal_but_one_numb
     assert len(set(weights[1].values())) == 3
 
 
+def test_the_batched_engine_sends_nothing_personal(tiny_recipe: dict, tmp_path: Path, wire: list[Message]) -> None:
+    raw = {**tiny_recipe, "simulation": {"threads": 1, "engine": "batched"}, "private": "multilora"}
+    run = simulate(recipe_from(raw), tmp_path / "run", resume=False)
+    assert len(wire) == 2 * 3 * (1 + 2 + 1)
+    assert leaks(wire, run.path) == []
+
+
 def test_a_trial_sends_nothing_personal(tiny_recipe: dict, tmp_path: Path, wire: list[Message]) -> None:
     run = simulate(
         recipe_from({**tiny_recipe, "server": {"quorum": 3, "groups": "similarity"}}), tmp_path / "run", resume=False

@@ -74,6 +74,7 @@ STOPPING = {  # two models a site, and rounds that are compared on the same vali
     "data": {"validation_fraction": 0.34},
 }
 GROUPS = {"server": {"quorum": 3, "weights": "benefit", "groups": "similarity"}}
+BATCHED = {"simulation": {"threads": 1, "engine": "batched"}, "private": "lora"}
 
 
 @pytest.mark.slow
@@ -82,9 +83,10 @@ GROUPS = {"server": {"quorum": 3, "weights": "benefit", "groups": "similarity"}}
     [
         (3, 10, STOPPING),
         (3, 10, GROUPS),
+        (3, 10, BATCHED),
         pytest.param(10, 40, ADAM, marks=pytest.mark.endurance),
     ],
-    ids=["fallback, early stopping, adam and spectral start", "groups and benefit weights", "adam"],
+    ids=["fallback, early stopping, adam and spectral start", "groups and benefit weights", "batched engine", "adam"],
 )
 def test_kills_change_no_bit_of_adapter_or_personal_state(
     tiny_recipe: dict, tmp_path: Path, kills: int, rounds: int, options: dict
