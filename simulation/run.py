@@ -13,7 +13,7 @@ from ..client.artifacts.transfer import is_prepared
 from ..client.client_app import make_app as make_client_app
 from ..common.adapters.initialization import initial_shared_state
 from ..common.atomic_io import write_atomically
-from ..common.config.schema import MethodSettings, Recipe
+from ..common.config.schema import MethodSettings, PrivacySettings, Recipe
 from ..common.dataset import SiteDataset
 from ..common.errors import ConfigError, QuorumError, StateError
 from ..common.event_log import Event
@@ -151,7 +151,8 @@ def _write_run(run: RunFolder, recipe: Recipe, roster: list[tuple[str, int]]) ->
 def local_only(recipe: Recipe) -> Recipe:
     """Return the recipe of the baseline: every site trains alone for as many steps on the same data.
 
-    All groups train jointly, since nothing is shared. The baseline is evaluated at its end and prepares no transfer.
+    All groups train jointly and without noise, since nothing is shared. The baseline is evaluated at its end and
+    prepares no transfer.
     """
     evaluation = dataclasses.replace(recipe.evaluation, every=0)
     steps = None if recipe.train.by_epochs else recipe.train.steps_per_round(0)
@@ -160,6 +161,7 @@ def local_only(recipe: Recipe) -> Recipe:
     method, adapter = MethodSettings(name=BASELINE), dataclasses.replace(recipe.adapter, init=init)
     transfer = dataclasses.replace(recipe.transfer, prepare=False)
     changed = {"method": method, "adapter": adapter, "evaluation": evaluation, "train": train, "transfer": transfer}
+    changed["privacy"] = PrivacySettings()
     return dataclasses.replace(recipe, **changed)
 
 

@@ -17,7 +17,7 @@ from ..client.client_app import Connect, Site
 from ..client.data.selection import load_site_rows
 from ..client.training.adapted_model import AdaptedModel, attach_adapters
 from ..client.training.state_store import StateStore
-from ..client.training.trainer import Trainer
+from ..client.training.trainer import Trainer, without_metrics
 from ..common.config.loader import load_site
 from ..common.config.schema import Plan, parse
 from ..common.config.site_schema import SiteSettings
@@ -121,7 +121,8 @@ class SimulatedSite(Site):
         with _named(self.name):
             trainer = _site_pool(self.paths, request.plan).trainer(self.name)
             on_step = partial(self.on_step, self.name)
-            return self.cohort.handle(trainer, request, on_step) if self.cohort else trainer.handle(request, on_step)
+            reply = self.cohort.handle(trainer, request, on_step) if self.cohort else trainer.handle(request, on_step)
+            return without_metrics(reply) if trainer.plan.privacy.withholds_metrics else reply
 
 
 @contextmanager

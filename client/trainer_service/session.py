@@ -26,7 +26,7 @@ from ..data.selection import load_site_rows
 from ..data.unknown_tokens import tell_unknown
 from ..training.adapted_model import attach_adapters
 from ..training.state_store import StateStore
-from ..training.trainer import Trainer
+from ..training.trainer import Trainer, without_metrics
 from .lower_bounds import check_lower_bounds
 from .plan_bounds import check_bounds, check_disk, check_request
 from .policy import check_allowed, check_epochs
@@ -111,16 +111,28 @@ class TrainerSession:
             gc.collect()
             with TimeLimit(self.site.allow.max_seconds, self.site.name):  # a transfer trains here
                 rows, trains, artifacts = self._rows(plan)
-            secret = site_secret(Path(self.site.trainer.state)) if self.site.trainer.seeds == "secret" else None
-            store = StateStore(self.folder(plan), plan.name, secret)
+            store = StateStore(self.folder(plan), plan.name, self._secret(plan))
             model = attach_adapters(self._base_of(plan.model), plan)
-            self._current = plan, Trainer(model, rows, store, trains=trains, artifacts=artifacts)
+            trainer = Trainer(model, rows, store, trains=trains, artifacts=artifacts)
+            if trainer.private_rounds:
+                trainer.private_rounds.max_epsilon = self.site.allow.max_epsilon
+            self._current = plan, trainer
             tell_unknown(rows, model.base.tokenizer, plan.model.source)
         trainer = self._current[1]
         if trainer.trains:
             check_epochs(plan, self.site, trainer.examples)
             check_lower_bounds(plan, self.site, trainer.examples)
         return trainer
+
+    def _secret(self, plan: Plan) -> str | None:
+        """The secret that the site's random numbers derive from; None for the seed of the recipe."""
+        if self.site.trainer.seeds == "secret":
+            return site_secret(Path(self.site.trainer.state))
+        if plan.privacy.enabled:
+            message = 'trainer.seeds = "recipe" is not possible with [privacy]: the coordinator would know the noise.'
+            hint = 'Set trainer.seeds = "secret" in the site file.'
+            raise ConfigError("trainer.seeds", "secret", "recipe", site=self.site.name, message=message, hint=hint)
+        return None
 
     def examples(self, plan: Plan) -> int | None:
         """Return the number of training examples for ``plan``; None if its trainer has not been built."""
@@ -157,7 +169,11 @@ class TrainerSession:
         asks = bool(reply.metrics) and rule != "none"
         place = f"validation after {request.round - 1}" if request.kind == "validate" else str(request.round)
         evaluates = not asks or may_send_metrics(self.site, self.folder(plan), place, request.key)
-        return release(reply, rule, size, evaluates=evaluates)
+        released = release(reply, rule, size, evaluates=evaluates)
+        if not plan.privacy.withholds_metrics:
+            return released
+        kept = without_metrics(released.reply)
+        return ReleasedReply(kept, withheld=tuple(sorted(set(reply.metrics) - set(kept.metrics))))
 
     def _rows(self, plan: Plan) -> tuple[SiteDataset, bool, TransferArtifacts | None]:
         """Return the rows, whether the site trains on them, and its artifacts for the next transfer.

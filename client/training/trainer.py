@@ -13,6 +13,7 @@ from torch import nn
 from ...common.adapters.fit import check_layers
 from ...common.adapters.initialization import initial_values
 from ...common.adapters.inject import ADAPTER, activate, layout_of
+from ...common.config.privacy_rules import check_privacy
 from ...common.config.schema import Plan, PrivateSettings, to_json
 from ...common.dataset import SiteDataset
 from ...common.errors import RefusedError
@@ -20,6 +21,7 @@ from ...common.methods import PERSONAL, SHARED, Method, Role, group_of
 from ...common.models.saved import ModelMetadata
 from ...common.protocol.types import (
     BENEFIT,
+    EPSILON,
     OVERFLOWS,
     PRELIMINARY,
     PROTOCOL,
@@ -42,6 +44,8 @@ from .benefit import PersonalFit, benefit_ratio, cross_fitted_loss
 from .fallback import LocalModel, local_plan
 from .label_list import with_pinned_labels
 from .measuring import Measurer
+from .privacy_budget import LEDGER, PrivacyLedger
+from .private_rounds import PrivateRounds
 from .schedule import phases
 from .soundness import check_trained
 from .spectral import power_step
@@ -79,6 +83,7 @@ class Trainer:
             artifacts,
         )
         self.plan: Plan = dataclasses.replace(model.plan, private=private) if private else model.plan
+        check_privacy(self.plan)
         self.method: Method = self.plan.row()
         self.task: Task = build_task(rows, model.base, self.plan)
         self.private = model.private_adapter(self.plan.private)
@@ -92,6 +97,10 @@ class Trainer:
         layout = layout_of(self.parameters)
         self.layout = self.method.having(layout, SHARED)
         self.site_seed = seed_from(store.secret or self.plan.seed, self.plan.name, self.site)
+        self.private_rounds: PrivateRounds | None = None
+        if self.plan.privacy.enabled and trains and self.method.shares:
+            secret, ledger = store.secret or self.plan.seed, PrivacyLedger(store.folder.parent / LEDGER)
+            self.private_rounds = PrivateRounds(self.plan, self.site, secret, self.examples, ledger)
         heads = {key: layout[key] for key in self.task.head}
         head_seed = seed_from(self.site_seed, "head") if self.method.head is PERSONAL else self.plan.seed
         self.initial = {**model.initial, **initial_values(heads, self.plan.adapter, head_seed)}
@@ -114,6 +123,8 @@ class Trainer:
             check_preparation(self.plan, task.rows, self.transfer_artifacts)
         if self.trains and self.plan.evaluation.validation_loss:
             require_validation_rows(task.validation.examples, self.site)
+        if self.private_rounds:
+            self.private_rounds.check_forecast()
         return SiteInfo(
             site=self.site,
             protocol=PROTOCOL,
@@ -143,6 +154,8 @@ class Trainer:
             raise RefusedError("federation", self.plan.name, request.federation, site=self.site)
         check_arrays(request.shared, self.layout, self.site)
         started, self.measurer.seconds, self.waited = time.perf_counter(), 0.0, 0.0
+        if self.private_rounds:
+            self.private_rounds.check_request(request)
         if request.kind in PRELIMINARY:
             return self._preliminary(request, started, on_step)
         if request.kind == "validate":
@@ -176,6 +189,8 @@ class Trainer:
             new, metrics = self._finalize(request, new, on_step)
         else:
             metrics = {**metrics, **update_metrics, "train.loss": trained.loss}
+        if self.private_rounds:
+            metrics = {**metrics, EPSILON: self.private_rounds.spent()}
         if trained.overflows:
             metrics = {**metrics, OVERFLOWS: float(trained.overflows)}
         reply = self._reply(
@@ -343,4 +358,12 @@ class Trainer:
         trainable = method.having(self.parameters, SHARED, PERSONAL)
         planned = phases(self.plan, method, trainable, request.kind, examples=examples, late=late)
         planned = planned if self.trains else []
-        return self.take_steps(self.task, trainable, planned, settings, cursor, on_step)
+        take_steps = self.take_steps
+        if self.private_rounds and request.kind == "train":
+            take_steps = self.private_rounds.loop(request, state, self.task, trainable).train
+        return take_steps(self.task, trainable, planned, settings, cursor, on_step)
+
+
+def without_metrics(reply: TrainReply) -> TrainReply:
+    """The reply as it leaves a private federation: ε depends on public numbers only, and all other metrics stay."""
+    return dataclasses.replace(reply, metrics={key: value for key, value in reply.metrics.items() if key == EPSILON})

@@ -38,7 +38,7 @@ def scale(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 def _by_site(x: torch.Tensor, sites: int) -> torch.Tensor:
     if x.shape[0] % sites:
-        raise NotStackable("a layer receives rows of the sites in a mixed order")
+        raise NotStackable("a layer receives the rows in another order")
     return x.reshape(sites, -1, x.shape[-1])
 
 

@@ -7,6 +7,7 @@ import dataclasses
 from ..dataset import TASKS
 from ..errors import ConfigError
 from ..methods import GROUPS, Method, Role
+from .privacy_rules import check_privacy
 from .schema import Recipe, TrainSettings
 
 
@@ -24,6 +25,19 @@ def check_rules(recipe: Recipe) -> None:
     _check_fallback(recipe, row)
     _check_head(recipe, row)
     _check_validation(recipe)
+    _check_privacy(recipe)
+
+
+def _check_privacy(recipe: Recipe) -> None:
+    if recipe.privacy.enabled and recipe.server.groups != "none":
+        message = f'server.groups = "{recipe.server.groups}" is not possible with [privacy]: its trial has no noise.'
+        hint = "Remove one of the two."
+        raise ConfigError("server.groups", "none with [privacy]", recipe.server.groups, message=message, hint=hint)
+    if recipe.privacy.enabled and recipe.server.weights == "benefit":
+        message = 'server.weights = "benefit" is not possible with [privacy]: its ratio has no noise.'
+        hint = "Choose other weights."
+        raise ConfigError("server.weights", "other weights with [privacy]", "benefit", message=message, hint=hint)
+    check_privacy(recipe.plan)
 
 
 def _check_groups(recipe: Recipe) -> None:

@@ -24,6 +24,7 @@ from .data_schema import DataSettings, PartitionSettings, SimulatedSiteSettings
 from .diagnostics import config_error
 from .field_types import STRICT, Count, Fraction, Name, Positive, PositiveFloat, Precision, Probability, Rate
 from .model_schema import AdapterSettings, MethodSettings, ModelSettings, Private, PrivateSettings
+from .privacy_schema import PrivacySettings
 from .training_schema import EvaluationSettings, PhaseSettings, TrainSettings
 from .transfer_schema import (
     DiscriminatorSettings,
@@ -50,6 +51,7 @@ __all__ = [
     "Plan",
     "Positive",
     "Precision",
+    "PrivacySettings",
     "Private",
     "PrivateSettings",
     "Rate",
@@ -114,6 +116,9 @@ class Plan:
 
     communication: CommunicationSettings = field(default_factory=CommunicationSettings)
     """How shared arrays travel."""
+
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    """Differential privacy of what sites send."""
 
     def row(self) -> Method:
         """Return the row of the method table with this recipe's changes, and with the private adapter if any."""

@@ -139,6 +139,13 @@ class AllowSettings:
     require_clipping: bool = False
     """Whether a recipe must set ``train.max_update_norm``."""
 
+    max_epsilon: PositiveFloat | None = None
+    """Maximum privacy budget ε of all federations together, at the recipe's δ. A recipe without ``[privacy]`` is then
+    refused. Unset: any."""
+
+    min_noise: PositiveFloat | None = None
+    """Minimum noise multiplier of differential privacy. A recipe without ``[privacy]`` is then refused. Unset: any."""
+
     metrics: Literal["all", "rounded", "none"] = "all"
     """Which metrics a reply holds. ``rounded`` rounds them as far as the number of examples makes them uncertain.
     ``none`` holds none, not even the training loss, and refuses a recipe with ``train.report_benefit`` or

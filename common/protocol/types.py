@@ -23,6 +23,7 @@ PROTOCOL = 3  # version of these types; a site with another one is refused
 UPDATE_SCALE = "update.scale"  # metric: the factor by which a site scaled its update before it sent it
 BENEFIT = "train.benefit"  # metric: loss with the shared adapter ÷ loss without it; in [0, MAX_BENEFIT]
 MAX_BENEFIT = 10.0
+EPSILON = "privacy.epsilon"  # metric: the privacy budget that the site has spent in this federation
 OVERFLOWS = "train.overflows"  # metric: attempts at an optimizer step whose fp16 gradients overflowed; absent for none
 VALIDATION_LOSS = "validation.loss"  # metric: mean loss of the personal model on the site's validation rows
 FALLBACK_DIFFERENCE = "fallback.difference"  # metric: validation loss of the collaborative − of the local model
@@ -30,7 +31,7 @@ FALLBACK_ERROR = "fallback.standard_error"  # metric: of this difference, over v
 FALLBACK_KEPT = "fallback.kept_local"  # metric: 1 if the site kept its local model, else 0
 FALLBACK = frozenset((FALLBACK_DIFFERENCE, FALLBACK_ERROR, FALLBACK_KEPT))
 METRIC_NAMES = frozenset(
-    {"train.loss", UPDATE_SCALE, BENEFIT, OVERFLOWS, VALIDATION_LOSS}
+    {"train.loss", UPDATE_SCALE, BENEFIT, EPSILON, OVERFLOWS, VALIDATION_LOSS}
     | FALLBACK
     | {f"{mode}.{name}" for mode in EVAL_MODES for name in METRICS}
 )

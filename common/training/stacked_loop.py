@@ -81,9 +81,9 @@ def check_stackable(site: SiteTraining) -> None:
     """Raise NotStackable for settings that need each site's training for itself."""
     size = site.settings.micro_batch
     if site.task.plan.model.precision == "fp16":
-        raise NotStackable("fp16 scales the loss of each site by its own factor")
+        raise NotStackable("with fp16, the loss of each site has a scale of its own")
     if size is not None and size < site.rows:
-        raise NotStackable("train.micro_batch divides the batch of one site")
+        raise NotStackable("train.micro_batch is below a site's batch size")
 
 
 def train_together(sites: Sequence[SiteTraining]) -> list[TrainOutcome]:
@@ -145,11 +145,12 @@ def _losses(sites: Sequence[SiteTraining], batches: Sequence[list[Any]]) -> tupl
     outputs, n = sites[0].task.outputs(batch), len(batches[0])
     if len(outputs) != n * len(sites):
         raise NotStackable("the model returns another number of rows than it receives")
-    found = [site.task.loss_of(outputs[i * n : (i + 1) * n], _rows(batch, i * n, n)) for i, site in enumerate(sites)]
+    found = [site.task.loss_of(outputs[i * n : (i + 1) * n], rows_of(batch, i * n, n)) for i, site in enumerate(sites)]
     return torch.stack([loss for loss, _ in found]), [terms for _, terms in found]
 
 
-def _rows(batch: Batch, start: int, n: int) -> Batch:
+def rows_of(batch: Batch, start: int, n: int) -> Batch:
+    """``n`` rows of a batch."""
     return {key: value[start : start + n] for key, value in batch.items()}
 
 
@@ -216,7 +217,7 @@ def compare_outputs(sites: Sequence[SiteTraining]) -> None:
     limit = AGREEMENT.get(sites[0].task.plan.model.precision, AGREEMENT["bf16"])
     expected = torch.cat(alone)
     if expected.shape != together.shape or not (expected - together).abs().max() <= limit * expected.abs().max():
-        raise NotStackable("the outputs for a site depend on the other sites in its batch")
+        raise NotStackable("the outputs for a row depend on the other rows of the batch")
 
 
 def _of_tokens(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:

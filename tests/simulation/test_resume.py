@@ -62,6 +62,8 @@ def durable(folder: Path) -> dict[str, tuple[dict[str, np.ndarray], dict]]:
         for duration in ("seconds", "measuring"):
             meta.get("reply", {}).pop(duration, None)
         files[str(place.relative_to(folder))] = arrays, meta
+    for ledger in sorted(folder.glob("sites/*/privacy.json")):
+        files[str(ledger.relative_to(folder))] = {}, json.loads(ledger.read_text())
     return files
 
 
@@ -74,6 +76,7 @@ STOPPING = {  # two models a site, and rounds that are compared on the same vali
     "data": {"validation_fraction": 0.34},
 }
 GROUPS = {"server": {"quorum": 3, "weights": "benefit", "groups": "similarity"}}
+PRIVATE = {"privacy": {"epsilon": 8.0}, "private": "lora"}  # the ledger of the budget is compared as well
 BATCHED = {"simulation": {"threads": 1, "engine": "batched"}, "private": "lora"}
 
 
@@ -84,9 +87,10 @@ BATCHED = {"simulation": {"threads": 1, "engine": "batched"}, "private": "lora"}
         (3, 10, STOPPING),
         (3, 10, GROUPS),
         (3, 10, BATCHED),
+        (3, 10, PRIVATE),
         pytest.param(10, 40, ADAM, marks=pytest.mark.endurance),
     ],
-    ids=["fallback, early stopping, adam and spectral start", "groups and benefit weights", "batched engine", "adam"],
+    ids=["fallback, early stopping, adam and spectral start", "groups and benefit weights", "batched engine", "differential privacy", "adam"],
 )
 def test_kills_change_no_bit_of_adapter_or_personal_state(
     tiny_recipe: dict, tmp_path: Path, kills: int, rounds: int, options: dict

@@ -1,0 +1,141 @@
+"""The privacy budget of a site: what training has spent, by Opacus's accountant, and a ledger of it on disk."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ...common.atomic_io import write_atomically
+from ...common.errors import ConfigError, RefusedError, StateError
+
+LEDGER = "privacy.json"  # in the folder above that of a federation
+
+
+@dataclass(frozen=True)
+class Spending:
+    """``steps`` steps with Gaussian noise, each on examples drawn with the probability ``sample_rate``."""
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+def epsilon_of(spendings: Sequence[Spending], delta: float) -> float:
+    """Return ε of all spendings together at δ, by Rényi accounting (Mironov et al. 2019, arXiv 1908.10530)."""
+    if not spendings:
+        return 0.0
+    steps: Counter[tuple[float, float]] = Counter()
+    for spending in spendings:
+        steps[spending.noise_multiplier, spending.sample_rate] += spending.steps
+    accountant = _accountants().RDPAccountant()
+    accountant.history = [(noise, rate, count) for (noise, rate), count in sorted(steps.items())]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a larger order could give a smaller ε
+        return float(accountant.get_epsilon(delta=delta))
+
+
+@lru_cache
+def noise_for(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    """Return the noise multiplier with which ``steps`` steps spend at most ε at δ. Raises ConfigError if none does."""
+    find = _accountants().utils.get_noise_multiplier
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return float(
+                find(
+                    target_epsilon=epsilon,
+                    target_delta=delta,
+                    sample_rate=sample_rate,
+                    steps=steps,
+                    epsilon_tolerance=min(0.01, epsilon / 100),
+                    accountant="rdp",
+                )
+            )
+        except ValueError:
+            message = f"No noise keeps {steps} steps within privacy.epsilon = {epsilon:g} at this number of examples."
+            hint = "Raise privacy.epsilon, or train fewer steps."
+            raise ConfigError("privacy.epsilon", "a reachable budget", epsilon, message=message, hint=hint) from None
+
+
+class PrivacyLedger:
+    """What each request has spent, over all federations of a site. It is written before a request is trained."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def spendings(self, federation: str | None = None) -> list[Spending]:
+        """Return the spendings of one federation, or of all. Raises StateError for a damaged ledger."""
+        entries = self._read()
+        return [_spending(entry) for entry in entries.values() if federation in (None, entry["federation"])]
+
+    def has(self, key: str) -> bool:
+        """Whether the request with this key has been paid for."""
+        return key in self._read()
+
+    def spend(self, federation: str, key: str, spending: Spending) -> None:
+        """Write down a spending. One with the same key is already there and is not counted again."""
+        entries = self._read()
+        if key not in entries:
+            entries[key] = {"federation": federation, **asdict(spending)}
+            write_atomically(self.path, json.dumps(entries, indent=1).encode())
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        if not self.path.exists():
+            return {}
+        try:
+            entries = json.loads(self.path.read_bytes())
+            for entry in entries.values():
+                _spending(entry)
+                entry["federation"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise StateError(
+                str(self.path),
+                "a ledger of the privacy budget",
+                "damaged content",
+                message=f"{self.path} is damaged, so the privacy budget that the site has spent is unknown.",
+                hint="Restore the file. If you delete it, the budget starts again from zero.",
+            ) from None
+        return entries
+
+
+def check_budget(spendings: Sequence[Spending], delta: float, limit: float | None, key: str, site: str) -> None:
+    """Raise RefusedError if the spendings exceed ``limit``, which ``key`` names."""
+    if limit is None:
+        return
+    epsilon = epsilon_of(spendings, delta)
+    if epsilon > limit:
+        raise RefusedError(
+            key,
+            f"at most {limit:g}",
+            f"{epsilon:.3g}",
+            site=site,
+            message=f"The privacy budget is spent: with this round ε would be {epsilon:.3g}, above {key} = {limit:g}.",
+            hint="The site takes no part in further rounds.",
+        )
+
+
+def _spending(entry: dict[str, Any]) -> Spending:
+    return Spending(float(entry["noise_multiplier"]), float(entry["sample_rate"]), int(entry["steps"]))
+
+
+def _accountants() -> Any:
+    """Opacus's accountants. Raises ConfigError if it is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import opacus.accountants.utils
+    except ImportError:
+        raise ConfigError(
+            "privacy",
+            "the package opacus",
+            "not installed",
+            message="Differential privacy needs the package opacus, which is not installed.",
+            hint="pip install 'colora[privacy]'",
+        ) from None
+    return opacus.accountants

@@ -1,0 +1,49 @@
+"""Settings of differential privacy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from .field_types import STRICT, PositiveFloat
+
+
+@dataclass(frozen=True, config=STRICT)
+class PrivacySettings:
+    """Differential privacy for each training example of a site, by DP-SGD (arXiv 1607.00133).
+
+    In every round, all trained groups are trained with clipped and noised gradients: the gradients of A and B depend on
+    the personal groups, so noise on A and B alone would protect nothing. The final steps are without noise, since
+    nothing of them is sent. Without ``epsilon`` and ``noise_multiplier`` there is no differential privacy.
+    """
+
+    epsilon: PositiveFloat | None = None
+    """Privacy budget of each site for all rounds. A site whose budget is spent takes no part in further rounds. Unset:
+    no limit."""
+
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Probability δ with which the guarantee may fail. It should be far below 1 / the number of examples."""
+
+    noise_multiplier: PositiveFloat | None = None
+    """Standard deviation of the noise on a sum of clipped gradients, divided by ``max_grad_norm``. Unset: each site
+    computes what spends ``epsilon`` over all rounds."""
+
+    max_grad_norm: PositiveFloat = 1.0
+    """Maximum norm of one example's gradient, over all trained parameters together. It takes the place of
+    ``train.max_grad_norm``."""
+
+    metrics: Literal["none", "all"] = "none"
+    """Which metrics sites report. They are computed from rows without noise, so that the guarantee holds with ``none``
+    only. ``all`` is for simulations."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether training is differentially private."""
+        return self.epsilon is not None or self.noise_multiplier is not None
+
+    @property
+    def withholds_metrics(self) -> bool:
+        """Whether replies hold no metrics."""
+        return self.enabled and self.metrics == "none"
