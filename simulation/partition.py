@@ -19,6 +19,7 @@ from ..client.data.readers import as_test_source, read_rows
 from ..client.data.row_schema import SourceRows, check_rows, tell
 from ..client.data.selection import Sources, capped, hold_out, load_site_rows, matches, select_numbered
 from ..common.atomic_io import write_atomically
+from ..common.config.rules import missing_source
 from ..common.config.schema import DataSettings, PartitionSettings, Recipe, SimulatedSiteSettings, to_dict
 from ..common.config.site_schema import SiteSettings
 from ..common.dataset import TASKS, Row, SiteDataset, labels_of
@@ -42,7 +43,12 @@ class SiteShare:
 
 
 def make_sites(recipe: Recipe) -> list[SiteShare]:
-    """Return the sites of a recipe with checked rows, which depend on the recipe only. Raises DataError."""
+    """Return the sites of a recipe with checked rows, which depend on the recipe only.
+
+    Raises DataError, and ConfigError for a site without a source.
+    """
+    if without := [site.name for site in recipe.site if not site.data.source]:
+        raise missing_source(without[0])
     if recipe.partition is None:
         sites = _explicit(recipe)
     elif recipe.data.source in SOURCES:

@@ -35,7 +35,7 @@ class PrivateRounds:
     @property
     def sample_rate(self) -> float:
         """The probability with which a step draws an example."""
-        return min(1.0, self.plan.train.batch_size / self.examples)
+        return min(1.0, self.plan.train.batch_size / max(1, self.examples))
 
     @property
     def steps(self) -> int:

@@ -191,16 +191,20 @@ def _check_sites(recipe: Recipe) -> None:
     if partition and partition.by == "column" and not partition.column:
         message = 'partition.by = "column" needs partition.column.'
         raise ConfigError("partition.column", "a column name", "nothing", message=message)
-    missing = [site.name for site in recipe.site if not site.data.source]
-    if missing or (partition and not recipe.data.source):
-        raise ConfigError(
-            "data.source",
-            "a file, asset or hub data set",
-            "nothing",
-            site=missing[0] if missing else None,
-            message="data.source is missing.",
-            hint="Set it to a file, asset:NAME/PART or a hub data set, in [data] or at the site.",
-        )
+    if partition and not recipe.data.source:
+        raise missing_source(None)
+
+
+def missing_source(site: str | None) -> ConfigError:
+    """The error of a recipe that says nowhere where the rows of a site are."""
+    return ConfigError(
+        "data.source",
+        "a file, asset or hub data set",
+        "nothing",
+        site=site,
+        message="data.source is missing.",
+        hint="Set it to a file, asset:NAME/PART or a hub data set, in [data] or at the site.",
+    )
 
 
 def _check_phases(recipe: Recipe, row: Method) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...common.dataset import TASKS
-from ...common.protocol.types import FALLBACK_DIFFERENCE, FALLBACK_ERROR
+from ...common.protocol.types import EPSILON, FALLBACK_DIFFERENCE, FALLBACK_ERROR
 from ...common.standard_error import mean_and_error
 from .summary import RunSummary, SiteSummary
 
@@ -166,3 +166,19 @@ def warnings(summary: RunSummary) -> list[str]:
 def _better(personal: float, alone: float, task: str) -> int:
     sign = (personal > alone) - (personal < alone)
     return -sign if TASKS[task].lower_is_better else sign
+
+
+def privacy(summary: RunSummary) -> list[str]:
+    """What the sites have spent of their privacy budgets; none without differential privacy."""
+    spent = [epsilon for row in summary.rows.values() if (epsilon := row.metrics.get(EPSILON)) is not None]
+    if not spent:
+        return []
+    withheld = "" if any(row.metric("personal") is not None for row in summary.rows.values()) else _WITHHELD
+    delta = f" at δ = {summary.delta:g}" if summary.delta else ""
+    return [
+        f"Differential privacy for each training example: the sites have spent at most ε = {max(spent):.3g}{delta}."
+        f"{withheld}"
+    ]
+
+
+_WITHHELD = " Their metrics stay at the sites (privacy.metrics)."

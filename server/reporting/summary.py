@@ -72,6 +72,7 @@ class RunSummary:
     baseline: bool = False  # whether the baseline has started
     seconds: float = 0.0
     learning_rates: dict[str, float] = field(default_factory=dict)  # by parameter group
+    delta: float | None = None  # δ of differential privacy
     source_federation: str = ""  # of a transfer: the federation in which the sites trained before
     groups: list[list[str]] = field(default_factory=list)  # of sites with an adapter of their own, the largest first
     extensions: list[Event] = field(default_factory=list)  # events by which the run got more rounds
@@ -210,6 +211,9 @@ def _started(summary: RunSummary, event: Event) -> None:
     summary.federation, summary.method, summary.model = event["federation"], event["method"], event["model"]
     summary.rounds, summary.ready_event = event["rounds"], ""
     summary.learning_rates = event.get("learning_rates", {})
+    privacy = event.get("settings", {}).get("privacy", {})
+    delta = privacy.get("delta") if isinstance(privacy, dict) else None
+    summary.delta = delta if isinstance(delta, float) else None
     for site in event["sites"]:
         summary.site(site)
 

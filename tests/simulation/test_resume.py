@@ -90,7 +90,13 @@ BATCHED = {"simulation": {"threads": 1, "engine": "batched"}, "private": "lora"}
         (3, 10, PRIVATE),
         pytest.param(10, 40, ADAM, marks=pytest.mark.endurance),
     ],
-    ids=["fallback, early stopping, adam and spectral start", "groups and benefit weights", "batched engine", "differential privacy", "adam"],
+    ids=[
+        "fallback, early stopping, adam and spectral start",
+        "groups and benefit weights",
+        "batched engine",
+        "differential privacy",
+        "adam",
+    ],
 )
 def test_kills_change_no_bit_of_adapter_or_personal_state(
     tiny_recipe: dict, tmp_path: Path, kills: int, rounds: int, options: dict

@@ -24,6 +24,7 @@ from ...data.selection import load_site_rows
 from ...data.unknown_tokens import NOTED_UNKNOWN, unknown_share
 from .credentials import check_ca, check_coordinator, check_key, check_link
 from .plans import check_plans
+from .recipe import check_recipe
 from .result import CheckFailed, CheckResult, print_checks, size
 from .system import check_device, check_socket, check_state, check_threads, memory_left
 
@@ -44,11 +45,13 @@ Component = Literal["trainer", "supernode"]
 COMPONENTS: tuple[Component, ...] = ("trainer", "supernode")
 
 
-def preflight(path: Path, model: str | None = None, component: Component | None = None) -> Iterator[CheckResult]:
+def preflight(
+    path: Path, model: str | None = None, component: Component | None = None, recipe: Path | None = None
+) -> Iterator[CheckResult]:
     """Check a site file and everything it names, and yield each result at once.
 
     ``component`` limits the checks to what one of the site's two processes needs. ``model`` is the base model to load;
-    the default is the entry of ``allow.models`` if there is exactly one.
+    the default is the entry of ``allow.models`` if there is exactly one. ``recipe`` is compared with ``[allow]``.
     """
     try:
         site = load_site(path)
@@ -57,7 +60,7 @@ def preflight(path: Path, model: str | None = None, component: Component | None 
         return
     checks: list[Check] = [("site file", lambda: f"site {site.name}, {path}")]
     if component != "supernode":
-        checks += TrainerChecks(site, model).checks()
+        checks += TrainerChecks(site, model, recipe).checks()
     if site.trainer.listen.startswith(UNIX):
         checks += [("socket", lambda: check_socket(Path(site.trainer.listen.removeprefix(UNIX))))]
     else:
@@ -71,9 +74,9 @@ def preflight(path: Path, model: str | None = None, component: Component | None 
 class TrainerChecks:
     """Checks of what the trainer needs. They run in order, and later ones use the results of earlier ones."""
 
-    def __init__(self, site: SiteSettings, model: str | None) -> None:
+    def __init__(self, site: SiteSettings, model: str | None, recipe: Path | None = None) -> None:
         models = site.allow.models or ()
-        self.site = site
+        self.site, self.recipe = site, recipe
         self.source = model or (models[0] if len(models) == 1 else None)
         self.rows: SiteDataset | None = None
         self.base: BaseModel | None = None
@@ -93,6 +96,7 @@ class TrainerChecks:
             ("tokens", self.tokens),
             ("state", lambda: check_state(Path(trainer.state))),
             ("plans", lambda: check_plans(Path(trainer.state))),
+            *([("recipe", self.agreement)] if self.recipe else []),
         ]
 
     def data(self) -> str:
@@ -182,6 +186,11 @@ class TrainerChecks:
         unknown = unknown_share(self.rows, self.base.tokenizer)
         detail += f"; {unknown:.0%} of the tokens are unknown to the tokenizer" if unknown > NOTED_UNKNOWN else ""
         return detail + (f"; {dropped} empty rows would be left out" if dropped else "")
+
+    def agreement(self) -> str:
+        """Compare the recipe with ``[allow]``, and say what it would spend of the privacy budget."""
+        assert self.recipe is not None
+        return check_recipe(self.recipe, self.site, len(self.rows.train) if self.rows else None)
 
     def _columns(self, source: str) -> list[str]:
         return [str(name) for name in next(iter(read_rows(source, self.site.name, self.site.data)))]

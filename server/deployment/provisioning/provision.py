@@ -306,6 +306,7 @@ optimizers = {optimizers}
 max_evaluations = {limits.max_evaluations}                # different requests of one round that get metrics
 max_requests_per_day = {limits.max_requests_per_day}
 # require_clipping = true          # a recipe must set train.max_update_norm
+# max_epsilon = 8.0                # only with differential privacy, of all federations together
 # metrics = "rounded"              # or "none"; default: "all"
 # federations = ["my-federation"]
 # models = ["sentence-transformers/all-MiniLM-L6-v2"]

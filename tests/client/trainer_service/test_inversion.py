@@ -26,12 +26,13 @@ from colora.client.trainer_service.policy import check_allowed
 from colora.client.trainer_service.session import TrainerSession
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import load_recipe, load_site
-from colora.common.config.schema import Plan, parse, to_json
+from colora.common.config.schema import Plan, PrivacySettings, parse, to_json
 from colora.common.config.site_schema import ORDINARY, AllowSettings, SiteSettings
 from colora.common.errors import RefusedError
 from colora.common.protocol.types import TrainReply, TrainRequest
 from colora.common.seeds import seed_from
 from colora.common.training.loop import TrainCursor, batch_indices
+from colora.common.training.noise import NoiseSource
 from colora.server.deployment.provisioning.provision import provision
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
@@ -178,6 +179,26 @@ def test_the_recipes_seed_tells_row_and_dropout_mask_and_a_secret_does_not(
     assert (order(guess, count, count) == order(reading.seed, count, count)) is knows
 
 
+@pytest.mark.parametrize(("noise", "least", "most"), [(1e-8, 8, 8), (1e-2, 0, 2), (1.0, 0, 1)])
+def test_the_noise_of_differential_privacy_hides_the_text(
+    bert: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: float, least: int, most: int
+) -> None:
+    """The one text is drawn for certain. The attack takes the token with the largest share in A at each position.
+
+    With next to no noise it reads what it reads without privacy, so the noise is what hides the text.
+    """
+    monkeypatch.setattr(NoiseSource, "sample", lambda self, count, rate, step: [0])
+    plan = dataclasses.replace(plan_of(bert(64, 0.0), ONE_TEXT), privacy=PrivacySettings(noise_multiplier=noise))
+    reading = ask(site_in(tmp_path), plan)
+    rows = np.concatenate([value for key, value in reading.reply.shared.items() if "lora_A" in key]).astype(np.float64)
+    space = np.linalg.svd(rows)[2][:8]  # the strongest directions, one for each token
+    x = inputs(plan)
+    distances = np.linalg.norm(x - (x @ space.T) @ space, axis=-1) / np.linalg.norm(x, axis=-1)
+    found = sum(int(distances[:, i].argmin()) == token for i, token in enumerate(reading.examples[0]))
+    print(f"read {found} of 8 tokens with noise multiplier {noise}")
+    assert least <= found <= most
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -248,6 +269,8 @@ def test_within_the_ordinary_limits_some_tokens_can_still_be_read(bert: MakeMode
             {},
             "train.max_update_norm: expected a number (allow.require_clipping), found none",
         ),
+        ({"max_epsilon": 5.0}, {}, "privacy: expected differential privacy (allow.max_epsilon), found none"),
+        ({"min_noise": 0.5}, {}, "privacy: expected differential privacy (allow.min_noise), found none"),
         ({"metrics": "none"}, {"report_benefit": True}, "train.report_benefit: expected false"),
         ({"metrics": "rounded"}, {"report_benefit": True}, ""),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,8 +13,8 @@ from colora.client.deployment.checks.plans import QUIET, check_plans
 from colora.client.trainer_service import audit_log
 from colora.client.trainer_service.audit_log import AuditLog
 from colora.client.trainer_service.client import TrainerError
-from colora.common.config.schema import to_json
-from colora.common.protocol.types import VALIDATION_LOSS
+from colora.common.config.schema import Plan, PrivacySettings, to_json
+from colora.common.protocol.types import EPSILON, VALIDATION_LOSS, hash_arrays
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -124,3 +125,51 @@ def test_the_log_of_refusals_does_not_grow_for_ever(tmp_path: Path, monkeypatch:
     assert set(sizes) == {"audit.jsonl", "audit-older.jsonl"}
     assert max(sizes.values()) < 2000
     assert "reason 49" in (tmp_path / "audit.jsonl").read_text()
+
+
+def private(setup: SiteSetup, **privacy: float) -> Plan:
+    return dataclasses.replace(setup.plan(), privacy=PrivacySettings(**privacy))
+
+
+def test_of_a_private_round_only_epsilon_is_told_and_the_ledger_has_it(site_setup: SiteSetup) -> None:
+    site_setup.configure(trainer='seeds = "secret"').start()
+    plan = private(site_setup, epsilon=8.0)
+    site = site_setup.client()
+    reply = site.handle(site_setup.request(plan))
+    assert reply.metrics.keys() == {EPSILON}
+    assert 0 < reply.metrics[EPSILON] < 8
+    assert len(json.loads((site_setup.state / "privacy.json").read_text())) == 1
+    line = next(line for line in site_setup.audit() if line["kind"] == "reply")
+    assert "train.loss" in line["withheld"]
+    assert line["metrics"] == [EPSILON]
+
+
+def test_a_restarted_trainer_repeats_a_private_round_and_spends_nothing(site_setup: SiteSetup) -> None:
+    """Killed after the round; then its state is lost as well, but not its secret and its ledger."""
+    trainer = site_setup.configure(trainer='seeds = "secret"').start()
+    plan = private(site_setup, noise_multiplier=1.0)
+    first = site_setup.client().handle(site_setup.request(plan))
+    ledger = (site_setup.state / "privacy.json").read_bytes()
+    trainer.end(signal.SIGKILL)
+    for state in (site_setup.state / "town").glob("round-*"):
+        state.unlink()
+    site_setup.start()
+    again = site_setup.client().handle(site_setup.request(plan))
+    assert hash_arrays(again.shared) == hash_arrays(first.shared)
+    assert (site_setup.state / "privacy.json").read_bytes() == ledger
+
+
+@pytest.mark.parametrize(
+    ("site_lines", "trainer", "message"),
+    [
+        (["[allow]", "max_epsilon = 2.0"], 'seeds = "secret"', "privacy.epsilon"),
+        (["[allow]", "min_noise = 50.0"], 'seeds = "secret"', "privacy.epsilon"),
+        ([], "", "trainer.seeds"),
+    ],
+)
+def test_a_private_plan_that_the_site_does_not_accept_is_refused_at_joining(
+    site_setup: SiteSetup, site_lines: list[str], trainer: str, message: str
+) -> None:
+    site_setup.configure(*site_lines, trainer=trainer).start()
+    with pytest.raises(TrainerError, match=message):
+        site_setup.client().site_info("town", to_json(private(site_setup, epsilon=8.0)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -610,3 +611,32 @@ def test_the_command_ends_with_code_2_where_something_is_wrong(
 )
 def test_sizes_read_as_people_say_them(count: float, text: str) -> None:
     assert size(int(count)) == text
+
+
+def recipe_file(place: Place, **changes: Any) -> Path:
+    model = {"source": place.raw["allow"]["models"][0], "max_length": 64}
+    raw = {"name": "town", "rounds": 4, "model": model, "site": [{"name": "north"}, {"name": "south"}], **changes}
+    path = place.folder / "recipe.toml"
+    path.write_text(tomli_w.dumps(raw))
+    return path
+
+
+def test_a_recipe_is_compared_with_the_limits_before_the_site_takes_part(place: Place) -> None:
+    """30 training rows, of which one is blank but is counted as the rows are."""
+    accepted = place.check(recipe=recipe_file(place))["recipe"]
+    assert accepted.ok
+    assert accepted.detail.startswith("town: accepted. no differential privacy")
+    private = place.check(recipe=recipe_file(place, privacy={"epsilon": 8.0}))["recipe"]
+    assert re.search(r"differential privacy: ε = [78](\.\d+)? at δ = 1e-05, noise multiplier \d", private.detail)
+    place.raw["allow"] |= {"max_epsilon": 5.0}
+    refused = place.check(recipe=recipe_file(place, privacy={"epsilon": 8.0}))["recipe"]
+    assert not refused.ok
+    assert refused.detail.startswith("privacy.epsilon: expected at most 5 (allow.max_epsilon), found 8")
+    assert (
+        "privacy: expected differential privacy (allow.max_epsilon)"
+        in place.failed(recipe=recipe_file(place))["recipe"]
+    )
+
+
+def test_a_wrong_recipe_is_named(place: Place) -> None:
+    assert "rounds" in place.failed(recipe=recipe_file(place, rounds=0))["recipe"]

@@ -1,0 +1,45 @@
+"""``colora client SITE.toml --check --recipe RECIPE``: what a recipe would ask of this site, before it takes part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ....common.config.loader import load_recipe
+from ....common.config.schema import Plan
+from ....common.config.site_schema import SiteSettings
+
+
+def check_recipe(path: Path, site: SiteSettings, examples: int | None) -> str:
+    """Describe a recipe that the site accepts. ``examples`` is its number of training examples, if it is known.
+
+    Raises ConfigError for a recipe that is wrong by itself, and RefusedError for one that ``[allow]`` refuses.
+    """
+    from ...trainer_service.lower_bounds import check_lower_bounds, out_of_the_ordinary
+    from ...trainer_service.plan_bounds import check_bounds
+    from ...trainer_service.policy import check_allowed
+
+    plan = load_recipe(path).plan
+    check_bounds(plan, site)
+    check_allowed(plan, plan.name, site)
+    check_lower_bounds(plan, site, examples)
+    unusual = "; ".join(out_of_the_ordinary(plan, site, examples))
+    parts = [f"{plan.name}: accepted", _privacy(plan, site, examples), f"LOOK: {unusual}" if unusual else ""]
+    return ". ".join(filter(None, parts))
+
+
+def _privacy(plan: Plan, site: SiteSettings, examples: int | None) -> str:
+    """What the recipe would spend. Raises RefusedError where the site allows less."""
+    if not plan.privacy.enabled:
+        return "no differential privacy"
+    if not examples:
+        return "differential privacy: ε is unknown without rows"
+    from ...training.privacy_budget import LEDGER, PrivacyLedger, epsilon_of
+    from ...training.private_rounds import PrivateRounds
+
+    ledger = PrivacyLedger(Path(site.trainer.state) / LEDGER)
+    rounds = PrivateRounds(plan, site.name, "", examples, ledger, site.allow.max_epsilon)
+    rounds.check_forecast()
+    spent = epsilon_of(ledger.spendings(), plan.privacy.delta)
+    before = f"; other federations have spent {spent:.3g}" if spent else ""
+    noise = f"noise multiplier {rounds.noise_multiplier:.3g}"
+    return f"differential privacy: ε = {rounds.forecast():.3g} at δ = {plan.privacy.delta:g}, {noise}{before}"
