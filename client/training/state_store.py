@@ -27,6 +27,7 @@ from ...transfer.preparation import TransferArtifacts
 
 logger = logging.getLogger("colora.trainer")
 LOCAL, LOCAL_MOMENTS = "local/", "local-moments/"  # prefixes of a model that the site trains alone
+FEEDBACK = "feedback/"  # prefix of what rounding left out of the last update
 MOMENTS = "moments/"  # prefix of the optimizer state's names in the file
 NOTHING = "none/"  # a prefix that no array has: reads the metadata alone
 MAX_STATES = 3  # admitted states kept on disk; the coordinator keeps as many checkpoints
@@ -45,6 +46,7 @@ class PersonalState:
     row_scores: tuple[float, ...] = ()  # of each test row with the finished personal model; they stay at the site
     plan: str = ""  # JSON of the plan that the state was trained with, including the site's own choices
     local: PersonalState | None = None  # of the model that the site trains alone, with train.fallback
+    feedback: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what rounding left out of the last update
     is_local: bool = False  # the model in ``tensors`` was trained alone, and needs no shared adapter
 
 
@@ -96,6 +98,7 @@ class StateStore:
                 tuple(meta.get("row_scores", ())),
                 meta["card"]["plan"],
                 local=_local_state(arrays, meta, round_number),
+                feedback=_under(arrays, FEEDBACK),
             )
         except (KeyError, TypeError) as error:
             raise _incomplete(path, error) from None
@@ -140,6 +143,7 @@ class StateStore:
         """
         arrays = {PERSONAL + k: v.cpu().numpy() for k, v in state.tensors.items()}
         arrays |= {MOMENTS + k: v.cpu().numpy() for k, v in state.optimizer_state.items()}
+        arrays |= {FEEDBACK + k: v.numpy() for k, v in state.feedback.items()}
         if state.local:
             arrays |= {LOCAL + k: v.cpu().numpy() for k, v in state.local.tensors.items()}
             arrays |= {LOCAL_MOMENTS + k: v.cpu().numpy() for k, v in state.local.optimizer_state.items()}

@@ -41,6 +41,7 @@ from ...common.training.loop import StepCallback, TrainCursor, TrainOutcome, tra
 from ...transfer.preparation import TransferArtifacts, check_preparation, prepare
 from .adapted_model import AdaptedModel
 from .benefit import PersonalFit, benefit_ratio, cross_fitted_loss
+from .error_feedback import quantized_update
 from .fallback import LocalModel, local_plan
 from .label_list import with_pinned_labels
 from .measuring import Measurer
@@ -176,6 +177,10 @@ class Trainer:
         personal = self.values(PERSONAL)
         check_trained(trained, {**personal, **self.values(SHARED)}, self.site)
         shared, update_metrics = ({}, {}) if finalizes else self._shared_update(request)
+        feedback: Mapping[str, torch.Tensor] = {}
+        if (bits := self.plan.communication.update_bits) and shared:
+            bound = self.plan.train.max_update_norm
+            shared, feedback = quantized_update(shared, request.shared, state.feedback, bits, bound)
         new = PersonalState(
             request.round,
             state.round,
@@ -184,6 +189,7 @@ class Trainer:
             trained.optimizer_state,
             state.base,
             local=self.local.train(request, state.local, on_step) if self.local else None,
+            feedback=feedback,
         )
         if finalizes:
             new, metrics = self._finalize(request, new, on_step)

@@ -79,6 +79,10 @@ class CommunicationSettings:
     codec: Literal["safetensors", "fp16", "bf16"] = "safetensors"
     """Encoding of the arrays. ``safetensors`` sends fp32, ``fp16`` and ``bf16`` send half the bytes."""
 
+    update_bits: Literal[2, 4, 8] | None = None
+    """Bits for each number of an update that a site sends, with a scale for every 256 numbers. What rounding leaves out
+    is added to the site's next update (error feedback). Unset: as ``codec`` says."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class Plan:

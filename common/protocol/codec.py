@@ -1,6 +1,7 @@
 """How shared arrays are encoded as bytes. A codec is one row of ``CODECS``; Flower's ``Array.stype`` carries its name.
 
-The recipe names one codec for the whole federation (``communication.codec``), and both sides refuse another one. All
+The recipe names one codec for the whole federation (``communication.codec``), and perhaps a number of bits for updates
+(``communication.update_bits``), and both sides refuse another one. All
 arrays of a message travel as one piece: Flower transfers every array with several requests over each hop, which for a
 few dozen small matrices takes longer than everything else in a round.
 """
@@ -10,11 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
 from ..errors import RefusedError
+from .quantized import STEPS, decode_update, encode_update
 from .types import Arrays
 
 Narrow = Callable[[np.ndarray], np.ndarray]
@@ -74,23 +77,51 @@ def _from_bf16(upper: np.ndarray) -> np.ndarray:
     return (upper.astype(np.uint32) << 16).view(np.float32)
 
 
+def _quantized(bits: int) -> Codec:
+    return Codec(
+        lambda arrays, reference: encode_update(arrays, reference, bits),
+        lambda data, reference: decode_update(data, reference, bits),
+    )
+
+
 DEFAULT = "safetensors"
 CODECS: dict[str, Codec] = {
     DEFAULT: Codec(lambda arrays, _: _save(arrays), lambda data, _: safetensors.numpy.load(data), lossless=True),
     "fp16": _half(np.float16, lambda x: x.astype(np.float16), lambda x: x.astype(np.float32), limit=65504.0),
     "bf16": _half(np.uint16, _to_bf16, _from_bf16, limit=float.fromhex("0x1.fep+127")),
+    **{f"int{bits}": _quantized(bits) for bits in STEPS},  # of updates: they need a reference
 }
+FOR_REQUESTS = (DEFAULT, "fp16", "bf16")
 
 
 def codec_of(plan: str) -> str:
     """The codec that a plan (settings as JSON) names. Raises RefusedError for an unknown one or another text."""
-    try:
-        name = json.loads(plan).get("communication", {}).get("codec", DEFAULT)
-    except (ValueError, AttributeError, RecursionError):
-        raise RefusedError("plan", "settings as one JSON object", "something else") from None
-    if not isinstance(name, str) or name not in CODECS:
-        raise RefusedError("communication.codec", f"one of {', '.join(CODECS)}", repr(name)[:40])
+    name = _communication(plan).get("codec", DEFAULT)
+    if not isinstance(name, str) or name not in FOR_REQUESTS:
+        raise RefusedError("communication.codec", f"one of {', '.join(FOR_REQUESTS)}", repr(name)[:40])
     return name
+
+
+def reply_codec_of(plan: str, kind: str) -> str:
+    """The codec of the replies to requests of a kind: that of updates for a round's training, if the plan has one."""
+    bits = _communication(plan).get("update_bits")
+    if bits is None or kind != "train":
+        return codec_of(plan)
+    if type(bits) is not int or bits not in STEPS:
+        raise RefusedError("communication.update_bits", f"one of {', '.join(map(str, STEPS))}", repr(bits)[:40])
+    return update_codec(bits)
+
+
+def update_codec(bits: int) -> str:
+    """The name of the codec with so many bits for each number of an update."""
+    return f"int{bits}"
+
+
+def _communication(plan: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(plan).get("communication", {}))
+    except (ValueError, AttributeError, RecursionError, TypeError):
+        raise RefusedError("plan", "settings as one JSON object", "something else") from None
 
 
 def encode(codec: str, arrays: Arrays, reference: Arrays | None = None) -> bytes:

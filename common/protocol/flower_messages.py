@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.app import Error as FlowerError
 
 from ..errors import RefusedError
-from .codec import DEFAULT, codec_of, decode, encode
+from .codec import DEFAULT, codec_of, decode, encode, reply_codec_of
 from .limits import check_values
 from .types import Arrays, SiteInfo, TrainReply, TrainRequest
 
@@ -61,7 +61,7 @@ def reply_message(content: TrainReply | SiteInfo, message: Message) -> Message:
     packed = None
     if isinstance(content, TrainReply) and content.shared:
         request = request_from(message)
-        packed = pack_arrays(content.shared, codec_of(request.plan), request.shared)
+        packed = pack_arrays(content.shared, reply_codec_of(request.plan, request.kind), request.shared)
     elif isinstance(content, TrainReply):
         packed = pack_arrays({}, codec_of(str(message.content.config_records[CONFIG]["plan"])))
     return Message(_pack(content, packed), reply_to=message)
@@ -134,8 +134,11 @@ def _unpack_fields(kind: type[T], message: Message, request: TrainRequest | None
     if different:
         raise RefusedError("fields", f"those of {kind.__name__}", f"a difference in {min(different)}")
     if ARRAYS in expected:
-        plan, reference = (request.plan, request.shared) if request else (str(values["plan"]), {})
-        values[ARRAYS] = _arrays(content.array_records[ARRAYS], codec_of(plan), reference)
+        if request:
+            codec, reference = reply_codec_of(request.plan, request.kind), request.shared
+        else:
+            codec, reference = codec_of(str(values["plan"])), {}
+        values[ARRAYS] = _arrays(content.array_records[ARRAYS], codec, reference)
     for name, hint in hints.items():
         if hint in (str, int, float, bool) and type(values[name]) is not hint:
             raise RefusedError(name, hint.__name__, type(values[name]).__name__)

@@ -75,6 +75,7 @@ STOPPING = {  # two models a site, and rounds that are compared on the same vali
     "adapter": {"init": "spectral"},
     "data": {"validation_fraction": 0.34},
 }
+FEW_BITS = {"communication": {"update_bits": 4}}
 GROUPS = {"server": {"quorum": 3, "weights": "benefit", "groups": "similarity"}}
 PRIVATE = {"privacy": {"epsilon": 8.0}, "private": "lora"}  # the ledger of the budget is compared as well
 BATCHED = {"simulation": {"threads": 1, "engine": "batched"}, "private": "lora"}
@@ -88,6 +89,7 @@ BATCHED = {"simulation": {"threads": 1, "engine": "batched"}, "private": "lora"}
         (3, 10, GROUPS),
         (3, 10, BATCHED),
         (3, 10, PRIVATE),
+        (3, 10, FEW_BITS),
         pytest.param(10, 40, ADAM, marks=pytest.mark.endurance),
     ],
     ids=[

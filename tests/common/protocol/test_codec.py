@@ -13,7 +13,7 @@ from flwr.app import Message
 from colora.common.config.schema import CommunicationSettings, ModelSettings, Plan, to_json
 from colora.common.errors import RefusedError
 from colora.common.protocol import flower_messages as messages
-from colora.common.protocol.codec import CODECS, DEFAULT, as_received, codec_of, decode, encode
+from colora.common.protocol.codec import CODECS, DEFAULT, FOR_REQUESTS, as_received, codec_of, decode, encode
 from colora.common.protocol.types import Arrays, TrainReply, TrainRequest
 from colora.server.flower_compat import identify_process, set_message_id
 
@@ -48,7 +48,7 @@ def _process() -> None:
     identify_process(1)
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", FOR_REQUESTS)
 def test_names_shapes_and_fp32_arrive_in_the_codecs_bytes(codec: str) -> None:
     data = encode(codec, arrays())
     received = decode(codec, data)
@@ -59,7 +59,7 @@ def test_names_shapes_and_fp32_arrive_in_the_codecs_bytes(codec: str) -> None:
     assert 0 < len(data) - count * BITS[codec] / 8 < 600  # the rest is names and shapes
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", FOR_REQUESTS)
 def test_what_was_received_once_passes_again_unchanged(codec: str) -> None:
     """The coordinator keeps what sites receive, so a request after a restart is the same to the bit."""
     once = as_received(codec, arrays(size=1e-3))
@@ -68,7 +68,7 @@ def test_what_was_received_once_passes_again_unchanged(codec: str) -> None:
     assert same(once, arrays(size=1e-3)) is CODECS[codec].lossless
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", FOR_REQUESTS)
 def test_both_sides_of_a_round_have_the_same_key(codec: str) -> None:
     asked = request(codec, arrays())
     arrived = messages.request_from(sent(asked))
@@ -76,7 +76,7 @@ def test_both_sides_of_a_round_have_the_same_key(codec: str) -> None:
     assert arrived.key == asked.key
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", FOR_REQUESTS)
 def test_a_reply_comes_back_in_the_codec_of_the_request(codec: str) -> None:
     asked = request(codec, arrays())
     question = sent(asked)
@@ -89,7 +89,7 @@ def test_a_reply_comes_back_in_the_codec_of_the_request(codec: str) -> None:
         assert dataclasses.replace(received, shared=reply.shared) == reply
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", FOR_REQUESTS)
 def test_both_sides_refuse_arrays_in_another_codec(codec: str) -> None:
     other = next((name for name in CODECS if name != codec), "pickle")
     asked = request(codec, arrays())
@@ -186,7 +186,7 @@ def test_a_plan_names_a_known_codec_or_none() -> None:
         codec_of(json.dumps({"communication": {"codec": ["safetensors"]}}))
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", FOR_REQUESTS)
 def test_damaged_bytes_are_refused(codec: str) -> None:
     data = encode(codec, arrays())
     for damaged in (b"", data[:-1], data[:40], b"\x80\x04N.", (1 << 60).to_bytes(8, "little") + b"{}"):

@@ -1,0 +1,153 @@
+"""Updates in 8, 4 and 2 bits: what arrives, in how many bytes, and how error feedback makes up for the rounding."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Message
+
+from colora.client.training.error_feedback import quantized_update
+from colora.client.training.update_pipeline import update_norm
+from colora.common.config.loader import recipe_from
+from colora.common.config.schema import CommunicationSettings, ModelSettings, Plan, to_json
+from colora.common.errors import RefusedError
+from colora.common.protocol import flower_messages as messages
+from colora.common.protocol.codec import codec_of, decode, encode, reply_codec_of, update_codec
+from colora.common.protocol.types import Arrays, TrainReply, TrainRequest
+from colora.server.flower_compat import identify_process, set_message_id
+from colora.simulation.run import simulate
+
+BITS = (8, 4, 2)
+SHAPES = {"v.lora_B.weight": (60, 40), "q.lora_A.weight": (4, 257), "q.lora_scale": (3,), "none": (0, 5)}
+
+
+def arrays(seed: int, size: float = 1.0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {key: np.asarray(rng.normal(0, size, shape), np.float32) for key, shape in SHAPES.items()}
+
+
+def plus(one: Arrays, other: Arrays) -> dict[str, np.ndarray]:
+    return {key: value + other[key] for key, value in one.items()}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_number_takes_so_many_bits_and_a_block_a_scale(bits: int) -> None:
+    data = encode(update_codec(bits), plus(arrays(0), arrays(1)), arrays(0))
+    numbers = sum(-(-value.size * bits // 8) for value in arrays(0).values())
+    assert len(data) == numbers + 2 * (10 + 5 + 1)  # blocks of the three arrays with numbers
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
+def test_the_error_is_at_most_half_a_step(bits: int, size: float) -> None:
+    start, update = arrays(0, 0.0), arrays(1, size)
+    received = decode(update_codec(bits), encode(update_codec(bits), plus(start, update), start), start)
+    half = {8: 0.5 / 127, 4: 0.5 / 7, 2: 1 / 3}[bits]
+    for key, value in update.items():
+        if value.size:
+            assert np.abs(received[key] - start[key] - value).max() <= 1.01 * half * np.abs(value).max()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4])
+def test_what_was_decoded_once_has_the_same_bytes_again(bits: int, size: float) -> None:
+    """The site stores what the coordinator decodes, and encodes it when a request is repeated."""
+    start, codec = arrays(0), update_codec(bits)
+    data = encode(codec, plus(start, arrays(1, size)), start)
+    received = decode(codec, data, start)
+    assert encode(codec, received, start) == data
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_an_update_of_zero_is_exact(bits: int) -> None:
+    start, codec = arrays(0), update_codec(bits)
+    received = decode(codec, encode(codec, start, start), start)
+    assert all(np.array_equal(received[key], start[key]) for key in start)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("damage", [b"", b"x"], ids=["short", "long"])
+def test_another_number_of_bytes_is_refused(bits: int, damage: bytes) -> None:
+    data = encode(update_codec(bits), arrays(1), arrays(0))
+    with pytest.raises(RefusedError, match="complete bytes of arrays"):
+        decode(update_codec(bits), data + damage if damage else data[:-1], arrays(0))
+
+
+def test_nan_arrives_as_nan_for_the_coordinator_to_refuse() -> None:
+    trained = arrays(1)
+    trained["v.lora_B.weight"][3, 2] = np.nan
+    received = decode("int8", encode("int8", trained, arrays(0)), arrays(0))
+    assert np.isnan(received["v.lora_B.weight"]).any()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_with_feedback_no_part_of_an_update_is_lost(bits: int) -> None:
+    """After ten rounds, what was sent and the last feedback are what was trained: the errors do not add up."""
+    start, feedback = arrays(0, 0.0), {}
+    trained, received = ({key: np.zeros(value.shape) for key, value in start.items()} for _ in range(2))
+    for t in range(10):
+        update = arrays(t + 1, 1e-2)
+        sent, feedback = quantized_update(plus(start, update), start, feedback, bits)
+        for key in start:
+            trained[key] += update[key]
+            received[key] += sent[key] - start[key]
+    for key in start:
+        assert np.allclose(trained[key], received[key] + feedback[key].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_norm_of_what_is_sent_stays_within_the_bound(bits: int) -> None:
+    start = arrays(0)
+    feedback = quantized_update(plus(start, arrays(1)), start, {}, 2)[1]
+    sent, _ = quantized_update(plus(start, arrays(2)), start, feedback, bits, bound=0.5)
+    assert 0.3 < update_norm(sent, start) <= 0.5
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_only_replies_of_training_are_in_few_bits(bits: int) -> None:
+    plan = Plan("fed", 2, ModelSettings("m"), communication=CommunicationSettings("fp16", bits))  # type: ignore[arg-type]
+    text = to_json(plan)
+    assert (codec_of(text), reply_codec_of(text, "train")) == ("fp16", f"int{bits}")
+    assert {reply_codec_of(text, kind) for kind in ("trial", "initialize", "validate", "finalize")} == {"fp16"}
+
+
+@pytest.mark.parametrize("bits", [True, 3, "8", [8]])
+def test_other_bits_are_refused(bits: object) -> None:
+    with pytest.raises(RefusedError, match=r"communication\.update_bits"):
+        reply_codec_of(json.dumps({"communication": {"update_bits": bits}}), "train")
+    for name in ("int8", "int4", "int2"):  # not for requests, which have no reference
+        with pytest.raises(RefusedError, match=r"communication\.codec"):
+            codec_of(json.dumps({"communication": {"codec": name}}))
+
+
+def test_a_reply_passes_through_a_message() -> None:
+    identify_process(1)
+    plan = Plan("fed", 2, ModelSettings("m"), communication=CommunicationSettings(update_bits=4))
+    asked = TrainRequest("fed", 1, "train", 0, to_json(plan), arrays(0), evaluate=True)
+    question = messages.train_message(asked, messages.pack_arrays(asked.shared, codec_of(asked.plan)), 1)
+    set_message_id(question, "1")
+    shared, _ = quantized_update(plus(arrays(0), arrays(1)), arrays(0), {}, 4)
+    reply = TrainReply("ada", "fed", 1, asked.key, shared, 4, 2)
+    received = messages.reply_from(messages.reply_message(reply, question), asked)
+    assert all(np.array_equal(received.shared[key], shared[key]) for key in shared)
+    assert dataclasses.replace(received, shared={}) == dataclasses.replace(reply, shared={})
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_run_sends_fewer_bytes(tiny_recipe: dict, tmp_path: Path, wire: list[Message], bits: int) -> None:
+    sizes = []
+    for communication in ({}, {"update_bits": bits}):
+        wire.clear()
+        simulate(
+            recipe_from({**tiny_recipe, "communication": communication}), tmp_path / str(communication), resume=False
+        )
+        replies = [
+            m for m in wire if m.has_content() and messages.METRICS in m.content and m.metadata.reply_to_message_id
+        ]
+        packed = [m.content.array_records[messages.ARRAYS][messages.ALL] for m in replies]
+        sizes.append(max(len(entry.data) for entry in packed))
+    assert sizes[1] < sizes[0] * bits / 32
