@@ -1,7 +1,7 @@
 """Bytes and loss of a run whose updates have few bits, with and without error feedback.
 
-An arm is a number of bits (32: not rounded), and ``-`` after it for no error feedback. The loss is the sites' mean loss on
-their test rows at the end, with the shared adapter and with the personal model.
+An arm is a number of bits (32: not rounded), and ``-`` after it for no error feedback. The loss is the mean over sites
+on their test rows at the end, with the shared adapter and with the personal model.
 
 python benchmarks/bits.py [RECIPE] [SEEDS] [ARM …]     (demo, 3, 32 8 4 2 4- 2-)
 """

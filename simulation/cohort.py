@@ -13,12 +13,13 @@ from ..client.training.trainer import Trainer
 from ..common.adapters.stacked import NotStackable
 from ..common.protocol.types import TrainReply, TrainRequest
 from ..common.training.loop import StepCallback, TrainOutcome, train
-from ..common.training.stacked_loop import SiteTraining, check_stackable, compare_outputs, train_together
+from ..common.training.stacked_loop import SiteTraining, check_stackable, compare_loss, compare_outputs, train_together
 from .rendezvous import Rendezvous
 
 
 class Cohort(Rendezvous):
-    """Handles the requests of several sites side by side. Sites that cannot be stacked train one after the other.
+    """Handles the requests of several sites side by side. Sites that cannot be stacked train one after the other, and
+    so do differentially private rounds, whose batches hold copies for single examples already.
 
     A cohort runs again as a whole until the reply of every member is on disk, since the rounding of a result depends on
     who else is in the batch. So a run that was killed continues with equal bits.
@@ -29,7 +30,7 @@ class Cohort(Rendezvous):
         super().__init__()
         self._notify = notify
         self._told: set[str] = set()
-        self._compared: set[object] = set()
+        self._stackable: dict[object, str] = {}  # by kind of model: why not, or an empty text
 
     def handle(self, trainer: Trainer, request: TrainRequest, on_step: StepCallback | None) -> TrainReply:
         """Handle a request as a member. Returns the stored reply if there is one."""
@@ -38,8 +39,7 @@ class Cohort(Rendezvous):
         if stored is not None and all_stored:
             return stored
         trainer.take_steps = partial(self._take_steps, trainer)
-        reply = trainer.handle(request, on_step, again=stored is not None)
-        return reply if stored is None else stored
+        return trainer.handle(request, on_step, again=stored is not None)
 
     def _take_steps(self, trainer: Trainer, *arguments: Any) -> TrainOutcome:
         """Do what ``loop.train`` does with these arguments, together with the other members that are about to train."""
@@ -58,14 +58,14 @@ class Cohort(Rendezvous):
         for i, (_, site) in enumerate(members):
             kinds.setdefault(site.kind, []).append(i)
         results: dict[int, tuple[TrainOutcome, float]] = {}
-        for kind, chosen in kinds.items():
+        for chosen in kinds.values():
             began = time.perf_counter()
-            outcomes = self._train_kind(kind, [members[i] for i in chosen])
+            outcomes = self._train_kind([members[i] for i in chosen])
             share = (time.perf_counter() - began) / len(chosen)
             results |= {i: (outcome, share) for i, outcome in zip(chosen, outcomes, strict=True)}
         return [results[i] for i in range(len(members))]
 
-    def _train_kind(self, kind: object, members: list[tuple[Trainer, SiteTraining]]) -> list[TrainOutcome]:
+    def _train_kind(self, members: list[tuple[Trainer, SiteTraining]]) -> list[TrainOutcome]:
         """Train members of one kind in one batch, in two halves where it does not fit, or one after the other."""
         sites = [site for _, site in members]
         if len(members) == 1 or not sites[0].phases:
@@ -73,10 +73,7 @@ class Cohort(Rendezvous):
         trainer = members[0][0]
         trainer.model.select(trainer.private)
         try:
-            check_stackable(sites[0])
-            if kind not in self._compared:
-                compare_outputs(sites)
-                self._compared.add(kind)
+            self._check(sites)
             return train_together(sites)
         except NotStackable as error:
             self._tell(f"Sites train one after the other: {error}.")
@@ -87,7 +84,21 @@ class Cohort(Rendezvous):
         clear_device_cache(garbage_collection=True)
         half = (len(members) + 1) // 2
         self._tell(f"The batches of {len(members)} sites do not fit into memory. Smaller ones are used.")
-        return self._train_kind(kind, members[:half]) + self._train_kind(kind, members[half:])
+        return self._train_kind(members[:half]) + self._train_kind(members[half:])
+
+    def _check(self, sites: list[SiteTraining]) -> None:
+        """Check once for each kind of model whether it can be stacked. Raises NotStackable."""
+        check_stackable(sites[0])
+        kind = sites[0].model_kind
+        if kind not in self._stackable:
+            try:
+                compare_outputs(sites, [site.task.train.examples[: site.rows] for site in sites])
+                compare_loss(sites[0])
+                self._stackable[kind] = ""
+            except NotStackable as error:
+                self._stackable[kind] = str(error)
+        if reason := self._stackable[kind]:
+            raise NotStackable(reason)
 
     def _tell(self, text: str) -> None:
         if text not in self._told:

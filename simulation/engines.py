@@ -44,6 +44,9 @@ def run_local(job: SimulationJob) -> None:
 
 def run_batched(job: SimulationJob) -> None:
     """Run the sites in this process on one shared base model, and train ``cohort_size`` of them in one batch."""
+    import torch
+
+    torch.set_num_threads(job.threads)  # of this thread, in which the sites train together
     job.server(BatchedGrid(job.client, job.sites, job.cohort, job.cohort_size), _context(job))
 
 

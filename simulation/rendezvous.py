@@ -11,6 +11,10 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
+class _Abandoned(BaseException):
+    """Ends a call whose rendezvous was interrupted."""
+
+
 class _Member(threading.Thread):
     """One call in a thread of its own, which runs only between ``resume`` and its next pause or its end."""
 
@@ -40,6 +44,12 @@ class _Member(threading.Thread):
         self._paused.wait()
         self._paused.clear()
 
+    def abandon(self) -> None:
+        """End a call that is still waiting."""
+        if self.work is not None:
+            self.answer, self.work = _Abandoned(), None
+            self._go.set()
+
     def pause(self) -> None:
         """Called in the thread of this member: wait for the next ``resume``."""
         self._paused.set()
@@ -62,6 +72,17 @@ class Rendezvous:
         members = [_Member(call) for call in calls]
         for member in members:
             member.start()
+        try:
+            self._run(members)
+        finally:
+            for member in members:  # where an interrupt came between
+                member.abandon()
+        for member in members:
+            if member.error is not None:
+                raise member.error
+        return [member.result for member in members]
+
+    def _run(self, members: list[_Member]) -> None:
         running = members
         while running:
             for member in running:
@@ -71,10 +92,6 @@ class Rendezvous:
             running = [member for member in running if member.work is not None]
             for work in dict.fromkeys(member.work for member in running if member.work):
                 self._do(work, [member for member in running if member.work == work])
-        for member in members:
-            if member.error is not None:
-                raise member.error
-        return [member.result for member in members]
 
     def together(self, work: Callable[[list[Item]], Sequence[Answer]], item: Item) -> Answer:
         """Return this call's part of ``work(items)``, for the items of all calls that wait for the same work.

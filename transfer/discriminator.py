@@ -81,6 +81,11 @@ class DiscriminatorTask(Task):
         }
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
+    def made_up(self) -> tuple[Any, Any]:
+        """Texts of one word and of several."""
+        short, long = self.encode([{"text": "a", "real": True}, {"text": "a a a a", "real": True}]).examples
+        return short, long
+
     def loss_of(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
         """Return the mean of −log p(answer | t(x)), and the number of texts."""
         return F.cross_entropy(outputs, batch["labels"]), len(batch["labels"])

@@ -17,7 +17,7 @@ from pathlib import Path
 from ...common.adapters.initialization import initial_shared_state
 from ...common.atomic_io import write_atomically
 from ...common.config.loader import with_overrides
-from ...common.config.schema import Plan, digest, parse, to_dict, to_json
+from ...common.config.schema import Plan, PrivacySettings, digest, parse, to_dict, to_json
 from ...common.dataset import TASKS, SiteDataset
 from ...common.errors import ConfigError, StateError
 from ...common.models.architecture import check_generates
@@ -141,7 +141,7 @@ def _distillation_plan(saved: SavedModel, plan: Plan, examples: int) -> Plan:
         weight_decay=0.0,
     )
     settings = dataclasses.replace(plan.transfer, source_federation=saved.plan.name)
-    return dataclasses.replace(plan, rounds=1, train=train, transfer=settings)
+    return dataclasses.replace(plan, rounds=1, train=train, transfer=settings, privacy=PrivacySettings())
 
 
 def _agreement(trainer: Trainer, reply: TrainReply) -> float:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from ...common.config.schema import Plan
 from ...common.config.site_schema import ORDINARY, AllowSettings, SiteSettings
 from ...common.errors import RefusedError
 from ...common.methods import GROUPS, SHARED
-from ..training.privacy_budget import PrivacyLedger
-from ..training.private_rounds import PrivateRounds
+from ..training.privacy_budget import PrivacyForecast
 from .policy import round_limits
 
 
@@ -58,6 +56,7 @@ def below(plan: Plan, allow: AllowSettings, examples: int | None = None) -> Iter
         yield Finding("train.report_benefit", "false (allow.metrics is none)", "true")
     if allow.metrics == "none" and plan.evaluation.validation_loss:
         yield Finding("evaluation.validation_loss", "false (allow.metrics is none)", "true")
+    yield from _below_privacy(plan, allow, examples)
     if not plan.row().shares:
         return
     sizes = (
@@ -77,21 +76,24 @@ def below(plan: Plan, allow: AllowSettings, examples: int | None = None) -> Iter
         yield Finding("train.optimizer", f"one of {names} (allow.optimizers)", train.optimizer)
     if allow.require_clipping and train.max_update_norm is None:
         yield Finding("train.max_update_norm", "a number (allow.require_clipping)", "none")
-    yield from _below_privacy(plan, allow, examples)
 
 
 def _below_privacy(plan: Plan, allow: AllowSettings, examples: int | None) -> Iterator[Finding]:
     """Yield what is below the bounds on privacy. The noise that spends a budget depends on the number of examples."""
     privacy = plan.privacy
-    for key, limit in (("max_epsilon", allow.max_epsilon), ("min_noise", allow.min_noise)):
-        if limit is not None and not privacy.enabled:
-            yield Finding("privacy", f"differential privacy (allow.{key})", "none")
-    if allow.min_noise is None or not privacy.enabled:
+    insists = {"max_epsilon": allow.max_epsilon, "min_noise": allow.min_noise}
+    for key in (key for key, limit in insists.items() if limit is not None and not privacy.enabled):
+        yield Finding("privacy", f"differential privacy (allow.{key})", "none")
+    if not privacy.enabled:
         return
-    noise = privacy.noise_multiplier
-    if noise is None and examples:
-        noise = PrivateRounds(plan, "", "", examples, PrivacyLedger(Path())).noise_multiplier
-    if noise is not None and noise < allow.min_noise:
+    if privacy.metrics != "none":
+        yield Finding("privacy.metrics", "none (all is for simulations)", privacy.metrics)
+    if privacy.delta > allow.max_delta:
+        yield Finding("privacy.delta", f"at most {allow.max_delta:g} (allow.max_delta)", f"{privacy.delta:g}")
+    if allow.min_noise is None or (privacy.noise_multiplier is None and not examples):
+        return
+    noise = PrivacyForecast(plan, examples or 0).noise_multiplier
+    if noise < allow.min_noise:
         key = "privacy.noise_multiplier" if privacy.noise_multiplier else "privacy.epsilon"
         yield Finding(key, f"noise of at least {allow.min_noise:g} (allow.min_noise)", f"{noise:.3g}")
 

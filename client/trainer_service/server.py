@@ -95,7 +95,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         try:
             serde.check_protocol(request.protocol)
             plan, logs = await self._accept(request.federation, request.plan)
-            info = await _result(self.model_thread.submit(lambda: self.session.trainer(plan).site_info()))
+            info = await _result(self.model_thread.submit(lambda: self.session.site_info(plan)))
             await _result(self.audit_thread.submit(logs.audit.site_info, info))
             await _result(self.audit_thread.submit(logs.events.joined, info))
             return serde.site_info_message(info)

@@ -17,7 +17,7 @@ from ...common.dataset import TASKS, SiteDataset
 from ...common.errors import ConfigError, ModelError, RefusedError
 from ...common.models.base_model import BaseModel, load_base_model
 from ...common.models.precision import resolve_device
-from ...common.protocol.types import TrainReply, TrainRequest
+from ...common.protocol.types import SiteInfo, TrainReply, TrainRequest
 from ...common.training.loop import StepCallback
 from ...transfer.preparation import TransferArtifacts
 from ..artifacts.transfer import is_prepared, rows_on_new_base
@@ -111,7 +111,8 @@ class TrainerSession:
             gc.collect()
             with TimeLimit(self.site.allow.max_seconds, self.site.name):  # a transfer trains here
                 rows, trains, artifacts = self._rows(plan)
-            store = StateStore(self.folder(plan), plan.name, self._secret(plan))
+            secret = site_secret(Path(self.site.trainer.state)) if self.site.trainer.seeds == "secret" else None
+            store = StateStore(self.folder(plan), plan.name, secret)
             model = attach_adapters(self._base_of(plan.model), plan)
             trainer = Trainer(model, rows, store, trains=trains, artifacts=artifacts)
             if trainer.private_rounds:
@@ -124,15 +125,17 @@ class TrainerSession:
             check_lower_bounds(plan, self.site, trainer.examples)
         return trainer
 
-    def _secret(self, plan: Plan) -> str | None:
-        """The secret that the site's random numbers derive from; None for the seed of the recipe."""
-        if self.site.trainer.seeds == "secret":
-            return site_secret(Path(self.site.trainer.state))
-        if plan.privacy.enabled:
+    def site_info(self, plan: Plan) -> SiteInfo:
+        """Return what the site tells the coordinator when it joins."""
+        self._check_noise(plan)
+        return self.trainer(plan).site_info()
+
+    def _check_noise(self, plan: Plan) -> None:
+        """Raise ConfigError where the coordinator would know the noise of differential privacy."""
+        if plan.privacy.enabled and self.site.trainer.seeds != "secret":
             message = 'trainer.seeds = "recipe" is not possible with [privacy]: the coordinator would know the noise.'
             hint = 'Set trainer.seeds = "secret" in the site file.'
             raise ConfigError("trainer.seeds", "secret", "recipe", site=self.site.name, message=message, hint=hint)
-        return None
 
     def examples(self, plan: Plan) -> int | None:
         """Return the number of training examples for ``plan``; None if its trainer has not been built."""
@@ -147,6 +150,8 @@ class TrainerSession:
         ``on_begin`` is called before the work on a new request that the site accepts.
         """
         check_request(plan, request, self.site)
+        if request.kind == "train":  # of the other requests nothing is sent that depends on noise
+            self._check_noise(plan)
         trainer = self.trainer(plan)
         stored = trainer.store.reply(request.round, request.key)
         if stored:
@@ -164,16 +169,15 @@ class TrainerSession:
 
     def released(self, plan: Plan, request: TrainRequest, reply: TrainReply) -> ReleasedReply:
         """Return the reply with the metrics that may leave the site."""
+        if plan.privacy.enabled:
+            kept = without_metrics(reply)
+            return ReleasedReply(kept, withheld=tuple(sorted(set(reply.metrics) - set(kept.metrics))))
         rule, task = self.site.allow.metrics, self.trainer(plan).task
         size = SiteSize(len(task.train.examples), len(task.test.examples))
         asks = bool(reply.metrics) and rule != "none"
         place = f"validation after {request.round - 1}" if request.kind == "validate" else str(request.round)
         evaluates = not asks or may_send_metrics(self.site, self.folder(plan), place, request.key)
-        released = release(reply, rule, size, evaluates=evaluates)
-        if not plan.privacy.withholds_metrics:
-            return released
-        kept = without_metrics(released.reply)
-        return ReleasedReply(kept, withheld=tuple(sorted(set(reply.metrics) - set(kept.metrics))))
+        return release(reply, rule, size, evaluates=evaluates)
 
     def _rows(self, plan: Plan) -> tuple[SiteDataset, bool, TransferArtifacts | None]:
         """Return the rows, whether the site trains on them, and its artifacts for the next transfer.

@@ -1,4 +1,7 @@
-"""The privacy budget of a site: what training has spent, by Opacus's accountant, and a ledger of it on disk."""
+"""The privacy budget of a site: what training spends, by Opacus's accountant, and a ledger of it on disk.
+
+This module imports no torch, except through Opacus when it computes ε.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from ...common.atomic_io import write_atomically
+from ...common.config.schema import Plan
 from ...common.errors import ConfigError, RefusedError, StateError
 
 LEDGER = "privacy.json"  # in the folder above that of a federation
@@ -63,6 +67,38 @@ def noise_for(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
             raise ConfigError("privacy.epsilon", "a reachable budget", epsilon, message=message, hint=hint) from None
 
 
+@dataclass(frozen=True)
+class PrivacyForecast:
+    """What a plan spends at a site with so many training examples."""
+
+    plan: Plan
+    examples: int
+
+    @property
+    def sample_rate(self) -> float:
+        """The probability with which a step draws an example."""
+        return min(1.0, self.plan.train.batch_size / max(1, self.examples))
+
+    @cached_property
+    def noise_multiplier(self) -> float:
+        """The recipe's noise multiplier, or what spends the recipe's budget over all rounds."""
+        privacy = self.plan.privacy
+        if privacy.noise_multiplier is not None:
+            return privacy.noise_multiplier
+        assert privacy.epsilon is not None
+        return noise_for(privacy.epsilon, privacy.delta, self.sample_rate, self.of_rounds(self.plan.rounds, 1.0).steps)
+
+    def of_rounds(self, rounds: int, noise_multiplier: float | None = None) -> Spending:
+        """Return what so many rounds spend."""
+        steps = rounds * self.plan.train.steps_per_round(self.examples)
+        noise = self.noise_multiplier if noise_multiplier is None else noise_multiplier
+        return Spending(noise, self.sample_rate, steps)
+
+    def epsilon(self, *before: Spending) -> float:
+        """Return ε of all rounds of the plan, and of what was spent before."""
+        return epsilon_of([*before, self.of_rounds(self.plan.rounds)], self.plan.privacy.delta)
+
+
 class PrivacyLedger:
     """What each request has spent, over all federations of a site. It is written before a request is trained."""
 
@@ -73,6 +109,10 @@ class PrivacyLedger:
         """Return the spendings of one federation, or of all. Raises StateError for a damaged ledger."""
         entries = self._read()
         return [_spending(entry) for entry in entries.values() if federation in (None, entry["federation"])]
+
+    def others(self, federation: str) -> list[Spending]:
+        """Return the spendings of all other federations."""
+        return [_spending(entry) for entry in self._read().values() if entry["federation"] != federation]
 
     def has(self, key: str) -> bool:
         """Whether the request with this key has been paid for."""
@@ -116,8 +156,17 @@ def check_budget(spendings: Sequence[Spending], delta: float, limit: float | Non
             f"{epsilon:.3g}",
             site=site,
             message=f"The privacy budget is spent: with this round ε would be {epsilon:.3g}, above {key} = {limit:g}.",
-            hint="The site takes no part in further rounds.",
+            hint="Start a new federation with a larger budget, or end this one here.",
         )
+
+
+def check_delta(plan: Plan, examples: int, site: str) -> None:
+    """Raise ConfigError for a δ that allows publishing one of the examples."""
+    if plan.privacy.delta * max(1, examples) >= 1:
+        message = f"privacy.delta is {plan.privacy.delta:g}, which is no protection for {examples} training examples."
+        hint = "Set it far below 1 / the number of examples, for example to 1e-5."
+        expected = f"below 1/{examples}"
+        raise ConfigError("privacy.delta", expected, plan.privacy.delta, site=site, message=message, hint=hint)
 
 
 def _spending(entry: dict[str, Any]) -> Spending:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...common.config.schema import Plan, digest
+from ...common.config.schema import Plan, digest, to_json
 from ...common.errors import RefusedError
 from ...common.protocol.types import PRELIMINARY, TrainRequest, hash_arrays
-from ...common.tasks.base import Task
+from ...common.tasks.base import Task, hash_examples
 from ...common.training.noise import NoiseSource
 from ...common.training.private_loop import PrivateLoop, check_separable
-from .privacy_budget import PrivacyLedger, Spending, check_budget, epsilon_of, noise_for
-from .state_store import PersonalState
+from .privacy_budget import LEDGER, PrivacyForecast, PrivacyLedger, Spending, check_budget, check_delta, epsilon_of
+from .state_store import PersonalState, StateStore
 
 
 @dataclass
@@ -28,83 +27,88 @@ class PrivateRounds:
     plan: Plan
     site: str
     secret: object
-    examples: int
+    task: Task
     ledger: PrivacyLedger
     max_epsilon: float | None = None
-
-    @property
-    def sample_rate(self) -> float:
-        """The probability with which a step draws an example."""
-        return min(1.0, self.plan.train.batch_size / max(1, self.examples))
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of a round."""
-        return self.plan.train.steps_per_round(self.examples)
+    _separable: bool = False  # once it is checked
 
     @cached_property
-    def noise_multiplier(self) -> float:
-        """The recipe's noise multiplier, or what spends the recipe's budget over all rounds."""
-        privacy = self.plan.privacy
-        if privacy.noise_multiplier is not None:
-            return privacy.noise_multiplier
-        assert privacy.epsilon is not None
-        return noise_for(privacy.epsilon, privacy.delta, self.sample_rate, self.steps * self.plan.rounds)
+    def forecast(self) -> PrivacyForecast:
+        """What the plan spends at this site."""
+        return PrivacyForecast(self.plan, len(self.task.train.examples))
 
-    @property
-    def round_spending(self) -> Spending:
-        """What one round spends."""
-        return Spending(self.noise_multiplier, self.sample_rate, self.steps)
-
-    def forecast(self) -> float:
-        """Return ε of all rounds of the plan."""
-        whole = dataclasses.replace(self.round_spending, steps=self.steps * self.plan.rounds)
-        return epsilon_of([whole], self.plan.privacy.delta)
+    @cached_property
+    def _identity(self) -> str:
+        """Hash of the plan with the site's own settings, and of the training examples."""
+        return digest(f"{to_json(self.plan)}|{hash_examples(self.task.train.examples)}")
 
     def spent(self) -> float:
         """Return ε of what the site has sent in this federation."""
         return epsilon_of(self.ledger.spendings(self.plan.name), self.plan.privacy.delta)
 
-    def check_forecast(self) -> None:
-        """Raise RefusedError before the first round if the plan would spend more than the site allows."""
-        if self.max_epsilon is None:
-            return
-        epsilon = self.forecast()
-        if epsilon > self.max_epsilon:
-            raise RefusedError(
-                "privacy.epsilon", f"at most {self.max_epsilon:g} (allow.max_epsilon)", f"{epsilon:.3g}", site=self.site
-            )
+    def check_start(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Check before the first round what the plan would spend, δ, and the model.
 
-    def check_request(self, request: TrainRequest) -> None:
-        """Raise RefusedError for requests before round 1, whose replies would have no noise."""
+        Raises RefusedError, ConfigError or ModelError.
+        """
+        check_delta(self.plan, self.forecast.examples, self.site)
+        epsilon = self.forecast.epsilon()
+        if self.max_epsilon is not None:
+            epsilon = self.forecast.epsilon(*self.ledger.others(self.plan.name))
+            if epsilon > self.max_epsilon:
+                limit = f"at most {self.max_epsilon:g} (allow.max_epsilon, of all federations)"
+                raise RefusedError("privacy.epsilon", limit, f"{epsilon:.3g}", site=self.site)
+        self._check_model(parameters)
+
+    def check_request(self, request: TrainRequest, state: PersonalState | None = None) -> None:
+        """Raise RefusedError for what would not be private.
+
+        These are requests before round 1, whose replies would have no noise, and a state that was trained without
+        noise: the gradients of A and B depend on it.
+        """
         if request.kind in PRELIMINARY:
             raise RefusedError("request", "a round, with differential privacy", request.kind, site=self.site)
+        if state and request.kind == "train" and state.round and not state.noised:
+            found = f"the state of round {state.round}, which was trained without noise"
+            raise RefusedError("state", "a state that was trained with noise", found, site=self.site)
 
-    def loop(
-        self, request: TrainRequest, state: PersonalState, task: Task, parameters: Mapping[str, nn.Parameter]
-    ) -> PrivateLoop:
+    def loop(self, request: TrainRequest, state: PersonalState, parameters: Mapping[str, nn.Parameter]) -> PrivateLoop:
         """Return the training loop of a round, which is paid for before it is returned.
 
         A round that runs again from the same state gets the same noise and spends nothing. The same noise on other
-        gradients would let an observer subtract it, so the noise also derives from the content of the request and of
-        the state. Raises RefusedError if the budget is spent.
+        gradients would let an observer subtract it, so the noise also derives from the content of the request, the
+        state, the plan and the training examples. Raises RefusedError if the budget is spent.
         """
-        key = digest(f"{request.key}|{_hash_state(state)}")
+        self._check_model(parameters)
+        key = digest(f"{request.key}|{_hash_state(state)}|{self._identity}")
+        spending = self.forecast.of_rounds(1)
         if not self.ledger.has(key):
-            self._check_budget()
-            check_separable(task, parameters, self.plan.train)
-            self.ledger.spend(self.plan.name, key, self.round_spending)
+            self._check_budget(spending)
+            self.ledger.spend(self.plan.name, key, spending)
         source = NoiseSource("privacy", self.secret, self.plan.name, self.site, key)
-        return PrivateLoop(self.noise_multiplier, self.plan.privacy.max_grad_norm, source)
+        return PrivateLoop(spending.noise_multiplier, self.plan.privacy.max_grad_norm, source)
 
-    def _check_budget(self) -> None:
+    def _check_model(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        if not self._separable:
+            check_separable(self.task, parameters, self.plan.train)
+            self._separable = True
+
+    def _check_budget(self, spending: Spending) -> None:
         privacy, ledger = self.plan.privacy, self.ledger
         limits = (
             (ledger.spendings(self.plan.name), privacy.epsilon, "privacy.epsilon"),
             (ledger.spendings(), self.max_epsilon, "allow.max_epsilon"),
         )
         for spendings, limit, key in limits:
-            check_budget([*spendings, self.round_spending], privacy.delta, limit, key, self.site)
+            check_budget([*spendings, spending], privacy.delta, limit, key, self.site)
+
+
+def private_rounds(plan: Plan, task: Task, store: StateStore) -> PrivateRounds | None:
+    """Return the private rounds of a site; None for a plan without differential privacy, or one that shares nothing."""
+    if not plan.privacy.enabled or not plan.row().shares:
+        return None
+    ledger = PrivacyLedger(store.folder.parent / LEDGER)
+    return PrivateRounds(plan, task.rows.site, store.secret or plan.seed, task, ledger)
 
 
 def _hash_state(state: PersonalState) -> str:

@@ -47,6 +47,7 @@ class PersonalState:
     plan: str = ""  # JSON of the plan that the state was trained with, including the site's own choices
     local: PersonalState | None = None  # of the model that the site trains alone, with train.fallback
     feedback: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what rounding left out of the last update
+    noised: bool = False  # every training step up to here had the noise of differential privacy
     is_local: bool = False  # the model in ``tensors`` was trained alone, and needs no shared adapter
 
 
@@ -99,6 +100,7 @@ class StateStore:
                 meta["card"]["plan"],
                 local=_local_state(arrays, meta, round_number),
                 feedback=_under(arrays, FEEDBACK),
+                noised=meta.get("noised", False),
             )
         except (KeyError, TypeError) as error:
             raise _incomplete(path, error) from None
@@ -154,6 +156,7 @@ class StateStore:
         meta |= {
             "base": state.base,
             "row_scores": state.row_scores,
+            "noised": state.noised,
             "local_position": state.local.position if state.local else None,
             "reply": reply_fields,
             "card": dataclasses.asdict(metadata),

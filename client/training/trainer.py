@@ -45,8 +45,7 @@ from .error_feedback import quantized_update
 from .fallback import LocalModel, local_plan
 from .label_list import with_pinned_labels
 from .measuring import Measurer
-from .privacy_budget import LEDGER, PrivacyLedger
-from .private_rounds import PrivateRounds
+from .private_rounds import private_rounds
 from .schedule import phases
 from .soundness import check_trained
 from .spectral import power_step
@@ -98,10 +97,7 @@ class Trainer:
         layout = layout_of(self.parameters)
         self.layout = self.method.having(layout, SHARED)
         self.site_seed = seed_from(store.secret or self.plan.seed, self.plan.name, self.site)
-        self.private_rounds: PrivateRounds | None = None
-        if self.plan.privacy.enabled and trains and self.method.shares:
-            secret, ledger = store.secret or self.plan.seed, PrivacyLedger(store.folder.parent / LEDGER)
-            self.private_rounds = PrivateRounds(self.plan, self.site, secret, self.examples, ledger)
+        self.private_rounds = private_rounds(self.plan, self.task, store) if trains else None
         heads = {key: layout[key] for key in self.task.head}
         head_seed = seed_from(self.site_seed, "head") if self.method.head is PERSONAL else self.plan.seed
         self.initial = {**model.initial, **initial_values(heads, self.plan.adapter, head_seed)}
@@ -125,7 +121,7 @@ class Trainer:
         if self.trains and self.plan.evaluation.validation_loss:
             require_validation_rows(task.validation.examples, self.site)
         if self.private_rounds:
-            self.private_rounds.check_forecast()
+            self.private_rounds.check_start(self.parameters)
         return SiteInfo(
             site=self.site,
             protocol=PROTOCOL,
@@ -136,8 +132,8 @@ class Trainer:
             task=task.rows.task,
             train=self.examples if self.trains else 0,
             test=len(task.test.examples),
-            truncated=task.train.truncated + task.test.truncated,
-            dropped=task.train.dropped + task.test.dropped,
+            truncated=0 if self.private_rounds else task.train.truncated + task.test.truncated,
+            dropped=0 if self.private_rounds else task.train.dropped + task.test.dropped,
             classes=len(task.rows.labels),
             labels=hash_labels(task.rows.labels) if self.method.head is SHARED else "",
         )
@@ -166,6 +162,8 @@ class Trainer:
         stored_state = self.store.state(request.admitted_round)
         state = stored_state or PersonalState()
         check_private(state, self.plan.private, self.site)
+        if self.private_rounds:
+            self.private_rounds.check_request(request, state)
         if state.round == 0:
             state = self._with_probed_head(state, request)
         finalizes = request.kind == "finalize"
@@ -190,6 +188,7 @@ class Trainer:
             state.base,
             local=self.local.train(request, state.local, on_step) if self.local else None,
             feedback=feedback,
+            noised=self.private_rounds is not None and not (finalizes and trained.steps),
         )
         if finalizes:
             new, metrics = self._finalize(request, new, on_step)
@@ -197,13 +196,14 @@ class Trainer:
             metrics = {**metrics, **update_metrics, "train.loss": trained.loss}
         if self.private_rounds:
             metrics = {**metrics, EPSILON: self.private_rounds.spent()}
+        hides = self.private_rounds is not None and finalizes  # steps without noise: their counts tell of the rows
         if trained.overflows:
             metrics = {**metrics, OVERFLOWS: float(trained.overflows)}
         reply = self._reply(
             request,
             shared=shared,
-            terms=trained.terms,
-            examples=trained.examples,
+            terms=0 if hides else trained.terms,
+            examples=0 if hides else trained.examples,
             metrics=metrics,
             seconds=self._seconds_since(started),
             measuring=self.measurer.seconds,
@@ -366,10 +366,10 @@ class Trainer:
         planned = planned if self.trains else []
         take_steps = self.take_steps
         if self.private_rounds and request.kind == "train":
-            take_steps = self.private_rounds.loop(request, state, self.task, trainable).train
+            take_steps = self.private_rounds.loop(request, state, trainable).train
         return take_steps(self.task, trainable, planned, settings, cursor, on_step)
 
 
 def without_metrics(reply: TrainReply) -> TrainReply:
-    """The reply as it leaves a private federation: ε depends on public numbers only, and all other metrics stay."""
+    """The reply as it leaves a private federation: only ε stays in it, which depends on public numbers only."""
     return dataclasses.replace(reply, metrics={key: value for key, value in reply.metrics.items() if key == EPSILON})

@@ -37,6 +37,11 @@ def _check_privacy(recipe: Recipe) -> None:
         message = 'server.weights = "benefit" is not possible with [privacy]: its ratio has no noise.'
         hint = "Choose other weights."
         raise ConfigError("server.weights", "other weights with [privacy]", "benefit", message=message, hint=hint)
+    if recipe.privacy.withholds_metrics and recipe.server.validates:
+        key = "server.keep" if recipe.server.keep == "best" else "server.patience"
+        message = f"{key} is not possible with [privacy]: it needs losses of the validation rows, which have no noise."
+        hint = f'Remove {key}. A simulation can set privacy.metrics = "all".'
+        raise ConfigError(key, "unset with [privacy]", "set", message=message, hint=hint)
     check_privacy(recipe.plan)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from .field_types import PositiveFloat
+from .field_types import PositiveFloat, Probability
 from .schema import STRICT, Count, DataSettings, Name, Positive, Precision, Private, TrackingSettings
 from .training_schema import Optimizer
 
@@ -142,6 +142,9 @@ class AllowSettings:
     max_epsilon: PositiveFloat | None = None
     """Maximum privacy budget ε of all federations together, at the recipe's δ. A recipe without ``[privacy]`` is then
     refused. Unset: any."""
+
+    max_delta: Probability = 1e-5
+    """Maximum δ of differential privacy."""
 
     min_noise: PositiveFloat | None = None
     """Minimum noise multiplier of differential privacy. A recipe without ``[privacy]`` is then refused. Unset: any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -103,6 +104,10 @@ class Task(ABC):
         """Make one batch of examples, padded to its longest example, on the model's device."""
 
     @abstractmethod
+    def made_up(self) -> tuple[Any, Any]:
+        """Two examples of different lengths that come from no row. Their labels have no meaning."""
+
+    @abstractmethod
     def outputs(self, batch: Batch) -> torch.Tensor:
         """The module's outputs for the rows of a batch, shape (n, …)."""
 
@@ -144,6 +149,29 @@ class Task(ABC):
             loss, n = self.loss(batch)
             total, terms = total + float(loss) * n, terms + n
         return total / terms if terms else float("nan")
+
+
+def hash_examples(value: Any) -> str:
+    """Return a SHA-256 of examples of any task: the same in every process."""
+    state = hashlib.sha256()
+    _feed(state, value)
+    return state.hexdigest()
+
+
+def _feed(state: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        state.update(
+            f"tensor|{value.dtype}|{tuple(value.shape)}|".encode() + value.cpu().contiguous().numpy().tobytes()
+        )
+    elif isinstance(value, list | tuple):
+        state.update(f"list|{len(value)}|".encode())
+        for inner in value:
+            _feed(state, inner)
+    else:
+        state.update(f"{type(value).__name__}|{value!r}|".encode())
+    for name, inner in sorted(getattr(value, "__dict__", {}).items()):
+        state.update(f"{name}=".encode())
+        _feed(state, inner)
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:

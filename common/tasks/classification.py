@@ -98,6 +98,11 @@ class Classification(Task):
             batch["token_type_ids"] = pad([tokens.types for tokens in ids], 0, left=left)
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
+    def made_up(self) -> tuple[Any, Any]:
+        """Texts of one word and of many."""
+        short, long = self.encoder([{"text": "a"}, {"text": "a " * PADDED}])
+        return (short, self._no_target), (long, self._no_target)
+
     def outputs(self, batch: Batch) -> torch.Tensor:
         """The logits (n, classes)."""
         return self._logits(batch)
@@ -176,6 +181,11 @@ class Classification(Task):
         return True
 
     # What follows is all that depends on how many labels a text has.
+
+    @property
+    def _no_target(self) -> Label:
+        """A target that no row gave."""
+        return 0
 
     def _targets(self, rows: Sequence[Row]) -> list[Label]:
         """The target of each row: the index of its class, or probabilities of all classes where the row has them."""

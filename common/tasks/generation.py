@@ -88,6 +88,12 @@ class Generation(Task):
         }
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
+    def made_up(self) -> tuple[Any, Any]:
+        """Prompts and answers of one word and of several."""
+        rows = [{"prompt": "a", "completion": "a"}, {"prompt": "a a a a", "completion": "a a a a"}]
+        short, long = self.encode(rows).examples
+        return short, long
+
     def outputs(self, batch: Batch) -> torch.Tensor:
         """The logits (n, longest, vocabulary)."""
         return self.module(**{key: value for key, value in batch.items() if key != "labels"}).logits

@@ -56,6 +56,11 @@ class MultiLabel(Classification):
             raise DataError("data.label", f"a label seen in training ({abbreviated(seen)})", repr(unseen[0]))
         return labels
 
+    @property
+    def _no_target(self) -> Label:
+        """No label."""
+        return [0.0] * len(self.rows.labels)
+
     def _targets(self, rows: Sequence[Row]) -> list[Label]:
         """One number for each label: 1.0 where the row has it, else 0.0."""
         return [[float(label in labels_of(row)) for label in self.rows.labels] for row in rows]

@@ -46,6 +46,13 @@ class Regression(Task):
         x, y = zip(*examples, strict=True)
         return {"x": torch.stack(x), "y": torch.stack(y)}
 
+    def made_up(self) -> tuple[Any, Any]:
+        """Two random matrices."""
+        x, y = self.train.examples[0]
+        generator = torch.Generator().manual_seed(0)
+        first, second = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2))
+        return (first, torch.zeros_like(y)), (second, torch.zeros_like(y))
+
     def outputs(self, batch: Batch) -> torch.Tensor:
         """The predictions (n,)."""
         return self.module(batch["x"])

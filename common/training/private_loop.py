@@ -7,11 +7,13 @@ copies is the gradient of each example, for every method and every form of adapt
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from ..adapters.stacked import NotStackable, stacked
@@ -32,7 +34,6 @@ from .loop import (
 from .noise import NoiseSource
 from .stacked_loop import SiteTraining, compare_outputs, rows_of
 
-COMPARED = 3  # copies of an example with which a model is checked
 Gradients = dict[str, torch.Tensor]
 
 
@@ -58,7 +59,7 @@ class PrivateLoop:
         cursor: TrainCursor,
         callback: StepCallback | None = None,
     ) -> TrainOutcome:
-        """Train ``parameters`` in place. The counts of the result are the expected ones.
+        """Train ``parameters`` in place. The result counts the expected number of examples, not those drawn.
 
         Raises ModelError for a model whose examples cannot be separated.
         """
@@ -89,6 +90,7 @@ class PrivateLoop:
                     callback(step - cursor.step, total)
         train_only(parameters, frozenset())
         state = save_optimizer_state(optimizer, parameters) if settings.persist_optimizer_state else {}
+        losses = [loss for loss in losses if math.isfinite(loss)]  # an infinite one must not refuse the round
         loss = sum(losses) / len(losses) if losses else 0.0
         expected = total * batch_size
         return TrainOutcome(loss, expected, expected, state, total, total)
@@ -96,12 +98,23 @@ class PrivateLoop:
     def _sum(
         self, task: Task, trained: Mapping[str, nn.Parameter], examples: Sequence[Any], settings: TrainSettings
     ) -> tuple[Gradients, list[float]]:
-        """The sum of the examples' clipped gradients, and the losses. At most ``micro_batch`` are computed at once."""
+        """The sum of the examples' clipped gradients, and the losses.
+
+        At most ``micro_batch`` examples are computed at once, and fewer if they do not fit into memory.
+        """
         total: Gradients = {key: torch.zeros_like(parameter) for key, parameter in trained.items()}
         losses: list[float] = []
-        size = settings.micro_batch or 2 * settings.batch_size
-        for start in range(0, len(examples), size):
-            gradients, of_chunk = example_gradients(task, trained, examples[start : start + size])
+        size, start = settings.micro_batch or 2 * settings.batch_size, 0
+        while start < len(examples):
+            try:
+                gradients, of_chunk = example_gradients(task, trained, examples[start : start + size])
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error) or size == 1:
+                    raise
+                clear_device_cache(garbage_collection=True)
+                size = (size + 1) // 2
+                continue
+            start += size
             factors = _clip_factors(gradients, self.max_grad_norm)
             for key, gradient in gradients.items():
                 # an infinite gradient has the factor 0, and 0 · ∞ is not 0
@@ -139,16 +152,18 @@ def _clip_factors(gradients: Gradients, max_norm: float) -> torch.Tensor:
 
 
 def check_separable(task: Task, parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> None:
-    """Check that an example's outputs do not depend on the others in its batch. The parameters stay as they are.
+    """Check that an example's outputs do not depend on the others in its batch, nor on padding.
 
-    Raises ModelError, since the norm of one example's gradient would otherwise not bound its influence.
+    The examples are made up and the values random: whether the check fails tells nothing of the site's rows. The
+    parameters stay as they are. Raises ModelError, since the norm of one example's gradient would otherwise not bound
+    its influence.
     """
-    values = {key: parameter.detach().clone() for key, parameter in parameters.items()}
-    one = dataclasses.replace(settings, batch_size=1)
+    before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+    zero = {key: torch.zeros_like(value) for key, value in before.items()}
     cursor = TrainCursor(0, 1, 0, 0, 0)
-    copy = SiteTraining(task, parameters, (), one, cursor, None, parameters=parameters, values=values)
+    copy = SiteTraining(task, parameters, (), settings, cursor, None, parameters=parameters, values=zero)
     try:
-        compare_outputs([copy] * COMPARED)
+        compare_outputs([copy, copy], [[example] for example in task.made_up()])
     except NotStackable as error:
         raise ModelError(
             "privacy",
@@ -158,4 +173,4 @@ def check_separable(task: Task, parameters: Mapping[str, nn.Parameter], settings
             hint="Use another base model, or remove [privacy].",
         ) from None
     finally:
-        copy.load()
+        dataclasses.replace(copy, values=before).load()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from ..adapters.stacked import NotStackable, stacked
@@ -61,14 +62,19 @@ class SiteTraining:
         return min(self.settings.batch_size, len(self.task.train.examples))
 
     @property
+    def model_kind(self) -> object:
+        """Whether a model can be stacked depends on this."""
+        layout = tuple((key, tuple(value.shape)) for key, value in self.values.items())
+        adapters = tuple(id(p) for key, p in self.parameters.items() if key not in self.task.head)
+        return type(self.task), layout, adapters, tuple(self.trainable), self.rows
+
+    @property
     def kind(self) -> object:
         """Sites whose kinds are equal can train together."""
         moments, cursor = self.cursor.moments or {}, self.cursor
         steps = tuple((key, float(value)) for key, value in sorted(moments.items()) if key.endswith("/step"))
-        layout = tuple((key, tuple(value.shape)) for key, value in self.values.items())
-        adapters = tuple(id(p) for key, p in self.parameters.items() if key not in self.task.head)
         plan = (tuple(self.phases), self.settings, cursor.step, cursor.total)
-        return (type(self.task), layout, adapters, tuple(self.trainable), plan, self.rows, len(moments), steps)
+        return self.model_kind, plan, len(moments), steps
 
     def load(self) -> None:
         """Copy the values into the model."""
@@ -196,28 +202,46 @@ def _tell(sites: Sequence[SiteTraining], done: int, total: int) -> None:
 
 
 @torch.no_grad()
-def compare_outputs(sites: Sequence[SiteTraining]) -> None:
-    """Compare the model's outputs for each site alone and beside the others, for random values of all parameters.
+def compare_outputs(sites: Sequence[SiteTraining], batches: Sequence[Sequence[Any]]) -> None:
+    """Compare the model's outputs for each site's batch alone and beside the others, for random parameters.
 
     A layer that takes its rows in another order would otherwise mix the sites silently. Raises NotStackable at a
     relative difference above rounding.
     """
     trial = [_with_noise(site, i) for i, site in enumerate(sites)]
-    batches = [site.task.train.examples[: site.rows] for site in trial]
     alone = []
-    for site, examples in zip(trial, batches, strict=True):
-        site.task.module.eval()
-        site.load()
-        batch = site.task.collate(examples)
-        alone.append(_of_tokens(site.task.outputs(batch), batch))
-    with stacked(trial[0].task.module, trial[0].parameters, _stack(trial)):
-        trial[0].task.module.eval()
-        batch = trial[0].task.collate([example for examples in batches for example in examples])
-        together = _of_tokens(trial[0].task.outputs(batch), batch)
+    try:
+        for site, examples in zip(trial, batches, strict=True):
+            site.task.module.eval()
+            site.load()
+            batch = site.task.collate(examples)
+            alone.append(_of_tokens(site.task.outputs(batch), batch))
+        with stacked(trial[0].task.module, trial[0].parameters, _stack(trial)):
+            trial[0].task.module.eval()
+            batch = trial[0].task.collate([example for examples in batches for example in examples])
+            together = _of_tokens(trial[0].task.outputs(batch), batch)
+    except RuntimeError as error:
+        if should_reduce_batch_size(error):
+            raise
+        raise NotStackable(f"the model fails with {type(error).__name__}") from error
     limit = AGREEMENT.get(sites[0].task.plan.model.precision, AGREEMENT["bf16"])
     expected = torch.cat(alone)
     if expected.shape != together.shape or not (expected - together).abs().max() <= limit * expected.abs().max():
         raise NotStackable("the outputs for a row depend on the other rows of the batch")
+
+
+@torch.no_grad()
+def compare_loss(site: SiteTraining) -> None:
+    """Compare the loss as the model computes it with that of its outputs. Raises NotStackable if they differ."""
+    site.task.module.eval()
+    batch = site.task.collate(site.task.train.examples[: site.rows])
+    own, of_outputs = (float(loss) for loss in (site.task.loss(batch)[0], _loss_of_outputs(site, batch)))
+    if not abs(own - of_outputs) <= AGREEMENT["fp32"] * max(1.0, abs(own)):
+        raise NotStackable("the model adds terms of its own to the loss")
+
+
+def _loss_of_outputs(site: SiteTraining, batch: Batch) -> torch.Tensor:
+    return site.task.loss_of(site.task.outputs(batch), batch)[0]
 
 
 def _of_tokens(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:

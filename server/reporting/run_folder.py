@@ -112,6 +112,14 @@ class RunFolder:
                 message=f"The recipe differs from that of the run in {self.path}: {difference}.",
                 hint="Undo the change, or choose another --out.",
             )
+        if recipe.rounds > stored.rounds and recipe.privacy.epsilon is not None:
+            raise ConfigError(
+                "rounds",
+                f"{stored.rounds}, with privacy.epsilon",
+                recipe.rounds,
+                message=f"The privacy budget of the run in {self.path} is for {stored.rounds} rounds.",
+                hint="A run whose recipe has privacy.noise_multiplier without epsilon can be extended.",
+            )
         if recipe.rounds > stored.rounds:
             self.write_recipe(recipe)
             events = EventLog(self.path / "events.jsonl", listener)

@@ -97,6 +97,7 @@ BATCHED = {"simulation": {"threads": 1, "engine": "batched"}, "private": "lora"}
         "groups and benefit weights",
         "batched engine",
         "differential privacy",
+        "updates in 4 bits",
         "adam",
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from ....common.config.loader import load_recipe
 from ....common.config.schema import Plan
 from ....common.config.site_schema import SiteSettings
+from ....common.errors import ConfigError, RefusedError
 
 
 def check_recipe(path: Path, site: SiteSettings, examples: int | None) -> str:
@@ -19,6 +20,9 @@ def check_recipe(path: Path, site: SiteSettings, examples: int | None) -> str:
     from ...trainer_service.policy import check_allowed
 
     plan = load_recipe(path).plan
+    if plan.privacy.enabled and site.trainer.seeds != "secret":
+        message = 'trainer.seeds must be "secret" with [privacy].'
+        raise ConfigError("trainer.seeds", "secret", site.trainer.seeds, message=message)
     check_bounds(plan, site)
     check_allowed(plan, plan.name, site)
     check_lower_bounds(plan, site, examples)
@@ -33,13 +37,17 @@ def _privacy(plan: Plan, site: SiteSettings, examples: int | None) -> str:
         return "no differential privacy"
     if not examples:
         return "differential privacy: ε is unknown without rows"
-    from ...training.privacy_budget import LEDGER, PrivacyLedger, epsilon_of
-    from ...training.private_rounds import PrivateRounds
+    from ...training.privacy_budget import LEDGER, PrivacyForecast, PrivacyLedger, check_delta, epsilon_of
 
-    ledger = PrivacyLedger(Path(site.trainer.state) / LEDGER)
-    rounds = PrivateRounds(plan, site.name, "", examples, ledger, site.allow.max_epsilon)
-    rounds.check_forecast()
-    spent = epsilon_of(ledger.spendings(), plan.privacy.delta)
-    before = f"; other federations have spent {spent:.3g}" if spent else ""
-    noise = f"noise multiplier {rounds.noise_multiplier:.3g}"
-    return f"differential privacy: ε = {rounds.forecast():.3g} at δ = {plan.privacy.delta:g}, {noise}{before}"
+    forecast, others = (
+        PrivacyForecast(plan, examples),
+        PrivacyLedger(Path(site.trainer.state) / LEDGER).others(plan.name),
+    )
+    check_delta(plan, examples, site.name)
+    epsilon, limit = forecast.epsilon(*others), site.allow.max_epsilon
+    if limit is not None and epsilon > limit:
+        raise RefusedError("privacy.epsilon", f"at most {limit:g} (allow.max_epsilon)", f"{epsilon:.3g}")
+    spent = epsilon_of(others, plan.privacy.delta)
+    before = f"; with other federations, which have spent {spent:.3g}, ε = {epsilon:.3g}" if spent else ""
+    noise = f"noise multiplier {forecast.noise_multiplier:.3g}"
+    return f"differential privacy: ε = {forecast.epsilon():.3g} at δ = {plan.privacy.delta:g}, {noise}{before}"

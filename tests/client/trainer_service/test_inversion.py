@@ -244,6 +244,30 @@ def test_within_the_ordinary_limits_some_tokens_can_still_be_read(bert: MakeMode
 
 
 @pytest.mark.parametrize(
+    ("privacy", "message"),
+    [
+        ({"epsilon": 8.0, "metrics": "all"}, "privacy.metrics: expected none (all is for simulations), found all"),
+        ({"epsilon": 8.0, "delta": 0.01}, "privacy.delta: expected at most 1e-05 (allow.max_delta), found 0.01"),
+        ({"noise_multiplier": 0.4}, "privacy.noise_multiplier: expected noise of at least 0.5 (allow.min_noise)"),
+        ({"epsilon": 8.0, "noise_multiplier": 0.6}, ""),
+    ],
+)
+@pytest.mark.parametrize("method", ["colora", "local"])
+def test_a_deployed_site_does_not_take_the_coordinators_word_on_privacy(
+    privacy: dict[str, Any], message: str, method: str
+) -> None:
+    """Also for a method that shares nothing, whose metrics would leave."""
+    site = parse(SiteSettings, {"name": "ada", "data": {"source": "a.csv"}, "allow": {"min_noise": 0.5}})
+    raw = {"name": "town", "rounds": 1, "model": {"source": "m"}, "method": {"name": method}, "privacy": privacy}
+    if not message:
+        check_lower_bounds(parse(Plan, raw), site)
+        return
+    with pytest.raises(RefusedError) as caught:
+        check_lower_bounds(parse(Plan, raw), site)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("allow", "train", "message"),
     [
         ({"min_examples": 40}, {"steps": 5, "batch_size": 8}, ""),
@@ -288,5 +312,5 @@ def test_each_lower_bound_holds_to_the_number(allow: dict[str, Any], train: dict
         check_lower_bounds(plan, site)
     assert str(caught.value).startswith(f"site ada: {message}")
     local = dataclasses.replace(plan, method=dataclasses.replace(plan.method, name="local"))
-    if not train.get("report_benefit"):
-        check_lower_bounds(local, site)  # nothing is sent
+    if not train.get("report_benefit") and not allow.keys() & {"max_epsilon", "min_noise"}:
+        check_lower_bounds(local, site)  # only metrics are sent

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,14 @@ import pytest
 from flwr.app import Message
 from opacus.accountants import RDPAccountant
 
+from colora.client.artifacts.transfer import _distillation_plan
 from colora.client.training.privacy_budget import LEDGER, PrivacyLedger, Spending, epsilon_of, noise_for
-from colora.client.training.private_rounds import PrivateRounds
 from colora.client.training.state_store import StateStore
 from colora.client.training.trainer import Trainer
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
 from colora.common.config.schema import Plan, PrivacySettings
-from colora.common.errors import ConfigError, ModelError, QuorumError, RefusedError, StateError
+from colora.common.errors import ConfigError, ModelError, RefusedError, StateError
 from colora.common.protocol.types import EPSILON, TrainReply
 from colora.simulation.run import simulate
 
@@ -125,27 +126,100 @@ def test_a_site_stops_when_its_budget_is_spent(town: Town) -> None:
     assert len(ledger_of(site)) == plan.rounds
 
 
-def test_the_limit_of_a_site_counts_all_federations(town: Town, tmp_path: Path) -> None:
+def test_the_limit_of_a_site_counts_all_federations(town: Town) -> None:
+    """Before the first round, and in every round."""
     plan = private_plan(town)
-    ledger = PrivacyLedger(tmp_path / LEDGER)
-    ledger.spend("other", "key", Spending(1.0, 0.25, 2))
-    two = epsilon_of([Spending(1.0, 0.25, 4)], 1e-5)
-    rounds = PrivateRounds(plan, "ada", "s", 16, ledger, max_epsilon=two * 0.99)
+    site = town.site(plan)
+    assert site.private_rounds
+    ledger = PrivacyLedger(site.store.folder.parent / LEDGER)
+    ledger.spend("other", "key", Spending(1.0, 0.25, 8))
+    both = epsilon_of([Spending(1.0, 0.25, 16)], 1e-5)
+    site.private_rounds.max_epsilon = both * 1.01
+    site.site_info()
+    site.private_rounds.max_epsilon = both * 0.99
+    with pytest.raises(RefusedError, match=r"allow\.max_epsilon, of all federations"):
+        site.site_info()
+    site.private_rounds.max_epsilon = epsilon_of([Spending(1.0, 0.25, 9)], 1e-5)
     with pytest.raises(RefusedError, match=r"allow\.max_epsilon"):
-        rounds._check_budget()
-    PrivateRounds(plan, "ada", "s", 16, ledger, max_epsilon=two * 1.01)._check_budget()
+        site.handle(order(plan, 1, initial_shared_state(plan, 2)))
 
 
 def test_the_forecast_is_refused_before_the_first_round(town: Town) -> None:
     plan = private_plan(town, PrivacySettings(epsilon=4.0))
     site = town.site(plan)
     assert site.private_rounds
-    assert 3.8 < site.private_rounds.forecast() <= 4.0
+    assert 3.8 < site.private_rounds.forecast.epsilon() <= 4.0
     site.private_rounds.max_epsilon = 3.0
     with pytest.raises(RefusedError) as refused:
         site.site_info()
-    assert str(refused.value).startswith("site ada: privacy.epsilon: expected at most 3 (allow.max_epsilon), found 4")
+    assert str(refused.value).startswith("site ada: privacy.epsilon: expected at most 3 (allow.max_epsilon")
     assert ledger_of(site) == {}
+
+
+def test_a_delta_that_allows_publishing_an_example_is_refused(town: Town) -> None:
+    site = town.site(private_plan(town, PrivacySettings(epsilon=4.0, delta=0.1)))
+    with pytest.raises(ConfigError, match=r"privacy\.delta is 0\.1, which is no protection for 16 training examples"):
+        site.site_info()
+
+
+def test_a_private_round_never_starts_from_a_state_without_noise(town: Town) -> None:
+    """A coordinator asks for the final steps early, which have no noise, and names their state as admitted."""
+    plan = private_plan(town, final_steps=2)
+    site, shared = town.site(plan), initial_shared_state(plan, 2)
+    site.handle(order(plan, 1, shared))
+    final = site.handle(order(plan, 2, shared, phase="finalize"))
+    assert (final.terms, final.examples) == (0, 0), "counts of steps without noise"
+    with pytest.raises(RefusedError, match="trained without noise"):
+        site.handle(order(plan, 3, shared))
+    assert len(ledger_of(site)) == 1
+
+
+def test_a_plan_that_becomes_private_cannot_continue_from_older_states(town: Town) -> None:
+    plan = town.plan()
+    shared = initial_shared_state(plan, 2)
+    town.site(plan).handle(order(plan, 1, shared))
+    private = private_plan(town)
+    with pytest.raises(RefusedError, match="trained without noise"):
+        town.site(private).handle(order(private, 2, shared))
+
+
+def test_other_rows_get_other_noise_and_are_paid_for(town: Town) -> None:
+    """A coordinator replays round 1 after the site's rows have changed."""
+    plan = private_plan(town, PrivacySettings(noise_multiplier=1e4), optimizer="sgd", steps=1)
+    shared, moved = initial_shared_state(plan, 2), []
+    for rows in (16, 15):
+        site = town.site(plan, rows=rows)
+        for path in site.store.folder.glob("round-*"):
+            path.unlink()
+        reply = site.handle(order(plan, 1, shared))
+        moved.append(np.concatenate([(reply.shared[key] - shared[key]).ravel() for key in sorted(shared)]))
+    assert len(ledger_of(site)) == 2
+    assert abs(np.corrcoef(moved[0], moved[1])[0, 1]) < 0.2
+
+
+def test_one_example_without_a_finite_loss_does_not_refuse_a_round(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the refusal would tell that the example is there."""
+    plan = private_plan(town)
+    site = town.site(plan)
+    loss_of, calls = site.task.loss_of, []
+
+    def sometimes_infinite(*arguments: Any) -> Any:
+        calls.append(1)
+        loss, terms = loss_of(*arguments)
+        return (loss * float("inf") if len(calls) == 2 else loss), terms
+
+    monkeypatch.setattr(site.task, "loss_of", sometimes_infinite)
+    reply = site.handle(order(plan, 1, initial_shared_state(plan, 2)))
+    assert len(calls) > 2
+    assert all(np.isfinite(value).all() for value in reply.shared.values())
+
+
+def test_counts_of_cut_and_empty_rows_stay_at_the_site(town: Town) -> None:
+    """They depend on ``model.max_length``, which a coordinator can vary."""
+    plan = private_plan(town)
+    short = dataclasses.replace(plan, model=dataclasses.replace(plan.model, max_length=4))
+    assert town.site(dataclasses.replace(short, privacy=PrivacySettings())).site_info().truncated > 0
+    assert town.site(short).site_info().truncated == 0
 
 
 def test_a_damaged_ledger_ends_the_round(town: Town) -> None:
@@ -178,8 +252,9 @@ def test_a_model_that_mixes_rows_is_refused(town: Town, monkeypatch: pytest.Monk
     monkeypatch.setattr(BertForSequenceClassification, "forward", mixing)
     plan = private_plan(town)
     site = town.site(plan)
-    with pytest.raises(ModelError, match="depend on the other rows of the batch"):
-        site.handle(order(plan, 1, initial_shared_state(plan, 2)))
+    for call in (site.site_info, lambda: site.handle(order(plan, 1, initial_shared_state(plan, 2)))):
+        with pytest.raises(ModelError, match="depend on the other rows of the batch"):
+            call()
     assert ledger_of(site) == {}
 
 
@@ -191,6 +266,7 @@ def test_a_model_that_mixes_rows_is_refused(town: Town, monkeypatch: pytest.Monk
         ("train", "class_weights", "balanced"),
         ("train", "report_benefit", True),
         ("adapter", "init", "spectral"),
+        ("evaluation", "validation_loss", True),
         ("model", "precision", "fp16"),
     ],
 )
@@ -208,7 +284,8 @@ def test_a_site_refuses_plans_that_would_break_the_guarantee(town: Town, table: 
     [
         ({"server": {"groups": "similarity"}}, "server.groups"),
         ({"server": {"weights": "benefit"}}, "server.weights"),
-        ({"server": {"patience": 2}, "data": {"validation_fraction": 0.3}}, "evaluation.validation_loss"),
+        ({"server": {"patience": 2}, "data": {"validation_fraction": 0.3}}, "server.patience"),
+        ({"server": {"keep": "best"}, "data": {"validation_fraction": 0.3}}, "server.keep"),
     ],
 )
 def test_a_recipe_that_would_break_the_guarantee_is_refused(tiny_recipe: dict, change: dict, key: str) -> None:
@@ -237,12 +314,26 @@ def test_with_all_metrics_a_simulation_shows_them(tiny_recipe: dict, tmp_path: P
     assert {EPSILON, "personal.accuracy"} <= metrics.keys()
 
 
-def test_more_rounds_than_the_budget_pays_for_end_the_run(tiny_recipe: dict, tmp_path: Path) -> None:
-    """``--rounds`` extends a run whose budget is spent: every site says so."""
+def test_a_run_with_a_budget_does_not_get_more_rounds(tiny_recipe: dict, tmp_path: Path) -> None:
     raw = {**tiny_recipe, "privacy": {"epsilon": 8.0}}
     simulate(recipe_from(raw), tmp_path / "run", resume=False)
-    with pytest.raises(QuorumError, match=r"The privacy budget is spent|ε would be|privacy\.epsilon"):
+    with pytest.raises(ConfigError, match=r"The privacy budget of the run in .* is for 2 rounds"):
         simulate(recipe_from({**raw, "rounds": 3}), tmp_path / "run", resume=True)
+
+
+def test_a_run_with_given_noise_gets_more_rounds_and_spends_more(tiny_recipe: dict, tmp_path: Path) -> None:
+    raw = {**tiny_recipe, "privacy": {"noise_multiplier": 2.0}, "train": {**tiny_recipe["train"], "final_steps": 1}}
+    simulate(recipe_from(raw), tmp_path / "run", resume=False)
+    run = simulate(recipe_from({**raw, "rounds": 3}), tmp_path / "run", resume=True)
+    spent = [e["metrics"][EPSILON] for e in run.events() if e["event"] == "reply" and e["site"] == "ada"]
+    assert spent == sorted(spent)
+    assert spent[-1] == pytest.approx(epsilon_of([Spending(2.0, 4 / 12, 6)], 1e-5))
+
+
+def test_a_private_model_can_be_transferred_without_noise(tiny_recipe: dict) -> None:
+    """It trains on generated texts, and nothing of it is sent."""
+    plan = recipe_from({**tiny_recipe, "privacy": {"epsilon": 8.0}}).plan
+    assert not _distillation_plan(SimpleNamespace(plan=plan), plan, 8).privacy.enabled  # type: ignore[arg-type]
 
 
 def test_the_batched_engine_trains_privately_as_well(tiny_recipe: dict, tmp_path: Path) -> None:
