@@ -91,7 +91,7 @@ class Trainer:
         check_layers(self.plan, rows.task, self.parameters)
         fallback = trains and self.plan.train.fallback is not None and self.method.shares
         self.local = LocalModel(self, self._train) if fallback else None
-        self.take_steps: Callable[..., TrainOutcome] = train  # with the arguments of ``train``
+        self.take_steps: Callable[..., TrainOutcome] | None = None  # in place of ``train``, with its arguments
         self.waited = 0.0  # seconds of the request in progress that went into the work of other sites
         self.measurer = Measurer(self)
         layout = layout_of(self.parameters)
@@ -364,7 +364,7 @@ class Trainer:
         trainable = method.having(self.parameters, SHARED, PERSONAL)
         planned = phases(self.plan, method, trainable, request.kind, examples=examples, late=late)
         planned = planned if self.trains else []
-        take_steps = self.take_steps
+        take_steps = self.take_steps or train
         if self.private_rounds and request.kind == "train":
             take_steps = self.private_rounds.loop(request, state, trainable).train
         return take_steps(self.task, trainable, planned, settings, cursor, on_step)

@@ -15,7 +15,15 @@ from colora.client.trainer_service import plan_bounds
 from colora.client.trainer_service.plan_bounds import BOUNDS, check_bounds, check_disk, check_request, numbers
 from colora.client.trainer_service.policy import check_allowed
 from colora.client.trainer_service.session import TrainerSession
-from colora.common.config.schema import DataSettings, PhaseSettings, Plan, to_dict, to_json
+from colora.common.config.schema import (
+    CommunicationSettings,
+    DataSettings,
+    PhaseSettings,
+    Plan,
+    PrivacySettings,
+    to_dict,
+    to_json,
+)
 from colora.common.config.site_schema import AllowSettings, SiteSettings
 from colora.common.errors import ColoraError, DataError, RefusedError, StateError
 from colora.common.protocol.types import TrainRequest
@@ -24,7 +32,8 @@ from .mutations import NUMBERS, TEXTS
 from .test_hostile_sites import recipe
 
 PROBABILITIES = {
-    *("adapter.dropout", "private.dropout", "train.label_smoothing", "train.warmup_ratio", "transfer.generator.top_p")
+    *("adapter.dropout", "private.dropout", "train.label_smoothing", "train.warmup_ratio", "transfer.generator.top_p"),
+    *("privacy.delta", "communication.update_bits"),
 }
 SITE = SiteSettings("ada", DataSettings())
 
@@ -38,7 +47,8 @@ def full_plan() -> dict[str, Any]:
     transfer = dataclasses.replace(plan.transfer, samples=1)
     patterns = {"rank_pattern": {"proj": 1}, "alpha_pattern": {"proj": 1.0}}
     adapter = dataclasses.replace(plan.adapter, layers_to_transform=(0,), **patterns)
-    return to_dict(dataclasses.replace(plan, adapter=adapter, train=train, transfer=transfer))
+    more = {"privacy": PrivacySettings(1.0, 1e-6, 1.0), "communication": CommunicationSettings(update_bits=8)}
+    return to_dict(dataclasses.replace(plan, adapter=adapter, train=train, transfer=transfer, **more))
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -68,7 +78,7 @@ def test_every_number_of_a_plan_has_a_bound() -> None:
     sorted(set(BOUNDS) - PROBABILITIES),
 )
 def test_a_number_beyond_its_bound_is_refused(key: str) -> None:
-    """The schema checks the range of the probabilities."""
+    """The schema checks the range of the probabilities, and the choice of the bits."""
     raw = full_plan()
     path = next(p for p in leaves(raw) if ".".join(k for k in p if isinstance(k, str)) in (key, f"{key}.proj"))
     number = int(BOUNDS[key]) * 2

@@ -140,7 +140,7 @@ VALUES = {
     "a name twice": ({"site__1__name": "ada"}, "site", "name", "'ada'"),
     "no site": ({"site": []}, "site", "[[site]]", "[partition]"),
     "sites made twice": ({"partition": {"by": "iid"}}, "partition", "[[site]]", "both"),
-    "no source": ({"site__1__source": ""}, "site bob: ", "data.source", "file, asset"),
+    "no source": ({"site__1__source": ""}, "site bob: ", "data.source is empty", "a file, an asset"),
     "a shared head": ({"method__head": "shared"}, "method.head", "labels", "different", "data.labels"),
     "too few sites": ({"server__quorum": 4}, "server.quorum is 4", "only 3 of 3 sites", "Lower server.quorum"),
     "too few at first": ({"site__1__from_round": 2}, "server.quorum is 3", "round 1 has only 2 of 3 sites"),
@@ -192,7 +192,9 @@ def test_a_bad_override_is_named(command: Command, tiny_recipe: dict, option: st
 
 
 def test_an_unknown_engine_is_named(command: Command, tiny_recipe: dict) -> None:
-    has_parts(command.refusal(tiny_recipe, "--engine", "warp"), "simulation.engine", "'local' or 'ray'", "'warp'")
+    has_parts(
+        command.refusal(tiny_recipe, "--engine", "warp"), "simulation.engine", "'local', 'batched' or 'ray'", "'warp'"
+    )
 
 
 def test_a_broken_recipe_file_is_named_with_the_line(command: Command) -> None:
