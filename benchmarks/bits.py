@@ -1,7 +1,7 @@
 """Bytes and loss of a run whose updates have few bits, with and without error feedback.
 
-An arm is a number of bits (32: not rounded), and ``-`` after it for no error feedback. The loss is the mean over sites
-on their test rows at the end, with the shared adapter and with the personal model.
+An arm is a number of bits (32: not rounded), and ``-`` after it for no error feedback. The losses are means over
+sites: of the last round's training, and of the personal models on the test rows at the end.
 
 python benchmarks/bits.py [RECIPE] [SEEDS] [ARM …]     (demo, 3, 32 8 4 2 4- 2-)
 """
@@ -49,8 +49,10 @@ def run(recipe: str, arm: str, seed: int) -> dict[str, Any]:
     replies = [event for event in events if event["event"] == "reply"]
     ends = [reply["metrics"] for reply in replies if reply["kind"] == "finalize"]
     sent = sum(reply["bytes_up"] for reply in replies if reply["kind"] == "train")
-    losses = {mode: statistics.mean(end[f"{mode}.loss"] for end in ends) for mode in ("shared", "personal")}
-    return {"recipe": recipe, "arm": arm, "seed": seed, "sent": sent, **losses}
+    loss = statistics.mean(end["personal.loss"] for end in ends)
+    last = [reply for reply in replies if (reply["round"], reply["kind"]) == (settings.rounds, "train")]
+    trained = [reply["metrics"]["train.loss"] for reply in last]
+    return {"recipe": recipe, "arm": arm, "seed": seed, "sent": sent, "train": statistics.mean(trained), "test": loss}
 
 
 def main() -> None:
@@ -66,9 +68,9 @@ def main() -> None:
             plain = known.get((recipe, "32", seed)) or result
             known[recipe, arm, seed] = result
             print(
-                f"{arm} bits, seed {seed}: {result['sent'] / plain['sent']:.3f} of the bytes; loss shared "
-                f"{result['shared']:.4f} ({result['shared'] / plain['shared'] - 1:+.2%}), personal "
-                f"{result['personal']:.4f} ({result['personal'] / plain['personal'] - 1:+.2%})",
+                f"{arm} bits, seed {seed}: {result['sent'] / plain['sent']:.3f} of the bytes; loss on training rows "
+                f"{result['train']:.4f}, on test rows {result['test']:.4f} "
+                f"({result['test'] / plain['test'] - 1:+.2%})",
                 flush=True,
             )
 
