@@ -62,8 +62,8 @@ def noise_for(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
                 )
             )
         except ValueError:
-            message = f"No noise keeps {steps} steps within privacy.epsilon = {epsilon:g} at this number of examples."
-            hint = "Raise privacy.epsilon, or train fewer steps."
+            message = f"privacy.epsilon = {epsilon:g} is too small: no amount of noise reaches it with {steps} steps."
+            hint = "Raise privacy.epsilon."
             raise ConfigError("privacy.epsilon", "a reachable budget", epsilon, message=message, hint=hint) from None
 
 
@@ -150,14 +150,12 @@ def check_budget(spendings: Sequence[Spending], delta: float, limit: float | Non
         return
     epsilon = epsilon_of(spendings, delta)
     if epsilon > limit:
-        raise RefusedError(
-            key,
-            f"at most {limit:g}",
-            f"{epsilon:.3g}",
-            site=site,
-            message=f"The privacy budget is spent: with this round ε would be {epsilon:.3g}, above {key} = {limit:g}.",
-            hint="Start a new federation with a larger budget, or end this one here.",
-        )
+        message = f"The privacy budget is spent: with this round ε would be {epsilon:.3g}, above {key} = {limit:g}."
+        hint = "Start a new federation with a larger budget, or end this one here."
+        if len(spendings) == 1:
+            message = f"One round alone would spend ε = {epsilon:.3g}, above {key} = {limit:g}."
+            hint = "Raise the noise or the budget."
+        raise RefusedError(key, f"at most {limit:g}", f"{epsilon:.3g}", site=site, message=message, hint=hint)
 
 
 def check_delta(plan: Plan, examples: int, site: str) -> None:

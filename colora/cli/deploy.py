@@ -90,7 +90,7 @@ def client(
     site: Annotated[Path, typer.Argument(show_default=False, metavar="SITE.toml")],
     check: Annotated[bool, typer.Option("--check", help="Validate the setup and exit.")] = False,
     model: Annotated[str | None, typer.Option(help="With --check: the base model to check.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="With --check: compare this recipe with [allow].")] = None,
+    recipe: Annotated[str | None, typer.Option(help="With --check: compare this recipe with [allow].")] = None,
     component: Annotated[
         str | None, typer.Option(help="Run only one of the two processes: trainer or supernode. For containers.")
     ] = None,
@@ -115,10 +115,15 @@ def client(
             repr(component),
             message=f"--component must be trainer or supernode, not {component!r}.",
         )
+    if not check and (recipe or model):
+        option = "--recipe" if recipe else "--model"
+        message = f"{option} has an effect with --check only."
+        raise ConfigError(option, "--check as well", "no --check", message=message, hint="Add --check.")
     if check:
         from colora.client.deployment.checks.preflight import preflight, print_checks
 
-        raise typer.Exit(print_checks(preflight(site, model, component, recipe), console))  # type: ignore[arg-type]
+        path = find_recipe(recipe) if recipe else None
+        raise typer.Exit(print_checks(preflight(site, model, component, path), console))  # type: ignore[arg-type]
     from colora.client.deployment.supervisor import run_site
     from colora.common.config.loader import load_site
     from colora.server.reporting.site_tracking import SiteTrackers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import ConfigError
+from .privacy_schema import PrivacySettings
 from .schema import Plan
 
 
@@ -12,10 +13,16 @@ def check_privacy(plan: Plan) -> None:
     The coordinator checks its recipe, and every site checks the plan that it receives.
     """
     if not plan.privacy.enabled:
+        if plan.privacy != PrivacySettings():
+            message = "[privacy] sets neither epsilon nor noise_multiplier, so it would have no effect."
+            hint = "Set privacy.epsilon."
+            raise ConfigError(
+                "privacy.epsilon", "a budget, or a noise_multiplier", "neither", message=message, hint=hint
+            )
         return
     train = plan.train
     excluded = (
-        ("adapter.init", plan.adapter.init, plan.adapter.init == "spectral", "kaiming"),
+        ("adapter.init", plan.adapter.init, plan.adapter.init == "spectral", "another one"),
         ("train.report_benefit", "true", train.report_benefit, "false"),
         ("train.fallback", train.fallback, train.fallback is not None, "unset"),
         ("train.head_init", "probe", plan.probes_head, "random"),

@@ -173,12 +173,10 @@ def privacy(summary: RunSummary) -> list[str]:
     spent = [epsilon for row in summary.rows.values() if (epsilon := row.metrics.get(EPSILON)) is not None]
     if not spent:
         return []
-    withheld = "" if any(row.metric("personal") is not None for row in summary.rows.values()) else _WITHHELD
+    shown = any(row.metric("personal") is not None for row in summary.rows.values())
+    withheld = "" if shown else ' Metrics stay at the sites. A simulation can set privacy.metrics = "all".'
     delta = f" at δ = {summary.delta:g}" if summary.delta else ""
     return [
         f"Differential privacy for each training example: the sites have spent at most ε = {max(spent):.3g}{delta}."
         f"{withheld}"
     ]
-
-
-_WITHHELD = " Their metrics stay at the sites (privacy.metrics)."

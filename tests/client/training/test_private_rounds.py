@@ -294,6 +294,17 @@ def test_a_recipe_that_would_break_the_guarantee_is_refused(tiny_recipe: dict, c
     assert refused.value.field == key
 
 
+def test_a_table_without_a_budget_is_not_silently_no_privacy(tiny_recipe: dict) -> None:
+    with pytest.raises(ConfigError, match=r"\[privacy\] sets neither epsilon nor noise_multiplier"):
+        recipe_from({**tiny_recipe, "privacy": {"delta": 1e-6}})
+
+
+def test_a_round_that_is_too_dear_by_itself_is_told_as_such(town: Town) -> None:
+    plan = private_plan(town, PrivacySettings(epsilon=0.01, noise_multiplier=1.0))
+    with pytest.raises(RefusedError, match=r"One round alone would spend ε = \d\.\d+, above privacy\.epsilon = 0\.01"):
+        town.site(plan).handle(order(plan, 1, initial_shared_state(plan, 2)))
+
+
 # --- whole runs -----------------------------------------------------------------------------------------------------
 
 
