@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from spectra import Spectrum, spectrum_of, spectrum_of_factors
 from torch import nn
 
-from benchmarks.spectra import Spectrum, spectrum_of, spectrum_of_factors
 from colora.common.adapters.factors import factors_of
 from colora.common.adapters.inject import ADAPTER, attach
 from colora.common.config.schema import AdapterSettings, MethodSettings, ModelSettings, Plan
