@@ -9,7 +9,7 @@ import pytest
 
 from colora.common.config.loader import recipe_from
 from colora.common.methods import METHODS
-from colora.common.protocol.codec import CODECS
+from colora.common.protocol.codec import FOR_REQUESTS
 from colora.server.reporting.page.build import build_page
 from colora.server.reporting.page.fold import read_history
 from colora.server.reporting.summary import summarize
@@ -33,7 +33,7 @@ def test_a_codec_of_half_the_bits_sends_half_the_bytes_and_trains_as_well(tiny_r
     sent: dict[str, int] = {}
     losses: dict[str, float] = {}
     adapter = {**tiny_recipe["adapter"], "rank": 16}
-    for codec in CODECS:
+    for codec in FOR_REQUESTS:
         recipe = recipe_from({**tiny_recipe, "adapter": adapter, "communication": {"codec": codec}})
         board = summarize(simulate(recipe, tmp_path / codec, resume=False).events())
         assert not any(row.failures for row in board.rows.values())
