@@ -60,25 +60,24 @@ class PrivateRounds:
                 raise RefusedError("privacy.epsilon", limit, f"{epsilon:.3g}", site=self.site)
         self._check_model(parameters)
 
-    def check_request(self, request: TrainRequest, state: PersonalState | None = None) -> None:
-        """Raise RefusedError for what would not be private.
-
-        These are requests before round 1, whose replies would have no noise, and a state that was trained without
-        noise: the gradients of A and B depend on it.
-        """
+    def check_request(self, request: TrainRequest) -> None:
+        """Raise RefusedError for requests before round 1, whose replies would have no noise."""
         if request.kind in PRELIMINARY:
             raise RefusedError("request", "a round, with differential privacy", request.kind, site=self.site)
-        if state and request.kind == "train" and state.round and not state.noised:
-            found = f"the state of round {state.round}, which was trained without noise"
-            raise RefusedError("state", "a state that was trained with noise", found, site=self.site)
 
     def loop(self, request: TrainRequest, state: PersonalState, parameters: Mapping[str, nn.Parameter]) -> PrivateLoop:
-        """Return the training loop of a round, which is paid for before it is returned.
+        """Return the training loop of a round, after writing to the ledger what the round spends.
 
         A round that runs again from the same state gets the same noise and spends nothing. The same noise on other
         gradients would let an observer subtract it, so the noise also derives from the content of the request, the
-        state, the plan and the training examples. Raises RefusedError if the budget is spent.
+        state, the plan and the training examples.
+
+        Raises RefusedError if the budget is spent, and for a state that was trained without noise: the gradients of A
+        and B depend on it.
         """
+        if state.round and not state.noised:
+            found = f"the state of round {state.round}, which was trained without noise"
+            raise RefusedError("state", "a state that was trained with noise", found, site=self.site)
         self._check_model(parameters)
         key = digest(f"{request.key}|{_hash_state(state)}|{self._identity}")
         spending = self.forecast.of_rounds(1)

@@ -41,7 +41,7 @@ from ...common.training.loop import StepCallback, TrainCursor, TrainOutcome, tra
 from ...transfer.preparation import TransferArtifacts, check_preparation, prepare
 from .adapted_model import AdaptedModel
 from .benefit import PersonalFit, benefit_ratio, cross_fitted_loss
-from .error_feedback import quantized_update
+from .error_feedback import Feedback, quantized_update
 from .fallback import LocalModel, local_plan
 from .label_list import with_pinned_labels
 from .measuring import Measurer
@@ -162,8 +162,6 @@ class Trainer:
         stored_state = self.store.state(request.admitted_round)
         state = stored_state or PersonalState()
         check_private(state, self.plan.private, self.site)
-        if self.private_rounds:
-            self.private_rounds.check_request(request, state)
         if state.round == 0:
             state = self._with_probed_head(state, request)
         finalizes = request.kind == "finalize"
@@ -175,10 +173,7 @@ class Trainer:
         personal = self.values(PERSONAL)
         check_trained(trained, {**personal, **self.values(SHARED)}, self.site)
         shared, update_metrics = ({}, {}) if finalizes else self._shared_update(request)
-        feedback: Mapping[str, torch.Tensor] = {}
-        if (bits := self.plan.communication.update_bits) and shared:
-            bound = self.plan.train.max_update_norm
-            shared, feedback = quantized_update(shared, request.shared, state.feedback, bits, bound)
+        shared, feedback = self._rounded(shared, request, state)
         new = PersonalState(
             request.round,
             state.round,
@@ -226,6 +221,13 @@ class Trainer:
         trained = {key: value.numpy() for key, value in self.values(SHARED).items()}
         context = UpdateContext(request.round, seed_from(self.site_seed, "update", request.round))
         return process_update(trained, request.shared, self.plan.train, context)
+
+    def _rounded(self, shared: Arrays, request: TrainRequest, state: PersonalState) -> tuple[Arrays, Feedback]:
+        """The arrays as the plan's number of bits represents them, and what they lack of the trained ones."""
+        bits = self.plan.communication.update_bits
+        if not (bits and shared):
+            return shared, {}
+        return quantized_update(shared, request.shared, state.feedback, bits, self.plan.train.max_update_norm)
 
     def _preliminary(self, request: TrainRequest, started: float, on_step: StepCallback | None) -> TrainReply:
         """The reply to a request before round 1, a function of the request and the site's rows: nothing is stored.

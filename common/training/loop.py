@@ -79,32 +79,48 @@ def train(
     round does not repeat the examples of the previous one. The learning rate follows the global step. ``callback`` is
     called before the first step and after each step.
     """
-    optimizer = make_optimizer(parameters, settings)
-    if cursor.moments:
-        load_optimizer_state(optimizer, parameters, cursor.moments)
-    factor = lr_factor(settings, cursor.total)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer = make_optimizer(parameters, settings, cursor.moments)
     batches = batch_indices(len(task.train.examples), settings.batch_size, cursor)
     precision, device = task.plan.model.precision, task.base.device
     micro_batcher = MicroBatcher(settings.micro_batch, make_scaler(precision, device))
-    step, results, examples = cursor.step, [], 0
-    total, callback = sum(phase.steps for phase in phases), callback or (lambda done, total: None)
-    callback(0, total)
+    results, examples = [], 0
     with torch.random.fork_rng():
         torch.manual_seed(cursor.noise)
         task.module.train()
-        for phase in phases:
-            train_only(parameters, phase.keys)
-            for _ in range(phase.steps):
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * factor(step)
-                batch = [task.train.examples[i] for i in next(batches)]
-                results.append(micro_batcher.step(task, optimizer, batch, settings.max_grad_norm))
-                step, examples = step + 1, examples + len(batch)
-                callback(step - cursor.step, total)
-    train_only(parameters, frozenset())
+        for _ in scheduled_steps(optimizer, parameters, phases, settings, cursor, callback):
+            batch = [task.train.examples[i] for i in next(batches)]
+            results.append(micro_batcher.step(task, optimizer, batch, settings.max_grad_norm))
+            examples += len(batch)
     state = save_optimizer_state(optimizer, parameters) if settings.persist_optimizer_state else {}
     return outcome(results, examples, state)
+
+
+def scheduled_steps(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    phases: Sequence[TrainPhase],
+    settings: TrainSettings,
+    cursor: TrainCursor,
+    callback: StepCallback | None,
+) -> Iterator[tuple[TrainPhase, int]]:
+    """Yield (phase, global step) for each optimizer step that the caller takes.
+
+    The learning rates are those of the step, and only the parameters of the phase are trainable. ``callback`` is called
+    before the first step and after each step.
+    """
+    factor, rates = lr_factor(settings, cursor.total), [group["lr"] for group in optimizer.param_groups]
+    step, total = cursor.step, sum(phase.steps for phase in phases)
+    callback = callback or (lambda done, total: None)
+    callback(0, total)
+    for phase in phases:
+        train_only(parameters, phase.keys)
+        for _ in range(phase.steps):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor(step)
+            yield phase, step
+            step += 1
+            callback(step - cursor.step, total)
+    train_only(parameters, frozenset())
 
 
 def outcome(results: Sequence[StepResult], examples: int, state: OptimizerState) -> TrainOutcome:
@@ -116,10 +132,13 @@ def outcome(results: Sequence[StepResult], examples: int, state: OptimizerState)
     return TrainOutcome(loss, terms, examples, state, len(results), len(applied), overflows)
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], settings: TrainSettings, moments: Mapping[str, torch.Tensor] | None = None
+) -> torch.optim.Optimizer:
     """Return an optimizer with a learning rate per parameter group: A and B, core, private, head.
 
-    Weight decay does not apply to MultiLoRA's scales.
+    Weight decay does not apply to MultiLoRA's scales. The optimizer's tensors are copies of ``moments``, if there are
+    any.
     """
     rates = {"core": settings.core_lr, "head": settings.head_lr, "private": settings.private_lr}
     kinds = {key: (group_of(key), key.endswith("lora_scale")) for key in parameters}
@@ -128,7 +147,9 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettin
         rate, decay = rates.get(kind[0]), 0.0 if kind[1] else settings.weight_decay
         members = [parameters[key] for key in parameters if kinds[key] == kind]
         groups.append({"params": members, "lr": settings.lr if rate is None else rate, "weight_decay": decay})
-    return OPTIMIZERS[settings.optimizer](groups, weight_decay=settings.weight_decay)  # type: ignore[call-arg]
+    optimizer = OPTIMIZERS[settings.optimizer](groups, weight_decay=settings.weight_decay)  # type: ignore[call-arg]
+    _load_state(optimizer, parameters, moments or {})
+    return optimizer
 
 
 def lr_factor(settings: TrainSettings, total: int) -> Any:
@@ -176,12 +197,11 @@ def save_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[s
     }
 
 
-def load_optimizer_state(
+def _load_state(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     moments: Mapping[str, torch.Tensor],
 ) -> None:
-    """Set the optimizer's tensors to copies of ``moments``."""
     for full, value in moments.items():
         key, _, name = full.rpartition("/")
         parameter = parameters[key]

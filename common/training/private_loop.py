@@ -25,11 +25,9 @@ from .loop import (
     TrainCursor,
     TrainOutcome,
     TrainPhase,
-    load_optimizer_state,
-    lr_factor,
     make_optimizer,
     save_optimizer_state,
-    train_only,
+    scheduled_steps,
 )
 from .noise import NoiseSource
 from .stacked_loop import SiteTraining, compare_outputs, rows_of
@@ -59,36 +57,20 @@ class PrivateLoop:
         cursor: TrainCursor,
         callback: StepCallback | None = None,
     ) -> TrainOutcome:
-        """Train ``parameters`` in place. The result counts the expected number of examples, not those drawn.
-
-        Raises ModelError for a model whose examples cannot be separated.
-        """
-        examples, step = task.train.examples, cursor.step
+        """Train ``parameters`` in place. The result counts the expected number of examples, not those drawn."""
+        examples, losses, total = task.train.examples, [], sum(phase.steps for phase in phases)
         batch_size = min(settings.batch_size, len(examples))
-        optimizer = make_optimizer(parameters, settings)
-        if cursor.moments:
-            load_optimizer_state(optimizer, parameters, cursor.moments)
-        factor, losses = lr_factor(settings, cursor.total), []
-        rates = [group["lr"] for group in optimizer.param_groups]
-        total, callback = sum(phase.steps for phase in phases), callback or (lambda done, total: None)
-        callback(0, total)
+        optimizer = make_optimizer(parameters, settings, cursor.moments)
         with torch.random.fork_rng():
             torch.manual_seed(cursor.noise)
             task.module.train()
-            for phase in phases:
-                train_only(parameters, frozenset())
+            for phase, step in scheduled_steps(optimizer, parameters, phases, settings, cursor, callback):
                 trained = {key: parameters[key] for key in sorted(phase.keys)}
-                for _ in range(phase.steps):
-                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                        group["lr"] = rate * factor(step)
-                    drawn = self.source.sample(len(examples), batch_size / len(examples), step)
-                    gradients, of_examples = self._sum(task, trained, [examples[i] for i in drawn], settings)
-                    losses += of_examples
-                    self._set_noised(trained, gradients, batch_size, step)
-                    optimizer.step()
-                    step += 1
-                    callback(step - cursor.step, total)
-        train_only(parameters, frozenset())
+                drawn = self.source.sample(len(examples), batch_size / len(examples), step)
+                gradients, of_examples = self._sum(task, trained, [examples[i] for i in drawn], settings)
+                losses += of_examples
+                self._set_noised(trained, gradients, batch_size, step)
+                optimizer.step()
         state = save_optimizer_state(optimizer, parameters) if settings.persist_optimizer_state else {}
         losses = [loss for loss in losses if math.isfinite(loss)]  # an infinite one must not refuse the round
         loss = sum(losses) / len(losses) if losses else 0.0

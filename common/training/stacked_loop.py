@@ -25,12 +25,10 @@ from .loop import (
     TrainOutcome,
     TrainPhase,
     batch_indices,
-    load_optimizer_state,
-    lr_factor,
     make_optimizer,
     outcome,
     save_optimizer_state,
-    train_only,
+    scheduled_steps,
 )
 from .micro_batch import StepResult
 
@@ -103,8 +101,7 @@ def train_together(sites: Sequence[SiteTraining]) -> list[TrainOutcome]:
     with stacked(first.task.module, first.parameters, stacks), torch.random.fork_rng():
         torch.manual_seed(seed_from("together", *(site.cursor.noise for site in sites)))
         first.task.module.train()
-        optimizer = make_optimizer(trainable, first.settings)
-        _load_moments(optimizer, trainable, sites)
+        optimizer = make_optimizer(trainable, first.settings, _moments(sites))
         results = _steps(sites, trainable, optimizer)
         state = save_optimizer_state(optimizer, trainable) if first.settings.persist_optimizer_state else {}
     taken = len(results[0]) * first.rows
@@ -118,30 +115,25 @@ def _steps(
     sites: Sequence[SiteTraining], trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> list[list[StepResult]]:
     """Take the optimizer steps of all phases. Returns the results of each site's steps."""
-    first, step = sites[0], sites[0].cursor.step
-    factor, total = lr_factor(first.settings, first.cursor.total), sum(phase.steps for phase in first.phases)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    first, results = sites[0], [[] for _ in sites]
     order = [batch_indices(len(s.task.train.examples), s.settings.batch_size, s.cursor) for s in sites]
-    results: list[list[StepResult]] = [[] for _ in sites]
-    _tell(sites, 0, total)
-    for phase in first.phases:
-        train_only(trainable, phase.keys)
-        for _ in range(phase.steps):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor(step)
-            batches = [
-                [site.task.train.examples[i] for i in next(indices)] for site, indices in zip(sites, order, strict=True)
-            ]
-            optimizer.zero_grad(set_to_none=True)
-            losses, terms = _losses(sites, batches)
-            losses.sum().backward()
-            _clip(trainable, first.settings.max_grad_norm, len(sites))
-            optimizer.step()
-            for site, loss, n in zip(results, losses.tolist(), terms, strict=True):
-                site.append(StepResult(loss, n))
-            step += 1
-            _tell(sites, step - first.cursor.step, total)
-    train_only(trainable, frozenset())
+
+    def callback(done: int, total: int) -> None:
+        for site in sites:
+            if site.callback:
+                site.callback(done, total)
+
+    for _ in scheduled_steps(optimizer, trainable, first.phases, first.settings, first.cursor, callback):
+        batches = [
+            [site.task.train.examples[i] for i in next(indices)] for site, indices in zip(sites, order, strict=True)
+        ]
+        optimizer.zero_grad(set_to_none=True)
+        losses, terms = _losses(sites, batches)
+        losses.sum().backward()
+        _clip(trainable, first.settings.max_grad_norm, len(sites))
+        optimizer.step()
+        for of_site, loss, n in zip(results, losses.tolist(), terms, strict=True):
+            of_site.append(StepResult(loss, n))
     return results
 
 
@@ -180,25 +172,17 @@ def _stack(sites: Sequence[SiteTraining]) -> dict[str, nn.Parameter]:
     return stacks
 
 
-def _load_moments(
-    optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], sites: Sequence[SiteTraining]
-) -> None:
+def _moments(sites: Sequence[SiteTraining]) -> dict[str, torch.Tensor]:
+    """The optimizer states of all sites; the numbers of steps are equal."""
     moments = [site.cursor.moments or {} for site in sites]
-    together = {
+    return {
         key: moments[0][key] if key.endswith("/step") else torch.stack([m[key] for m in moments]) for key in moments[0]
     }
-    load_optimizer_state(optimizer, trainable, together)
 
 
 def _of_site(key: str, value: torch.Tensor, i: int) -> torch.Tensor:
     """A site's part of an entry of the optimizer state; all have the same number of steps."""
     return value.clone() if key.endswith("/step") else value[i].clone()
-
-
-def _tell(sites: Sequence[SiteTraining], done: int, total: int) -> None:
-    for site in sites:
-        if site.callback:
-            site.callback(done, total)
 
 
 @torch.no_grad()
