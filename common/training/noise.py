@@ -1,7 +1,7 @@
 """Random numbers from a secret, for differential privacy: the same secret gives the same numbers on every machine.
 
-They come from the stream cipher ChaCha20 (RFC 8439), so that who sees some of them cannot compute others. A round that
-runs again adds the same noise, and an observer cannot average it away.
+They come from the stream cipher ChaCha20 (RFC 8439), so that someone who sees some of them cannot compute the
+others. A round that runs again adds the same noise, so that an observer cannot average it away.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def test_a_plan_that_becomes_private_cannot_continue_from_older_states(town: Tow
         town.site(private).handle(order(private, 2, shared))
 
 
-def test_other_rows_get_other_noise_and_are_paid_for(town: Town) -> None:
+def test_other_rows_get_other_noise_and_spend_again(town: Town) -> None:
     """A coordinator replays round 1 after the site's rows have changed."""
     plan = private_plan(town, PrivacySettings(noise_multiplier=1e4), optimizer="sgd", steps=1)
     shared, moved = initial_shared_state(plan, 2), []
@@ -299,7 +299,7 @@ def test_a_table_without_a_budget_is_not_silently_no_privacy(tiny_recipe: dict) 
         recipe_from({**tiny_recipe, "privacy": {"delta": 1e-6}})
 
 
-def test_a_round_that_is_too_dear_by_itself_is_told_as_such(town: Town) -> None:
+def test_one_round_beyond_the_budget_is_named(town: Town) -> None:
     plan = private_plan(town, PrivacySettings(epsilon=0.01, noise_multiplier=1.0))
     with pytest.raises(RefusedError, match=r"One round alone would spend ε = \d\.\d+, above privacy\.epsilon = 0\.01"):
         town.site(plan).handle(order(plan, 1, initial_shared_state(plan, 2)))
