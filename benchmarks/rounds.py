@@ -33,7 +33,7 @@ from figures import Figure, ratios, show
 from rounds_parts import Round, read_rounds
 
 HERE = Path(__file__).resolve().parent
-SITES, STEPS, BAR, TIMEOUT = ("north", "south"), 2, 1 / 3, 900.0
+SITES, STEPS, BATCH, BAR, TIMEOUT = ("north", "south"), 2, 8, 1 / 3, 900.0
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -48,16 +48,16 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Size:
-    """The size of an adapter. ``targets`` is a pattern that matches module names with and without a prefix."""
+    """The size of an adapter. ``targets`` are ends of module names."""
 
     name: str
     rank: int
-    targets: str
+    targets: tuple[str, ...]
 
 
 SIZES = {
-    "small": Size("0.3 MiB", 8, r".*layer\.\d+\..*(query|value)"),
-    "large": Size("52 MiB", 328, r".*layer\.\d+\..*(query|key|value|dense)"),
+    "small": Size("0.3 MiB", 8, ("query", "value")),
+    "large": Size("52 MiB", 328, ("query", "key", "value", "intermediate.dense", "output.dense")),
 }
 
 
@@ -112,7 +112,7 @@ def plain(size: Size, rounds: int, folder: Path) -> list[Round]:
     port = free_port()
     home = folder / "flower"
     home.mkdir()
-    (home / "config.toml").write_text(f'[superlink.model]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    (home / "config.toml").write_text(f'[superlink.bench]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
     own = {"FLWR_HOME": str(home)}
     link = ["flower-superlink", "--insecure", "--port", str(port), "--disable-runtime-dependency-installation"]
     with processes(folder) as run:
@@ -122,7 +122,7 @@ def plain(size: Size, rounds: int, folder: Path) -> list[Round]:
             rows = " ".join(f"{part}='{folder / f'{site}-{part}.jsonl'}'" for part in ("train", "test"))
             place = ["--superlink", f"127.0.0.1:{port}", "--port", str(free_port()), "--node-config", rows]
             run.start(f"supernode-{site}", ["flower-supernode", "--insecure", *place], **own)
-        config = f"rounds={rounds} steps={STEPS} rank={size.rank} targets='{size.targets}'"
+        config = f"rounds={rounds} steps={STEPS} rank={size.rank} targets='{' '.join(size.targets)}'"
         run.finish("run", ["flwr", "run", HERE / "plain", "bench", "--stream", "--run-config", config], **own)
     return read_rounds(folder / "marks.jsonl", rounds)
 
@@ -132,8 +132,9 @@ def ours(size: Size, rounds: int, folder: Path) -> list[Round]:
     port, keys = free_port(), folder / "keys"
     names = "".join(f'[[site]]\nname = "{site}"\n' for site in SITES)
     (folder / "sites.toml").write_text(f'[coordinator]\naddress = "127.0.0.1:{port}"\n{names}')
-    recipe = RECIPE.format(rounds=rounds, steps=STEPS, rank=size.rank, targets=size.targets)
+    recipe = RECIPE.format(rounds=rounds, steps=STEPS, batch=BATCH, rank=size.rank, targets=list(size.targets))
     (folder / "recipe.toml").write_text(f'{recipe}data = {{ source = "each site has its own data" }}\n{names}')
+    allowed = {name: f"{name} = {value}" for name, value in (("max_rank", size.rank), ("min_examples", STEPS * BATCH))}
     with processes(folder) as run:
         run.finish("provision", ["colora", "provision", folder / "sites.toml", "--out", keys])
         place = ["--keys", keys / "coordinator", "--host", "127.0.0.1", "--port", str(port), "--out", folder / "run"]
@@ -144,20 +145,26 @@ def ours(size: Size, rounds: int, folder: Path) -> list[Round]:
                 f'{key} = "{folder / f"{site}-{part}.jsonl"}"'
                 for key, part in (("source", "train"), ("test_source", "test"))
             )
-            text, filled = re.subn(r"(?m)^source = .*$", rows, file.read_text())
-            assert filled == 1
-            file.write_text(text)
+            file.write_text(_filled(file.read_text(), {"source": rows, **allowed}))
             run.start(f"client-{site}", ["colora", "client", file])
         run.until(server, "server")
     return read_rounds(folder / "marks.jsonl", rounds)
+
+
+def _filled(text: str, lines: dict[str, str]) -> str:
+    """A site file with other lines for these keys."""
+    for key, line in lines.items():
+        text, count = re.subn(rf"(?m)^{key} = .*$", lambda _, new=line: new, text)
+        assert count == 1, key
+    return text
 
 
 RECIPE = """\
 name = "bench"
 rounds = {rounds}
 model = {{ source = "asset:minilm-l6", max_length = 32 }}
-adapter = {{ rank = {rank}, alpha = 16.0, target_modules = '{targets}' }}
-train = {{ steps = {steps}, batch_size = 8 }}
+adapter = {{ rank = {rank}, alpha = 16.0, target_modules = {targets} }}
+train = {{ steps = {steps}, batch_size = {batch} }}
 server = {{ quorum = 2 }}
 """
 

@@ -27,6 +27,7 @@ MARKED: dict[str, dict[str, str]] = {  # module → function in it → name of t
     "flwr.clientapp.client_app": {"ClientApp.__call__": "app"},
     "flwr.serverapp.strategy.fedavg": {"FedAvg.aggregate_evaluate": "round"},
     "plain.task": {"load_model": "load", "train": "work", "evaluate": "work"},
+    "colora.server.rounds.replies": {"ReplyCollector.take": "pull"},
     "colora.server.rounds.checkpoint": {"Checkpoints.write": "round"},
     "colora.client.training.trainer": {"Trainer.handle": "trainer", "train": "work"},
     "colora.client.training.measuring": {"Measurer._measure": "work"},

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/evidence.md from the results of ``benchmarks/claim.py`` and ``benchmarks/regression.py``.
+"""Writes the tables and curves of docs/evidence.md from the results in ``benchmarks/results``.
 
 python docs/scripts/evidence.py [--check]
 """
@@ -9,11 +9,15 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from curves import Point, draw
+
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "results"
+PICTURES = ROOT / "docs" / "assets"
 BEGIN, END = "<!-- {name}: written by docs/scripts/evidence.py -->", "<!-- end of {name} -->"
 RATES = {  # recipe → arm of CoLoRA, without its rate
     "demo": "colora",
@@ -91,23 +95,30 @@ def regression_table(arms: dict[str, dict[int, Result]]) -> list[str]:
     return lines
 
 
-def rows_table(arms: dict[str, dict[int, Result]], ours: str, baseline: str) -> list[str]:
-    """One row for each number of training rows a site: both methods, and the gain ± its standard error over seeds."""
-    lines = ["| rows a site | local-only | colora | gain | sites above local-only |", "|---|---|---|---|---|"]
+def rows_points(arms: dict[str, dict[int, Result]], ours: str, baseline: str) -> dict[int, tuple[Point, str]]:
+    """By number of training rows a site: both methods at the first three seeds, and the sites above the baseline."""
+    found = {}
     for rows in (8, 16, 32, 64, 128):
         limit = "" if rows == 16 else f",data.train={rows}"
         mine, alone = arms[ours + limit], arms[baseline + limit]
         seeds = sorted(mine.keys() & alone.keys())[:3]
-        gains = [_mean(mine[seed]) - _mean(alone[seed]) for seed in seeds]
         pairs = [
             (site["personal"], alone[seed]["sites"][name]["personal"])
             for seed in seeds
             for name, site in mine[seed]["sites"].items()
         ]
-        lines.append(
-            f"| {rows} | {_average(alone, seeds):.3f} | {_average(mine, seeds):.3f} | {statistics.mean(gains):+.3f} ± "
-            f"{statistics.stdev(gains) / len(gains) ** 0.5:.3f} | {sum(a > b for a, b in pairs)} of {len(pairs)} |"
-        )
+        point = Point(str(rows), [_mean(mine[seed]) for seed in seeds], [_mean(alone[seed]) for seed in seeds])
+        found[rows] = (point, f"{sum(a > b for a, b in pairs)} of {len(pairs)}")
+    return found
+
+
+def rows_table(found: dict[int, tuple[Point, str]]) -> list[str]:
+    """One row for each number of training rows a site: both methods, and the gain ± its standard error over seeds."""
+    lines = ["| rows a site | local-only | colora | gain | sites above local-only |", "|---|---|---|---|---|"]
+    for rows, (point, above) in found.items():
+        error = statistics.stdev(point.gains) / len(point.gains) ** 0.5
+        means = f"{statistics.mean(point.alone):.3f} | {statistics.mean(point.ours):.3f}"
+        lines.append(f"| {rows} | {means} | {statistics.mean(point.gains):+.3f} ± {error:.3f} | {above} |")
     return lines
 
 
@@ -128,33 +139,46 @@ def rates_table() -> list[str]:
     return lines
 
 
-def sites_table(arms: dict[str, dict[int, Result]]) -> list[str]:
-    """One row for each number of sites that share one task: CoLoRA, and its gain over training at one site alone.
+def sites_points(arms: dict[str, dict[int, Result]]) -> list[Point]:
+    """By number of sites that share one task: CoLoRA and local-only training, at the seeds that both have.
 
     The accuracy of local-only training does not depend on the number of sites. It was measured at the 16 sites.
     """
-    split = ",partition.by=iid,partition.sites="
-    alone, lines = arms[f"local,train.lr=5e-3{split}16"], ["| sites | colora | gain | seeds |", "|---|---|---|---|"]
+    split, points = ",partition.by=iid,partition.sites=", []
+    alone = arms[f"local,train.lr=5e-3{split}16"]
     for count in (2, 4, 8, 16):
         mine = arms[f"colora{split}{count}"]
         seeds = sorted(mine.keys() & alone.keys())
-        gain = _average(mine, seeds) - _average(alone, seeds)
-        lines.append(f"| {count} | {_average(mine, seeds):.3f} | {gain:+.3f} | {len(seeds)} |")
+        points.append(Point(str(count), [_mean(mine[seed]) for seed in seeds], [_mean(alone[seed]) for seed in seeds]))
+    return points
+
+
+def sites_table(points: list[Point]) -> list[str]:
+    """One row for each number of sites that share one task: CoLoRA, and its gain over training at one site alone."""
+    lines = ["| sites | colora | gain | seeds |", "|---|---|---|---|"]
+    for point in points:
+        means = f"{statistics.mean(point.ours):.3f} | {statistics.mean(point.gains):+.3f}"
+        lines.append(f"| {point.label} | {means} | {len(point.gains)} |")
     return lines
 
 
-def share_table(arms: dict[str, dict[int, Result]], alone: dict[int, Result]) -> list[str]:
-    """One row for each number of dissimilar sites in the pool: the similar ones, and their gain over local-only."""
-    lines = ["| dissimilar sites | share | colora | gain | lowest gain of a seed |", "|---|---|---|---|---|"]
+def share_points(arms: dict[str, dict[int, Result]], alone: dict[int, Result]) -> dict[int, Point]:
+    """By number of dissimilar sites in the pool: the mean over the similar ones only."""
+    points = {}
     for number in (0, 1, 2, 4):
         mine = arms[f"colora,server.groups=none,dissimilar={number}"]
         seeds = sorted(mine.keys() & alone.keys())
-        means = [statistics.mean(mine[seed]["sites"][name]["personal"] for name in AIRLINES) for seed in seeds]
-        own = [statistics.mean(alone[seed]["sites"][name]["personal"] for name in AIRLINES) for seed in seeds]
-        gains = [a - b for a, b in zip(means, own, strict=True)]
-        share = number / (number + len(AIRLINES))
-        gain = f"{statistics.mean(gains):+.3f} | {min(gains):+.3f}"
-        lines.append(f"| {number} | {share:.0%} | {statistics.mean(means):.3f} | {gain} |")
+        means = ([_mean(results[seed], AIRLINES) for seed in seeds] for results in (mine, alone))
+        points[number] = Point(f"{number / (number + len(AIRLINES)):.0%}", *means)
+    return points
+
+
+def share_table(points: dict[int, Point]) -> list[str]:
+    """One row for each number of dissimilar sites in the pool: the similar ones, and their gain over local-only."""
+    lines = ["| dissimilar sites | share | colora | gain | lowest gain of a seed |", "|---|---|---|---|---|"]
+    for number, point in points.items():
+        gain = f"{statistics.mean(point.gains):+.3f} | {min(point.gains):+.3f}"
+        lines.append(f"| {number} | {point.label} | {statistics.mean(point.ours):.3f} | {gain} |")
     return lines
 
 
@@ -188,21 +212,35 @@ def best(arms: dict[str, dict[int, Result]], method: str) -> str:
     return max(candidates, key=lambda arm: statistics.mean(_mean(arms[arm][seed]) for seed in common))
 
 
+def pictures() -> dict[str, str]:
+    """Return every picture by the name of its file."""
+    demo = read("demo")
+    rows = [point for point, _ in rows_points(demo, "colora", "local,train.lr=5e-3").values()]
+    share = share_points(read("share"), read("mixed")["local,train.lr=5e-3"])
+    return {
+        "evidence-rows.svg": draw("Accuracy of the airlines", "training rows per site", rows),
+        "evidence-sites.svg": draw("Accuracy, all sites with one task", "number of sites", sites_points(demo)),
+        "evidence-share.svg": draw(
+            "Accuracy of the four airlines", "share of dissimilar sites in the pool", list(share.values())
+        ),
+    }
+
+
 def page() -> str:
     """Return the page with its tables written anew."""
     everything = read("demo")
     other = ("data.train", "partition")  # keys of arms on other rows
     demo = {arm: results for arm, results in everything.items() if not any(key in arm for key in other)}
     tables = {
-        "rows": rows_table(everything, "colora", "local,train.lr=5e-3"),
-        "sites": sites_table(everything),
+        "rows": rows_table(rows_points(everything, "colora", "local,train.lr=5e-3")),
+        "sites": sites_table(sites_points(everything)),
         "rates": rates_table(),
         "r8": arms_table(read("r8")),
         "arms": arms_table(demo),
         "gain": gain_table(demo, best(demo, "colora"), best(demo, "local")),
         "regression": regression_table(read("regression")),
         "mixed": arms_table(read("mixed")),
-        "share": share_table(read("share"), read("mixed")["local,train.lr=5e-3"]),
+        "share": share_table(share_points(read("share"), read("mixed")["local,train.lr=5e-3"])),
         "newsgroups": arms_table(read("newsgroups")),
         "private": private_table(),
         "instructions": arms_table(read("instructions")),
@@ -216,8 +254,9 @@ def page() -> str:
     return text
 
 
-def _mean(result: Result) -> float:
-    return statistics.mean(site["personal"] for site in result["sites"].values())
+def _mean(result: Result, names: Collection[str] = ()) -> float:
+    """The mean over all sites, or over these."""
+    return statistics.mean(site["personal"] for name, site in result["sites"].items() if not names or name in names)
 
 
 def _average(results: dict[int, Result], seeds: list[int]) -> float:
@@ -230,11 +269,12 @@ def _spread(values: list[float]) -> str:
 
 
 def main() -> int:
-    """Write the page, or with --check return 1 if it is out of date."""
-    text = page()
+    """Write the page and its pictures, or with --check return 1 if one of them is out of date."""
+    files = {PAGE: page()} | {PICTURES / name: text for name, text in pictures().items()}
     if "--check" in sys.argv[1:]:
-        return int(text != PAGE.read_text())
-    PAGE.write_text(text)
+        return int(any(not path.exists() or text != path.read_text() for path, text in files.items()))
+    for path, text in files.items():
+        path.write_text(text)
     return 0
 
 

@@ -22,6 +22,11 @@ def test_the_page_is_up_to_date(evidence: ModuleType) -> None:
     assert evidence.page() == evidence.PAGE.read_text(), "run python docs/scripts/evidence.py"
 
 
+def test_the_pictures_are_up_to_date(evidence: ModuleType) -> None:
+    for name, text in evidence.pictures().items():
+        assert text == (evidence.PICTURES / name).read_text(), f"run python docs/scripts/evidence.py: {name}"
+
+
 def test_the_best_arm_of_a_method_is_compared_on_the_seeds_that_all_arms_have(evidence: ModuleType) -> None:
     arms = {
         "local": {0: result(0.6, 0.6), 1: result(0.9, 0.9)},

@@ -18,9 +18,8 @@ BATCH, LENGTH, LR = 8, 32, 1e-3
 
 def load_model(config: Mapping[str, Any]) -> Any:
     """Load MiniLM-L6 with a new LoRA adapter and head."""
-    lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=int(config["rank"]), lora_alpha=16, target_modules=str(config["targets"])
-    )
+    targets = str(config["targets"]).split()
+    lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=int(config["rank"]), lora_alpha=16, target_modules=targets)
     model = AutoModelForSequenceClassification.from_pretrained(asset_folder("minilm-l6"), num_labels=2)
     return get_peft_model(model, lora)
 
