@@ -260,7 +260,7 @@ class Recipe(Plan):
     """A whole experiment, as read from TOML."""
 
     description: str = ""
-    """Free text."""
+    """Free text; the final report begins with it."""
 
     data: DataSettings = field(default_factory=DataSettings)
     """Rows. A ``[[site]]`` inherits every key that it does not set."""

@@ -87,7 +87,7 @@ def _unequal_steps(summary: RunSummary) -> bool:
 
 def _conclusions(summary: RunSummary) -> list[str]:
     """The lines below the final table."""
-    lines = [_legend(summary), *measuring(summary)]
+    lines = [*filter(None, [summary.description]), _legend(summary), *measuring(summary)]
     if summary.source_federation:
         lines.append(
             f"The rows are generated texts, labelled by the models from {summary.source_federation}; some of them were "

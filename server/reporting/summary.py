@@ -66,6 +66,7 @@ class RunSummary:
     federation: str = ""
     method: str = ""
     model: str = ""
+    description: str = ""  # the recipe's own words
     rounds: int = 0
     round: int = 0
     residual: float | None = None
@@ -211,7 +212,9 @@ def _started(summary: RunSummary, event: Event) -> None:
     summary.federation, summary.method, summary.model = event["federation"], event["method"], event["model"]
     summary.rounds, summary.ready_event = event["rounds"], ""
     summary.learning_rates = event.get("learning_rates", {})
-    privacy = event.get("settings", {}).get("privacy", {})
+    settings = event.get("settings", {})
+    summary.description = str(settings.get("description", ""))
+    privacy = settings.get("privacy", {})
     delta = privacy.get("delta") if isinstance(privacy, dict) else None
     summary.delta = delta if isinstance(delta, float) else None
     for site in event["sites"]:

@@ -107,6 +107,8 @@ def _left_out(history: History) -> list[Incident]:
 
 
 def _sentences(history: History) -> Iterator[object]:
+    if history.summary.description:
+        yield history.summary.description
     tasks = history.tasks()
     for task, rows in tasks.items():
         of = f" on {task}" if len(tasks) > 1 else ""

@@ -83,6 +83,11 @@ def test_a_loss_that_stays_high_is_told(
     assert ("use more rounds or a larger train.lr" in text) == advised
 
 
+def test_the_recipe_describes_itself_below_the_table(tmp_path: Path) -> None:
+    started = {**STARTED, "sites": ["ada"], "settings": {"description": "Two [bold]words[/bold]."}}
+    assert "\nTwo [bold]words[/bold].\nrows: training + test." in report_of(summarize([started]), tmp_path)
+
+
 def test_the_table_fits_into_80_columns(tmp_path: Path) -> None:
     summary = run_of([0.08, 0.06], 0.02)
     summary.rows = {"a" * 12: summary.rows["s0"], "s1": summary.rows["s1"]}
