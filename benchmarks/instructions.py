@@ -7,7 +7,7 @@ related fact and answer a question.
 
 Every result is appended to ``benchmarks/results/instructions.jsonl``; results that the file has are not run again.
 
-python benchmarks/instructions.py FOLDER [SEEDS]     (1)
+python benchmarks/instructions.py FOLDER [SEEDS] [ARM …]     (1, all arms)
 """
 
 from __future__ import annotations
@@ -36,7 +36,14 @@ POOLS = {
         "subtask041_qasc_answer_generation",
     ),
 }
-ARMS = ("local,train.lr=1e-3", "colora,train.lr=1e-3", "local,train.lr=3e-3", "colora,train.lr=3e-3")
+ARMS = (
+    "local,train.lr=1e-3",
+    "local,train.lr=3e-3",
+    "colora,train.lr=1e-3",
+    "colora,train.lr=3e-3",
+    "colora,train.lr=1e-2",
+    "colora+lora,train.lr=1e-2,train.private_lr=1e-3",
+)
 RECIPE = {
     "name": "instructions",
     "rounds": 6,
@@ -63,12 +70,13 @@ def recipe_of(pool: str, tasks: Path, folder: Path) -> Path:
 
 def main() -> None:
     tasks, seeds = Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else 1
+    arms = sys.argv[3:] or ARMS
     path = RESULTS / "instructions.jsonl"
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
             for pool in POOLS:
                 recipe = recipe_of(pool, tasks, Path(folder))
-                for arm in ARMS:
+                for arm in arms:
                     name = f"{pool},{arm}"
                     result = known_results(path).get((name, seed))
                     if result is None:

@@ -193,6 +193,18 @@ def private_table() -> list[str]:
     return lines
 
 
+def shared_table() -> list[str]:
+    """One row for each recipe: CoLoRA's base, shared and personal models, and the seeds at which personal is better."""
+    lines = ["| recipe | seeds | base | shared | personal | personal better at |", "|---|---|---|---|---|---|"]
+    for recipe, (_, arm, _) in PRIVATE.items():
+        results = list(read(recipe)[arm].values())
+        means = {mode: [_mean(result, mode=mode) for result in results] for mode in ("base", "shared", "personal")}
+        cells = " | ".join(f"{statistics.mean(values):.3f}" for values in means.values())
+        better = sum(own > shared for own, shared in zip(means["personal"], means["shared"], strict=True))
+        lines.append(f"| `{recipe}` | {len(results)} | {cells} | {better} of {len(results)} |")
+    return lines
+
+
 def groups_table() -> list[str]:
     """One row for each recipe: the p-value and the number of groups at every seed."""
     found: dict[str, dict[int, str]] = defaultdict(dict)
@@ -243,6 +255,7 @@ def page() -> str:
         "share": share_table(share_points(read("share"), read("mixed")["local,train.lr=5e-3"])),
         "newsgroups": arms_table(read("newsgroups")),
         "private": private_table(),
+        "shared": shared_table(),
         "instructions": arms_table(read("instructions")),
         "groups": groups_table(),
     }
@@ -254,9 +267,9 @@ def page() -> str:
     return text
 
 
-def _mean(result: Result, names: Collection[str] = ()) -> float:
+def _mean(result: Result, names: Collection[str] = (), *, mode: str = "personal") -> float:
     """The mean over all sites, or over these."""
-    return statistics.mean(site["personal"] for name, site in result["sites"].items() if not names or name in names)
+    return statistics.mean(site[mode] for name, site in result["sites"].items() if not names or name in names)
 
 
 def _average(results: dict[int, Result], seeds: list[int]) -> float:

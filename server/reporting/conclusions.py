@@ -11,7 +11,8 @@ from ...common.protocol.types import EPSILON, FALLBACK_DIFFERENCE, FALLBACK_ERRO
 from ...common.standard_error import mean_and_error
 from .summary import RunSummary, SiteSummary
 
-CLEAR = 2.0  # a difference counts if it is larger than so many standard errors
+CLEAR = 2.0  # a site's gain counts if it is larger than so many standard errors over its test rows
+LEVEL = 0.95  # of the confidence interval of the mean gain over sites
 HIGH = 0.5  # a training loss above this fraction of the first round's is high
 
 
@@ -31,10 +32,10 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """A sentence without its full stop."""
-        if self.error is None or abs(self.mean) <= CLEAR * self.error:
+        """A sentence without its full stop. With few sites, Student's t needs more than two standard errors."""
+        if self.error is None or abs(self.mean) <= _quantile(self.sites - 1) * self.error:
             return "It is not clear whether collaboration helps"
-        return "Collaboration helps" if self.mean > 0 else "Collaboration does not help"
+        return "Collaboration helps" if self.mean > 0 else "Collaboration hurts"
 
     @property
     def counts(self) -> str:
@@ -59,10 +60,18 @@ def compare_gains(rows: Sequence[SiteSummary]) -> Comparison | None:
     return Comparison(mean, error, len(gains), len(judged), better, worse)
 
 
+def _quantile(freedom: int) -> float:
+    """Of Student's t: the mean of values without an effect is nearer to 0 than so many standard errors, at LEVEL."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
+
+
 def learning_rates(summary: RunSummary) -> str:
     """A sentence that names the learning rates of both; empty if they are not known."""
     rates = ", ".join(f"train.{name} = {rate:g}" for name, rate in summary.learning_rates.items())
-    return f"Both were trained at {rates}. Nothing was tuned for either." if rates else ""
+    tuned = "colora compare tunes the rates of each method and repeats it over seeds."
+    return f"Both were trained at {rates}. {tuned}" if rates else ""
 
 
 def measuring(summary: RunSummary) -> list[str]:

@@ -2,7 +2,7 @@
 
 B = U and A = Vᵀ, the top-r singular vectors of the sites' gradients side by side, with cores that start at 0. They are
 found by a power iteration (``client/training/spectral.py``). The start is that of alternating minimization for
-heterogeneous linear regression; it helps where few sites would otherwise find no common subspace.
+heterogeneous linear regression.
 """
 
 from __future__ import annotations

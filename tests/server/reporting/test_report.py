@@ -56,11 +56,15 @@ def test_mean_and_error() -> None:
     [
         ([0.08, 0.06, 0.07, 0.09], "Collaboration helps: the personal models gain +0.075 ±0.006"),
         ([0.08, -0.06, 0.01, 0.00], "It is not clear whether collaboration helps"),
-        ([-0.08, -0.06, -0.07, -0.09], "Collaboration does not help: the personal models gain -0.075 ±0.006"),
+        ([-0.08, -0.06, -0.07, -0.09], "Collaboration hurts: the personal models gain -0.075 ±0.006"),
+        ([0.05, 0.08], "It is not clear whether collaboration helps"),  # 4.3 standard errors, of two sites
+        ([0.05, 0.08, 0.06, 0.07], "Collaboration helps: the personal models gain +0.065 ±0.006"),
         ([0.08], "It is not clear whether collaboration helps"),
     ],
 )
-def test_the_verdict_needs_two_standard_errors(gains: list[float], verdict: str, tmp_path: Path) -> None:
+def test_the_verdict_needs_a_mean_gain_that_the_sites_agree_on(
+    gains: list[float], verdict: str, tmp_path: Path
+) -> None:
     assert verdict in " ".join(report_of(run_of(gains, 0.02), tmp_path).split())
 
 
