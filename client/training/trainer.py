@@ -183,7 +183,7 @@ class Trainer:
             state.base,
             local=self.local.train(request, state.local, on_step) if self.local else None,
             feedback=feedback,
-            noised=self.private_rounds is not None and not (finalizes and trained.steps),
+            noised=self.private_rounds is not None and not finalizes,
         )
         if finalizes:
             new, metrics = self._finalize(request, new, on_step)
@@ -369,7 +369,10 @@ class Trainer:
         take_steps = self.take_steps or train
         if self.private_rounds and request.kind == "train":
             take_steps = self.private_rounds.loop(request, state, trainable).train
-        return take_steps(self.task, trainable, planned, settings, cursor, on_step)
+        outcome = take_steps(self.task, trainable, planned, settings, cursor, on_step)
+        if request.kind == "finalize" and self.trains and self.plan.fits_final_head:
+            self.task.fit_head()
+        return outcome
 
 
 def without_metrics(reply: TrainReply) -> TrainReply:

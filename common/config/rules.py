@@ -97,14 +97,18 @@ def _check_validation(recipe: Recipe) -> None:
 
 
 def _check_head(recipe: Recipe, row: Method) -> None:
-    if recipe.train.head_init == "probe" and row.head is not Role.PERSONAL:
-        raise ConfigError(
-            "train.head_init",
-            "random or unset",
-            "probe",
-            message='train.head_init = "probe" needs personal heads, but the head is shared.',
-            hint="Remove train.head_init or method.head.",
-        )
+    for key, value, other in (
+        ("train.head_init", recipe.train.head_init, "random"),
+        ("train.final_head", recipe.train.final_head, "trained"),
+    ):
+        if value == "probe" and row.head is not Role.PERSONAL:
+            raise ConfigError(
+                key,
+                f"{other} or unset",
+                "probe",
+                message=f'{key} = "probe" needs personal heads, but the head is shared.',
+                hint=f"Remove {key} or method.head.",
+            )
     if row.head is Role.SHARED and len({site.data.labels for site in recipe.site} or {recipe.data.labels}) > 1:
         raise ConfigError(
             "method.head",

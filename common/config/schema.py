@@ -135,6 +135,12 @@ class Plan:
         head_init = self.train.head_init or ("random" if self.transfer.source_federation is None else "probe")
         return head_init == "probe" and self.row().head is Role.PERSONAL
 
+    @property
+    def fits_final_head(self) -> bool:
+        """Whether a personal head is fitted to the final features after the final steps."""
+        final_head = self.train.final_head or ("probe" if self.privacy.enabled else "trained")
+        return final_head == "probe" and self.row().head is Role.PERSONAL
+
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of a site with so many training examples in all rounds, including the final steps."""
         return self.rounds * self.train.steps_per_round(examples) + self.train.final_steps

@@ -180,6 +180,28 @@ def test_a_fitted_head_is_where_a_site_begins_and_only_there(town: Town) -> None
     assert 0 < max(float((second[key] - first[key]).abs().max()) for key in fitted) < 0.05, "a step, not a new fit"
 
 
+def test_the_final_head_is_the_regression_of_the_final_features(town: Town) -> None:
+    """Oracle: ``probe``, which measures such a regression without setting the head."""
+    plans = {kind: town.plan(final_head=kind, lr=1e-2, steps=2, final_steps=2) for kind in ("trained", "probe")}
+    shared = randomized(initial_shared_state(plans["probe"]))
+    sites = {kind: town.site(plan, at=kind) for kind, plan in plans.items()}
+    ended = {}
+    for kind, site in sites.items():
+        moved_on = site.handle(order(plans[kind], 1, shared)).shared
+        reply = site.handle(order(plans[kind], 3, moved_on, admitted=1, phase="finalize"))
+        state = site.store.state(3)
+        assert state
+        ended[kind] = state.tensors
+        site.load(moved_on, state.tensors)
+        if kind == "probe":
+            measured = site.task.probe()
+            assert measured is not None
+            assert reply.metrics["personal.accuracy"] == measured["accuracy"]
+    assert ended["trained"].keys() == ended["probe"].keys()
+    differ = {key for key, value in ended["trained"].items() if not torch.equal(value, ended["probe"][key])}
+    assert differ == set(sites["probe"].task.head), "the steps are the same, and the head alone differs"
+
+
 def test_a_head_that_is_shared_is_not_fitted_by_a_site(town: Town) -> None:
     plan = town.plan(head_init="probe", lr=0.0, steps=1)
     plan = dataclasses.replace(plan, method=MethodSettings("colora", head="shared"))
