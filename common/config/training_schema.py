@@ -89,8 +89,8 @@ class TrainSettings:
     training examples (arXiv 2202.10054). Unset: ``probe`` in a transfer to a new base model, else ``random``."""
 
     final_head: Literal["trained", "probe"] | None = None
-    """A personal linear head after the final steps. ``probe`` replaces it with a logistic regression on the final features
-    of the site's training examples. Unset: ``probe`` with ``[privacy]``, else ``trained``."""
+    """A personal linear head after the final steps. ``probe`` replaces it with a logistic regression on the final
+    features of the site's training examples. Unset: ``probe`` with ``[privacy]``, else ``trained``."""
 
     weight_decay: Rate = 0.0
     """Weight decay of the optimizer. MultiLoRA scales are exempt."""
