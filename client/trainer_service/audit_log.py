@@ -82,7 +82,7 @@ class AuditLog:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """Return one line of an audit log; None for a line that is damaged, as a kill in the middle of a write leaves it."""
+    """Return one line of an audit log; None for a damaged one, as a kill in the middle of a write leaves it."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
