@@ -36,7 +36,7 @@ def quantized_update(
     ``feedback`` is what the last admitted update lacked. The norm of the update stays within ``bound``. Differences are
     computed in fp64: that of two fp32 numbers may be beyond fp32. Raises RefusedError if an array is not finite.
     """
-    codec, factor, margin = update_codec(bits), 1.0, MARGIN
+    codec, factor, margin, norm = update_codec(bits), 1.0, MARGIN, math.inf
     wanted = {key: _wanted(key, value, feedback.get(key), site) for key, value in arrays.items()}
     for _ in range(MAX_TRIES):
         tried = {key: reference[key] + factor * (value - reference[key]) for key, value in wanted.items()}

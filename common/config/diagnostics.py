@@ -39,7 +39,7 @@ def config_error(kind: type, error: pydantic.ValidationError) -> ConfigError:
         return _unknown_key(_dotted([*tables, _key(leaf)]), leaf, _fields_at(kind, tables), _paths(kind))
     key = _dotted(path) or SETTINGS
     if first["type"] == "json_invalid":  # JSON for pydantic may be less deep, and has no half of a character
-        reason = clean(first["ctx"]["error"])
+        reason = clean(first.get("ctx", {}).get("error", first["msg"]))
         return ConfigError(SETTINGS, "valid JSON", reason, message=f"The settings are not valid JSON: {reason}.")
     if first["type"] in ("missing", "missing_argument"):
         return ConfigError(key, "a value", "nothing", message=f"{key} is missing.")
