@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import re
 
-from .foreign_text import MAX_TEXT, clean, printable
+from .foreign_text import MAX_TEXT, clean
 
 _PUBLIC = re.compile(r"(?!.*\brow \d)[A-Za-z_][A-Za-z0-9_.+ \[\]-]*")  # keys and names of arrays, but no paths
+MAX_LINE = 4000  # characters of an error: a message may quote a plan, a file or another program
 MAX_MESSAGE = 600  # characters of a refusal's sentence, which may quote several texts of the other side
 
 
@@ -48,7 +49,7 @@ class ColoraError(Exception):
         message = self.message or f"{self.field}: expected {self.expected}, found {self.found}"
         if self.hint:
             message = f"{message.rstrip('.')}. {self.hint}"
-        return printable(" ".join(f"{where}{message}".split()))
+        return clean(" ".join(f"{where}{message}".split()), MAX_LINE)
 
     def __reduce__(self) -> tuple:
         return _rebuild, (type(self), self.field, self.expected, self.found, self._rest())

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from ...common.foreign_text import clean
 from ...common.processes.log_tail import FileTail
 from ...common.prometheus import Metric
-from ..trainer_service.audit_log import FILE
+from ..trainer_service.audit_log import FILE, parse_line
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the metrics read of one line of an audit log."""
+
+    federation: str
+    kind: str
+    size: float  # bytes
+    time: float  # Unix time in seconds
+    round: float | None  # of a reply
+
 
 KINDS = {"reply": "replies", "error": "errors", "refusal": "refusals", "description": "joins"}
 
@@ -28,14 +43,28 @@ def site_metrics(state: Path, starts: Callable[[], dict[str, int]]) -> Callable[
 
     def read() -> list[Metric]:
         for path in (state / FILE, *state.glob(f"*/{FILE}")):
-            for line in map(json.loads, tails.setdefault(path, FileTail(path, 0)).new().splitlines()):
-                federation = str(line.get("federation", ""))
-                answers.add(1, federation, KINDS[line["kind"]])
-                sent.add(line["bytes"], federation)
-                seen.values[federation,] = datetime.fromisoformat(line["time"]).timestamp()
-                if line["kind"] == "reply":
-                    last.values[federation,] = line["round"]
+            for line in tails.setdefault(path, FileTail(path, 0)).new().splitlines():
+                answer = _answer(parse_line(line) or {})
+                if answer is None:
+                    continue
+                answers.add(1, answer.federation, KINDS[answer.kind])
+                sent.add(answer.size, answer.federation)
+                seen.values[answer.federation,] = answer.time
+                if answer.round is not None:
+                    last.values[answer.federation,] = answer.round
         restarts.values = {(name,): float(max(count - 1, 0)) for name, count in starts().items()}
         return [answers, sent, last, seen, restarts]
 
     return read
+
+
+def _answer(line: dict[str, Any]) -> _Answer | None:
+    """Return what a line says; None for a damaged one, since one bad line must not end the metrics for good."""
+    try:
+        number = float(line["round"]) if line["kind"] == "reply" else None
+        time = datetime.fromisoformat(line["time"]).timestamp()
+        answer = _Answer(clean(line.get("federation", "")), line["kind"], float(line["bytes"]), time, number)
+        is_whole = answer.kind in KINDS and all(map(math.isfinite, (answer.size, number or 0.0)))
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        return None
+    return answer if is_whole else None

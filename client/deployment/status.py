@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ from ...common.processes.health import (
     show_services,
 )
 from ..trainer_service.audit_log import FILE as AUDIT
+from ..trainer_service.audit_log import parse_line
 from ..trainer_service.client import TrainerClient
 
 TAIL = 1 << 20  # bytes at the end of an audit log, enough for its last line
@@ -196,14 +196,14 @@ def _measured(states: Sequence[Path]) -> tuple[str, dict[str, float]]:
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:
-    """Return the last complete line, or None if there is none."""
+    """Return the last complete line that is not damaged, or None if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL))
             complete = file.read().rpartition(b"\n")[0]
-        return json.loads(complete.splitlines()[-1])
-    except (OSError, ValueError, IndexError):
+    except OSError:
         return None
+    return next(filter(None, map(parse_line, reversed(complete.splitlines()))), None)
 
 
 def _describe(line: dict[str, Any] | None) -> str:

@@ -81,6 +81,15 @@ class AuditLog:
         return fields["bytes"]
 
 
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return one line of an audit log; None for a damaged one, as a kill in the middle of a write leaves it."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def describe_arrays(arrays: Arrays) -> list[dict[str, Any]]:
     """Return the name, shape, dtype, size in bytes, L2 norm and SHA-256 of each array."""
     entries = []

@@ -15,9 +15,9 @@ from ...common.config.site_schema import SiteSettings
 from ...common.errors import RefusedError
 from ...common.protocol.limits import MAX_ROUND
 from ...common.protocol.types import TrainRequest
-from .policy import MAX_STEPS
+from .policy import MAX_RANK, MAX_STEPS
 
-_RANK, _STEPS, _BATCH, _TOKENS, _RATE = 4096, MAX_STEPS, 65_536, 131_072, 1e6
+_RANK, _STEPS, _BATCH, _TOKENS, _RATE = MAX_RANK, MAX_STEPS, 65_536, 131_072, 1e6
 BOUNDS: Mapping[str, float] = {  # by key of the plan, without list indices
     "rounds": MAX_ROUND - 1,  # the finalization is one more
     "seed": 2**63 - 1,
@@ -57,6 +57,12 @@ BOUNDS: Mapping[str, float] = {  # by key of the plan, without list indices
     "transfer.distillation.epochs": 10_000,
     "transfer.distillation.lr": _RATE,
 }
+LOWEST: Mapping[str, float] = {  # far below what protects anything, and what an accountant can compute with
+    "privacy.epsilon": 1e-3,
+    "privacy.noise_multiplier": 1e-3,
+    "privacy.max_grad_norm": 1e-6,  # smaller gradients and their noise would be rounded to zero
+    "privacy.delta": 1e-100,
+}
 ROUNDS: Mapping[str, Callable[[int], tuple[int, int]]] = {  # rounds of the plan → first and last round of a request
     "trial": lambda rounds: (0, 0),
     "initialize": lambda rounds: (0, 0),
@@ -91,6 +97,8 @@ def check_bounds(plan: Plan, site: SiteSettings) -> None:
         bound = BOUNDS.get(key, UNKNOWN)
         if abs(value) > bound:
             raise RefusedError(key, f"at most {bound:g}", value, site=site.name)
+        if value < LOWEST.get(key, value):
+            raise RefusedError(key, f"at least {LOWEST[key]:g}", value, site=site.name)
         allowed = getattr(site.allow, ALLOWED[key]) if key in ALLOWED else None
         if allowed is not None and value > allowed:
             raise RefusedError(key, f"at most {allowed} (allow.{ALLOWED[key]})", value, site=site.name)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...common.config.schema import Plan, TransferSettings
+from ...common.config.schema import ModelSettings, Plan, TransferSettings
 from ...common.config.site_schema import SiteSettings
 from ...common.dataset import TASKS
 from ...common.errors import RefusedError
+from ...common.foreign_text import clean
 from ...common.methods import ABSENT, GROUPS, METHODS, SHARED
 
 ALTERNATING = "train.personal_steps + train.shared_steps"
-MAX_STEPS = 1_000_000  # of a round, whatever the site allows
+MAX_STEPS, MAX_RANK = 1_000_000, 4096  # of a round and of an adapter, whatever the site allows
+TOTALS = {"max_steps": MAX_STEPS, "max_rank": MAX_RANK}  # bounds on sums and products of a plan's numbers
 MAX_SHOWN = 200  # characters of a coordinator's value in an error
 
 
@@ -22,7 +24,7 @@ def check_allowed(plan: Plan, federation: str, site: SiteSettings) -> None:
     ``plan_bounds.py`` checks the limits on single numbers, and ``time_limit.py`` enforces ``max_seconds``.
     """
     _check_choice("federation", federation, "federations", site)
-    _check_choice("model.source", plan.model.source, "models", site)
+    _check_model(plan.model, site)
     if site.trainer.precision is None:  # otherwise the site uses its own
         _check_choice("model.precision", plan.model.precision, "precision", site)
     _check_method(plan, site)
@@ -47,6 +49,8 @@ def _check_limit(field: str, value: int, key: str, site: SiteSettings) -> None:
     limit = getattr(site.allow, key)
     if limit is not None and value > limit:
         raise RefusedError(field, f"at most {limit} (allow.{key})", value, site=site.name)
+    if value > TOTALS.get(key, value):
+        raise RefusedError(field, f"at most {TOTALS[key]}", value, site=site.name)
 
 
 def round_limits(plan: Plan, site: SiteSettings) -> Iterator[tuple[str, int, str]]:
@@ -93,6 +97,21 @@ def _check_transfer(plan: Plan, site: SiteSettings) -> None:
         raise RefusedError("transfer.generator.mode", wanted, "tuned", site=site.name)
     if transfer.prepare and transfer.generator.model and not TASKS[site.data.task].needs_causal_lm:
         _check_choice("transfer.generator.model", transfer.generator.model, "models", site)
+
+
+def _check_model(model: ModelSettings, site: SiteSettings) -> None:
+    """Check the base model and its revision.
+
+    An entry of ``allow.models`` is a model at its default branch, or ``NAME@REVISION``: other branches and the pull
+    requests of a hub repository may be of other people than its files.
+    """
+    allowed, source, revision = site.allow.models, model.source, model.revision
+    if allowed is None or (revision is not None and f"{source}@{revision}" in allowed):
+        return
+    _check_choice("model.source", source, "models", site)
+    if revision is not None:
+        entry = clean(f"{source}@{revision}")
+        raise RefusedError("model.revision", f'unset (or "{entry}" in allow.models)', revision, site=site.name)
 
 
 def _check_choice(field: str, value: str, key: str, site: SiteSettings) -> None:

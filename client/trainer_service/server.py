@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from ...common.protocol.types import Arrays, TrainReply, TrainRequest
 from . import listener, serde, site_report
 from .audit_log import AuditLog
 from .lower_bounds import out_of_the_ordinary
+from .plan_bounds import check_disk
 from .proto import trainer_pb2 as pb
 from .proto import trainer_pb2_grpc
 from .site_events import SiteEvents
@@ -50,6 +52,7 @@ MAX_REQUESTS = 4  # training requests at a time: one runs, the others wait
 MAX_CALLS = 64  # calls at a time, including health checks
 RECEIVE_TIMEOUT = 600.0  # seconds to receive a request's head, and then its arrays
 PROGRESS = 1.0  # seconds between two progress messages
+MAX_LINE, MAX_TRACEBACK = 1000, 200  # characters of a line and lines of an unexpected error in the log
 MAX_ERROR_BYTES = 200  # of an error's public text, which gRPC sends in a header
 # gRPC itself never ends a call with one of these two, so the client can tell our errors from those of gRPC
 REFUSED, FAILED = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ABORTED
@@ -87,6 +90,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         self.session, self.site, self.model_thread = session, session.site, model_thread
         self.audit_thread = ThreadPoolExecutor(1, "audit")
         self.progress = pb.Progress()
+        self.described: Plan | None = None  # the plan of the last description
         self.slots = asyncio.Semaphore(MAX_REQUESTS)
 
     async def GetSiteInfo(self, request: pb.SiteInfoRequest, context: Context) -> pb.SiteInfo:
@@ -97,7 +101,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             plan, logs = await self._accept(request.federation, request.plan)
             info = await _result(self.model_thread.submit(lambda: self.session.site_info(plan)))
             await _result(self.audit_thread.submit(logs.audit.site_info, info))
-            await _result(self.audit_thread.submit(logs.events.joined, info))
+            is_new, self.described = plan != self.described, plan
+            await _result(self.audit_thread.submit(logs.events.joined, info, is_new))
             return serde.site_info_message(info)
         except Exception as error:
             return await self._abort(error, context, logs)
@@ -133,14 +138,16 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             await self._abort(error, context, logs, request.round if request else 0)
 
     async def _accept(self, federation: str, text: str) -> tuple[Plan, Logs]:
+        """Accept a plan whose federation may write more to the disk. Every failure is in the log of the whole site."""
         try:
             plan = self.session.accept(federation, text)
-        except ColoraError as error:
+            folder = self.session.folder(plan)
+            await _result(self.audit_thread.submit(check_disk, folder, self.site))
+            unusual = out_of_the_ordinary(plan, self.site, self.session.examples(plan))
+        except Exception as error:
             log = AuditLog(Path(self.site.trainer.state), clean(federation))
-            await _result(self.audit_thread.submit(log.refusal, error.public(), str(error)))
+            await _result(self.audit_thread.submit(log.refusal, _public(error), str(error)))
             raise
-        unusual = out_of_the_ordinary(plan, self.site, self.session.examples(plan))
-        folder = self.session.folder(plan)
         return plan, Logs(AuditLog(folder, plan.name, unusual), SiteEvents(folder, self.site.name, plan))
 
     async def _receive_head(self, context: Context) -> pb.TrainRequestHead:
@@ -175,8 +182,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         """Log an error in full, and end the call with its public text. ``number`` is the round of the request."""
         _log_error(error)
         code = REFUSED if isinstance(error, ColoraError) else FAILED
-        public = error.public() if isinstance(error, ColoraError) else type(error).__name__
-        public = public.encode(errors="replace")[:MAX_ERROR_BYTES].decode(errors="ignore")
+        public = _public(error)
         if logs is not None:
             try:
                 reason = str(error) if isinstance(error, RefusedError) else ""  # other errors may quote data
@@ -184,7 +190,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
                 await _result(self.audit_thread.submit(logs.events.failed, number, str(error)))
             except ColoraError as audit_error:
                 _log_error(audit_error)
-                public = audit_error.public()
+                public = _public(audit_error)
         await context.abort(code, public)
 
 
@@ -218,6 +224,12 @@ def _record(audit: AuditLog, request: TrainRequest, result: TrainResult) -> int:
     return audit.reply(released.reply, request, replayed=replayed, **kept)
 
 
+def _public(error: Exception) -> str:
+    """What the coordinator receives of an error."""
+    text = error.public() if isinstance(error, ColoraError) else type(error).__name__
+    return text.encode(errors="replace")[:MAX_ERROR_BYTES].decode(errors="ignore")
+
+
 def _log_abandoned(job: Future[Any]) -> None:
     error = None if job.cancelled() else job.exception()
     if isinstance(error, Exception):
@@ -227,14 +239,18 @@ def _log_abandoned(job: Future[Any]) -> None:
 
 
 def _log_error(error: Exception) -> None:
-    """Write an error to the log in full. ``colora client`` shows its first line on the site's terminal."""
+    """Write an error to the log. ``colora client`` shows its first line on the site's terminal.
+
+    The text of an unexpected error may quote a whole plan, so its lines and those of its traceback are cut.
+    """
     if isinstance(error, RefusedError):
         logger.error("refused: %s", error)
     elif isinstance(error, ColoraError):
         logger.error("%s", error)
     else:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        logger.error("unexpected error, %s", text, exc_info=error)
+        lines = "".join(traceback.format_exception(error)).splitlines()[-MAX_TRACEBACK:]
+        where = "\n".join(clean(line, MAX_LINE) for line in lines)
+        logger.error("unexpected error, %s\n%s", clean(f"{type(error).__name__}: {error}", MAX_LINE), where)
 
 
 def serve(site: SiteSettings) -> None:

@@ -48,9 +48,13 @@ class SiteEvents:
         self.path, self.site, self.plan = folder / FILE, site, plan
 
     @_never_raises
-    def joined(self, info: SiteInfo) -> None:
-        """Record that the site has described itself, as it does whenever a coordinator starts or continues."""
+    def joined(self, info: SiteInfo, is_new: bool = True) -> None:
+        """Record that the site has described itself, as it does whenever a coordinator starts or continues.
+
+        The settings are left out if the plan is not new: they are the coordinator's text, which may be long.
+        """
         plan = self.plan
+        settings = {"settings": to_dict(plan)} if is_new else {}
         self._emit(
             "started",
             federation=plan.name,
@@ -60,7 +64,7 @@ class SiteEvents:
             site=self.site,
             sites=[self.site],
             learning_rates=plan.train.learning_rates,
-            settings=to_dict(plan),
+            **settings,
             versions=installed_versions(),
         )
         steps = plan.train.steps_per_round(info.train)

@@ -6,38 +6,80 @@ inputs dropout removes. The secret is made once and stays, so a round that runs 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 from pathlib import Path
 
-from ...common.atomic_io import write_atomically
+from ...common.atomic_io import CHECKSUM, load_arrays, write_atomically
 from ...common.errors import StateError
+from ...common.models.saved import FILES
+from ..training.privacy_budget import LEDGER
 
 FILE = "site.secret"
-_FORM = re.compile(r"[0-9a-f]{64}")
+NO_ARRAYS = "\0"  # a prefix that no array has
+# The secret in a line, and its checksum in the next. A file of one line is of an earlier version, or was written by
+# hand: it is read without a check, since a flipped digit there only costs privacy budget (``private_rounds.py``).
+_FORM = re.compile(rf"(?P<secret>[0-9a-f]{{64}})(\n{CHECKSUM}(?P<checksum>[0-9a-f]{{64}}))?")
 
 
 def site_secret(state: Path) -> str:
     """Return the secret in the state folder, 64 hexadecimal digits. The first call makes it, with mode 0600.
 
-    Raises StateError for a file that cannot be read, written or understood. A damaged secret is not replaced, since a
-    new one would change the order of the examples in the middle of a federation.
+    Raises StateError for a file that cannot be read, written or understood, and for a missing one where rounds with
+    noise were made. A damaged secret is not replaced, since a new one would change the order of the examples in the
+    middle of a federation, and the noise of a round that runs again.
     """
     path = state / FILE
     try:
-        found = path.read_text(encoding="ascii", errors="replace").strip()
+        text = path.read_text(encoding="ascii", errors="replace").strip()
     except FileNotFoundError:
-        found = secrets.token_hex(32)
-        write_atomically(path, f"{found}\n".encode())
+        return _new_secret(path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise StateError(str(path), "a readable file", reason, message=f"Cannot read {path}: {reason}.") from None
-    if not _FORM.fullmatch(found):
+    found = _FORM.fullmatch(text)
+    if found is None or found["checksum"] not in (None, _checksum(found["secret"])):
         raise StateError(
             str(path),
-            "64 hexadecimal digits",
+            "64 hexadecimal digits and their checksum",
             "something else",
             message=f"{path} does not hold the secret of a site.",
             hint="Restore the file. If you delete it, the examples are trained in a new order from the next round on.",
         )
-    return found
+    return found["secret"]
+
+
+def _new_secret(path: Path) -> str:
+    """Make and write a secret. Raises StateError where the old one's noise is in the replies of the site."""
+    witness = _noise_in(path.parent)
+    if witness:
+        raise StateError(
+            str(path),
+            "the secret of the site",
+            "no file",
+            message=f"{path} is missing, but {witness} shows that its noise was used for differential privacy.",
+            hint=f"Restore it from a backup. If there is none, write a new one (openssl rand -hex 32 > {path}): "
+            "rounds that run again then get other noise and spend privacy budget again.",
+        )
+    secret = secrets.token_hex(32)
+    write_atomically(path, f"{secret}\n{CHECKSUM}{_checksum(secret)}\n".encode())
+    return secret
+
+
+def _noise_in(state: Path) -> Path | None:
+    """Return the ledger of the privacy budget or a state with noise, if there is one."""
+    if (state / LEDGER).exists():
+        return state / LEDGER
+    for path in sorted(state.glob(f"*/{FILES}")):
+        try:
+            meta = load_arrays(path, prefix=NO_ARRAYS)[1]
+        except StateError:  # damaged: the ledger says more than it could
+            continue
+        if meta.get("noised"):
+            return path
+    return None
+
+
+def _checksum(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()

@@ -5,7 +5,9 @@ This module imports no torch, except through Opacus when it computes ε.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -16,9 +18,17 @@ from typing import Any
 
 from ...common.atomic_io import write_atomically
 from ...common.config.schema import Plan
-from ...common.errors import ConfigError, RefusedError, StateError
+from ...common.errors import ConfigError, DamagedError, RefusedError, StateError
+from ...common.foreign_text import MAX_TEXT, clean
 
 LEDGER = "privacy.json"  # in the folder above that of a federation
+SPENDINGS, CHECKSUM = "spendings", "sha256"  # the keys of that file; one of an earlier version is the spendings alone
+RANGES = {  # far beyond what plans ask for (``plan_bounds.py``), and within what the accountant computes
+    "noise_multiplier": (1e-6, 1e9),
+    "sample_rate": (1e-12, 1.0),
+    "steps": (0, 10**12),
+}
+Entries = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -30,10 +40,23 @@ class Spending:
     steps: int
 
 
+def check_spending(spending: Spending) -> None:
+    """Raise RefusedError for a number out of its range, with which ε would be wrong or never computed."""
+    for field, (low, high) in RANGES.items():
+        value = getattr(spending, field)
+        if not low <= value <= high:  # NaN is in no range
+            raise RefusedError(f"privacy.{field}", f"{low:g} to {high:g}", value)
+
+
 def epsilon_of(spendings: Sequence[Spending], delta: float) -> float:
-    """Return ε of all spendings together at δ, by Rényi accounting (Mironov et al. 2019, arXiv 1908.10530)."""
+    """Return ε of all spendings together at δ, by Rényi accounting (Mironov et al. 2019, arXiv 1908.10530).
+
+    Raises RefusedError for numbers of which the accountant cannot compute it.
+    """
     if not spendings:
         return 0.0
+    for spending in spendings:
+        check_spending(spending)
     steps: Counter[tuple[float, float]] = Counter()
     for spending in spendings:
         steps[spending.noise_multiplier, spending.sample_rate] += spending.steps
@@ -41,7 +64,19 @@ def epsilon_of(spendings: Sequence[Spending], delta: float) -> float:
     accountant.history = [(noise, rate, count) for (noise, rate), count in sorted(steps.items())]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a larger order could give a smaller ε
-        return float(accountant.get_epsilon(delta=delta))
+        try:
+            epsilon = float(accountant.get_epsilon(delta=delta))
+        except (ArithmeticError, ValueError) as error:
+            raise _not_computable(str(error)) from None
+    if not math.isfinite(epsilon):
+        raise _not_computable(f"ε = {epsilon}")
+    return epsilon
+
+
+def _not_computable(found: str) -> RefusedError:
+    message = "ε cannot be computed for this noise, sampling rate, number of steps and δ."
+    hint = "Raise privacy.noise_multiplier or privacy.epsilon, or privacy.delta."
+    return RefusedError("privacy.noise_multiplier", "a finite ε", found, message=message, hint=hint)
 
 
 @lru_cache
@@ -61,7 +96,7 @@ def noise_for(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
                     accountant="rdp",
                 )
             )
-        except ValueError:
+        except (ArithmeticError, ValueError):
             message = f"privacy.epsilon = {epsilon:g} is too small: no amount of noise reaches it with {steps} steps."
             hint = "Raise privacy.epsilon."
             raise ConfigError("privacy.epsilon", "a reachable budget", epsilon, message=message, hint=hint) from None
@@ -100,13 +135,17 @@ class PrivacyForecast:
 
 
 class PrivacyLedger:
-    """What each request has spent, over all federations of a site. It is written before a request is trained."""
+    """What each request has spent, over all federations of a site. It is written before a request is trained.
+
+    The file holds the SHA-256 of what has been spent. Every method raises DamagedError for a file that is cut or
+    changed, and StateError for one that cannot be read or written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def spendings(self, federation: str | None = None) -> list[Spending]:
-        """Return the spendings of one federation, or of all. Raises StateError for a damaged ledger."""
+        """Return the spendings of one federation, or of all."""
         entries = self._read()
         return [_spending(entry) for entry in entries.values() if federation in (None, entry["federation"])]
 
@@ -119,29 +158,35 @@ class PrivacyLedger:
         return key in self._read()
 
     def spend(self, federation: str, key: str, spending: Spending) -> None:
-        """Write down a spending. One with the same key is already there and is not counted again."""
+        """Write down a spending. One with the same key is already there and is not counted again.
+
+        Raises RefusedError for a spending that the ledger could not hold.
+        """
         entries = self._read()
         if key not in entries:
+            check_spending(spending)
             entries[key] = {"federation": federation, **asdict(spending)}
-            write_atomically(self.path, json.dumps(entries, indent=1).encode())
+            data = {CHECKSUM: _digest(entries), SPENDINGS: entries}
+            write_atomically(self.path, json.dumps(data, indent=1).encode())
 
-    def _read(self) -> dict[str, dict[str, Any]]:
-        if not self.path.exists():
-            return {}
+    def _read(self) -> Entries:
         try:
-            entries = json.loads(self.path.read_bytes())
-            for entry in entries.values():
-                _spending(entry)
-                entry["federation"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise StateError(
+            return _entries(self.path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            reason = error.strerror or str(error)
+            message = f"{self.path} cannot be read: {reason}."
+            raise StateError(str(self.path), "a readable file", reason, message=message) from None
+        except (ValueError, RecursionError) as error:
+            raise DamagedError(
                 str(self.path),
                 "a ledger of the privacy budget",
-                "damaged content",
-                message=f"{self.path} is damaged, so the privacy budget that the site has spent is unknown.",
+                clean(error),
+                message=f"{self.path} is damaged, so the privacy budget that the site has spent is unknown "
+                f"({clean(error)}).",
                 hint="Restore the file. If you delete it, the budget starts again from zero.",
             ) from None
-        return entries
 
 
 def check_budget(spendings: Sequence[Spending], delta: float, limit: float | None, key: str, site: str) -> None:
@@ -168,7 +213,40 @@ def check_delta(plan: Plan, examples: int, site: str) -> None:
 
 
 def _spending(entry: dict[str, Any]) -> Spending:
-    return Spending(float(entry["noise_multiplier"]), float(entry["sample_rate"]), int(entry["steps"]))
+    return Spending(float(entry["noise_multiplier"]), float(entry["sample_rate"]), entry["steps"])
+
+
+def _entries(data: bytes) -> Entries:
+    """Return the entries of a ledger's file. Raises ValueError for what ``spend`` does not write."""
+    found = json.loads(data)
+    if not isinstance(found, dict) or not found:
+        raise ValueError("it is not one table of spendings")
+    if found.keys() == {CHECKSUM, SPENDINGS}:
+        entries = found[SPENDINGS]
+        if found[CHECKSUM] != _digest(entries):
+            raise ValueError("its SHA-256 is not the stored one")
+    else:
+        entries = found  # of an earlier version: only the ranges are checked
+    if not isinstance(entries, dict):
+        raise ValueError("it is not one table of spendings")
+    for entry in entries.values():
+        _check_entry(entry)
+    return entries
+
+
+def _check_entry(entry: Any) -> None:
+    if not isinstance(entry, dict) or entry.keys() != {"federation", *RANGES}:
+        raise ValueError("an entry has other fields")
+    federation = entry["federation"]
+    if not isinstance(federation, str) or not 0 < len(federation) <= MAX_TEXT:
+        raise ValueError("an entry has no federation")
+    if any(type(entry[field]) not in (int, float) for field in RANGES) or type(entry["steps"]) is not int:
+        raise ValueError("an entry has something else than numbers")
+    check_spending(Spending(entry["noise_multiplier"], entry["sample_rate"], entry["steps"]))
+
+
+def _digest(entries: Any) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def _accountants() -> Any:

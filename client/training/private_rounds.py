@@ -39,8 +39,11 @@ class PrivateRounds:
 
     @cached_property
     def _identity(self) -> str:
-        """Hash of the plan with the site's own settings, and of the training examples."""
-        return digest(f"{to_json(self.plan)}|{hash_examples(self.task.train.examples)}")
+        """Hash of the plan with the site's own settings, of the training examples, and of the secret.
+
+        With another secret a round that runs again has other noise, which has to be paid for.
+        """
+        return digest(f"{to_json(self.plan)}|{hash_examples(self.task.train.examples)}|{digest(str(self.secret))}")
 
     def spent(self) -> float:
         """Return ε of what the site has sent in this federation."""
@@ -70,7 +73,7 @@ class PrivateRounds:
 
         A round that runs again from the same state gets the same noise and spends nothing. The same noise on other
         gradients would let an observer subtract it, so the noise also derives from the content of the request, the
-        state, the plan and the training examples.
+        state, the plan and the training examples. All of these and the secret are in the key of the ledger.
 
         Raises RefusedError if the budget is spent, and for a state that was trained without noise: the gradients of A
         and B depend on it.

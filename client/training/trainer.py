@@ -227,7 +227,8 @@ class Trainer:
         bits = self.plan.communication.update_bits
         if not (bits and shared):
             return shared, {}
-        return quantized_update(shared, request.shared, state.feedback, bits, self.plan.train.max_update_norm)
+        bound = self.plan.train.max_update_norm
+        return quantized_update(shared, request.shared, state.feedback, bits, bound, self.site)
 
     def _preliminary(self, request: TrainRequest, started: float, on_step: StepCallback | None) -> TrainReply:
         """The reply to a request before round 1, a function of the request and the site's rows: nothing is stored.

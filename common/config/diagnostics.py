@@ -1,4 +1,7 @@
-"""Validation errors of pydantic as sentences that name the key and the nearest known one."""
+"""Validation errors of pydantic as sentences that name the key and the nearest known one.
+
+A plan comes from another machine, so every key and value that a sentence quotes is cut.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,15 @@ from typing import Any, get_origin, get_type_hints
 import pydantic
 
 from ..errors import ColoraError, ConfigError
+from ..foreign_text import clean
 from ..methods import ALSO_CALLED, METHODS
 from .other_names import OTHER_NAMES
 
 NAME_RULE = "a letter or digit, then at most 63 letters, digits, '.', '_' or '-'"
-PATTERNS = {"delimiter": "one character"}  # by key: what its pattern means, where it is not that of a name
+REVISION_RULE = "letters, digits, '_' and '-', with single '.' or '/' between them"
+PATTERNS = {"delimiter": "one character", "revision": REVISION_RULE}  # by key: its pattern, if not that of a name
+MAX_EXPECTED = 400  # characters: the alternatives of a key can be many
+SETTINGS = "settings"  # the key of an error about all of them
 UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")  # pydantic's types of errors about unknown keys
 REPLACEMENTS = {"an object": "a table", "a valid array": "a list", "a valid string": "a string"}
 
@@ -26,19 +33,46 @@ def config_error(kind: type, error: pydantic.ValidationError) -> ConfigError:
     """
     errors = error.errors()
     first = next((each for each in errors if each["type"] in UNKNOWN), errors[0])
-    path = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
-    key = _dotted(path)
+    path = _path(first["loc"])
     if first["type"] in UNKNOWN:
-        return _unknown_key(key, str(path[-1]), _fields_at(kind, path[:-1]), _paths(kind))
+        *tables, leaf = *_path(first["loc"][:-1]), str(first["loc"][-1])
+        return _unknown_key(_dotted([*tables, _key(leaf)]), leaf, _fields_at(kind, tables), _paths(kind))
+    key = _dotted(path) or SETTINGS
+    if first["type"] == "json_invalid":  # JSON for pydantic may be less deep, and has no half of a character
+        reason = clean(first.get("ctx", {}).get("error", first["msg"]))
+        return ConfigError(SETTINGS, "valid JSON", reason, message=f"The settings are not valid JSON: {reason}.")
     if first["type"] in ("missing", "missing_argument"):
         return ConfigError(key, "a value", "nothing", message=f"{key} is missing.")
-    expected = first["msg"].removeprefix("Input should be ").removeprefix("String should ")
-    if first["type"] == "string_pattern_mismatch":
-        expected = PATTERNS.get(str(path[-1]), NAME_RULE)
-    expected = REPLACEMENTS.get(expected, expected)
-    value = repr(first["input"])
+    expected = _expected(first, path)
+    value = clean(repr(first["input"]))
     hint = _as_a_table(key, first["input"], _fields_at(kind, path)) if expected == "a table" else None
     return ConfigError(key, expected, value, message=f"{key} must be {expected}, not {value}.", hint=hint)
+
+
+def _path(location: tuple[Any, ...]) -> list[Any]:
+    """The keys and list indices of pydantic's location, without its names of alternatives, such as ``tuple[str, ...]``.
+
+    A key of a table by layer need not be an identifier; it is left out, too.
+    """
+    return [part if isinstance(part, int) else clean(part) for part in location if _is_key(part)]
+
+
+def _is_key(part: Any) -> bool:
+    return isinstance(part, int) or part.isidentifier()
+
+
+def _key(leaf: str) -> str:
+    """An unknown key as a sentence shows it: in quotation marks, if it could not be one of ours."""
+    return clean(leaf) if leaf.replace("-", "_").isidentifier() else repr(clean(leaf))
+
+
+def _expected(error: Any, path: list[Any]) -> str:
+    """What pydantic's error expects, in words."""
+    if error["type"] == "string_pattern_mismatch":
+        return PATTERNS.get(str(path[-1]) if path else "", NAME_RULE)
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("String should have ")
+    expected = expected.removeprefix("String should ")
+    return clean(REPLACEMENTS.get(expected, expected), MAX_EXPECTED)
 
 
 def at_named_site(error: ConfigError, sites: list[dict[str, Any]]) -> ColoraError:
@@ -80,7 +114,7 @@ def _as_a_table(key: str, value: Any, fields: list[str]) -> str | None:
     if not isinstance(value, str) or not fields or fields[0] not in ("name", "source"):
         return None
     value = ALSO_CALLED.get(value.lower(), value) if key == "method" else value
-    return f'Write {key}.{fields[0]} = "{value}", or a table [{key}].'
+    return f'Write {key}.{fields[0]} = "{clean(value)}", or a table [{key}].'
 
 
 def _unknown_key(key: str, leaf: str, known: list[str], paths: list[str]) -> ConfigError:
@@ -88,7 +122,7 @@ def _unknown_key(key: str, leaf: str, known: list[str], paths: list[str]) -> Con
     return ConfigError(
         key,
         f"one of {names}",
-        repr(leaf),
+        repr(clean(leaf)),
         message=f"There is no key {key}.",
         hint=f"{_suggest_key(leaf, known, paths)}The keys here are {names}.",
     )

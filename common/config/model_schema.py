@@ -9,9 +9,10 @@ from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from ..errors import ConfigError
+from ..foreign_text import clean
 from ..methods import ABSENT, GROUPS, METHODS, PRIVATE_KINDS, Method, Role
 from .diagnostics import suggest_method
-from .field_types import STRICT, Count, Positive, PositiveFloat, Precision, PrivateKind, Probability
+from .field_types import STRICT, Count, Positive, PositiveFloat, Precision, PrivateKind, Probability, Revision
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -21,8 +22,9 @@ class ModelSettings:
     source: str
     """A Hugging Face hub id, a local folder, or ``asset:NAME`` for a packaged model."""
 
-    revision: str | None = None
-    """Branch, tag or commit of a hub repository. Unset: the default branch."""
+    revision: Revision | None = None
+    """Branch, tag or commit of a hub repository: at most 100 letters, digits, ``_`` and ``-``, with single ``.`` or
+    ``/`` between them. Unset: the default branch."""
 
     max_length: Positive = 256
     """Maximum length of one example in tokens. Longer texts are truncated, and the site reports how many."""
@@ -163,8 +165,8 @@ class MethodSettings:
             raise ConfigError(
                 "method.name",
                 f"one of {', '.join(METHODS)}",
-                repr(self.name),
-                message=f"method.name: there is no method {self.name!r}.",
+                repr(clean(self.name)),
+                message=f"method.name: there is no method {clean(self.name)!r}.",
                 hint=f"{suggest_method(self.name)}The methods are {', '.join(METHODS)}.",
             )
         changed = {g: Role(v) for g in GROUPS if (v := getattr(self, g, None)) is not None}

@@ -19,9 +19,10 @@ import pydantic
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from ..errors import ConfigError
 from ..methods import Method, Role
 from .data_schema import DataSettings, PartitionSettings, SimulatedSiteSettings
-from .diagnostics import config_error
+from .diagnostics import SETTINGS, config_error
 from .field_types import STRICT, Count, Fraction, Name, Positive, PositiveFloat, Precision, Probability, Rate
 from .model_schema import AdapterSettings, MethodSettings, ModelSettings, Private, PrivateSettings
 from .privacy_schema import PrivacySettings
@@ -323,6 +324,9 @@ def parse(kind: type[T], raw: dict[str, Any]) -> T:
         return _adapter(kind).validate_json(json.dumps(raw, default=str))
     except pydantic.ValidationError as error:
         raise config_error(kind, error) from None
+    except RecursionError:
+        message = "The settings are nested too deeply."
+        raise ConfigError(SETTINGS, "tables in tables", "deeper ones", message=message) from None
 
 
 def to_json(settings: object) -> str:

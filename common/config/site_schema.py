@@ -73,7 +73,8 @@ class AllowSettings:
     """Names of federations. Unset: any."""
 
     models: tuple[str, ...] | None = None
-    """Base models and generators, named as in a recipe. Unset: any."""
+    """Base models and generators, named as in a recipe. An entry allows the default branch of a hub repository;
+    ``NAME@REVISION`` allows a recipe's ``model.revision``. Unset: any model and revision."""
 
     methods: tuple[str, ...] | None = None
     """Methods; an entry such as ``colora+head`` also allows a recipe to share that group. Unset: every method, with the
@@ -109,7 +110,8 @@ class AllowSettings:
     """Maximum number of passes over the synthetic texts in a transfer. Unset: any."""
 
     max_disk: PositiveFloat = 20.0
-    """Maximum size of one federation's state folder in GB. At this size the site refuses further rounds."""
+    """Maximum size of one federation's state folder in GB. At this size the site refuses all requests of the
+    federation."""
 
     max_tokens: Positive | None = None
     """Maximum ``model.max_length`` in tokens. Unset: any."""

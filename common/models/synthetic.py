@@ -6,13 +6,18 @@ adapter's ΔW then estimates W_k*.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import torch
 from torch import nn
 
 from ..errors import ModelError
+from ..foreign_text import clean
 
 PREFIX = "synthetic:"
+MAX_SIZE = 4096  # of D: W has 64 MiB
+_FORM = re.compile(r"synthetic:bilinear-([1-9][0-9]{0,3})")  # ASCII digits only, which int() reads
 
 
 class Bilinear(nn.Module):
@@ -30,13 +35,14 @@ class Bilinear(nn.Module):
 
 
 def model_of(source: str) -> Bilinear:
-    """Build the model of a ``synthetic:bilinear-D`` source. Raises ModelError for any other source."""
-    kind, _, size = source.removeprefix(PREFIX).partition("-")
-    if kind != "bilinear" or not size.isdigit():
-        message = f"There is no synthetic model {source!r}."
-        hint = "Use synthetic:bilinear-D with a number D."
-        raise ModelError("model.source", "synthetic:bilinear-D", source, message=message, hint=hint)
-    return Bilinear(int(size))
+    """Build the model of a ``synthetic:bilinear-D`` source. Raises ModelError for any other source, or a larger D."""
+    form = _FORM.fullmatch(source)
+    if form is None or int(form[1]) > MAX_SIZE:
+        shown = clean(source)
+        message = f"There is no synthetic model {shown!r}."
+        hint = f"Use synthetic:bilinear-D with a number D from 1 to {MAX_SIZE}."
+        raise ModelError("model.source", "synthetic:bilinear-D", shown, message=message, hint=hint)
+    return Bilinear(int(form[1]))
 
 
 def regression_truth(seed: int, tasks: int, *, mixed: bool = False, size: int = 20, rank: int = 3) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from colora.client.trainer_service import plan_bounds
-from colora.client.trainer_service.plan_bounds import BOUNDS, check_bounds, check_disk, check_request, numbers
+from colora.client.trainer_service.plan_bounds import BOUNDS, LOWEST, check_bounds, check_disk, check_request, numbers
 from colora.client.trainer_service.policy import check_allowed
 from colora.client.trainer_service.session import TrainerSession
 from colora.common.config.schema import (
@@ -25,7 +25,7 @@ from colora.common.config.schema import (
     to_json,
 )
 from colora.common.config.site_schema import AllowSettings, SiteSettings
-from colora.common.errors import ColoraError, DataError, RefusedError, StateError
+from colora.common.errors import ColoraError, ConfigError, DataError, RefusedError, StateError
 from colora.common.protocol.types import TrainRequest
 
 from .mutations import NUMBERS, TEXTS
@@ -56,6 +56,12 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return [leaf for key, inner in items for leaf in leaves(inner, (*path, key))]
     return [path]
+
+
+def tables(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    if not isinstance(value, dict):
+        return []
+    return [path, *(inner for key, each in value.items() for inner in tables(each, (*path, key)))]
 
 
 def changed(raw: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
@@ -110,6 +116,98 @@ def test_mutated_plans_are_refused_or_harmless(count: int) -> None:
             assert public.isprintable()
         assert time.monotonic() - began < 5
     assert refused > count * 0.3
+
+
+KEYS = (
+    "a b",
+    "a-b",
+    "",
+    " ",
+    "0",
+    "row 7",
+    "tuple[str, ...]",
+    "a\nb",
+    "\x1b[2J",
+    "\ud800",
+    "k" * 100_000,
+    "\U0001f600",
+)
+VALUES = (*NUMBERS, *TEXTS, None, [], {}, "x" * 200_000, "\U0001f600" * 50_000, [1] * 60_000, {"a": "b" * 99_999})
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_plan_with_other_keys_or_long_values_is_refused_in_a_short_sentence(count: int) -> None:
+    """A key that is no identifier once ended in an IndexError, and a long value in megabytes of log."""
+    rng, raw = random.Random(7), full_plan()
+    places, values = tables(raw), leaves(raw)
+    told: list[tuple[str, str]] = []
+    for number in range(count):
+        place = (*rng.choice(places), rng.choice(KEYS)) if number % 2 else rng.choice(values)
+        try:
+            TrainerSession(SITE).accept("fed", json.dumps(changed(raw, place, rng.choice(VALUES))))
+        except ColoraError as error:
+            told.append((str(error), error.public()))
+    assert len(told) > 0.8 * count
+    for text, public in told:
+        assert len(public) < 300
+        assert len(text) < 1500
+        assert text.isprintable()
+
+
+def test_a_plan_that_is_nested_deeply_is_refused_in_words() -> None:
+    for depth in (150, 250, 900, 100_000):
+        text = to_json(recipe(3).plan)[:-1] + ', "x": ' + "[" * depth + "]" * depth + "}"
+        with pytest.raises(ColoraError) as refused:
+            TrainerSession(SITE).accept("fed", text)
+        assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "revision",
+    [
+        *("../../../x", "a..b", "a//b", "/a", "a/", ".", "", "-a", "a b", "a\n", "a@b", "é", "a" * 101, "refs/../pr"),
+        *("\x00", "a\\b", "a?b", "{0}"),
+    ],
+)
+def test_a_revision_is_the_name_of_a_branch_tag_or_commit(revision: str) -> None:
+    raw = changed(full_plan(), ("model", "revision"), revision)
+    with pytest.raises(ConfigError, match=r"model\.revision must be (letters, digits|at most 100 characters)"):
+        TrainerSession(SITE).accept("fed", json.dumps(raw))
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/7", "0" * 40, "a_b-c", "_x"])
+def test_an_ordinary_revision_is_accepted_where_any_model_is(revision: str) -> None:
+    TrainerSession(SITE).accept("fed", json.dumps(changed(full_plan(), ("model", "revision"), revision)))
+
+
+@pytest.mark.parametrize("key", sorted(LOWEST))
+@pytest.mark.parametrize("value", [5e-324, 1e-170, 0.99])
+def test_a_number_below_its_bound_is_refused(key: str, value: float) -> None:
+    """A noise multiplier of 1e-170 once ended in a ZeroDivisionError of the accountant."""
+    below = LOWEST[key] * value if value == 0.99 else value
+    raw = changed(full_plan(), tuple(key.split(".")), below)
+    with pytest.raises(RefusedError, match=rf"{key}: expected at least {LOWEST[key]:g}"):
+        TrainerSession(SITE).accept("fed", json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("key", "plan"),
+    [
+        ("train.phase.steps", {"train": {"schedule": "phases", "phase": [{"steps": 10_001, "groups": ["A"]}] * 100}}),
+        (
+            "train.personal_steps + train.shared_steps",
+            {"train": {"schedule": "alternating", "personal_steps": 600_000, "shared_steps": 400_001}},
+        ),
+        ("train.steps", {"train": {"steps": 500_001, "fallback": "local"}}),
+        ("train.final_steps", {"train": {"final_steps": 500_001, "fallback": "local"}}),
+        ("adapter.rank", {"method": {"name": "multilora"}, "adapter": {"rank": 64, "modules": 65}}),
+        ("private.rank", {"private": {"kind": "multilora", "rank": 64, "modules": 65}}),
+    ],
+)
+def test_a_sum_or_product_of_allowed_numbers_is_bounded_too(key: str, plan: dict[str, Any]) -> None:
+    with pytest.raises(RefusedError) as refused:
+        TrainerSession(SITE).accept("fed", json.dumps({**to_dict(recipe(3).plan), **plan}))
+    assert refused.value.field == key
 
 
 @pytest.mark.parametrize("name", ["(a+)+$", ".*", "q|v", "x" * 201, "", "a/b", "query$"])

@@ -5,14 +5,13 @@ The trainer writes both into its audit logs (``client/trainer_service/audit_log.
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ....common.foreign_text import clean
-from ...trainer_service.audit_log import FILE
+from ...trainer_service.audit_log import FILE, parse_line
 
 MAX_FEDERATIONS, MAX_TEXT = 5, 400  # shown
 QUIET = "none that is unusual, none refused"
@@ -47,9 +46,5 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     with path.open("rb") as file:
         for line in file:
-            try:
-                found = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(found, dict):
+            if found := parse_line(line):
                 yield found

@@ -74,6 +74,19 @@ def test_a_site_whose_processes_serve_is_healthy(site: Path, trainer: grpc.Serve
     assert (town.metric("base"), town.metric("shared"), town.metric("personal")) == (0.5, None, 0.75)
 
 
+@pytest.mark.parametrize("line", ["5", "[1]", '"x"', "null", '{"torn', "[" * 100_000])
+def test_a_damaged_last_line_of_an_audit_log_hides_nothing(site: Path, line: str) -> None:
+    write_record(site)
+    for folder in (site.parent / "state" / "town", site.parent / "state"):
+        log = AuditLog(folder, "town")
+        log.error("DataError: data.label")
+        with log.path.open("a") as file:
+            file.write(f"{line}\n")
+    status = site_status(site)
+    assert "the site's last answer was an error (DataError: data.label)" in status.problems[0]
+    show_site(status, Console(quiet=True))
+
+
 def test_a_site_whose_last_answer_was_an_error_needs_a_person(site: Path) -> None:
     write_record(site)
     assert site_status(site).healthy

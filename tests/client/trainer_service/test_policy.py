@@ -124,6 +124,28 @@ def test_what_lies_beyond_is_refused_in_words(allow: dict[str, Any], changes: di
     assert refusal.value.public() == f"RefusedError: {message.split(': expected')[0]}"
 
 
+HUB: dict[str, Any] = {"source": "org/model", "max_length": 128}
+
+
+@pytest.mark.parametrize("revision", ["refs/pr/7", "v2", "main"])
+def test_an_allowed_model_is_allowed_at_its_default_branch_only(revision: str) -> None:
+    """A pull request of a repository holds files of anyone."""
+    ask({"models": ["org/model"]}, model=HUB)
+    with pytest.raises(RefusedError) as refused:
+        ask({"models": ["org/model", "org/model@v1"]}, model={**HUB, "revision": revision})
+    expected = f'unset (or "org/model@{revision}" in allow.models)'
+    assert str(refused.value) == f"site ada: model.revision: expected {expected}, found {revision}"
+    assert refused.value.public() == "RefusedError: model.revision"
+
+
+def test_an_entry_with_a_revision_allows_that_revision_only() -> None:
+    ask({"models": ["org/model@v1"]}, model={**HUB, "revision": "v1"})
+    ask({}, model={**HUB, "revision": "v2"})
+    for model in (HUB, {**HUB, "revision": "v2"}, {**HUB, "source": "org/other", "revision": "v1"}):
+        with pytest.raises(RefusedError, match=r"model\.source: expected one of org/model@v1 \(allow\.models\)"):
+            ask({"models": ["org/model@v1"]}, model=model)
+
+
 def test_steps_of_the_other_schedule_do_not_count() -> None:
     ask({"max_steps": 5}, train=ALTERNATING)
 
