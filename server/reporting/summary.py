@@ -212,11 +212,11 @@ def _started(summary: RunSummary, event: Event) -> None:
     summary.federation, summary.method, summary.model = event["federation"], event["method"], event["model"]
     summary.rounds, summary.ready_event = event["rounds"], ""
     summary.learning_rates = event.get("learning_rates", {})
-    settings = event.get("settings", {})
-    summary.description = str(settings.get("description", ""))
-    privacy = settings.get("privacy", {})
-    delta = privacy.get("delta") if isinstance(privacy, dict) else None
-    summary.delta = delta if isinstance(delta, float) else None
+    if settings := event.get("settings"):  # a site writes them once for each plan
+        summary.description = str(settings.get("description", ""))
+        privacy = settings.get("privacy", {})
+        delta = privacy.get("delta") if isinstance(privacy, dict) else None
+        summary.delta = delta if isinstance(delta, float) else None
     for site in event["sites"]:
         summary.site(site)
 

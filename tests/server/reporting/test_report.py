@@ -92,6 +92,13 @@ def test_the_recipe_describes_itself_below_the_table(tmp_path: Path) -> None:
     assert "\nTwo [bold]words[/bold].\nrows: training + test." in report_of(summarize([started]), tmp_path)
 
 
+def test_a_second_start_without_settings_keeps_those_of_the_first() -> None:
+    started = {**STARTED, "sites": ["ada"]}
+    settings = {"description": "words", "privacy": {"delta": 1e-5}}
+    summary = summarize([{**started, "settings": settings}, started])
+    assert (summary.description, summary.delta) == ("words", 1e-5)
+
+
 def test_the_table_fits_into_80_columns(tmp_path: Path) -> None:
     summary = run_of([0.08, 0.06], 0.02)
     summary.rows = {"a" * 12: summary.rows["s0"], "s1": summary.rows["s1"]}
