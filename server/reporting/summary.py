@@ -211,7 +211,8 @@ def _ready(summary: RunSummary, event: Event) -> None:
 def _started(summary: RunSummary, event: Event) -> None:
     summary.federation, summary.method, summary.model = event["federation"], event["method"], event["model"]
     summary.rounds, summary.ready_event = event["rounds"], ""
-    summary.learning_rates = event.get("learning_rates", {})
+    rates = event.get("learning_rates", {})
+    summary.learning_rates = {name: rate for name, rate in rates.items() if rate is not None}
     settings = event.get("settings", {})
     summary.description = str(settings.get("description", ""))
     privacy = settings.get("privacy", {})

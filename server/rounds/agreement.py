@@ -78,8 +78,8 @@ def agreed_tasks(recipe: Recipe, weights: str, sites: Sequence[SiteInfo], before
     """The task that each site of the recipe must have, by name; empty if a reply does not weigh its loss terms.
 
     A generation example has up to ``model.max_length`` terms and any other has one, so with ``weights = "tokens"`` no
-    site may choose its task alone: it is that of the recipe if it describes most sites, else ``before`` (that of the run
-    before a restart), else that of most sites.
+    site may choose its task alone. It is that of the recipe if this describes most sites, else ``before`` (that of the
+    run before a restart), else that of most sites.
     """
     if weights != "tokens" or not sites:
         return {}

@@ -43,7 +43,8 @@ def _drop_field(content: RecordDict, rng: random.Random) -> None:
 
 def _metric(content: RecordDict, rng: random.Random) -> None:
     if "metrics" in content:
-        name = rng.choice(["personal.loss", "train.loss", "base.accuracy", rng.choice(TEXTS)])
+        names = ["personal.loss", "train.loss", "base.accuracy", *["validation.loss"] * 2, rng.choice(TEXTS)]
+        name = rng.choice(names)
         content.metric_records["metrics"][name] = rng.choice(NUMBERS)
 
 
