@@ -112,11 +112,18 @@ OPTIONAL: Mapping[str, Mapping[str, Check]] = {  # where present
 }
 
 
+def _says_for_what(event: Mapping[str, Any]) -> bool:
+    """Whether a waiting event names the sites and the quorum that it waits for, or else a reason."""
+    return event.keys() >= {"missing", "present", "quorum"} or ("reason" in event and "offline" not in event)
+
+
 def is_event(value: Any) -> bool:
     """Whether a parsed line is an event: a name, a finite time, and the fields of its kind."""
     if not isinstance(value, dict) or not _text(value.get("event")) or not _number(value.get("time")):
         return False
     required, optional = (table.get(value["event"], {}) for table in (REQUIRED, OPTIONAL))
+    if value["event"] == "waiting" and not _says_for_what(value):
+        return False
     return all(name in value and check(value[name]) for name, check in required.items()) and all(
         check(value[name]) for name, check in optional.items() if name in value
     )

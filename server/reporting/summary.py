@@ -53,7 +53,9 @@ class SiteSummary:
 
     def metric(self, mode: str) -> float | None:
         """The task's primary metric of ``base``, ``shared``, ``personal`` or ``alone``; None if not measured."""
-        name = TASKS[self.task].primary_metric if self.task in TASKS else ""
+        if self.task not in TASKS:
+            return None
+        name = TASKS[self.task].primary_metric
         if mode == "alone":
             return self.alone.get(f"personal.{name}")
         return self.metrics.get(f"{mode}.{name}")
@@ -155,9 +157,11 @@ def _restarted_note(event: Event) -> str:
 
 
 def _waiting_note(event: Event) -> str:
-    if not event.get("missing"):
+    if "reason" in event:
         return f"waiting: {event['reason']}"
     seconds, present, quorum = event.get("seconds", 0), len(event["present"]), event["quorum"]
+    if not event["missing"]:
+        return f"waiting: {present} joined, {quorum} needed"
     if "round" not in event:
         since = f" for {seconds:.0f} s" if seconds else ""
         return f"waiting for {', '.join(event['missing'])}{since}: {present} joined, {quorum} needed"
