@@ -69,7 +69,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import ColoraError, QuorumError
+from ...common.errors import ColoraError, QuorumError, reason_in_words
 from ...common.event_log import Event, EventLog
 from ...common.foreign_text import clean
 from ...common.processes.log_tail import FileTail
@@ -94,7 +94,7 @@ class EventRecorder:
     def failed(self, t: int, site: str, reason: str | None, *, silent: bool = False) -> None:
         """Record that a site sent an error, or nothing (``silent``), in round ``t``. ``reason`` may be its own text."""
         site, reason = clean(site), clean(reason or "an error without a reason")
-        self.failures.append(f"{site}: {reason}")
+        self.failures.append(f"{site}: {reason_in_words(reason, site)}")
         self.emit("failed", round=t, site=site, reason=reason, silent=silent)
 
     def refused(self, t: int, error: ColoraError) -> None:
