@@ -52,7 +52,7 @@ class RunFolder:
     def read_roster(self) -> list[tuple[str, int]]:
         """Return each site's name and first round, in order. Raises StateError if the file is missing or damaged."""
         try:
-            entries = parse_json(self.roster.read_bytes(), lambda value: isinstance(value, list) and value)
+            entries = parse_json(self.roster.read_bytes(), lambda value: isinstance(value, list) and value != [])
             if not all(map(_is_entry, entries)):
                 raise ValueError("an entry is not a name and a round")
             if len({site for site, _ in entries}) < len(entries):
