@@ -17,7 +17,7 @@ from ..common.config.schema import Plan, to_json
 from ..common.config.site_schema import SiteSettings
 from ..common.errors import StateError
 from ..common.methods import PERSONAL, group_of
-from ..common.models.saved import SavedModel
+from ..common.models.saved import FILES, SavedModel
 from ..common.models.sources import check_fingerprint
 from ..common.protocol.types import TrainRequest
 from ..common.training.loop import StepCallback
@@ -97,7 +97,7 @@ def _other_result(store: StateStore, request: TrainRequest, plan: str, site: str
 
     Raises StateError where the site took part in the federation.
     """
-    states = sorted(store.folder.glob("round-*.safetensors"))
+    states = sorted(store.folder.glob(FILES))
     if not states:
         return None
     last = store.state(request.round)

@@ -73,7 +73,7 @@ def reason_in_words(reason: str, site: str | None) -> str:
     """Return why a site was left out as a clause, without the site's name. A public text becomes a sentence."""
     reason = reason.removeprefix(f"site {site}: ")
     kind, _, field = reason.partition(": ")
-    cause = _CAUSES.get(kind)
+    cause = _BUDGET if reason in _OVER_BUDGET else _CAUSES.get(kind)
     if not cause or (field and not _PUBLIC.fullmatch(field)):
         return reason
     return f"{cause}{f' ({field})' if field else ''}; the log of the site has the details"
@@ -122,6 +122,8 @@ class QuorumError(ColoraError, RuntimeError):
     """Too few sites or admitted replies to continue."""
 
 
+_OVER_BUDGET = ("RefusedError: privacy.epsilon", "RefusedError: allow.max_epsilon")
+_BUDGET = "the round would spend more than the privacy budget of the site"
 _CAUSES = {  # of the errors whose public text a site sends
     "ConfigError": "the site has an error in its site file",
     "AssetError": "the site could not get a packaged model or data set",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .foreign_text import clean
+from .protocol.limits import in_range
 
 logger = logging.getLogger("colora.events")
 Event = dict[str, Any]
@@ -28,8 +28,8 @@ class EventLog:
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def emit(self, event: str, **fields: Any) -> None:
-        """Write one event with the current time."""
-        record = {"time": round(time.time(), 3), "event": event, **_finite(fields)}
+        """Write one event with the current time. Numbers that its readers do not accept become null."""
+        record = {"time": round(time.time(), 3), "event": event, **_plain(fields)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
         if self.listener:
@@ -54,9 +54,13 @@ def notify(listener: Listener, event: Event) -> None:
         )
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """The value with None for each number that no reader accepts: one that is not finite, or beyond the range.
+
+    Integers stay: those of other machines are in range, and a seed in ``settings`` may be larger.
+    """
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return value if in_range(value) else None
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

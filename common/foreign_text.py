@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 
 MAX_TEXT = 200  # characters of one text from outside
+ZERO_WIDTH_SPACE = "\u200b"
+_LINKED = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?<=mailto)(?=:)|(?<=xmpp)(?=:)|(?<=@)", re.IGNORECASE)
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>()#+!|~&])")
 
 
@@ -32,5 +34,9 @@ def sanitize(text: str) -> str:
 
 
 def markdown(text: object) -> str:
-    """Escape text for Markdown, in which it then has no markup, no HTML and no line break."""
-    return _MARKUP.sub(r"\\\1", printable(str(text)))
+    """Escape text for Markdown, in which it then has no markup, no HTML, no line break and nothing that becomes a link.
+
+    Renderers link bare URLs, ``www.``, mail addresses and @names, and some look for them after they have removed the
+    backslashes. So a zero-width space breaks these.
+    """
+    return _MARKUP.sub(r"\\\1", _LINKED.sub(ZERO_WIDTH_SPACE, printable(str(text))))

@@ -189,7 +189,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         state = json.loads(path.read_text(encoding="utf-8"))
         names = {key: [str(name) for name in state.get(key, ())] for key in ("logged", "sessions")}
         return {"id": str(state["id"]), "closed": int(state.get("closed", 0)), **names}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return {"id": "", "closed": 0, "logged": [], "sessions": []}
 
 

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..common.atomic_io import write_atomically
 from ..common.config.schema import TransferSettings
 from ..common.errors import DataError
+from ..common.json_files import read_json
 from ..common.models.base_model import BaseModel
 from .preparation import TransferArtifacts
 from .sampling import Deduplicator, generate_texts
@@ -41,17 +43,21 @@ class SynthesisProgress:
         return self.accepted / self.generated if self.generated else 0.0
 
 
+AGAIN = "Delete it, and repeat the command: the texts are generated again."
 ProgressCallback = Callable[[SynthesisProgress], None]
 
 
 class SampleLog:
-    """``written.json``: each generated text with the filter's verdict (None: pending), and the number of calls."""
+    """``written.json``: each generated text with the filter's verdict (None: pending), and the number of calls.
+
+    Raises DamagedError for a file that holds anything else.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.calls = path, 0
         self.verdicts: dict[str, bool | None] = {}
         if path.exists():
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = read_json(path, _is_log, "a count of calls and a verdict for each text", AGAIN)
             self.calls, self.verdicts = saved["calls"], saved["verdicts"]
 
     def save(self) -> None:
@@ -67,6 +73,13 @@ class SampleLog:
         """Return the counts so far."""
         accepted, pending = (len(self.with_verdict(verdict)) for verdict in (True, None))
         return SynthesisProgress(self.calls, len(self.verdicts), accepted, requested, pending)
+
+
+def _is_log(saved: Any) -> bool:
+    if not isinstance(saved, dict) or saved.keys() != {"calls", "verdicts"} or not isinstance(saved["verdicts"], dict):
+        return False
+    verdicts = saved["verdicts"].values()
+    return type(saved["calls"]) is int and saved["calls"] >= 0 and all(v is None or type(v) is bool for v in verdicts)
 
 
 @dataclass(frozen=True)

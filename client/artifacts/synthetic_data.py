@@ -8,13 +8,15 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...common.atomic_io import write_atomically
 from ...common.config.schema import ModelSettings, Plan
 from ...common.dataset import TASKS, Row, SiteDataset
-from ...common.errors import DataError, StateError
+from ...common.errors import DamagedError, DataError, StateError
+from ...common.json_files import parse_json
 from ...common.models.base_model import BaseModel, load_base_model
 from ...common.models.saved import SavedModel
 from ...common.seeds import seed_from
@@ -90,7 +92,8 @@ def synthetic_rows(
 ) -> list[Row]:
     """Return synthetic inputs with the source model's answers, as training rows; an earlier call's rows are reused.
 
-    Raises DataError where no text passes the filter or every answer is empty.
+    Raises DataError where no text passes the filter or every answer is empty, and DamagedError for a file of an earlier
+    call that holds anything else.
     """
     path = folder / ROWS
     if not path.exists():
@@ -107,7 +110,44 @@ def synthetic_rows(
             )
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         _free_memory()
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return _read_rows(path, saved)
+
+
+def _read_rows(path: Path, saved: SavedModel) -> list[Row]:
+    """Read the rows. Lines end with a newline only, since a text may hold other line breaks."""
+    labels = saved.metadata.labels if TASKS[saved.metadata.task].has_labels else None
+    *lines, cut = path.read_bytes().split(b"\n")
+    try:
+        if cut or not lines:
+            raise ValueError("a file that was cut")
+        return [parse_json(line, lambda row: _is_row(row, labels)) for line in lines]
+    except ValueError as error:
+        message = f"{path} is damaged: expected one synthetic row on each line, found {error}."
+        hint = "Delete it, and repeat the command: the answers are written again."
+        raise DamagedError(str(path), "one synthetic row on each line", error, message=message, hint=hint) from None
+
+
+def _is_row(row: Any, labels: Sequence[str] | None) -> bool:
+    """Whether parsed JSON is a row of ``pseudo_label``: with a label and probabilities where there are ``labels``."""
+    if not isinstance(row, dict):
+        return False
+    if labels is not None:
+        shares = row.get("probabilities")
+        is_whole = row.keys() == {"text", "label", "probabilities"} and isinstance(row["text"], str)
+        return is_whole and row["label"] in labels and isinstance(shares, list) and _are_shares(shares, len(labels))
+    if row.keys() != {"messages"}:
+        return row.keys() == {"prompt", "completion"} and all(isinstance(text, str) for text in row.values())
+    turns = row["messages"]
+    return isinstance(turns, list) and [_role(turn) for turn in turns] == ["user", "assistant"]
+
+
+def _are_shares(shares: list[Any], count: int) -> bool:
+    return len(shares) == count and all(isinstance(share, float) and 0 <= share <= 1 for share in shares)
+
+
+def _role(turn: Any) -> str | None:
+    is_turn = isinstance(turn, dict) and turn.keys() == {"role", "content"} and isinstance(turn["content"], str)
+    return turn["role"] if is_turn else None
 
 
 def _synthetic_texts(

@@ -13,6 +13,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...common.adapters.initialization import initial_shared_state
 from ...common.atomic_io import write_atomically
@@ -20,10 +21,11 @@ from ...common.config.loader import with_overrides
 from ...common.config.schema import Plan, PrivacySettings, digest, parse, to_dict, to_json
 from ...common.dataset import TASKS, SiteDataset
 from ...common.errors import ConfigError, StateError
+from ...common.json_files import read_json
 from ...common.models.architecture import check_generates
 from ...common.models.assets import file_sha256
 from ...common.models.base_model import load_base_model
-from ...common.models.saved import SavedModel, read_saved_model
+from ...common.models.saved import FILES, SavedModel, read_saved_model
 from ...common.protocol.types import TrainReply, TrainRequest
 from ...common.training.loop import StepCallback
 from ...transfer.preparation import TEXT_TASKS, TransferArtifacts, check_preparation
@@ -211,15 +213,15 @@ def rows_on_new_base(plan: Plan, states: Path, folder: Path) -> tuple[SiteDatase
 
 def is_prepared(states: Path) -> bool:
     """Whether this folder has a state with transfer artifacts."""
-    return bool(list(states.glob("round-*.safetensors"))) and read_saved_model(states).transfer_metadata is not None
+    return bool(list(states.glob(FILES))) and read_saved_model(states).transfer_metadata is not None
 
 
 def claim_output(saved: SavedModel, plan: Plan, out: Path) -> None:
-    """Mark a new folder as this transfer's. Raises StateError where it belongs to another one."""
+    """Mark a new folder as this transfer's. Raises StateError where it belongs to another one or is damaged."""
     job = {"source": file_sha256(saved.path), "plan": digest(to_json(plan))}
     path = out / JOB
     if path.exists():
-        if json.loads(path.read_text()) != job:
+        if read_json(path, _is_job, "two hashes", "Choose another --out.") != job:
             raise StateError(
                 f"--out {out}",
                 "a new folder, or this transfer's (same STATE, --to and --set)",
@@ -237,3 +239,7 @@ def claim_output(saved: SavedModel, plan: Plan, out: Path) -> None:
         )
     else:
         write_atomically(path, json.dumps(job).encode())
+
+
+def _is_job(job: Any) -> bool:
+    return isinstance(job, dict) and job.keys() == {"source", "plan"} and all(isinstance(v, str) for v in job.values())

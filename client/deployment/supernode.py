@@ -8,12 +8,14 @@ import socket
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import psutil
 
 from ...common.atomic_io import write_atomically
 from ...common.config.site_schema import CoordinatorSettings, SiteSettings
 from ...common.flower_compat import TASK_POLL_INTERVAL
+from ...common.json_files import parse_json
 from ...common.processes.supervised import Command, SupervisedProcess, free_port
 from ..flower_compat import CLIENT_APP, deactivate_node
 from ..trainer_service.client import LINK, SITE, TRAINER
@@ -164,9 +166,15 @@ class SuperNode:
 
     def _read_lease(self) -> NodeLease | None:
         try:
-            return NodeLease(**json.loads(self.lease_file.read_text()))
-        except (OSError, ValueError, TypeError):
+            return NodeLease(**parse_json(self.lease_file.read_bytes(), _is_lease))
+        except (OSError, ValueError):
             return None
+
+
+def _is_lease(value: Any) -> bool:
+    """Whether parsed JSON has the fields of a ``NodeLease``, with their types."""
+    hints = get_type_hints(NodeLease)
+    return isinstance(value, dict) and value.keys() == hints.keys() and all(type(value[k]) is hints[k] for k in hints)
 
 
 def _boot_id() -> str:

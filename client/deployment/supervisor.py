@@ -13,6 +13,7 @@ from ...common.config.loader import load_site
 from ...common.config.site_schema import SiteSettings
 from ...common.errors import ColoraError, ConfigError, DataError, StateError
 from ...common.foreign_text import sanitize
+from ...common.models.saved import FILES
 from ...common.processes.log_tail import LogTail
 from ...common.processes.supervised import Command, Signals, SupervisedProcess, exclusive_lock, write_services
 from ...common.prometheus import serve_metrics
@@ -80,7 +81,7 @@ def _check_at_once(site: SiteSettings, log: Print, component: Component | None) 
         try:
             check_sources(site.data, site.name)
         except DataError as error:
-            if not any(Path(site.trainer.state).glob("*/round-*.safetensors")):
+            if not any(Path(site.trainer.state).glob(f"*/{FILES}")):
                 raise
             log(sanitize(str(error)))
     if component != "trainer" and site.coordinator and not site.coordinator.insecure:

@@ -68,9 +68,9 @@ def _read(path: Path) -> Keys:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = None
-    if isinstance(found, dict) and all(isinstance(keys, list) for keys in found.values()):
+    if isinstance(found, dict) and all(map(_are_texts, found.values())):
         return found
     raise StateError(
         str(path),
@@ -79,6 +79,10 @@ def _read(path: Path) -> Keys:
         message=f"{path} is damaged, so the limits on requests cannot be checked.",
         hint="Restore the file, or delete it to count from zero.",
     )
+
+
+def _are_texts(keys: object) -> bool:
+    return isinstance(keys, list) and all(isinstance(key, str) for key in keys)
 
 
 def _write(path: Path, keys: Mapping[str, list[str]]) -> None:

@@ -77,7 +77,7 @@ class StateStore:
         for older in sorted(self.folder.glob(FILES), reverse=True):
             if older < path:
                 try:
-                    state = self._read(older, int(older.stem.removeprefix("round-")))
+                    state = self._read(older, _round_of(older))
                 except (StateError, ValueError):
                     continue
                 logger.error("Round %d continues from the state of round %d.", round_number + 1, state.round)
@@ -107,7 +107,7 @@ class StateStore:
 
     def newest(self) -> PersonalState | None:
         """Return the state of the last round on disk, or None if there is none; see ``state`` for damaged files."""
-        rounds = [int(path.stem.removeprefix("round-")) for path in self.folder.glob(FILES)]
+        rounds = [_round_of(path) for path in self.folder.glob(FILES)]
         return self.state(max(rounds)) if rounds else None
 
     def labels(self) -> tuple[str, ...]:
@@ -186,7 +186,7 @@ class StateStore:
                 number = load_arrays(ancestors[-1], prefix=NOTHING)[1]["previous"]
             except (DamagedError, KeyError):  # what it was trained from is unknown, and may be the newest whole state
                 return
-        for path in self.folder.glob("round-*.safetensors"):
+        for path in self.folder.glob(FILES):
             if path < self.path(admitted) and path not in ancestors:
                 path.unlink(missing_ok=True)
 
@@ -206,6 +206,10 @@ class StateStore:
                 message=f"{path} belongs to federation {other}, not to {self.federation}.",
                 hint="Use another state folder.",
             )
+
+
+def _round_of(path: Path) -> int:
+    return int(path.stem.removeprefix("round-"))
 
 
 def check_private(state: PersonalState, private: PrivateSettings, site: str) -> None:

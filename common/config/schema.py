@@ -183,7 +183,8 @@ class ServerSettings:
     weights: Literal["tokens", "examples", "uniform", "benefit"] | None = None
     """What a reply weighs in the mean: loss terms (tokens or labelled texts), examples, or one. ``benefit`` gives more
     weight to sites that the shared adapter helps, by one number that each site reports. Unset: ``tokens``, or
-    ``uniform`` if the sites have different tasks."""
+    ``uniform`` if the sites have different tasks. With ``tokens``, a site whose task is not the one that the recipe
+    declares for it is refused, since a generation example has up to ``model.max_length`` loss terms."""
 
     groups: Literal["none", "similarity"] = "none"
     """Which sites share an adapter. ``none``: all of them. ``similarity``: before round 1 all sites train once from the

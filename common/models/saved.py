@@ -23,7 +23,7 @@ logger = logging.getLogger("colora.models")
 FINGERPRINTS = ("model", "tokenizer", "chat_template")  # fields of Fingerprint
 SHARED, TRAINED, PERSONAL = "shared/", "reply/", "state/"
 DISCRIMINATOR, WRITER = "transfer/", "writer/"  # of a later transfer
-FILES = "round-*.safetensors"
+FILES = f"round-{'[0-9]' * 6}.safetensors"  # no other file in the folder, such as a copy, is a model
 PLACES = (FILES, f"checkpoints/{FILES}", f"state/{FILES}", f"state/*/{FILES}")  # patterns below a folder
 
 

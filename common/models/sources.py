@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..config.schema import ModelSettings
 from ..errors import ModelError, StateError
+from ..json_files import parse_json
 from . import synthetic
 from .assets import asset_folder, cache_folder, file_sha256
 from .model_files import file_names, needed_files, token_files, weight_files
@@ -154,15 +155,20 @@ def synthetic_fingerprint(settings: ModelSettings) -> Fingerprint:
     return Fingerprint(hashlib.sha256(settings.source.encode()).hexdigest(), "", "")
 
 
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+
+
 class _HashCache:
     """SHA-256 hashes of files in the cache folder, so that large files are hashed once."""
 
     def __init__(self) -> None:
         self.path = cache_folder() / "hashes.json"
         try:
-            self.known: dict[str, str] = json.loads(self.path.read_text())
+            known = parse_json(self.path.read_bytes(), lambda value: isinstance(value, dict))
         except (OSError, ValueError):
-            self.known = {}
+            known = {}
+        self.known: dict[str, str] = {key: value for key, value in known.items() if _is_sha256(value)}
         self.size = len(self.known)
 
     def sha256(self, file: Path) -> str:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,12 @@ import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 
-from ..errors import StateError
 from ..foreign_text import sanitize
+from ..json_files import read_json
 
 FILE = "services.json"
+MAX_PID = 2**31 - 1
+WRITTEN_AGAIN = "Delete it: the next start of colora writes it again."
 PATIENCE = 2.0  # timeout of one health check in seconds
 CLOCK = 2.0  # tolerance between the time of a file and the start time of a process, in seconds
 HealthState = Literal["serving", "not serving", "down"]
@@ -60,13 +61,24 @@ def read_services(folder: Path) -> ServiceRecord | None:
     """Read ``services.json`` in a folder; None without such a file. Raises StateError if it cannot be read."""
     path = folder / FILE
     try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        pids = {str(name): pid for name, pid in raw.pop("pids", {}).items()}
-        return ServiceRecord({name: str(address) for name, address in raw.items()}, pids, path.stat().st_mtime)
-    except FileNotFoundError:
+        if not path.exists():
+            return None
+        raw = read_json(path, _is_record, "an address for each service and a pid for each process", WRITTEN_AGAIN)
+        pids = raw.pop("pids", {})
+        return ServiceRecord(raw, pids, path.stat().st_mtime)
+    except FileNotFoundError:  # deleted in this moment
         return None
-    except (OSError, ValueError, AttributeError) as error:
-        raise StateError(str(path), "a services.json file", error, message=f"{path} is damaged: {error}.") from None
+
+
+def _is_record(raw: Any) -> bool:
+    if not isinstance(raw, dict) or not isinstance(pids := raw.get("pids", {}), dict):
+        return False
+    addresses = (address for name, address in raw.items() if name != "pids")
+    return all(isinstance(address, str) for address in addresses) and all(map(_is_pid, pids.values()))
+
+
+def _is_pid(pid: Any) -> bool:
+    return pid is None or (type(pid) is int and 0 <= pid <= MAX_PID)
 
 
 def grpc_health(address: str, channel: Callable[[], grpc.Channel] | None = None) -> HealthState:

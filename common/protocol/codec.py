@@ -129,6 +129,7 @@ def encode(codec: str, arrays: Arrays, reference: Arrays | None = None) -> bytes
     return CODECS[codec].encode(arrays, reference or {})
 
 
+@np.errstate(over="ignore", invalid="ignore")  # admission refuses numbers that are not finite, by name
 def decode(codec: str, data: bytes, reference: Arrays | None = None) -> Arrays:
     """Decode bytes to arrays in name order. Raises RefusedError for an unknown codec or damaged bytes."""
     if codec not in CODECS:

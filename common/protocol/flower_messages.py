@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -85,6 +86,16 @@ def site_info_from(message: Message) -> SiteInfo:
     return _unpack(SiteInfo, message)
 
 
+def site_info_of(values: object) -> SiteInfo:
+    """The site info in the parsed JSON of a file, checked as that in a message. Raises RefusedError."""
+    if not isinstance(values, dict):
+        raise RefusedError("fields", "those of SiteInfo", type(values).__name__)
+    hints = get_type_hints(SiteInfo)
+    _check_names(SiteInfo, values, set(hints))
+    _check_fields(hints, values)
+    return SiteInfo(**values)
+
+
 def payload_bytes(message: Message) -> int:
     """The payload of a message in bytes: arrays, metrics and texts, without Flower's envelope."""
     if not message.has_content():
@@ -130,22 +141,31 @@ def _unpack_fields(kind: type[T], message: Message, request: TrainRequest | None
     values: dict[str, Any] = dict(content.config_records[CONFIG])
     if METRICS in expected:
         values[METRICS] = {key: _number(key, value) for key, value in content.metric_records[METRICS].items()}
-    different = set(values).symmetric_difference(set(hints) - {ARRAYS})
-    if different:
-        raise RefusedError("fields", f"those of {kind.__name__}", f"a difference in {min(different)}")
+    _check_names(kind, values, set(hints) - {ARRAYS})
     if ARRAYS in expected:
         if request:
             codec, reference = reply_codec_of(request.plan, request.kind), request.shared
         else:
             codec, reference = codec_of(str(values["plan"])), {}
         values[ARRAYS] = _arrays(content.array_records[ARRAYS], codec, reference)
+    _check_fields(hints, values)
+    return kind(**values)
+
+
+def _check_names(kind: type[T], values: Mapping[str, Any], expected: set[str]) -> None:
+    different = set(values).symmetric_difference(expected)
+    if different:
+        raise RefusedError("fields", f"those of {kind.__name__}", f"a difference in {min(different)}")
+
+
+def _check_fields(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Check the types and ranges of all fields but arrays and metrics. Raises RefusedError."""
     for name, hint in hints.items():
         if hint in (str, int, float, bool) and type(values[name]) is not hint:
             raise RefusedError(name, hint.__name__, type(values[name]).__name__)
         if get_origin(hint) is Literal and values[name] not in get_args(hint):
             raise RefusedError(name, " or ".join(get_args(hint)), repr(values[name]))
     check_values({name: value for name, value in values.items() if name in hints and name not in (ARRAYS, METRICS)})
-    return kind(**values)
 
 
 def _number(key: str, value: object) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,4 +45,9 @@ def measured(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
     A diverged model of an honest site has such values, so they do not make a reply wrong.
     """
-    return {k: v if math.isfinite(v) and abs(v) <= MAX_METRIC else None for k, v in metrics.items()}
+    return {name: value if in_range(value) else None for name, value in metrics.items()}
+
+
+def in_range(value: float) -> bool:
+    """Whether a number is finite and at most ``MAX_METRIC``, as every number of an event is."""
+    return -MAX_METRIC <= value <= MAX_METRIC  # NaN is not

@@ -28,7 +28,10 @@ def encode_update(arrays: Arrays, reference: Arrays, bits: int) -> bytes:
 
 
 def decode_update(data: bytes, reference: Arrays, bits: int) -> Arrays:
-    """Decode to fp32 arrays. Raises ValueError for another number of bytes than the reference needs."""
+    """Decode to fp32 arrays. Raises ValueError for another number of bytes than the reference needs.
+
+    The bytes of another machine may be scales that are not finite. So are the arrays then, which admission refuses.
+    """
     sizes = {key: (-(-reference[key].size // BLOCK), -(-reference[key].size * bits // 8)) for key in sorted(reference)}
     blocks = sum(count for count, _ in sizes.values())
     if len(data) != SCALE_BYTES * blocks + sum(length for _, length in sizes.values()):

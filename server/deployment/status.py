@@ -16,7 +16,6 @@ null::
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ from ...common.processes.health import (
     show_services,
 )
 from ..reporting.events import parse_lines
+from ..reporting.run_folder import RunFolder
 from ..reporting.summary import RunSummary, SiteSummary, summarize
 from ..rounds.checkpoint import CheckpointInfo, latest_checkpoint_info
 from .run_phase import Phase, last_change, phase_of
@@ -203,8 +203,8 @@ def _events(folder: Path) -> tuple[list[Event], str]:
 def _roster(folder: Path, summary: RunSummary) -> list[str]:
     """The names of the sites in order, from the roster, which exists before the first event."""
     try:
-        return [str(entry[0]) for entry in json.loads((folder / "roster.json").read_text(encoding="utf-8"))]
-    except (OSError, ValueError, LookupError, TypeError):
+        return [site for site, _ in RunFolder(folder).read_roster()]
+    except StateError:
         return list(summary.rows)
 
 

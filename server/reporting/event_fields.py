@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ...common.protocol.limits import in_range
+
 Check = Callable[[Any], bool]
-LARGEST = 1e15  # absolute value of a number in an event; all numbers that colora writes are smaller
 
 
 def _number(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= LARGEST and math.isfinite(value)
+    return is_number and in_range(value)  # the log has null for any other
 
 
 def _count(value: Any) -> bool:
@@ -65,7 +65,7 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
     "site_ready": _SITE,
     "joined": {**_SITE, "task": _text, **_ROWS},
     "agreed": {"weights": _text},
-    "grouped": {"groups": _lists_of_names, "cosines": _values(_values(_number))},
+    "grouped": {"groups": _lists_of_names, "cosines": _values(_values(_optional(_number)))},
     "round_started": {**_ROUND, **_SITES},
     "reply": {
         **_ROUND,
@@ -76,7 +76,7 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
     },
     "failed": {**_ROUND, "site": _optional(_text), "reason": _optional(_text)},
     "refused": {**_ROUND, "site": _optional(_text), **_REASON},
-    "clipped": {**_ROUND, **_SITE, "norm": _number, "bound": _number},
+    "clipped": {**_ROUND, **_SITE, "norm": _optional(_number), "bound": _optional(_number)},
     "distant": {**_ROUND, **_SITE},
     "late": {**_ROUND, **_SITE, **_REASON},
     "round": {**_ROUND, "admitted": _names, "weights": _values(_number), "seconds": _number},
@@ -84,7 +84,7 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
     "selected": {**_ROUND, "kept": _count, "early": lambda value: isinstance(value, bool)},
     "finalizing": {**_ROUND, **_SITES, "prepares": lambda value: isinstance(value, bool)},
     "finalized": {**_ROUND, **_SITES},
-    "compared": {**_SITE, "gain": _number, "standard_error": _optional(_number)},
+    "compared": {**_SITE, "gain": _optional(_number), "standard_error": _optional(_number)},
     "finished": {"seconds": _number},
     "run_failed": {**_REASON, "final": lambda value: isinstance(value, bool)},
     "restarted": {"what": _text},
@@ -92,7 +92,7 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
 }
 OPTIONAL: Mapping[str, Mapping[str, Check]] = {  # where present
     "resumed": {"damaged": _names},
-    "started": {"learning_rates": _values(_number), "settings": _table, "versions": _values(_text), **_SITE},
+    "started": {"learning_rates": _values(_optional(_number)), "settings": _table, "versions": _values(_text), **_SITE},
     "joined": {"steps": _count},
     "grouped": {"tests": _tests},
     "reply": {"measuring": _number, "kind": _text},
@@ -112,11 +112,18 @@ OPTIONAL: Mapping[str, Mapping[str, Check]] = {  # where present
 }
 
 
+def _says_for_what(event: Mapping[str, Any]) -> bool:
+    """Whether a waiting event names the sites and the quorum that it waits for, or else a reason."""
+    return event.keys() >= {"missing", "present", "quorum"} or ("reason" in event and "offline" not in event)
+
+
 def is_event(value: Any) -> bool:
     """Whether a parsed line is an event: a name, a finite time, and the fields of its kind."""
     if not isinstance(value, dict) or not _text(value.get("event")) or not _number(value.get("time")):
         return False
     required, optional = (table.get(value["event"], {}) for table in (REQUIRED, OPTIONAL))
+    if value["event"] == "waiting" and not _says_for_what(value):
+        return False
     return all(name in value and check(value[name]) for name, check in required.items()) and all(
         check(value[name]) for name, check in optional.items() if name in value
     )

@@ -2,8 +2,8 @@
 
 Every event has ``time`` (seconds since 1970) and ``event``, its name. ``round`` counts from 1. Replies and failures
 of the finalization have the last round + 1, those before round 1 have 0, and those of a validation have the validated
-round + 1. Failures while sites join have the round of the last checkpoint, or 0. Numbers that JSON cannot represent
-(NaN, infinity) and metrics beyond 1e15 are null. A site's text has at most 200 characters. A reader skips a line that
+round + 1. Failures while sites join have the round of the last checkpoint, or 0. Numbers that are not finite or beyond
+1e15 are null. A site's text has at most 200 characters. A reader skips a line that
 is not an event, with a warning.
 
 =================  ====================================================================================================
@@ -43,8 +43,9 @@ distant            An update was far from the others of its round and was not av
 late               A reply came after its round had ended and was ignored: round, site, reason.
 round              A round ended with its quorum: round, admitted (sites), weights (by site), residual (relative
                    distance of mean(B)·mean(A) from mean(BA), or null), seconds.
-validated          The personal models were measured on validation rows: round, losses (by site), loss (mean over
-                   sites), best (the round with the lowest loss so far).
+validated          The personal models were measured on validation rows: round, losses (by site, null if not
+                   measured), loss (mean over the measured sites, or null), best (the round with the lowest loss
+                   so far).
 selected           The round that the run ends with is known: round (the last), kept (that round), early (whether the
                    run ended before the recipe's number of rounds).
 finalizing         Sites personalize on the final adapter and evaluate: round (the last), sites, prepares (whether
@@ -68,7 +69,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import ColoraError, QuorumError
+from ...common.errors import ColoraError, QuorumError, reason_in_words
 from ...common.event_log import Event, EventLog
 from ...common.foreign_text import clean
 from ...common.processes.log_tail import FileTail
@@ -93,7 +94,7 @@ class EventRecorder:
     def failed(self, t: int, site: str, reason: str | None, *, silent: bool = False) -> None:
         """Record that a site sent an error, or nothing (``silent``), in round ``t``. ``reason`` may be its own text."""
         site, reason = clean(site), clean(reason or "an error without a reason")
-        self.failures.append(f"{site}: {reason}")
+        self.failures.append(f"{site}: {reason_in_words(reason, site)}")
         self.emit("failed", round=t, site=site, reason=reason, silent=silent)
 
     def refused(self, t: int, error: ColoraError) -> None:

@@ -40,7 +40,7 @@ def print_report(summary: RunSummary, folder: Path, console: Console) -> None:
 
 
 def _final_table(summary: RunSummary) -> Table:
-    tasks = sorted({row.task for row in summary.rows.values() if row.task})
+    tasks = sorted({row.task for row in summary.rows.values() if row.task in TASKS})  # a log may name any other
     metrics = [TASKS[t].primary_metric + (" (lower is better)" if TASKS[t].lower_is_better else "") for t in tasks]
     table = Table(
         box=box.SIMPLE_HEAD,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,13 @@ from typing import Any
 import tomli_w
 
 from ...common.atomic_io import write_atomically
+from ...common.config.field_types import NAME
 from ...common.config.loader import load_recipe
 from ...common.config.schema import Recipe, to_dict
 from ...common.errors import ConfigError, StateError
 from ...common.event_log import Event, EventLog, Listener
+from ...common.json_files import parse_json
+from ...common.protocol.limits import MAX_ROUND
 from .events import read_events
 
 # Files that may exist before the recipe, which is written last when a run is prepared.
@@ -49,11 +52,13 @@ class RunFolder:
     def read_roster(self) -> list[tuple[str, int]]:
         """Return each site's name and first round, in order. Raises StateError if the file is missing or damaged."""
         try:
-            entries = json.loads(self.roster.read_text(encoding="utf-8"))
-            roster = [(str(site), first) for site, first in entries]
-            if not roster or not all(isinstance(first, int) and first > 0 for _, first in roster):
+            entries = parse_json(self.roster.read_bytes(), lambda value: isinstance(value, list) and value != [])
+            if not all(map(_is_entry, entries)):
                 raise ValueError("an entry is not a name and a round")
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+            if len({site for site, _ in entries}) < len(entries):
+                raise ValueError("a name is in it twice")
+            return [(site, first) for site, first in entries]
+        except (OSError, ValueError) as error:
             raise StateError(
                 str(self.roster),
                 'a JSON list of ["SITE", FIRST ROUND]',
@@ -61,7 +66,6 @@ class RunFolder:
                 message=f"{self.roster} is missing or damaged: {error}.",
                 hint='Restore it, or write a JSON list with one ["SITE", FIRST ROUND] per site, in the original order.',
             ) from None
-        return roster
 
     def events(self) -> list[Event]:
         """Return all events; the baseline's have ``baseline`` set to True."""
@@ -130,6 +134,15 @@ class RunFolder:
         entries = {entry.name for entry in self.path.iterdir()}
         entries |= {f"sites/{entry.name}" for entry in self.path.glob("sites/*/*")}
         return all(entry in STARTED or entry.startswith((".", "sites/.")) for entry in entries)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry of the roster is a name, which is also that of a folder, and a round."""
+    if not isinstance(entry, list) or len(entry) != 2:
+        return False
+    site, first = entry
+    is_name = isinstance(site, str) and re.fullmatch(NAME, site) is not None
+    return is_name and type(first) is int and 0 < first <= MAX_ROUND
 
 
 def _difference(stored: Recipe, given: Recipe) -> str:

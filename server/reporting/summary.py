@@ -53,7 +53,9 @@ class SiteSummary:
 
     def metric(self, mode: str) -> float | None:
         """The task's primary metric of ``base``, ``shared``, ``personal`` or ``alone``; None if not measured."""
-        name = TASKS[self.task].primary_metric if self.task in TASKS else ""
+        if self.task not in TASKS:
+            return None
+        name = TASKS[self.task].primary_metric
         if mode == "alone":
             return self.alone.get(f"personal.{name}")
         return self.metrics.get(f"{mode}.{name}")
@@ -155,9 +157,11 @@ def _restarted_note(event: Event) -> str:
 
 
 def _waiting_note(event: Event) -> str:
-    if not event.get("missing"):
+    if "reason" in event:
         return f"waiting: {event['reason']}"
     seconds, present, quorum = event.get("seconds", 0), len(event["present"]), event["quorum"]
+    if not event["missing"]:
+        return f"waiting: {present} joined, {quorum} needed"
     if "round" not in event:
         since = f" for {seconds:.0f} s" if seconds else ""
         return f"waiting for {', '.join(event['missing'])}{since}: {present} joined, {quorum} needed"
@@ -211,7 +215,8 @@ def _ready(summary: RunSummary, event: Event) -> None:
 def _started(summary: RunSummary, event: Event) -> None:
     summary.federation, summary.method, summary.model = event["federation"], event["method"], event["model"]
     summary.rounds, summary.ready_event = event["rounds"], ""
-    summary.learning_rates = event.get("learning_rates", {})
+    rates = event.get("learning_rates", {})
+    summary.learning_rates = {name: rate for name, rate in rates.items() if rate is not None}
     if settings := event.get("settings"):  # a site writes them once for each plan
         summary.description = str(settings.get("description", ""))
         privacy = settings.get("privacy", {})

@@ -107,6 +107,8 @@ def _alone(history: History, event: Event) -> Iterator[TrackedRow]:
     t = history.summary.rounds
     if event["event"] == "compared":
         site = event["site"]
+        if event["gain"] is None:
+            return
         yield TrackedRow(f"gain {t} {site}", t, {f"gain/{site}": event["gain"]})
         return
     metrics = {

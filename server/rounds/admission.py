@@ -28,6 +28,7 @@ from ...common.protocol.types import (
 
 Layout = Mapping[str, tuple[int, ...]]
 MAX_POWER_STEP = 1.01  # norm of an array in a spectral start; bf16 rounds it by less than 1 %
+TASK_HINT = "Correct [data] task in the site file, or declare the task of this site in the recipe."
 PINNED = ("model", "tokenizer", "chat_template")  # fingerprints in SiteInfo that all sites must have in common
 
 
@@ -43,7 +44,8 @@ class ReplyLimits:
 def reply_limits(recipe: Recipe, site: SiteInfo) -> ReplyLimits:
     """The limits of a site's reply: it cannot train on more examples, or weigh more, than the plan has steps.
 
-    With ``train.epochs`` they follow from the number of training examples that the site reported when it joined.
+    With ``train.epochs`` they follow from the number of training examples that the site reported when it joined. The
+    terms follow from its task: where they decide the weights, ``agreement.agreed_tasks`` does not let a site choose it.
     """
     examples = recipe.train.examples_per_round(site.train)
     tokens = recipe.model.max_length if TASKS[site.task].needs_causal_lm else 1
@@ -104,11 +106,12 @@ def check_values(arrays: Arrays, previous: Arrays, max_update_norm: float, site:
 
 
 def admit_site(info: SiteInfo, expected: Mapping[str, object]) -> None:
-    """Check a joining site's protocol version, fingerprints and layout against ``expected``. Raises RefusedError."""
+    """Check a joining site's protocol version and task, and its fields in ``expected``. Raises RefusedError."""
     actual = dataclasses.asdict(info)
     for field, value in {"protocol": PROTOCOL, **expected}.items():
         if actual[field] != value:
-            raise RefusedError(field, str(value)[:16], str(actual[field])[:16], site=info.site)
+            hint = TASK_HINT if field == "task" else None
+            raise RefusedError(field, str(value)[:16], str(actual[field])[:16], site=info.site, hint=hint)
     if info.task not in TASKS:
         raise RefusedError("task", f"one of {', '.join(TASKS)}", info.task, site=info.site)
     if info.train < 1 and info.test < 1:

@@ -54,14 +54,39 @@ def number_of_classes(recipe: Recipe, joined: Sequence[SiteInfo], pins: Pins) ->
 def has_mixed_tasks(recipe: Recipe, sites: Sequence[SiteInfo]) -> bool:
     """Whether the sites have different tasks, so that their numbers of loss terms cannot be compared.
 
-    The tasks are those of the recipe if more than half of the sites have the task that it says. Otherwise the recipe
-    does not describe the sites, and their own claims count.
+    The tasks are those of the recipe if it describes most sites. Otherwise their own claims count.
     """
-    declared = {site.name: site.data.task for site in recipe.site}
-    as_declared = sum(info.task == declared.get(info.site, recipe.data.task) for info in sites)
-    if 2 * as_declared > len(sites):
-        return len({declared.get(info.site, recipe.data.task) for info in sites}) > 1
+    if describes(recipe, sites):
+        return len({declared_task(recipe, info.site) for info in sites}) > 1
     return len({info.task for info in sites}) > 1
+
+
+def declared_task(recipe: Recipe, site: str) -> str:
+    """The task that the recipe declares for a site: that of its ``[[site]]`` table, else ``data.task``."""
+    return next((table.data.task for table in recipe.site if table.name == site), recipe.data.task)
+
+
+def describes(recipe: Recipe, sites: Sequence[SiteInfo]) -> bool:
+    """Whether more than half of the sites have the task that the recipe declares for them.
+
+    Deployed sites take their task from their own site file, so a recipe need not describe them.
+    """
+    return 2 * sum(info.task == declared_task(recipe, info.site) for info in sites) > len(sites)
+
+
+def agreed_tasks(recipe: Recipe, weights: str, sites: Sequence[SiteInfo], before: str = "") -> dict[str, str]:
+    """The task that each site of the recipe must have, by name; empty if a reply does not weigh its loss terms.
+
+    A generation example has up to ``model.max_length`` terms and any other has one, so with ``weights = "tokens"`` no
+    site may choose its task alone. It is that of the recipe if this describes most sites, else ``before`` (that of the
+    run before a restart), else that of most sites.
+    """
+    if weights != "tokens" or not sites:
+        return {}
+    names = {table.name for table in recipe.site} | {info.site for info in sites}
+    if describes(recipe, sites):
+        return {name: declared_task(recipe, name) for name in names}
+    return dict.fromkeys(names, before or most_common(sites, ("task",))["task"])
 
 
 def own_fingerprints(recipe: Recipe) -> dict[str, str]:

@@ -1,18 +1,19 @@
 """Early stopping, and the choice of the best round, by the loss on the sites' validation rows.
 
 After round t every site reports the mean loss of its personal model on rows that it does not train on. Rounds are
-compared by the mean over the sites that measured both. No test row is involved.
+compared by the mean over the sites that measured both, and a loss that is not finite counts as not measured. No test
+row is involved.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import statistics
 from collections.abc import Mapping
 
 from ...common.errors import StateError
+from ...common.protocol.limits import measured
 from ...common.protocol.types import VALIDATION_LOSS
 from .checkpoint import BestRound, Checkpoints, ServerState
 from .strategy import AdapterStrategy, PendingRequest
@@ -49,23 +50,26 @@ def aggregate_validate(
 ) -> ServerState:
     """Compare the losses of the admitted replies with those of the best round. Raises QuorumError."""
     replies = strategy.collect(asked, state.round + 1, "validate")
-    losses = {site: found.reply.metrics[VALIDATION_LOSS] for site, found in replies.items()}
+    losses = measured({site: found.reply.metrics[VALIDATION_LOSS] for site, found in replies.items()})
+    known = {site: loss for site, loss in losses.items() if loss is not None}
     best = state.best
-    if best is None or is_better(losses, best.losses):
-        best = BestRound(state.round, losses)
-    mean = statistics.mean(losses.values())
+    if best is None or is_better(known, best.losses):
+        best = BestRound(state.round, known)
+    mean = statistics.mean(known.values()) if known else None
     strategy.recorder.emit("validated", round=state.round, losses=losses, loss=mean, best=best.round)
     return dataclasses.replace(state, validated=state.round, best=best)
 
 
 def is_better(losses: Mapping[str, float], before: Mapping[str, float]) -> bool:
-    """Whether the mean loss over the sites in both is lower. Sites whose loss is finite in neither are left out."""
-    both = [site for site in sorted(losses.keys() & before.keys()) if _any_finite(losses[site], before[site])]
-    return sum(losses[site] - before[site] for site in both) < 0  # NaN is not
+    """Whether the mean loss over the sites that measured both is lower.
 
-
-def _any_finite(*values: float) -> bool:
-    return any(map(math.isfinite, values))
+    A loss that is not finite, or beyond the range of a metric, counts as not measured, so no site can hold the best
+    round with it. A round with a measured loss is better than one without any.
+    """
+    now, then = ({site: x for site, x in measured(each).items() if x is not None} for each in (losses, before))
+    if not then:
+        return bool(now)
+    return sum(now[site] - then[site] for site in sorted(now.keys() & then.keys())) < 0
 
 
 def select(strategy: AdapterStrategy, checkpoints: Checkpoints, state: ServerState) -> ServerState:

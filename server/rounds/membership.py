@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ...common.config.schema import TrainSettings
 from ...common.errors import RefusedError
@@ -34,6 +34,7 @@ class Membership:
         self.sites: dict[str, ConnectedSite] = {}
         self._checked: dict[str, ConnectedSite] = {}
         self._expected: dict[str, str] = {}
+        self._tasks: Mapping[str, str] = {}
         self._missing: list[str] | None = None
         self._missing_since = self._notice = 0.0  # monotonic time, and seconds until the missing sites are told again
 
@@ -68,6 +69,13 @@ class Membership:
             self.update(t)
         self.recorder.require_quorum(quorum, list(self.sites), "join")
 
+    def require_tasks(self, tasks: Mapping[str, str], t: int) -> None:
+        """Refuse, now and from now on, each site that claims another task than the one in ``tasks``, by site."""
+        self._tasks = tasks
+        for name, connected in list(self.sites.items()):
+            if not self._fits(connected, t):
+                del self.sites[name]
+
     def update(self, t: int) -> None:
         """Admit sites that connected or reconnected since the last call, without waiting."""
         self.registry.refresh()
@@ -86,15 +94,22 @@ class Membership:
                 continue
             self._checked[name] = connected
             self.sites.pop(name, None)
-            try:
-                admit_site(connected.info, self._expected)
-            except RefusedError as error:
-                self.recorder.refused(t, error)
+            if not self._fits(connected, t):
                 continue
             self.sites[name] = connected
             info = dataclasses.asdict(connected.info)
             steps = self.train.steps_per_round(connected.info.train)
             self.recorder.emit("joined", **{key: info[key] for key in ROWS_OF_SITE}, steps=steps)
+
+    def _fits(self, connected: ConnectedSite, t: int) -> bool:
+        """Whether a site has what all must have in common. If not, its refusal is recorded."""
+        task = self._tasks.get(connected.site)
+        try:
+            admit_site(connected.info, {**self._expected, **({"task": task} if task else {})})
+        except RefusedError as error:
+            self.recorder.refused(t, error)
+            return False
+        return True
 
     def _report_failures(self, t: int) -> None:
         for name, reason in self.registry.failures:

@@ -19,6 +19,7 @@ from ...common.protocol.types import SiteInfo
 from .replies import ReplyCollector
 
 PULL_WAIT = 0.1  # seconds to wait for replies to join requests (deployed)
+MAX_NODE = 1 << 64  # Flower's ids of nodes have 64 bits
 REJOIN_INTERVAL = 30.0  # seconds before a node whose join requests all failed is asked again
 
 
@@ -205,13 +206,29 @@ class NodeRegistry:
 
 
 def _read_cache(path: Path) -> dict[int, ConnectedSite]:
-    """Sites by node, as an earlier process wrote them; empty if the file is missing or of another version."""
+    """Sites by node, as an earlier process wrote them; empty if the file is missing or damaged.
+
+    Entries are checked as join replies are. A wrong one is left out, and its node is asked again.
+    """
     try:
-        entries = json.loads(path.read_text())
-        sites = [ConnectedSite(entry["node"], entry["since"], SiteInfo(**entry["info"])) for entry in entries]
-    except (OSError, ValueError, TypeError, KeyError):
+        entries = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
-    return {connected.node: connected for connected in sites}
+    sites = [_connected_from(entry) for entry in entries] if isinstance(entries, list) else []
+    return {connected.node: connected for connected in sites if connected}
+
+
+def _connected_from(entry: object) -> ConnectedSite | None:
+    """The site in one entry of the cache; None if a field is missing, unknown, of another type or out of range."""
+    if not isinstance(entry, dict) or entry.keys() != {"node", "since", "info"}:
+        return None
+    node, since = entry["node"], entry["since"]
+    if type(node) is not int or not 0 <= node < MAX_NODE or not isinstance(since, str):
+        return None
+    try:
+        return ConnectedSite(node, since, messages.site_info_of(entry["info"]))
+    except RefusedError:
+        return None
 
 
 def wait_for_nodes(grid: Grid, count: int, timeout: float = 60.0, pause: float = 0.5) -> None:

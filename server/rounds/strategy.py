@@ -31,7 +31,7 @@ from ...common.seeds import seed_from
 from ..reporting.events import EventRecorder
 from .admission import admit_reply, reply_limits
 from .aggregation import WeightedUpdate
-from .agreement import agree_on_pins, has_mixed_tasks, number_of_classes
+from .agreement import agree_on_pins, agreed_tasks, has_mixed_tasks, number_of_classes
 from .checkpoint import ServerState
 from .clipping import Clipped, norm_bound
 from .dispatch import Dispatcher, RetryPolicy, Silence
@@ -113,8 +113,9 @@ class AdapterStrategy:
         self.layout = {key: tuple(array.shape) for key, array in state.shared.items()}
         self.membership.pin(pins, hash_layout(self.layout), quorum, state.round)
         admitted = [site.info for site in self.membership.sites.values()]
-        tasks = {info.task for info in admitted}
         weights = state.weights or self._weights(mixed=has_mixed_tasks(self.recipe, admitted))
+        self.membership.require_tasks(agreed_tasks(self.recipe, weights, admitted, state.task), state.round)
+        tasks = {site.info.task for site in self.membership.sites.values()}
         task = state.task or (tasks.pop() if len(tasks) == 1 else "")
         self.recorder.emit("agreed", weights=weights, pins=pins)
         return dataclasses.replace(state, pins=pins, weights=weights, task=task)

@@ -9,6 +9,10 @@ from colora.common.errors import ColoraError, DataError, RefusedError, reason_in
     ("error", "words"),
     [
         (RefusedError("train.steps", "at most 10", 40), "the site refused the request (train.steps); "),
+        (
+            RefusedError("allow.max_epsilon", "at most 8", 9),
+            "the round would spend more than the privacy budget of the site (allow.max_epsilon); ",
+        ),
         (DataError("row 7", "a label", "secret"), "the site has an error in its data; "),
     ],
 )

@@ -43,7 +43,8 @@ def _drop_field(content: RecordDict, rng: random.Random) -> None:
 
 def _metric(content: RecordDict, rng: random.Random) -> None:
     if "metrics" in content:
-        name = rng.choice(["personal.loss", "train.loss", "base.accuracy", rng.choice(TEXTS)])
+        names = ["personal.loss", "train.loss", "base.accuracy", *["validation.loss"] * 4, rng.choice(TEXTS)]
+        name = rng.choice(names)
         content.metric_records["metrics"][name] = rng.choice(NUMBERS)
 
 
@@ -75,7 +76,7 @@ def _arrays(content: RecordDict, rng: random.Random) -> None:
     content.array_records["shared"][messages.ALL] = Array("uint8", (len(data),), stype, bytes(data))
 
 
-MUTATIONS = (_config, _config, _config, _drop_field, _metric, _metric, _record, _drop_record, _arrays, _arrays)
+MUTATIONS = (_config, _config, _config, _drop_field, *[_metric] * 4, _record, _drop_record, _arrays, _arrays)
 
 
 def mutate(content: RecordDict, rng: random.Random) -> None:

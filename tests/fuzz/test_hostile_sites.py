@@ -21,7 +21,7 @@ from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
 from colora.common.config.schema import Recipe
 from colora.common.event_log import Event, EventLog
-from colora.common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
+from colora.common.protocol.types import PROTOCOL, WITHOUT_ARRAYS, SiteInfo, TrainReply, TrainRequest, hash_layout
 from colora.server.reporting.console import LiveDisplay
 from colora.server.reporting.events import parse_lines
 from colora.server.reporting.report import print_report
@@ -50,8 +50,8 @@ class Site:
 
     def handle(self, request: TrainRequest) -> TrainReply:
         trained = {k: (v + 0.01).astype(np.float32) for k, v in request.shared.items()}
-        shared = {} if request.kind == "finalize" else trained
-        metrics = {"personal.loss": 1.0, "train.loss": 0.5}
+        shared = {} if request.kind in WITHOUT_ARRAYS else trained
+        metrics = {"personal.loss": 1.0, "train.loss": 0.5, "validation.loss": 1 / request.round}
         return TrainReply(self.name, request.federation, request.round, request.key, shared, 10, 5, metrics, 0.1)
 
 
@@ -59,7 +59,8 @@ def recipe(rounds: int) -> Recipe:
     sites = [{"name": name, "source": "none.npz"} for name in NAMES]
     model, adapter = {"source": "synthetic:bilinear-6"}, {"rank": 2, "target_modules": ["proj"]}
     raw = {"name": "fed", "rounds": rounds, "model": model, "adapter": adapter, "data": {"task": "regression"}}
-    return recipe_from({**raw, "site": sites, "server": {"quorum": 3, "max_attempts": 1}})
+    raw["data"]["validation_fraction"] = 0.2
+    return recipe_from({**raw, "site": sites, "server": {"quorum": 3, "max_attempts": 1, "keep": "best"}})
 
 
 def hostile(app: ClientApp, rng: random.Random, kind: str) -> Any:

@@ -123,7 +123,10 @@ def test_only_sites_that_measured_both_rounds_are_compared() -> None:
     assert is_better({"a": 1.0, "b": 9.0}, {"a": 1.1})
     assert not is_better({"a": 1.0}, {"a": 1.0, "b": 9.0})
     assert not is_better({"a": 1.0}, {"b": 2.0})
-    assert not is_better({"a": math.nan, "b": 0.0}, {"a": 1.0, "b": 1.0})
+    for bad in (math.nan, math.inf, 1e16, 1e308):  # no site holds the best round, or keeps it, with such a loss
+        assert is_better({"a": bad, "b": 0.0}, {"a": 1.0, "b": 1.0})
+        assert is_better({"a": 1.0, "b": 0.0}, {"a": bad, "b": 1.0})
+        assert not is_better({"a": 1.0, "b": 1.0}, {"a": bad, "b": 0.0})
     assert is_better({"a": 1.0}, {"a": math.inf})
     assert is_better({"a": math.nan, "b": 0.9}, {"a": math.inf, "b": 1.0}), "a diverged site does not end the run"
     assert not is_better({"a": math.nan}, {"a": math.inf})

@@ -189,8 +189,11 @@ def _problem(event: Event) -> Incident:
 
 
 def _clip(event: Event) -> Incident:
-    ratio = f"{event['norm'] / event['bound']:.1f} times " if event["bound"] else ""
-    reason = f"the norm of its update, {event['norm']:.3g}, was {ratio}the bound of {event['bound']:.3g}"
+    norm, bound = event["norm"], event["bound"]
+    reason = "the norm of its update was above the bound"  # null is a number beyond the range of an event's
+    if norm is not None and bound is not None:
+        ratio = f"{norm / bound:.1f} times " if bound else ""
+        reason = f"the norm of its update, {norm:.3g}, was {ratio}the bound of {bound:.3g}"
     return Incident("clipped", event["round"], event["site"], reason, bool(event.get("baseline")))
 
 

@@ -85,7 +85,7 @@ class History:
     curves: dict[tuple[str, str, str], Points] = field(default_factory=dict)  # by (site, mode, metric)
     losses: dict[tuple[str, str], Points] = field(default_factory=dict)  # by (site, "personal" or "alone")
     tests: list[dict[str, Any]] = field(default_factory=list)  # of the division into groups
-    cosines: dict[str, dict[str, float]] = field(default_factory=dict)
+    cosines: dict[str, dict[str, float | None]] = field(default_factory=dict)
     weighting: str = ""
     identity: str = ""  # hash of the recipe
     at_site: str = ""  # the site whose own log this is; empty for the coordinator's

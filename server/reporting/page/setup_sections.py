@@ -46,7 +46,7 @@ def _test_row(test: dict[str, Any]) -> list[object]:
 def _cosines(history: History, sites: list[str]) -> Html:
     body: list[list[object]] = []
     for site in sites:
-        values = [history.cosines[site].get(other, 0.0) for other in sites]
+        values = [history.cosines[site].get(other) or 0.0 for other in sites]
         shades = [min(SHADES, max(0, round(SHADES * value))) for value in values]
         cells = [element("td", f"{v:.2f}", class_=f"heat{s}") for v, s in zip(values, shades, strict=True)]
         body.append([site, *cells])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +137,26 @@ def test_a_reply_passes_through_a_message() -> None:
     received = messages.reply_from(messages.reply_message(reply, question), asked)
     assert all(np.array_equal(received.shared[key], shared[key]) for key in shared)
     assert dataclasses.replace(received, shared={}) == dataclasses.replace(reply, shared={})
+
+
+@pytest.mark.parametrize("codec", [*map(update_codec, BITS), "fp16", "bf16"])
+def test_any_numbers_of_a_site_are_decoded_without_a_warning(codec: str) -> None:
+    """As scales, 0xFF80 is infinity, 0xFFFF and 0x7F81 are NaN, and 0x7F7F overflows fp32; fp16 has such NaN, too."""
+    start, rng = arrays(0), random.Random(5)
+    whole = encode(codec, start, start)
+    head = whole.rfind(b"}") + 1 if codec in ("fp16", "bf16") else 0  # of a safetensors file
+    size = len(whole) - head
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fill in (
+            b"\xff",
+            b"\x80\xff",
+            b"\x81\x7f",
+            b"\x7f",
+            b"\x01\x7d",
+            *(rng.randbytes(size) for _ in range(200)),
+        ):
+            decode(codec, whole[:head] + (fill * size)[:size], start)
 
 
 @pytest.mark.parametrize("bits", BITS)

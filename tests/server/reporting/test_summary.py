@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from colora.common.event_log import Event
+from colora.common.errors import QuorumError, RefusedError
+from colora.common.event_log import Event, EventLog
+from colora.server.deployment.run_phase import phase_of
+from colora.server.deployment.run_problems import site_problems
 from colora.server.reporting.console import LiveDisplay
-from colora.server.reporting.summary import summarize
+from colora.server.reporting.events import EventRecorder, read_events
+from colora.server.reporting.summary import note_of, summarize
 
 
 def event(name: str, **fields: Any) -> Event:
@@ -77,3 +82,20 @@ def test_the_baseline_fills_the_column_alone_and_nothing_else() -> None:
     summary = summarize([*START, reply("ada", 1, personal__accuracy=0.5), alone])
     assert (summary.rows["ada"].metric("personal"), summary.rows["ada"].metric("alone")) == (0.5, 0.25)
     assert summary.rows["ada"].bytes_up == 10
+
+
+def test_a_round_that_the_privacy_budgets_refuse_is_told_in_words(tmp_path: Path) -> None:
+    """The coordinator goes on waiting, and the terminal and ``colora status`` say for what."""
+    recorder = EventRecorder(EventLog(tmp_path / "events.jsonl"))
+    for site in ("ada", "bob"):
+        recorder.failed(3, site, RefusedError("privacy.epsilon", "at most 8", 8.1).public())
+    with pytest.raises(QuorumError) as caught:
+        recorder.require_quorum(2, [], "round 3")
+    recorder.emit("waiting", when=caught.value.field, reason=str(caught.value))
+    events = read_events(tmp_path / "events.jsonl")
+    why = "the round would spend more than the privacy budget of the site (privacy.epsilon)"
+    assert f"First failure: ada: {why}" in note_of(events[-1])
+    phase, about = phase_of(events, summarize(events), None)
+    assert phase == "waiting"
+    assert why in about
+    assert [why in problem for problem in site_problems(events, ["ada", "bob"], 0.0)] == [True, True]

@@ -26,7 +26,7 @@ from colora.common.protocol.types import PROTOCOL, Arrays, SiteInfo, TrainReply,
 from colora.common.seeds import seed_from
 from colora.server.reporting.events import read_events
 from colora.server.rounds.admission import PINNED, admit_site
-from colora.server.rounds.agreement import agree_on_pins, number_of_classes
+from colora.server.rounds.agreement import agree_on_pins, agreed_tasks, number_of_classes
 from colora.server.rounds.checkpoint import Checkpoints, ServerState
 from colora.server.rounds.run_options import RosterEntry
 from colora.server.rounds.strategy import AdapterStrategy, sample
@@ -296,12 +296,36 @@ def test_too_few_sites_at_the_start_stop_before_anything_is_written(hall: Hall) 
 
 
 def test_a_claimed_task_does_not_change_how_all_sites_are_weighted(hall: Hall) -> None:
-    """The recipe says that all sites do regression; one site of four claims another task."""
+    """The recipe says that all sites do regression; one site of four claims another task and so far more loss terms."""
+
+    def lie(site: Pretender, order: TrainRequest, reply: TrainReply) -> TrainReply:
+        return dataclasses.replace(reply, terms=reply.examples * settings.model.max_length)
+
     settings = recipe(rounds=1)
-    sites = hall.sites(settings)
+    sites = hall.sites(settings, {"ada": lie})
     sites[0].about = {"task": "generation"}
     hall.run(settings, sites)
     assert hall.events("agreed")[0]["weights"] == "tokens"
+    (refused,) = hall.events("refused")
+    assert (refused["site"], refused["field"], refused["found"]) == ("ada", "task", "generation")
+    assert refused["reason"].startswith("site ada: task: expected regression, found generation. Correct [data] task")
+    assert hall.events("round")[0]["weights"] == {"bob": 20.0, "cyd": 30.0, "dee": 40.0}
+    assert hall.latest(settings).task == "regression"
+
+
+def test_loss_terms_decide_weights_only_where_no_site_chooses_its_task() -> None:
+    """The recipe decides where it describes most sites, else the run before a restart, else most sites."""
+    info = SiteInfo("ada", PROTOCOL, "m", "t", "c", "l", "regression", 20, 5, 0, 0)
+    joined = [dataclasses.replace(info, site=name) for name in NAMES]
+    odd = [dataclasses.replace(joined[0], task="generation"), *joined[1:]]
+    settings, as_generation = recipe(), with_task(recipe(), "generation")
+    assert agreed_tasks(settings, "tokens", odd) == dict.fromkeys(NAMES, "regression")
+    assert agreed_tasks(as_generation, "tokens", odd) == {**dict.fromkeys(NAMES, "regression"), "ada": "generation"}
+    silent = dataclasses.replace(settings, data=dataclasses.replace(settings.data, task="classification"), site=())
+    assert agreed_tasks(silent, "tokens", odd) == dict.fromkeys(NAMES, "regression")
+    assert agreed_tasks(silent, "tokens", odd[:1], "regression") == {"ada": "regression"}
+    for weights in ("uniform", "examples", "benefit"):
+        assert agreed_tasks(settings, weights, odd) == {}
 
 
 def test_a_task_that_does_not_exist_is_refused(hall: Hall) -> None:
