@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from .foreign_text import clean
-from .protocol.limits import in_range
 
 logger = logging.getLogger("colora.events")
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
+LARGEST = 1e15  # a metric beyond it is not measured, as is one that is not finite
 
 
 class EventLog:
@@ -34,6 +34,11 @@ class EventLog:
             file.write(json.dumps(record, allow_nan=False) + "\n")
         if self.listener:
             notify(self.listener, record)
+
+
+def in_range(value: float) -> bool:
+    """Whether a number is finite and at most ``LARGEST``, as every number of an event is."""
+    return -LARGEST <= value <= LARGEST  # NaN is not
 
 
 def _ends_with_a_line(path: Path) -> bool:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RefusedError
+from ..event_log import in_range
 from ..foreign_text import MAX_TEXT
 
 MAX_ROUND = 999_999  # file names of states and checkpoints have six digits
 MAX_COUNT = 10**12  # of examples or loss terms
 MAX_CLASSES = 100_000
 MAX_SECONDS = 1e9
-MAX_METRIC = 1e15  # a metric beyond it is not measured, as is one that is not finite
 MAX_PLAN = 1 << 18  # characters of a plan as JSON; every other text has at most MAX_TEXT
 RANGES: Mapping[str, tuple[float, float]] = {
     "round": (0, MAX_ROUND),  # 0 of a spectral start
@@ -41,13 +41,8 @@ def check_values(values: Mapping[str, Any], site: str | None = None) -> None:
 
 
 def measured(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Return the metrics with None for each value that is not finite or beyond ``MAX_METRIC``.
+    """Return the metrics with None for each value that is not finite or too large for an event.
 
     A diverged model of an honest site has such values, so they do not make a reply wrong.
     """
     return {name: value if in_range(value) else None for name, value in metrics.items()}
-
-
-def in_range(value: float) -> bool:
-    """Whether a number is finite and at most ``MAX_METRIC``, as every number of an event is."""
-    return -MAX_METRIC <= value <= MAX_METRIC  # NaN is not

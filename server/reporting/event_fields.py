@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...common.protocol.limits import in_range
+from ...common.event_log import in_range
 
 Check = Callable[[Any], bool]
 
