@@ -13,6 +13,7 @@ from ..conclusions import (
     extensions,
     fallbacks,
     learning_rates,
+    privacy,
     selection,
     warnings,
 )
@@ -121,6 +122,7 @@ def _sentences(history: History) -> Iterator[object]:
             "No site was trained alone for comparison, so the gain over training alone is not known. In a simulation, "
             "--baseline measures it."
         )
+    yield from privacy(history.summary)
     if history.at_site:
         yield from _own_record(history)
     else:

@@ -116,6 +116,15 @@ def test_the_recipe_and_the_versions_are_shown() -> None:
     assert page.column("Versions", "version") == {"colora": "0.1.0", "flwr": "1.42.0"}
 
 
+def test_a_private_run_says_what_it_spent() -> None:
+    settings = {"description": "Two sites.", "privacy": {"delta": 1e-5}}
+    events = [started(["ada", "bob"], 1, settings=settings), joined("ada"), joined("bob")]
+    events += [reply(site, 1, {"privacy.epsilon": spent}) for site, spent in (("ada", 1.5), ("bob", 2.25))]
+    page = Page(build_page([history_of(timed([*events, ended(1, ["ada", "bob"])]))]))
+    assert "Two sites." in page.text
+    assert "the sites have spent at most ε = 2.25 at δ = 1e-05." in page.text
+
+
 def test_groups_have_their_own_weights() -> None:
     sites = ["ada", "bob", "cyd"]
     cosines = {a: {b: float(a == b) for b in sites} for a in sites}
