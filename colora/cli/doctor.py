@@ -21,7 +21,7 @@ SKIPPED = {"flower", "logs"}  # folders of other programs' files
 def doctor(directory: Annotated[Path, typer.Argument(show_default=False, metavar="DIR")]) -> None:
     """List the files of a run folder, a site's folder or a state folder, and whether each is whole.
 
-    States and checkpoints are compared with their SHA-256. The exit code is 1 when a file is damaged.
+    States, checkpoints, the ledger of the privacy budget and the secret are compared with their SHA-256. The exit code is 1 when a file is damaged.
     """
     from colora.common.errors import StateError
     from colora.common.foreign_text import clean, printable
@@ -94,8 +94,19 @@ def _json(path: Path) -> str:
         from colora.server.reporting.run_folder import RunFolder
 
         return f"{len(RunFolder(path.parent).read_roster())} sites"
+    if path.name == "privacy.json":
+        from colora.client.training.privacy_budget import PrivacyLedger
+
+        return f"{len(PrivacyLedger(path).spendings())} spendings of the privacy budget"
     json.loads(path.read_bytes())
     return "valid JSON"
+
+
+def _secret(path: Path) -> str:
+    from colora.client.trainer_service.site_secret import site_secret
+
+    site_secret(path.parent)
+    return "the secret of the site"
 
 
 def _toml(path: Path) -> str:
@@ -108,10 +119,12 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     ".jsonl": _lines,
     ".json": _json,
     ".toml": _toml,
+    ".secret": _secret,
 }
 HINTS = {  # what to do about a damaged file
     ".safetensors": "colora skips damaged states and checkpoints and continues from the newest whole one.",
     ".jsonl": "colora skips lines of events.jsonl that cannot be read. Restore other files, or delete such lines.",
     ".json": "Restore the file. colora writes services.json, roll.json and node.json again: delete those.",
     ".toml": "Restore the file, or write it again with the same values.",
+    ".secret": "Restore the secret of the site from a backup.",
 }

@@ -16,6 +16,8 @@ import torch
 from safetensors.numpy import save_file
 
 from colora.cli import main
+from colora.client.trainer_service.site_secret import site_secret
+from colora.client.training.privacy_budget import PrivacyLedger, Spending
 from colora.client.training.state_store import PersonalState, StateStore
 from colora.common.atomic_io import load_arrays, save_arrays
 from colora.common.config.schema import to_json
@@ -208,6 +210,18 @@ def test_doctor_lists_what_is_whole(
         *("checkpoints/round-000003.safetensors", "events.jsonl", "roster.json")
     ]
     assert out.endswith("3 of 8 files are damaged.\n")
+    site = tmp_path / "site"
+    site.mkdir()
+    site_secret(site)
+    PrivacyLedger(site / "privacy.json").spend("town", "k", Spending(1.0, 0.5, 3))
+    out = doctor(site, monkeypatch, capsys)[1]
+    assert "ok       privacy.json  1 spendings of the privacy budget" in out
+    assert "ok       site.secret  the secret of the site" in out
+    for name in ("privacy.json", "site.secret"):
+        data = bytearray((site / name).read_bytes())
+        data[-5] ^= 1
+        (site / name).write_bytes(data)
+    assert doctor(site, monkeypatch, capsys)[1].count("DAMAGED") == 2
     code, out, err = doctor(tmp_path / "nowhere", monkeypatch, capsys)
     assert (code, err) == (
         2,
