@@ -21,7 +21,8 @@ SKIPPED = {"flower", "logs"}  # folders of other programs' files
 def doctor(directory: Annotated[Path, typer.Argument(show_default=False, metavar="DIR")]) -> None:
     """List the files of a run folder, a site's folder or a state folder, and whether each is whole.
 
-    States, checkpoints, the ledger of the privacy budget and the secret are compared with their SHA-256. The exit code is 1 when a file is damaged.
+    States, checkpoints, the ledger of the privacy budget and the secret are compared with their SHA-256. The exit code
+    is 1 when a file is damaged.
     """
     from colora.common.errors import StateError
     from colora.common.foreign_text import clean, printable
