@@ -62,11 +62,12 @@ def rounds(town: Town) -> int:
 @pytest.mark.endurance
 def test_any_process_may_be_killed_at_any_moment(tmp_path: Path, place: Path, tiny_recipe: dict) -> None:
     """Half of the kills are in a run of half the rounds, and the others after ``--rounds`` has extended it."""
-    tiny_recipe["rounds"] = 2 * KILLS + 2
+    half = 3 * KILLS // 2 + 1  # rounds: a kill takes two on average
+    tiny_recipe["rounds"] = 2 * half
     tiny_recipe["train"] |= {"final_steps": 2, "persist_optimizer_state": True}
     tiny_recipe["server"] |= {"optimizer": "adam"}
     calm = simulate(recipe_from(tiny_recipe), tmp_path / "calm", resume=False)
-    town, rng = Town(place / "town", {**tiny_recipe, "rounds": KILLS + 1}).build(), random.Random(SEED)
+    town, rng = Town(place / "town", {**tiny_recipe, "rounds": half}).build(), random.Random(SEED)
     kinds = list(islice(cycle(VICTIMS), KILLS))
     rng.shuffle(kinds)
     table: list[tuple[str, int, float]] = []
@@ -75,10 +76,10 @@ def test_any_process_may_be_killed_at_any_moment(tmp_path: Path, place: Path, ti
         town.wait_for("round", 300, round=1)
         kill_each(town, kinds[: KILLS // 2], rng, table)
         assert town.wait("server", 600) == 0
-        assert rounds(town) == KILLS + 1
+        assert rounds(town) == half
         town.options = ("--rounds", str(tiny_recipe["rounds"]))
         town.start("server")
-        town.wait_for("round", 300, round=KILLS + 2)
+        town.wait_for("round", 300, round=half + 1)
         kill_each(town, kinds[KILLS // 2 :], rng, table)
         assert town.wait("server", 600) == 0
         report(table, statistics.median(event["seconds"] for event in town.events("round")))
