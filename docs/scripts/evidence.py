@@ -195,14 +195,17 @@ def private_table() -> list[str]:
 
 
 def shared_table() -> list[str]:
-    """One row for each recipe: CoLoRA's base, shared and personal models, and a personal one with a fitted head."""
+    """One row for each recipe: CoLoRA's base, shared and personal models, and a personal one with a fitted head.
+
+    The seeds are those at which a head was fitted again, or all where none was.
+    """
     lines = ["| recipe | seeds | base | shared | personal | personal, head fitted again |", "|---|---|---|---|---|---|"]
     for recipe, (_, arm, _) in PRIVATE.items():
-        trained, fitted = (read(recipe)[name] for name in (arm, f"{arm},train.final_head=probe"))
-        seeds = sorted(trained.keys() & fitted.keys())
+        trained, fitted = (read(recipe).get(name, {}) for name in (arm, f"{arm},train.final_head=probe"))
+        seeds = sorted(trained.keys() & fitted.keys() or trained.keys())
         means = [statistics.mean(_mean(trained[seed], mode=mode) for seed in seeds) for mode in MODES]
-        cells = " | ".join(f"{mean:.3f}" for mean in (*means, _average(fitted, seeds)))
-        lines.append(f"| `{recipe}` | {len(seeds)} | {cells} |")
+        again = f"{_average(fitted, seeds):.3f}" if fitted else ""
+        lines.append(f"| `{recipe}` | {len(seeds)} | {' | '.join(f'{mean:.3f}' for mean in means)} | {again} |")
     return lines
 
 
