@@ -137,7 +137,7 @@ VALUES = (*NUMBERS, *TEXTS, None, [], {}, "x" * 200_000, "\U0001f600" * 50_000, 
 
 @pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_plan_with_other_keys_or_long_values_is_refused_in_a_short_sentence(count: int) -> None:
-    """A key that is no identifier once ended in an IndexError, and a long value in megabytes of log."""
+    """Each is refused in one short sentence, whatever its key is and however long its value."""
     rng, raw = random.Random(7), full_plan()
     places, values = tables(raw), leaves(raw)
     told: list[tuple[str, str]] = []
@@ -183,7 +183,7 @@ def test_an_ordinary_revision_is_accepted_where_any_model_is(revision: str) -> N
 @pytest.mark.parametrize("key", sorted(LOWEST))
 @pytest.mark.parametrize("value", [5e-324, 1e-170, 0.99])
 def test_a_number_below_its_bound_is_refused(key: str, value: float) -> None:
-    """A noise multiplier of 1e-170 once ended in a ZeroDivisionError of the accountant."""
+    """The accountant cannot compute with a noise multiplier of 1e-170."""
     below = LOWEST[key] * value if value == 0.99 else value
     raw = changed(full_plan(), tuple(key.split(".")), below)
     with pytest.raises(RefusedError, match=rf"{key}: expected at least {LOWEST[key]:g}"):

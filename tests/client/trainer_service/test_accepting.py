@@ -58,7 +58,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_descriptions_never_exceed_the_disk_of_a_federation(tmp_path: Path) -> None:
-    """60 joins with a plan of 50 kB once wrote 9.6 MB where 1 MB was allowed."""
+    """60 joins with a plan of 50 kB would write 9.6 MB; 1 MB is allowed."""
     trainer = servicer(tmp_path, max_disk=1e-4)  # 100 kB
 
     async def joins() -> list[str]:
