@@ -37,6 +37,7 @@ BOUNDS: Mapping[str, float] = {  # by key of the plan, without list indices
     **{f"train.{key}": 1e12 for key in ("max_grad_norm", "max_update_norm")},
     **{f"privacy.{key}": 1e6 for key in ("epsilon", "noise_multiplier", "max_grad_norm")},
     "privacy.delta": 1,
+    "privacy.min_sites": 1000,
     "communication.update_bits": 8,
     "evaluation.every": MAX_ROUND,
     "evaluation.batch_size": _BATCH,
@@ -62,6 +63,7 @@ LOWEST: Mapping[str, float] = {  # far below what protects anything, and what an
     "privacy.noise_multiplier": 1e-3,
     "privacy.max_grad_norm": 1e-6,  # smaller gradients and their noise would be rounded to zero
     "privacy.delta": 1e-100,
+    "privacy.min_sites": 2,
 }
 ROUNDS: Mapping[str, Callable[[int], tuple[int, int]]] = {  # rounds of the plan → first and last round of a request
     "trial": lambda rounds: (0, 0),
