@@ -1,0 +1,114 @@
+"""Secure aggregation over real processes: a third of the sites lost in every step, and kills at any moment."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from colora.common.atomic_io import load_arrays
+from colora.common.config.loader import recipe_from
+from colora.common.models.saved import SHARED
+from colora.server.rounds.run_options import read_replay
+from colora.simulation.run import simulate
+
+from .conftest import Town, last, simulated_outcome
+from .test_kills import kill_each
+
+STEPS = ("joined", "train", "share", "mask")  # what the site has answered when it is lost
+
+
+def secure(raw: dict, **server: Any) -> dict:
+    raw["train"] |= {"max_update_norm": 0.05, "final_steps": 2}
+    raw["server"] |= server
+    raw["privacy"] = {"secure_aggregation": True, "min_sites": 2}
+    return raw
+
+
+def build(town: Town) -> Town:
+    """Build it, and let the sites accept sums of two sites."""
+    town.build()
+    for site in town.recipe["site"]:
+        data = {key: site[key] for key in ("source", "test_source")}
+        allow = {"min_sites": 2, "require_secure_aggregation": True}
+        town.write_site(site["name"], data=data, trainer={"threads": 1, "seeds": "recipe"}, allow=allow)
+    return town
+
+
+def answered(town: Town, name: str) -> list[tuple[int, str]]:
+    """Rounds and steps that a site has answered, by its audit log."""
+    path = town.state(name) / "audit.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    return [(line["round"], line["phase"]) for line in found if line["kind"] in ("reply", "sum")]
+
+
+def lose(town: Town, name: str, t: int, step: str) -> None:
+    """Kill all processes of a site as soon as it has answered this step of round t."""
+    ends = time.monotonic() + 120
+    while step != "joined" and (t, step) not in answered(town, name) and time.monotonic() < ends:
+        time.sleep(0.002)
+    command = psutil.Process(town.commands[name].pid)
+    for process in (command, *command.children(recursive=True)):
+        process.kill()
+    town.commands[name].wait(20)
+
+
+@pytest.mark.slow
+@pytest.mark.endurance
+def test_a_third_of_the_sites_may_be_lost_in_every_step(tmp_path: Path, place: Path, tiny_recipe: dict) -> None:
+    """Each round loses cyd one step later. The oracle is a plain simulation with the same sites in each round."""
+    tiny_recipe["rounds"] = len(STEPS) + 1
+    town = build(Town(place / "town", secure(tiny_recipe, quorum=2, timeout=40.0)))
+    try:
+        town.start()
+        for t, step in enumerate(STEPS, 1):
+            town.wait_for("round_started", 200, round=t)
+            lose(town, "cyd", t, step)
+            town.wait_for("round", 200, round=t)
+            town.start("cyd")
+            if t < len(STEPS):
+                continue
+        assert town.wait("server", 400) == 0
+        sums = {event["round"]: event for event in town.events("secure_sum")}
+        print({t: (each["sites"], each["dropped"]) for t, each in sums.items()})
+        assert all({"ada", "bob"} <= set(each["sites"]) for each in sums.values())
+        assert {t for t, each in sums.items() if "cyd" not in each["sites"]} & {1, 2, 3, 4}
+        replay = read_replay(town.run / "events.jsonl")
+        plain = recipe_from({**tiny_recipe, "privacy": {}})
+        simulate(plain, tmp_path / "plain", resume=False, replay=replay)
+        found, expected = (
+            load_arrays(last(folder / "checkpoints"), prefix=SHARED)[0] for folder in (town.run, tmp_path / "plain")
+        )
+        assert max(float(np.abs(found[key] - expected[key]).max()) for key in found) < 1e-5
+    finally:
+        town.stop()
+        print(town.said("server")[-2000:])
+
+
+@pytest.mark.slow
+@pytest.mark.endurance
+def test_a_run_whose_processes_are_killed_ends_with_the_bits_of_a_calm_one(
+    tmp_path: Path, place: Path, tiny_recipe: dict
+) -> None:
+    kinds = ["trainer", "ServerApp", "ClientApp", "colora server"]
+    tiny_recipe["rounds"] = 2 * len(kinds) + 2
+    raw = secure(tiny_recipe, quorum=3)
+    calm = simulate(recipe_from(raw), tmp_path / "calm", resume=False)
+    town, table = build(Town(place / "town", raw)), []
+    try:
+        town.start()
+        town.wait_for("round", 300, round=1)
+        kill_each(town, kinds, random.Random(1), table)
+        assert town.wait("server", 400) == 0
+        for row in table:
+            print(row)
+        assert town.outcome() == simulated_outcome(calm.path, town.names)
+    finally:
+        town.stop()
