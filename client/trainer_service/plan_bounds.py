@@ -63,7 +63,6 @@ LOWEST: Mapping[str, float] = {  # far below what protects anything, and what an
     "privacy.noise_multiplier": 1e-3,
     "privacy.max_grad_norm": 1e-6,  # smaller gradients and their noise would be rounded to zero
     "privacy.delta": 1e-100,
-    "privacy.min_sites": 2,
 }
 ROUNDS: Mapping[str, Callable[[int], tuple[int, int]]] = {  # rounds of the plan → first and last round of a request
     "trial": lambda rounds: (0, 0),
