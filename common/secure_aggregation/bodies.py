@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from ..errors import RefusedError
+from .identity import NONCE_BYTES
 from .participant import Revealed
-from .shamir import PRIME
+from .shamir import PRIME, SHARE_BYTES
 from .view import STRICT, Offer
 
 Weights = Literal["tokens", "examples", "uniform"]
+ENVELOPE_BYTES = 2 * SHARE_BYTES + NONCE_BYTES + 16  # two shares, and what encryption adds
+Envelope = Annotated[str, Field(pattern=f"^[0-9a-f]{{{2 * ENVELOPE_BYTES}}}$")]
 T = TypeVar("T")
 
 
@@ -34,7 +37,7 @@ class SumBody:
     max_weight: int
     offers: dict[str, Offer] = field(default_factory=dict)
     survivors: tuple[str, ...] = ()
-    envelopes: dict[str, str] = field(default_factory=dict)
+    envelopes: dict[str, Envelope] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -42,7 +45,7 @@ class Shared:
     """The reply to the step ``share``: the site's keys, and its sealed shares in hexadecimal digits by receiver."""
 
     offer: Offer
-    envelopes: dict[str, str]
+    envelopes: dict[str, Envelope]
 
 
 @dataclass(frozen=True, config=STRICT)

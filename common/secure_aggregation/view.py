@@ -6,14 +6,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 
 from ..errors import RefusedError
 from .fixed_point import MAX_SITES, FixedPoint
 
 STRICT = ConfigDict(extra="forbid", strict=True)
+Digits64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # 32 bytes
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ class Offer:
     of the site's own mask, and ``signature`` the site's of both and of the view.
     """
 
-    public: str
-    commitment: str
-    signature: str
+    public: Digits64
+    commitment: Digits64
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{2,216}$")]
 
 
 Offers = Mapping[str, Offer]

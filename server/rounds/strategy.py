@@ -205,8 +205,7 @@ class AdapterStrategy:
         shutil.rmtree(self.spool, ignore_errors=True)
         quorum, replies = self.settings.quorum or len(asked) // 2 + 1, {}
         for site, found in self._admitted(asked, t, quorum):
-            if found.reply.shared:
-                save_arrays(self.spool / f"{site}.safetensors", dict(found.reply.shared), {}, lasting=False)
+            save_arrays(self.spool / f"{site}.safetensors", dict(found.reply.shared), {}, lasting=False)
             replies[site] = AdmittedReply(dataclasses.replace(found.reply, shared={}), found.norm)
         self.recorder.require_quorum(quorum, list(replies), when)
         return {site: replies[site] for site in asked if site in replies}

@@ -289,6 +289,31 @@ def test_a_wrong_vector_costs_its_round_and_not_the_run(
     assert event(tmp_path / "out", "refused")["field"] in ("norm of the sum", "weight of the sum")
 
 
+@pytest.mark.parametrize("step", ["share", "mask", "open"])
+@pytest.mark.parametrize("kind", ["bytes", "envelopes", "long", "empty", "named"])
+def test_a_site_that_sends_nonsense_in_a_step_ends_no_run(
+    raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, kind: str
+) -> None:
+    take = SimulatedSite.sum
+
+    def nonsense(site: SimulatedSite, request: SumRequest) -> SumReply:
+        reply = take(site, request)
+        if site.name != "s5" or request.step != step:
+            return reply
+        if kind == "named":
+            return SumReply(**{**vars(reply), "site": "s6"})
+        body = {"bytes": b"\xff[{" * 9, "long": b"[" * 5_000_000, "empty": b""}.get(kind, reply.body)
+        if kind == "envelopes" and step != "mask":
+            found = json.loads(reply.body)
+            body = json.dumps({key: dict.fromkeys(value, "no digits") for key, value in found.items()}).encode()
+        return SumReply(**{**vars(reply), "body": body})
+
+    monkeypatch.setattr(SimulatedSite, "sum", nonsense)
+    simulate(recipe_from(raw), tmp_path / "out", resume=False)
+    expected = 10 if step == "open" or (kind == "envelopes" and step == "mask") else 9
+    assert len(event(tmp_path / "out", "secure_sum")["sites"]) == expected
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
