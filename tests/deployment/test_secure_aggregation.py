@@ -21,7 +21,14 @@ from colora.simulation.run import simulate
 from .conftest import Town, last, simulated_outcome
 from .test_kills import kill_each
 
-STEPS = ("train", "share", "mask")  # what the site has answered when it is lost
+# What the site is about to answer when it is lost: the audit log has a line before the reply is sent. By step, whether
+# the site may be in the sum, and whether it may be among those that shared keys and are not in it.
+STEPS = {
+    "train": {(False, False)},
+    "share": {(False, False), (False, True)},
+    "mask": {(False, True), (True, False)},
+    "open": {(True, False)},
+}
 
 
 def secure(raw: dict, **server: Any) -> dict:
@@ -50,9 +57,9 @@ def answered(town: Town, name: str) -> list[tuple[int, str]]:
 
 
 def lose(town: Town, name: str, step: str) -> int:
-    """Kill all processes of a site as soon as it has answered this step of a round that begins later; return the round.
+    """Kill all processes of a site while it answers this step of a round that begins later; return the round.
 
-    The others answer the step before or after. It is started again when the round has ended.
+    The site is started again when the round has ended.
     """
     before, ends = max((t for t, _ in answered(town, name)), default=0), time.monotonic() + 200
     while time.monotonic() < ends:
@@ -70,10 +77,10 @@ def lose(town: Town, name: str, step: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.endurance
-def test_a_third_of_the_sites_may_be_lost_after_every_step(tmp_path: Path, place: Path, tiny_recipe: dict) -> None:
+def test_a_third_of_the_sites_may_be_lost_in_every_step(tmp_path: Path, place: Path, tiny_recipe: dict) -> None:
     """The oracle is a plain simulation with the same sites in each round."""
-    tiny_recipe["rounds"] = 12
-    town = build(Town(place / "town", secure(tiny_recipe, quorum=2, timeout=20.0)))
+    tiny_recipe["rounds"] = 10
+    town = build(Town(place / "town", secure(tiny_recipe, quorum=2, timeout=15.0)))
     try:
         town.start()
         town.wait_for("round", 200, round=1)
@@ -82,7 +89,7 @@ def test_a_third_of_the_sites_may_be_lost_after_every_step(tmp_path: Path, place
         sums = {event["round"]: event for event in town.events("secure_sum")}
         print(lost, {t: (each["sites"], each["dropped"]) for t, each in sums.items()})
         found = {step: ("cyd" in sums[t]["sites"], "cyd" in sums[t]["dropped"]) for step, t in lost.items()}
-        assert found == {"train": (False, False), "share": (False, True), "mask": (True, False)}
+        assert all(found[step] in possible for step, possible in STEPS.items())
         replay = read_replay(town.run / "events.jsonl")
         simulate(recipe_from({**tiny_recipe, "privacy": {}}), tmp_path / "plain", resume=False, replay=replay)
         folders = (town.run, tmp_path / "plain")

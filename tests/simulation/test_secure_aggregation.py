@@ -289,6 +289,7 @@ def test_a_wrong_vector_costs_its_round_and_not_the_run(
     assert event(tmp_path / "out", "refused")["field"] in ("norm of the sum", "weight of the sum")
 
 
+@pytest.mark.slow  # fifteen runs
 @pytest.mark.parametrize("step", ["share", "mask", "open"])
 @pytest.mark.parametrize("kind", ["bytes", "envelopes", "long", "empty", "named"])
 def test_a_site_that_sends_nonsense_in_a_step_ends_no_run(
