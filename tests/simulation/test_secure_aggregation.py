@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 from flwr.app import Message
 from scipy.stats import chisquare
 
@@ -25,6 +26,7 @@ from colora.server.reporting.events import read_events
 from colora.server.reporting.page.build import write_page
 from colora.server.rounds import secure_sums
 from colora.simulation import run as run_module
+from colora.simulation.cells import Cell
 from colora.simulation.run import simulate
 from colora.simulation.site_pool import SimulatedSite
 
@@ -337,6 +339,13 @@ def test_what_does_not_go_together_is_refused_by_name(raw: dict, changes: dict[s
     raw["train"] = {key: value for key, value in raw["train"].items() if value is not None}
     with pytest.raises(ColoraError, match=message):
         recipe_from(raw)
+
+
+def test_a_comparison_has_a_local_arm_without_a_sum(raw: dict, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomli_w.dumps(raw))
+    assert Cell("colora", (), 0).recipe(path, ()).privacy.secure_aggregation
+    assert not Cell("local", (), 0).recipe(path, ()).privacy.secure_aggregation
 
 
 def test_the_local_baseline_of_a_secure_run_needs_no_sum(raw: dict) -> None:
