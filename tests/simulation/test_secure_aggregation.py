@@ -229,6 +229,7 @@ def test_the_page_of_a_run_says_why_it_shows_no_weights(raw: dict, tmp_path: Pat
 # --- ends that nobody planned ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # three runs each
 @pytest.mark.parametrize("moment", ["collect", "write_sum", "open_shares", "decode", "step"])
 def test_a_coordinator_that_dies_at_any_moment_ends_with_the_same_bits(
     raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
