@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from ..common.errors import ColoraError
 from ..common.protocol import flower_messages as messages
-from ..common.protocol.types import SiteInfo, TrainReply, TrainRequest
+from ..common.protocol.types import SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
 
 logger = logging.getLogger("colora.site")
 
@@ -27,6 +27,10 @@ class Site(Protocol):
 
     def handle(self, request: TrainRequest) -> TrainReply:
         """Run a training request."""
+        ...
+
+    def sum(self, request: SumRequest) -> SumReply:
+        """Take a step of a secure sum."""
         ...
 
 
@@ -45,11 +49,15 @@ def make_app(connect: Connect) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         return _reply(connect, message, context, lambda site: site.handle(messages.request_from(message)))
 
+    @app.query(messages.SUM)
+    def take_sum_step(message: Message, context: Context) -> Message:
+        return _reply(connect, message, context, lambda site: site.sum(messages.sum_request_from(message)))
+
     return app
 
 
 def _reply(
-    connect: Connect, message: Message, context: Context, call: Callable[[Site], SiteInfo | TrainReply]
+    connect: Connect, message: Message, context: Context, call: Callable[[Site], SiteInfo | TrainReply | SumReply]
 ) -> Message:
     """Return the site's reply, or an error message with the error's public text.
 

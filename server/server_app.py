@@ -5,7 +5,8 @@ S_0: A ~ Kaiming, B = 0                  (at the sites, cores Λ_k start as the 
 for t = 1 … T:                           (or until the loss on the sites' validation rows stops improving)
     send S_{t-1} to the sites of round t
     each site k trains A, B and its core Λ_k, and returns S_k = (A, B)
-    S_t = Σ p_k S_k                      (or a server optimizer's step towards it)
+    S_t = Σ p_k S_k                      (or a server optimizer's step towards it; with secure aggregation the
+                                          coordinator gets the sum only)
 each site refines Λ_k on S_T, without communication
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from ..common.config.loader import recipe_from
 from ..common.config.schema import Recipe, to_dict, to_json
 from ..common.event_log import EventLog, Listener
 from ..common.versions import installed_versions
-from .rounds import early_stopping, preparation
+from .rounds import early_stopping, preparation, secure_sums
 from .rounds.checkpoint import Checkpoints, ServerState
 from .rounds.run_options import RosterEntry, Run, RunOptions, StopRequested
 from .rounds.strategy import AdapterStrategy
@@ -48,13 +50,13 @@ def train_federation(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpo
     if early_stopping.is_due(strategy, state):  # the coordinator ended between a round and its validation
         state = early_stopping.validate(strategy, state)
         checkpoints.write(state)
+    secure = recipe.privacy.secure_aggregation
+    aggregate = partial(secure_sums.aggregate, strategy) if secure else strategy.aggregate_train
     while not early_stopping.is_over(strategy, state):
         if strategy.options.should_stop():
             raise StopRequested
         t = state.round + 1
-        state = strategy.retry_until_quorum(
-            lambda t=t, s=state: strategy.aggregate_train(t, s, strategy.configure_train(t, s))
-        )
+        state = strategy.retry_until_quorum(lambda t=t, s=state: aggregate(t, s, strategy.configure_train(t, s)))
         checkpoints.write(state)
         if early_stopping.is_due(strategy, state):
             state = early_stopping.validate(strategy, state)

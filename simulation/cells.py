@@ -10,7 +10,15 @@ from pathlib import Path
 
 from ..common.config.loader import load_recipe
 from ..common.config.rules import check_rules
-from ..common.config.schema import DataSettings, MethodSettings, PrivateSettings, Recipe, parse, to_dict
+from ..common.config.schema import (
+    DataSettings,
+    MethodSettings,
+    PrivacySettings,
+    PrivateSettings,
+    Recipe,
+    parse,
+    to_dict,
+)
 from ..common.dataset import TASKS
 from ..common.event_log import Event
 from ..server.reporting.run_folder import RunFolder
@@ -53,6 +61,9 @@ class Cell:
         method, _, private = self.arm.partition("+")
         if method != recipe.method.name:
             recipe = dataclasses.replace(recipe, method=parse(MethodSettings, {"name": method}))
+        if not recipe.row().shares:  # nothing is sent, so nothing is summed
+            secure = {name: getattr(PrivacySettings(), name) for name in ("secure_aggregation", "min_sites")}
+            recipe = dataclasses.replace(recipe, privacy=dataclasses.replace(recipe.privacy, **secure))
         if private:
             settings = parse(PrivateSettings, {**to_dict(recipe.private), "kind": private})
             recipe = dataclasses.replace(recipe, private=settings)

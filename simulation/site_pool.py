@@ -16,6 +16,7 @@ from ..client.artifacts.transfer import rows_on_new_base
 from ..client.client_app import Connect, Site
 from ..client.data.selection import load_site_rows
 from ..client.training.adapted_model import AdaptedModel, attach_adapters
+from ..client.training.secure_rounds import SecureRounds, without_update
 from ..client.training.state_store import StateStore
 from ..client.training.trainer import Trainer, without_metrics
 from ..common.config.loader import load_site
@@ -24,8 +25,9 @@ from ..common.config.site_schema import SiteSettings
 from ..common.dataset import TASKS
 from ..common.errors import ColoraError
 from ..common.models.base_model import load_base_model
-from ..common.protocol.types import SiteInfo, TrainReply, TrainRequest
+from ..common.protocol.types import SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
 from .cohort import Cohort
+from .secure_keys import simulated_identities
 
 logger = logging.getLogger("colora.site")
 SiteStep = Callable[[str, int, int], None]  # (site, optimizer steps done, steps of the round)
@@ -94,6 +96,14 @@ class SitePool:
             self.trainers[name].measurer.base_metrics = self._base_metrics(name)
         return self.trainers[name]
 
+    def secure_rounds(self, name: str) -> SecureRounds:
+        """Return a site's part in secure sums. Its secrets derive from the seed, so that a run can be repeated."""
+        seed = f"{self.plan.seed}|{self.plan.name}"
+        identity = simulated_identities(seed, self.paths.names)[name]
+        return SecureRounds(
+            self.plan, identity, f"{seed}|{name}", StateStore(self.paths.state_of(name), self.plan.name)
+        )
+
     def _base_metrics(self, name: str) -> Mapping[str, float] | None:
         """The base model's metrics from the run that a baseline belongs to: same model, same rows."""
         if self.paths.sites == self.paths.state:
@@ -119,10 +129,19 @@ class SimulatedSite(Site):
     def handle(self, request: TrainRequest) -> TrainReply:
         """Train as requested and return the reply."""
         with _named(self.name):
-            trainer = _site_pool(self.paths, request.plan).trainer(self.name)
+            pool = _site_pool(self.paths, request.plan)
+            trainer, secure = pool.trainer(self.name), pool.plan.privacy.secure_aggregation
+            if secure:
+                pool.secure_rounds(self.name).prepare(request)
             on_step = partial(self.on_step, self.name)
             reply = self.cohort.handle(trainer, request, on_step) if self.cohort else trainer.handle(request, on_step)
+            reply = without_update(reply) if secure else reply
             return without_metrics(reply) if trainer.plan.privacy.withholds_metrics else reply
+
+    def sum(self, request: SumRequest) -> SumReply:
+        """Take a step of a secure sum."""
+        with _named(self.name):
+            return _site_pool(self.paths, request.plan).secure_rounds(self.name).answer(request)
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def test_the_node_sees_neither_data_nor_state() -> None:
 
 def test_each_side_of_a_site_has_its_own_keys_only() -> None:
     assert secrets("supernode") == {"ca", "site_key", "link_ca", "node_crt", "node_key"}
-    assert secrets("trainer") == {"link_ca", "trainer_crt", "trainer_key"}
+    assert secrets("trainer") == {"link_ca", "trainer_crt", "trainer_key", "aggregation_key", "roster"}
     assert secrets("supernode") | secrets("trainer") == set(COMPOSE["secrets"])
 
 

@@ -26,7 +26,7 @@ class _Answer:
     round: float | None  # of a reply
 
 
-KINDS = {"reply": "replies", "error": "errors", "refusal": "refusals", "description": "joins"}
+KINDS = {"reply": "replies", "error": "errors", "refusal": "refusals", "description": "joins", "sum": "sums"}
 
 
 def site_metrics(state: Path, starts: Callable[[], dict[str, int]]) -> Callable[[], list[Metric]]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...common.errors import StateError
-from ...common.protocol.types import Arrays, SiteInfo, TrainReply, TrainRequest
+from ...common.protocol.types import Arrays, SiteInfo, SumReply, TrainReply, TrainRequest
 
 FILE = "audit.jsonl"
 OLDER = "audit-older.jsonl"  # the site's log before it reached MAX_SITE_LOG; what was there is overwritten
@@ -60,6 +60,12 @@ class AuditLog:
         kept = {name: list(values) for name, values in (("withheld", withheld), ("rounded", rounded)) if values}
         fields = {**context, "arrays": arrays, "metrics": sorted(reply.metrics), **kept, "bytes": size}
         return self._record("reply", fields)
+
+    def sum(self, reply: SumReply) -> int:
+        """Record a step of a secure sum; return the size of its body in bytes."""
+        size, content = len(reply.body), hashlib.sha256(reply.body).hexdigest()
+        fields = {"round": reply.round, "phase": reply.step, "key": reply.key, "sha256": content, "bytes": size}
+        return self._record("sum", fields)
 
     def error(self, public: str, reason: str = "") -> int:
         """Record the public text of an error and, for the site only, its full text; return the size of the first."""

@@ -16,7 +16,7 @@ from typing import TypeVar
 import grpc
 
 from ...common.errors import ColoraError, ConfigError, StateError
-from ...common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest
+from ...common.protocol.types import PROTOCOL, SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
 from . import serde
 from .proto import trainer_pb2 as pb
 from .proto import trainer_pb2_grpc
@@ -66,6 +66,12 @@ class TrainerClient:
     def handle(self, request: TrainRequest) -> TrainReply:
         """Run a training request, however long it takes. Raises the errors of ``site_info``."""
         return self._call(lambda stub, alive: self._train(stub, alive, request))
+
+    def sum(self, request: SumRequest) -> SumReply:
+        """Take a step of a secure sum. Raises the errors of ``site_info``."""
+        message = serde.sum_message(request)
+        body = self._call(lambda stub, alive: b"".join(part.data for part in stub.Sum(message)))
+        return SumReply(self.name, request.federation, request.round, request.step, request.key, body)
 
     def _train(
         self, stub: trainer_pb2_grpc.TrainerStub, alive: Callable[[], None], request: TrainRequest

@@ -59,6 +59,11 @@ def below(plan: Plan, allow: AllowSettings, examples: int | None = None) -> Iter
     yield from _below_privacy(plan, allow, examples)
     if not plan.row().shares:
         return
+    secure = plan.privacy.secure_aggregation
+    if allow.require_secure_aggregation and not secure:
+        yield Finding("privacy.secure_aggregation", "true (allow.require_secure_aggregation)", "false")
+    if secure and plan.privacy.min_sites < allow.min_sites:
+        yield Finding("privacy.min_sites", f"at least {allow.min_sites} (allow.min_sites)", str(plan.privacy.min_sites))
     sizes = (
         ("train.batch_size", train.batch_size, "min_batch_size"),
         ("model.max_length", plan.model.max_length, "min_max_length"),

@@ -37,6 +37,7 @@ BOUNDS: Mapping[str, float] = {  # by key of the plan, without list indices
     **{f"train.{key}": 1e12 for key in ("max_grad_norm", "max_update_norm")},
     **{f"privacy.{key}": 1e6 for key in ("epsilon", "noise_multiplier", "max_grad_norm")},
     "privacy.delta": 1,
+    "privacy.min_sites": 1000,
     "communication.update_bits": 8,
     "evaluation.every": MAX_ROUND,
     "evaluation.batch_size": _BATCH,

@@ -12,7 +12,18 @@ import numpy as np
 
 from ...common.errors import RefusedError
 from ...common.protocol.limits import check_values
-from ...common.protocol.types import PRELIMINARY, PROTOCOL, Arrays, RequestKind, SiteInfo, TrainReply, TrainRequest
+from ...common.protocol.types import (
+    PRELIMINARY,
+    PROTOCOL,
+    Arrays,
+    RequestKind,
+    SiteInfo,
+    SumReply,
+    SumRequest,
+    SumStep,
+    TrainReply,
+    TrainRequest,
+)
 from .proto import trainer_pb2 as pb
 
 CHUNK = 1 << 20  # bytes of array data in one message
@@ -80,6 +91,27 @@ def reply_from(head: pb.TrainReplyHead, shared: Arrays) -> TrainReply:
     """Build the reply from its head and its arrays, with the metrics sorted by name."""
     values = _field_values(head, TrainReply)
     return TrainReply(**{**values, "metrics": dict(sorted(head.metrics.items()))}, shared=shared)
+
+
+def sum_message(request: SumRequest) -> pb.SumRequest:
+    """Convert a request for a step of a secure sum to its message."""
+    return pb.SumRequest(**vars(request), protocol=PROTOCOL)
+
+
+def sum_request_from(message: pb.SumRequest) -> SumRequest:
+    """Convert it back. Raises RefusedError for an impossible one."""
+    check_protocol(message.protocol)
+    if message.step not in get_args(SumStep):
+        raise RefusedError("step", " or ".join(get_args(SumStep)), repr(message.step[:40]))
+    values = {f.name: getattr(message, f.name) for f in dataclasses.fields(SumRequest)}
+    check_values({name: value for name, value in values.items() if name != "body"})
+    return SumRequest(**values)
+
+
+def body_parts(reply: SumReply) -> Iterator[pb.BodyPart]:
+    """Yield the body of a reply in parts."""
+    for start in range(0, len(reply.body), CHUNK):
+        yield pb.BodyPart(data=reply.body[start : start + CHUNK])
 
 
 def chunks(arrays: Arrays) -> Iterator[pb.Chunk]:

@@ -114,6 +114,20 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         finally:
             self.audit_thread.submit(release_memory)  # in another thread, so that the call ends without delay
 
+    async def Sum(self, request: pb.SumRequest, context: Context) -> None:
+        """Take a step of a secure sum."""
+        logs, round_number = None, 0
+        try:
+            wanted = serde.sum_request_from(request)
+            round_number = wanted.round
+            plan, logs = await self._accept(wanted.federation, wanted.plan)
+            reply = await _result(self.model_thread.submit(lambda: self.session.sum(plan, wanted)))
+            await _result(self.audit_thread.submit(logs.audit.sum, reply))
+            for part in serde.body_parts(reply):
+                await context.write(part)
+        except Exception as error:
+            await self._abort(error, context, logs, round_number)
+
     async def _train(self, context: Context) -> None:
         logs, request = None, None
         try:

@@ -17,7 +17,8 @@ from ...common.dataset import TASKS, SiteDataset
 from ...common.errors import ConfigError, ModelError, RefusedError
 from ...common.models.base_model import BaseModel, load_base_model
 from ...common.models.precision import resolve_device
-from ...common.protocol.types import SiteInfo, TrainReply, TrainRequest
+from ...common.protocol.types import SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
+from ...common.secure_aggregation.identity import read_identity
 from ...common.training.loop import StepCallback
 from ...transfer.preparation import TransferArtifacts
 from ..artifacts.transfer import is_prepared, rows_on_new_base
@@ -25,6 +26,7 @@ from ..data.row_schema import tell
 from ..data.selection import load_site_rows
 from ..data.unknown_tokens import tell_unknown
 from ..training.adapted_model import attach_adapters
+from ..training.secure_rounds import SecureRounds, without_update
 from ..training.state_store import StateStore
 from ..training.trainer import Trainer, without_metrics
 from .lower_bounds import check_lower_bounds
@@ -128,6 +130,8 @@ class TrainerSession:
     def site_info(self, plan: Plan) -> SiteInfo:
         """Return what the site tells the coordinator when it joins."""
         self._check_noise(plan)
+        if plan.privacy.secure_aggregation:
+            self._secure_rounds(plan)
         return self.trainer(plan).site_info()
 
     def _check_noise(self, plan: Plan) -> None:
@@ -153,6 +157,8 @@ class TrainerSession:
         if request.kind == "train":  # of the other requests nothing is sent that depends on noise
             self._check_noise(plan)
         trainer = self.trainer(plan)
+        if plan.privacy.secure_aggregation:
+            self._secure_rounds(plan).prepare(request)
         stored = trainer.store.reply(request.round, request.key)
         if stored:
             return stored, True
@@ -167,8 +173,27 @@ class TrainerSession:
 
             return trainer.handle(request, count), False
 
+    def sum(self, plan: Plan, request: SumRequest) -> SumReply:
+        """Take a step of a secure sum."""
+        if not plan.privacy.secure_aggregation:
+            raise RefusedError("privacy.secure_aggregation", "true", "false", site=self.site.name)
+        return self._secure_rounds(plan).answer(request)
+
+    def _secure_rounds(self, plan: Plan) -> SecureRounds:
+        """Return the site's part in the secure sums of a plan.
+
+        Its keys derive from the site's secret also where its other random numbers derive from the recipe. Raises
+        ConfigError without a key or a roster, and StateError.
+        """
+        own = self.site.trainer
+        identity = read_identity(self.site.name, Path(own.aggregation_key), Path(own.roster))
+        secret = site_secret(Path(own.state))
+        return SecureRounds(plan, identity, secret, StateStore(self.folder(plan), plan.name))
+
     def released(self, plan: Plan, request: TrainRequest, reply: TrainReply) -> ReleasedReply:
-        """Return the reply with the metrics that may leave the site."""
+        """Return the reply with what may leave the site: with secure aggregation, neither the update nor its weight."""
+        if plan.privacy.secure_aggregation:
+            reply = without_update(reply)
         if plan.privacy.enabled:
             kept = without_metrics(reply)
             return ReleasedReply(kept, withheld=tuple(sorted(set(reply.metrics) - set(kept.metrics))))

@@ -88,9 +88,8 @@ def load_site(path: Path) -> SiteSettings:
         )
     scheme, colon, place = trainer.listen.partition("unix:")
     listen = f"unix:{folder / place}" if colon and not scheme else trainer.listen
-    trainer = dataclasses.replace(
-        trainer, listen=listen, link=str(folder / trainer.link), state=str(folder / trainer.state)
-    )
+    paths = {key: str(folder / getattr(trainer, key)) for key in ("link", "state", "aggregation_key", "roster")}
+    trainer = dataclasses.replace(trainer, listen=listen, **paths)
     data = resolve_paths(site.data, folder)
     return dataclasses.replace(site, data=data, coordinator=coordinator, trainer=trainer)
 

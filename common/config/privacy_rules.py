@@ -1,10 +1,17 @@
-"""What differential privacy excludes: settings by which something about the training rows would leave without noise."""
+"""What differential privacy and secure aggregation exclude.
+
+With the former, settings by which something about the training rows would leave without noise. With the latter,
+settings that need single updates, or other numbers than the integers of the sum.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 from ..errors import ConfigError
 from .privacy_schema import PrivacySettings
-from .schema import Plan
+from .schema import Plan, Recipe, ServerSettings
 
 
 def check_privacy(plan: Plan) -> None:
@@ -12,8 +19,10 @@ def check_privacy(plan: Plan) -> None:
 
     The coordinator checks its recipe, and every site checks the plan that it receives.
     """
+    _check_secure_plan(plan)
     if not plan.privacy.enabled:
-        if plan.privacy != PrivacySettings():
+        secure = {name: getattr(plan.privacy, name) for name in ("secure_aggregation", "min_sites")}
+        if plan.privacy != dataclasses.replace(PrivacySettings(), **secure):
             message = "[privacy] sets neither epsilon nor noise_multiplier, so it would have no effect."
             hint = "Set privacy.epsilon."
             raise ConfigError(
@@ -50,3 +59,51 @@ def check_privacy(plan: Plan) -> None:
                 message=f"{key} is {found}, which is not possible with [privacy]: it must be {expected}.",
                 hint="Change it, or remove [privacy].",
             )
+
+
+def _check_secure_plan(plan: Plan) -> None:
+    """Raise ConfigError for the first setting of a plan that secure aggregation excludes. Every site checks it, too."""
+    privacy = plan.privacy
+    if not privacy.secure_aggregation:
+        if privacy.min_sites != PrivacySettings().min_sites:
+            message = "privacy.min_sites has no effect without privacy.secure_aggregation."
+            raise ConfigError(
+                "privacy.min_sites", "unset", privacy.min_sites, message=message, hint="Remove one of them."
+            )
+        return
+    bits = plan.communication.update_bits
+    excluded = (
+        ("train.max_update_norm", "unset", plan.train.max_update_norm is None, "a number"),
+        ("communication.update_bits", bits, bits is not None, "unset"),
+        ("adapter.init", plan.adapter.init, plan.adapter.init == "spectral", "another one"),
+        ("method", "one without shared parameters", not plan.row().shares, "one that has them"),
+    )
+    _refuse(excluded, "privacy.secure_aggregation")
+
+
+def check_secure_recipe(recipe: Recipe) -> None:
+    """Raise ConfigError for the first setting of a recipe's ``[server]`` that secure aggregation excludes."""
+    if not recipe.privacy.secure_aggregation:
+        return
+    server, fresh = recipe.server, ServerSettings()
+    limits = [
+        (f"server.{key}", getattr(server, key), getattr(fresh, key)) for key in ("max_relative_norm", "max_update_norm")
+    ]
+    excluded = (
+        ("server.aggregator", server.aggregator, server.aggregator != "mean", "mean"),
+        ("server.weights", "benefit", server.weights == "benefit", "tokens, examples or uniform"),
+        ("server.groups", server.groups, server.groups != "none", "none"),
+        *(
+            (key, found, found != default, "unset, since the coordinator sees no update")
+            for key, found, default in limits
+        ),
+    )
+    _refuse(excluded, "privacy.secure_aggregation")
+
+
+def _refuse(excluded: Sequence[tuple[str, object, bool, str]], other: str) -> None:
+    for key, found, breaks, expected in excluded:
+        if breaks:
+            message = f"{key} is {found}, which is not possible with {other}: it must be {expected}."
+            hint = f"Change it, or remove {other}."
+            raise ConfigError(key, f"{expected}, with {other}", found, message=message, hint=hint)

@@ -1,4 +1,4 @@
-"""Settings of differential privacy."""
+"""Settings of differential privacy and secure aggregation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .field_types import STRICT, PositiveFloat
 
 @dataclass(frozen=True, config=STRICT)
 class PrivacySettings:
-    """Differential privacy for each training example of a site, by DP-SGD (arXiv 1607.00133).
+    """Differential privacy for each training example of a site, by DP-SGD (arXiv 1607.00133), and secure aggregation.
 
     In every round, all trained groups are trained with clipped and noised gradients: the gradients of A and B depend on
     the personal groups, so noise on A and B alone would protect nothing. The final steps are without noise, since
@@ -37,6 +37,14 @@ class PrivacySettings:
     metrics: Literal["none", "all"] = "none"
     """Which metrics sites report. They are computed from rows without noise, so that the guarantee holds with ``none``
     only. ``all`` is for simulations."""
+
+    secure_aggregation: bool = False
+    """Whether the coordinator receives only the weighted sum of the updates of a round (Bonawitz et al. 2017). It needs
+    ``train.max_update_norm``, from which the fixed-point numbers of the sum follow."""
+
+    min_sites: Annotated[int, Field(ge=2)] = 3
+    """Smallest number of sites in a secure sum. With fewer, no sum is opened. Two thirds of the sites that share keys
+    are needed in any case."""
 
     @property
     def enabled(self) -> bool:

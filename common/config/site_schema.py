@@ -44,6 +44,12 @@ class TrainerSettings:
     state: str = "state"
     """Folder of personal states and the audit log."""
 
+    aggregation_key: str = "aggregation.key"
+    """The site's private key for secure aggregation, in OpenSSH format (ECDSA P-384)."""
+
+    roster: str = "roster.pub"
+    """Public keys of all sites for secure aggregation: lines in OpenSSH format, each with the name of a site."""
+
     device: str = "auto"
     """Torch device. ``auto`` takes a GPU if there is one."""
 
@@ -150,6 +156,12 @@ class AllowSettings:
 
     min_noise: PositiveFloat | None = None
     """Minimum noise multiplier of differential privacy. A recipe without ``[privacy]`` is then refused. Unset: any."""
+
+    require_secure_aggregation: bool = False
+    """Whether a recipe must set ``privacy.secure_aggregation``."""
+
+    min_sites: Positive = 3
+    """Minimum ``privacy.min_sites``: the smallest number of sites in a secure sum."""
 
     metrics: Literal["all", "rounded", "none"] = "all"
     """Which metrics a reply holds. ``rounded`` rounds them as far as the number of examples makes them uncertain.

@@ -12,12 +12,14 @@ from flwr.app import Error as FlowerError
 from ..errors import RefusedError
 from .codec import DEFAULT, codec_of, decode, encode, reply_codec_of
 from .limits import check_values
-from .types import Arrays, SiteInfo, TrainReply, TrainRequest
+from .types import Arrays, SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
 
 ARRAYS, METRICS, CONFIG = "shared", "metrics", "colora"
 ALL = "adapter"  # key of the only entry in the array record, which holds all arrays of a message
 TRAIN, JOIN = MessageType.TRAIN, MessageType.QUERY
+SUM = "sum"  # Flower's action of a secure sum, and the type of its bodies
 T = TypeVar("T", TrainRequest, TrainReply, SiteInfo)
+S = TypeVar("S", SumRequest, SumReply)
 SITE_FAILED = 1001  # Flower error code of a reply that reports an error of the site
 
 
@@ -57,9 +59,26 @@ def request_from(message: Message) -> TrainRequest:
     return _unpack(TrainRequest, message)
 
 
-def reply_message(content: TrainReply | SiteInfo, message: Message) -> Message:
+def sum_message(request: SumRequest, node_id: int) -> Message:
+    """A request for a step of a secure sum as a Flower message to a node."""
+    return Message(_pack_body(request), node_id, f"{JOIN}.{SUM}", group_id=str(request.round))
+
+
+def sum_request_from(message: Message) -> SumRequest:
+    """The request in a message. Raises RefusedError as ``request_from`` does."""
+    return _unpack_body(SumRequest, message)
+
+
+def sum_reply_from(message: Message) -> SumReply:
+    """The reply in a message. Raises RefusedError as ``reply_from`` does."""
+    return _unpack_body(SumReply, message)
+
+
+def reply_message(content: TrainReply | SumReply | SiteInfo, message: Message) -> Message:
     """A site's reply to a message. Arrays are encoded by the codec of the request, with its arrays as the reference."""
     packed = None
+    if isinstance(content, SumReply):
+        return Message(_pack_body(content), reply_to=message)
     if isinstance(content, TrainReply) and content.shared:
         request = request_from(message)
         packed = pack_arrays(content.shared, reply_codec_of(request.plan, request.kind), request.shared)
@@ -152,7 +171,33 @@ def _unpack_fields(kind: type[T], message: Message, request: TrainRequest | None
     return kind(**values)
 
 
-def _check_names(kind: type[T], values: Mapping[str, Any], expected: set[str]) -> None:
+def _pack_body(content: SumRequest | SumReply) -> RecordDict:
+    """Put the body into the array record, since Flower sends large arrays in parts, and the rest as ``_pack`` does."""
+    fields = {f.name: getattr(content, f.name) for f in dataclasses.fields(content) if f.name != "body"}
+    body = Array(dtype="uint8", shape=(len(content.body),), stype=SUM, data=content.body)
+    return RecordDict({CONFIG: ConfigRecord(fields), ARRAYS: ArrayRecord({ALL: body})})
+
+
+def _unpack_body(kind: type[S], message: Message) -> S:
+    """The content of a message of a secure sum from an untrusted sender. Raises RefusedError."""
+    try:
+        content, hints = message.content, get_type_hints(kind)
+        if {name: type(record) for name, record in content.items()} != {CONFIG: ConfigRecord, ARRAYS: ArrayRecord}:
+            raise RefusedError("records", f"{CONFIG}, {ARRAYS}", ", ".join(sorted(content)) or "none")
+        values: dict[str, Any] = dict(content.config_records[CONFIG])
+        _check_names(kind, values, set(hints) - {"body"})
+        record = content.array_records[ARRAYS]
+        if list(record) != [ALL] or record[ALL].stype != SUM:
+            raise RefusedError("body", f"one entry {ALL!r} of type {SUM}", "another one")
+        _check_fields({name: hint for name, hint in hints.items() if name != "body"}, values)
+        return kind(**values, body=record[ALL].data)
+    except RefusedError:
+        raise
+    except Exception as error:  # as in _unpack
+        raise RefusedError("message", f"a {kind.__name__}", type(error).__name__) from None
+
+
+def _check_names(kind: type, values: Mapping[str, Any], expected: set[str]) -> None:
     different = set(values).symmetric_difference(expected)
     if different:
         raise RefusedError("fields", f"those of {kind.__name__}", f"a difference in {min(different)}")

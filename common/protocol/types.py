@@ -19,7 +19,7 @@ from ..config.schema import digest
 from ..dataset import EVAL_MODES, METRICS
 from ..errors import RefusedError
 
-PROTOCOL = 3  # version of these types; a site with another one is refused
+PROTOCOL = 4  # version of these types; a site with another one is refused
 UPDATE_SCALE = "update.scale"  # metric: the factor by which a site scaled its update before it sent it
 BENEFIT = "train.benefit"  # metric: loss with the shared adapter ÷ loss without it; in [0, MAX_BENEFIT]
 MAX_BENEFIT = 10.0
@@ -37,6 +37,7 @@ METRIC_NAMES = frozenset(
 )
 Arrays = Mapping[str, np.ndarray]
 RequestKind = Literal["trial", "initialize", "train", "validate", "finalize"]
+SumStep = Literal["share", "mask", "open"]  # of a secure sum, in this order
 PRELIMINARY = ("trial", "initialize")  # requests before round 1, of which a site stores nothing
 WITHOUT_ARRAYS = ("validate", "finalize")  # requests whose replies hold metrics only
 
@@ -67,7 +68,12 @@ class TrainRequest:
     def key(self) -> str:
         """Identity of the request: requests with equal keys get equal replies."""
         parts = (self.federation, self.round, self.kind, self.admitted_round, self.evaluate, digest(self.plan))
-        return digest("|".join(map(str, (*parts, hash_arrays(self.shared)))))
+        return digest("|".join(map(str, (*parts, self.reference))))
+
+    @cached_property
+    def reference(self) -> str:
+        """Hash of the shared arrays, from which the site trains."""
+        return hash_arrays(self.shared)
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,42 @@ class TrainReply:
     seconds: float = 0.0
     measuring: float = 0.0  # of ``seconds``: those in which models were measured, not trained
     fresh: bool = False  # the site had no state of the admitted round and began from the shared adapter
+
+
+@dataclass(frozen=True)
+class SumRequest:
+    """A request for a step of a secure sum, after the site has replied to the train request of the same round.
+
+    All fields but ``step`` and ``body`` are those of the train request; ``reference`` is the hash of its arrays. The
+    bodies are described in ``common/secure_aggregation/bodies.py``.
+    """
+
+    federation: str
+    round: int
+    step: SumStep
+    admitted_round: int
+    plan: str
+    evaluate: bool
+    reference: str
+    body: bytes = field(repr=False)
+
+    @property
+    def key(self) -> str:
+        """The key of the train request."""
+        parts = (self.federation, self.round, "train", self.admitted_round, self.evaluate, digest(self.plan))
+        return digest("|".join(map(str, (*parts, self.reference))))
+
+
+@dataclass(frozen=True)
+class SumReply:
+    """A site's reply to it: JSON, or for the step ``mask`` the masked vector as uint32, little-endian."""
+
+    site: str
+    federation: str
+    round: int
+    step: SumStep
+    key: str
+    body: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,13 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
     "refused": {**_ROUND, "site": _optional(_text), **_REASON},
     "clipped": {**_ROUND, **_SITE, "norm": _optional(_number), "bound": _optional(_number)},
     "distant": {**_ROUND, **_SITE},
+    "secure_sum": {
+        **_ROUND,
+        **_SITES,
+        "dropped": _names,
+        "threshold": _count,
+        **dict.fromkeys(("bytes_up", "bytes_down"), _values(_count)),
+    },
     "late": {**_ROUND, **_SITE, **_REASON},
     "round": {**_ROUND, "admitted": _names, "weights": _values(_number), "seconds": _number},
     "validated": {**_ROUND, "losses": _values(_optional(_number)), "loss": _optional(_number), "best": _count},

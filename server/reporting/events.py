@@ -40,6 +40,9 @@ failed             A site sent an error or no reply: round, site, reason, silent
 refused            A reply or a joining site was refused: round, site, field, expected, found, reason.
 clipped            An update was much larger than the others of its round and was scaled: round, site, norm, bound.
 distant            An update was far from the others of its round and was not averaged: round, site.
+secure_sum         A sum of updates was opened (secure aggregation): round, sites (in the sum; none if it could not be
+                   decoded), dropped (sites that shared keys and are not in it), threshold (sites that it takes to open
+                   it), bytes_up, bytes_down (by site, of the steps after training).
 late               A reply came after its round had ended and was ignored: round, site, reason.
 round              A round ended with its quorum: round, admitted (sites), weights (by site), residual (relative
                    distance of mean(B)·mean(A) from mean(BA), or null), seconds.

@@ -88,11 +88,18 @@ def _reply(counts: RunCounts, event: Event) -> None:
     counts.bytes.add(event["bytes_up"], site, "up")
 
 
+def _secure_sum(counts: RunCounts, event: Event) -> None:
+    for direction in ("up", "down"):
+        for site, size in event[f"bytes_{direction}"].items():
+            counts.bytes.add(size, counts.site({**event, "site": site}), direction)
+
+
 _HANDLERS: dict[str, Callable[[RunCounts, Event], None]] = {
     "started": _started,
     "extended": _extended,
     "round": _round,
     "reply": _reply,
+    "secure_sum": _secure_sum,
     "refused": lambda counts, event: counts.refused.add(1, counts.site(event)),
     "failed": lambda counts, event: counts.failed.add(1, counts.site(event)),
     "restarted": lambda counts, event: counts.restarts.add(1, event["what"]),

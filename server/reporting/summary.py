@@ -86,6 +86,7 @@ class RunSummary:
     rows: dict[str, SiteSummary] = field(default_factory=dict)  # by site, in roster order
     failures: list[str] = field(default_factory=list)  # of nodes that are not a known site
     selected: Event | None = None  # the event that names the round that the run ends with
+    secure_sums: dict[int, Event] = field(default_factory=dict)  # by round
     replies: dict[tuple[bool, str, int, str], Event] = field(default_factory=dict)  # by (baseline, site, round, kind)
 
     def update(self, event: Event) -> None:
@@ -298,6 +299,17 @@ def _left_out(summary: RunSummary, event: Event) -> None:
         summary.failures.append(f"{site or 'unknown node'}: {reason}")
 
 
+def _secure_sum(summary: RunSummary, event: Event) -> None:
+    """Add the bytes of the steps after training, once for a round that was repeated."""
+    before = summary.secure_sums.get(event["round"], {})
+    summary.secure_sums[event["round"]] = event
+    for name in ("bytes_up", "bytes_down"):
+        for change, sign in ((event, 1), (before, -1)):
+            for site, size in change.get(name, {}).items():
+                row = summary.site(site)
+                setattr(row, name, getattr(row, name) + sign * size)
+
+
 def _clipped(summary: RunSummary, event: Event) -> None:
     rounds = summary.site(event["site"]).clipped
     if event["round"] not in rounds:
@@ -332,6 +344,7 @@ _HANDLERS: dict[tuple[str, bool | None], Callable[[RunSummary, Any], None]] = {
     ("compared", True): _compared,
     ("validated", None): _set_note,
     ("selected", False): _selected,
+    ("secure_sum", False): _secure_sum,
     ("clipped", False): _clipped,
     ("distant", False): _distant,
     ("refused", None): _left_out,

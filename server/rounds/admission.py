@@ -34,11 +34,19 @@ PINNED = ("model", "tokenizer", "chat_template")  # fingerprints in SiteInfo tha
 
 @dataclass(frozen=True)
 class ReplyLimits:
-    """The largest values that a reply may have. ``examples`` and ``terms`` are those of a round's training."""
+    """The largest values that a reply may have. ``examples`` and ``terms`` are those of a round's training.
+
+    ``least`` is the smallest value of these two.
+    """
 
     update_norm: float
     examples: int = MAX_COUNT
     terms: int = MAX_COUNT
+    least: int = 1
+
+    def without_update(self) -> ReplyLimits:
+        """The limits of a reply whose update and weight come in a secure sum."""
+        return ReplyLimits(self.update_norm, 0, 0, least=0)
 
 
 def reply_limits(recipe: Recipe, site: SiteInfo) -> ReplyLimits:
@@ -71,8 +79,9 @@ def admit_reply(reply: TrainReply, site: str, request: TrainRequest, layout: Lay
         raise RefusedError(FALLBACK_KEPT, "0 or 1", reply.metrics[FALLBACK_KEPT], site=site)
     if request.kind == "train":
         for field in ("terms", "examples"):
-            if not 0 < getattr(reply, field) <= getattr(limits, field):
-                raise RefusedError(field, f"1 to {getattr(limits, field)}", getattr(reply, field), site=site)
+            low, high = limits.least, getattr(limits, field)
+            if not low <= getattr(reply, field) <= high:
+                raise RefusedError(field, f"{low} to {high}", getattr(reply, field), site=site)
     if request.kind == "validate" and VALIDATION_LOSS not in reply.metrics:
         raise RefusedError(VALIDATION_LOSS, "a number", "nothing", site=site)
     if reply.metrics.get(VALIDATION_LOSS, 0) < 0:

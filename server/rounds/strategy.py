@@ -267,7 +267,7 @@ class AdapterStrategy:
         replies = self.dispatcher.dispatch(
             {site: a.message for site, a in asked.items()},
             lambda: len(admitted) >= quorum,
-            lambda silence: self._emit_silence(silence, t, admitted, quorum),
+            lambda silence: self.emit_silence(silence, t, admitted, quorum),
         )
         for site, message in replies:
             silent.discard(site)
@@ -280,8 +280,10 @@ class AdapterStrategy:
             request = asked[site].request
             try:
                 reply = messages.reply_from(message, request)
-                layout = {} if request.kind in WITHOUT_ARRAYS else self.layout
+                secure = self.recipe.privacy.secure_aggregation
+                layout = {} if secure or request.kind in WITHOUT_ARRAYS else self.layout
                 limits = reply_limits(self.recipe, self.membership.sites[site].info)
+                limits = limits.without_update() if secure else limits
                 norm = admit_reply(reply, site, request, layout, limits)
             except RefusedError as error:
                 self.recorder.refused(t, error.at_site(site))
@@ -305,7 +307,8 @@ class AdapterStrategy:
             limit = self.settings.timeout
             self.recorder.failed(t, site, f"no reply within {limit:g} s" if limit else "not connected", silent=True)
 
-    def _emit_silence(self, silence: Silence, t: int, admitted: list[str], quorum: int) -> None:
+    def emit_silence(self, silence: Silence, t: int, admitted: list[str], quorum: int) -> None:
+        """Record who is waited for."""
         who = {"missing": silence.sites, "offline": silence.offline, "present": list(admitted), "quorum": quorum}
         when = f"round {t}" if 1 <= t <= self.recipe.rounds else "finalize" if t else "before round 1"
         self.recorder.emit("waiting", when=when, round=t, **who, seconds=round(silence.seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from ....common.config.loader import load_recipe
@@ -27,8 +28,20 @@ def check_recipe(path: Path, site: SiteSettings, examples: int | None) -> str:
     check_allowed(plan, plan.name, site)
     check_lower_bounds(plan, site, examples)
     unusual = "; ".join(out_of_the_ordinary(plan, site, examples))
-    parts = [f"{plan.name}: accepted", _privacy(plan, site, examples), f"LOOK: {unusual}" if unusual else ""]
-    return ". ".join(filter(None, parts))
+    privacy, look = (_privacy(plan, site, examples), _secure(plan, site)), f"LOOK: {unusual}" if unusual else ""
+    return ". ".join(filter(None, (f"{plan.name}: accepted", *privacy, look)))
+
+
+def _secure(plan: Plan, site: SiteSettings) -> str:
+    """How many sites the roster has, and its hash, which other sites can compare. Raises ConfigError."""
+    if not plan.privacy.secure_aggregation:
+        return ""
+    from ....common.secure_aggregation.identity import read_identity
+
+    roster = Path(site.trainer.roster)
+    count = len(read_identity(site.name, Path(site.trainer.aggregation_key), roster).roster)
+    text = hashlib.sha256(roster.read_bytes()).hexdigest()
+    return f"secure aggregation: a roster of {count} sites with the SHA-256 {text}"
 
 
 def _privacy(plan: Plan, site: SiteSettings, examples: int | None) -> str:

@@ -123,6 +123,34 @@ class TrainReplyHead(_message.Message):
     measuring: float
     def __init__(self, site: _Optional[str] = ..., federation: _Optional[str] = ..., round: _Optional[int] = ..., key: _Optional[str] = ..., terms: _Optional[int] = ..., examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., fresh: bool = ..., measuring: _Optional[float] = ...) -> None: ...
 
+class SumRequest(_message.Message):
+    __slots__ = ("federation", "round", "step", "admitted_round", "plan", "evaluate", "reference", "body", "protocol")
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_ROUND_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    federation: str
+    round: int
+    step: str
+    admitted_round: int
+    plan: str
+    evaluate: bool
+    reference: str
+    body: bytes
+    protocol: int
+    def __init__(self, federation: _Optional[str] = ..., round: _Optional[int] = ..., step: _Optional[str] = ..., admitted_round: _Optional[int] = ..., plan: _Optional[str] = ..., evaluate: bool = ..., reference: _Optional[str] = ..., body: _Optional[bytes] = ..., protocol: _Optional[int] = ...) -> None: ...
+
+class BodyPart(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
 class Chunk(_message.Message):
     __slots__ = ("name", "dtype", "shape", "data")
     NAME_FIELD_NUMBER: _ClassVar[int]

@@ -44,6 +44,11 @@ class TrainerStub(object):
                 request_serializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.TrainRequestPart.SerializeToString,
                 response_deserializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.TrainReplyPart.FromString,
                 _registered_method=True)
+        self.Sum = channel.unary_stream(
+                '/colora.trainer.v1.Trainer/Sum',
+                request_serializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.SumRequest.SerializeToString,
+                response_deserializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.BodyPart.FromString,
+                _registered_method=True)
 
 
 class TrainerServicer(object):
@@ -63,6 +68,13 @@ class TrainerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Sum(self, request, context):
+        """Takes a step of a secure sum. The parts of the reply are its body.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_TrainerServicer_to_server(servicer, server):
                     servicer.Train,
                     request_deserializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.TrainRequestPart.FromString,
                     response_serializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.TrainReplyPart.SerializeToString,
+            ),
+            'Sum': grpc.unary_stream_rpc_method_handler(
+                    servicer.Sum,
+                    request_deserializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.SumRequest.FromString,
+                    response_serializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.BodyPart.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class Trainer(object):
             '/colora.trainer.v1.Trainer/Train',
             colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.TrainRequestPart.SerializeToString,
             colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.TrainReplyPart.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sum(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/colora.trainer.v1.Trainer/Sum',
+            colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.SumRequest.SerializeToString,
+            colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.BodyPart.FromString,
             options,
             channel_credentials,
             insecure,

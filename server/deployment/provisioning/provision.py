@@ -1,12 +1,17 @@
 """``colora provision``: writes keys, certificates and site files for a coordinator and its sites.
 
     keys/ca.crt ca.key                        the certificate authority, which also signs sites that are added later
+    keys/roster.pub                           the sites' public keys for secure aggregation
     keys/coordinator/                         for the coordinator:
         ca.crt server.crt server.key              its TLS certificate
         sites/NAME.pub                            the sites' public keys
     keys/sites/NAME/                          for one site:
         site.toml ca.crt site.key                 its site file, the authority's certificate and its key
+        aggregation.key roster.pub                its key for secure aggregation, and the public keys of all sites
         link/ca.crt trainer.crt trainer.key node.crt node.key    TLS between its trainer and its SuperNode
+
+The roster must not come from the coordinator: with one of its own making, it could pretend to be sites. ``--add``
+writes a longer one into all site folders that are still there. The other sites need a copy.
 
 Each site's link has an authority of its own. Its private key is not stored, so no further certificates can be signed.
 """
@@ -21,6 +26,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic.dataclasses import dataclass
 
@@ -32,6 +38,7 @@ from ....common.errors import ConfigError, StateError
 from .certificates import CLIENT, SERVER, Authority, Pair, hosts_of, new_site_key
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1")  # in each server certificate: the gateway and local trials use them
+ROSTER = "roster.pub"
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
 
 
@@ -83,8 +90,12 @@ def provision(plan: Path, out: Path, *, add: bool = False) -> list[str]:
         server = authority.sign("coordinator", "coordinator", SERVER, hosts_for(keys.coordinator))
         _write_pair(coordinator, "server", server)
         write_public(coordinator / "ca.crt", authority.pair.certificate)
+        made = {name: _make_site(sites / name, name, keys, authority) for name in names}
         for name in names:
-            write_public(public / f"{name}.pub", _make_site(sites / name, name, keys, authority))
+            write_public(public / f"{name}.pub", made[name].public)
+        roster = b"".join(made[name].aggregation for name in names)
+        for place in (folder, *(sites / name for name in names)):
+            write_public(place / ROSTER, roster)
         _move_into_place(folder, out)
     return names
 
@@ -160,18 +171,49 @@ def _add(keys: KeyPlan, out: Path) -> list[str]:
             hint="Delete the folder to create a new key, or remove the site from the list.",
         )
     if not new:
+        _write_rosters(out)
         return []
     with _staging_folder(out, "new") as folder:
-        created = [(name, _make_site(folder / name, name, keys, authority)) for name in new]
+        created = {name: _make_site(folder / name, name, keys, authority) for name in new}
+        roster = _known_roster(out) | {name: made.aggregation for name, made in created.items()}
+        for name in new:
+            write_public(folder / name / ROSTER, b"".join(roster.values()))
         _folder(sites, exist_ok=True)
-        for name, key in created:
+        for name, made in created.items():
             _move_into_place(folder / name, sites / name)
             try:
-                write_public(public / f"{name}.pub", key)
+                write_public(public / f"{name}.pub", made.public)
             except StateError:
                 shutil.rmtree(sites / name)
                 raise
+    _write_rosters(out)
     return new
+
+
+def _known_roster(out: Path) -> dict[str, bytes]:
+    """The lines of the roster by site, with those of sites whose addition was interrupted.
+
+    Empty for a folder of an earlier version, which had none.
+    """
+    lines = _roster_lines(out)
+    for folder in sorted(path for path in (out / "sites").glob("*") if path.is_dir()):
+        lines |= {name: line for name, line in _roster_lines(folder).items() if name == folder.name}
+    return lines
+
+
+def _roster_lines(folder: Path) -> dict[str, bytes]:
+    path = folder / ROSTER
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return {line.split()[-1].decode(): line for line in lines if line.strip()}
+
+
+def _write_rosters(out: Path) -> None:
+    """Write the whole roster into the folder and into those of the sites that are still there."""
+    roster = b"".join(_known_roster(out).values())
+    for place in (out, *sorted(path for path in (out / "sites").glob("*") if path.is_dir())):
+        path = place / ROSTER
+        if roster and not (path.exists() and path.read_bytes() == roster):
+            write_public(path, roster)
 
 
 def _authority_of(out: Path, keys: KeyPlan) -> Authority:
@@ -200,11 +242,20 @@ def _authority_of(out: Path, keys: KeyPlan) -> Authority:
     return authority
 
 
-def _make_site(folder: Path, name: str, keys: KeyPlan, authority: Authority) -> bytes:
-    """Create a site's folder and return its public key."""
+class MadeSite(NamedTuple):
+    """The public keys of a new site: for the coordinator, and for secure aggregation."""
+
+    public: bytes
+    aggregation: bytes
+
+
+def _make_site(folder: Path, name: str, keys: KeyPlan, authority: Authority) -> MadeSite:
+    """Create a site's folder without the roster."""
     _folder(folder)
     private, public = new_site_key(name)
     write_private(folder / "site.key", private)
+    private, aggregation = new_site_key(name)
+    write_private(folder / "aggregation.key", private)
     write_public(folder / "ca.crt", authority.pair.certificate)
     write_public(folder / "site.toml", _site_file(name, keys.coordinator.address).encode())
     link, link_authority = _folder(folder / "link"), Authority.new(f"link of {name}")
@@ -212,7 +263,7 @@ def _make_site(folder: Path, name: str, keys: KeyPlan, authority: Authority) -> 
     hosts = (*LOCAL_HOSTS, "trainer", f"trainer-{name}".lower())  # the last two are containers
     _write_pair(link, "trainer", link_authority.sign("trainer", name, SERVER, hosts))
     _write_pair(link, "node", link_authority.sign("node", name, CLIENT))
-    return public
+    return MadeSite(public, aggregation)
 
 
 def _site_file(name: str, address: str) -> str:
@@ -289,6 +340,8 @@ key = "site.key"
 [trainer]                          # the process that has the base model, the data and the personal state
 # listen = "unix:state/trainer.sock"   # or HOST:PORT between containers, with TLS by the certificates in link/
 # state = "state"
+# aggregation_key = "aggregation.key"  # of secure aggregation; keep it secret
+# roster = "roster.pub"            # public keys of all sites; compare it with the other sites
 # device = "auto"                  # or "cpu", "cuda:0"
 # threads = 4                      # default: all cores
 # precision = "int4"               # of the base model, instead of the recipe's; for a small GPU
@@ -309,6 +362,8 @@ max_requests_per_day = {limits.max_requests_per_day}
 # max_epsilon = 8.0                # privacy budget of all federations; refuses recipes without [privacy]
 # max_delta = 1e-5                 # of the same
 # min_noise = 0.5                  # noise multiplier; refuses recipes without [privacy]
+# require_secure_aggregation = true  # the coordinator gets the sum of the updates only
+# min_sites = 3                    # smallest number of sites in such a sum
 # metrics = "rounded"              # or "none"; default: "all"
 # federations = ["my-federation"]
 # models = ["sentence-transformers/all-MiniLM-L6-v2"]  # "NAME@REVISION" allows a recipe's model.revision

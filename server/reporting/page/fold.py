@@ -80,6 +80,13 @@ def _round(history: History, event: Event) -> None:
     record.seconds, record.residual = event["seconds"], event.get("residual")
 
 
+def _secure_sum(history: History, event: Event) -> None:
+    record, down = _record(history, event["round"]), event["bytes_down"]
+    record.secure = True
+    for site, up in event["bytes_up"].items():
+        record.costs.setdefault(site, Cost()).add(Cost(down.get(site, 0), up, 0.0, 0.0))
+
+
 def _clipped(history: History, event: Event) -> None:
     _record(history, event["round"]).clipped.add(event["site"])
 
@@ -170,6 +177,7 @@ _HANDLERS: Mapping[str, Callable[[History, Event], None]] = {
     "reply": _reply,
     "failed": _left_out,
     "refused": _left_out,
+    "secure_sum": _secure_sum,
     "clipped": _clipped,
     "round": _round,
     "finalizing": _finalizing,

@@ -49,6 +49,7 @@ class RoundRecord:
     residual: float | None = None
     began: float | None = None  # time of its first event
     final: bool = False
+    secure: bool = False  # the coordinator opened a sum only
     costs: dict[str, Cost] = field(default_factory=dict)  # of the sites that replied
     problems: dict[str, Incident] = field(default_factory=dict)  # the last one of a site
     clipped: set[str] = field(default_factory=set)

@@ -89,6 +89,8 @@ def _weights_words(history: History) -> Html:
     }.get(history.weighting, "")
     of = " of its group" if len(history.summary.groups) > 1 else ""
     words = f"A number is the site's weight in the mean{of}, in percent. A tick is a reply that is not averaged."
+    if any(record.secure for record in history.rounds.values()):
+        words = "A tick is a site in the mean. With secure aggregation the coordinator does not learn the weights."
     if meaning:
         words += f" A site is weighted {meaning} (server.weights = {history.weighting})."
     return element("p", words + " In the final column the sites personalize, and nothing is averaged.")

@@ -52,6 +52,7 @@ def test_what_lies_on_every_limit_is_allowed() -> None:
     elsewhere = {*ALLOWED.values(), "max_disk"}  # tests/fuzz/test_hostile_coordinator.py
     elsewhere |= {"min_examples", "min_batch_size", "min_max_length", "optimizers", "require_clipping"}  # lower bounds
     elsewhere |= {"max_epsilon", "max_delta", "min_noise"}  # test_inversion.py, test_withholding.py
+    elsewhere |= {"require_secure_aggregation", "min_sites"}  # test_secure_site.py
     elsewhere |= {"metrics", "max_evaluations", "max_requests_per_day"}  # test_release.py, test_request_ledger.py
     assert set(EVERYTHING) == {f.name for f in fields(AllowSettings)} - elsewhere
     ask(EVERYTHING, transfer={**PREPARE, "generator": {**GENERATOR, "mode": "tuned", "tuning_steps": 20}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import io
 import os
 import re
@@ -636,6 +637,15 @@ def test_a_recipe_is_compared_with_the_limits_before_the_site_takes_part(place: 
         "privacy: expected differential privacy (allow.max_epsilon)"
         in place.failed(recipe=recipe_file(place))["recipe"]
     )
+
+
+def test_a_recipe_with_secure_aggregation_needs_a_roster_whose_hash_is_shown(place: Place) -> None:
+    settings = {"privacy": {"secure_aggregation": True}, "train": {"max_update_norm": 1.0}}
+    detail = place.check(recipe=recipe_file(place, **settings))["recipe"].detail
+    digest = hashlib.sha256((place.folder / "roster.pub").read_bytes()).hexdigest()
+    assert re.search(rf"secure aggregation: a roster of \d sites? with the SHA-256 {digest}", detail)
+    (place.folder / "roster.pub").unlink()
+    assert "roster.pub (trainer.roster)" in place.failed(recipe=recipe_file(place, **settings))["recipe"]
 
 
 def test_a_wrong_recipe_is_named(place: Place) -> None:

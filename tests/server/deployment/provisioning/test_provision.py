@@ -29,6 +29,7 @@ from colora.common.config.loader import load_site
 from colora.common.config.schema import parse
 from colora.common.config.site_schema import ORDINARY, AllowSettings, SiteSettings, TrainerSettings
 from colora.common.errors import ColoraError, ConfigError, StateError
+from colora.common.secure_aggregation.identity import read_identity
 from colora.server.deployment.provisioning import provision as module
 from colora.server.deployment.provisioning.provision import provision
 
@@ -36,6 +37,7 @@ PLAN: dict[str, Any] = {
     "coordinator": {"address": "fed.example.org:9443", "names": ["10.0.0.5", "gate"]},
     "site": [{"name": "north"}, {"name": "South.2"}],
 }
+NAMES = ("north", "South.2", "west", "east")  # with two that are added
 LINK = {"ca.crt", "trainer.crt", "trainer.key", "node.crt", "node.key"}
 
 
@@ -68,10 +70,18 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_folder_has_what_everyone_needs_and_nothing_else(made: Path) -> None:
-    expected = {"ca.crt", "ca.key", "coordinator/ca.crt", "coordinator/server.crt", "coordinator/server.key"}
+    expected = {
+        "roster.pub",
+        "ca.crt",
+        "ca.key",
+        "coordinator/ca.crt",
+        "coordinator/server.crt",
+        "coordinator/server.key",
+    }
     for name in ("north", "South.2"):
         expected |= {f"coordinator/sites/{name}.pub"}
-        expected |= {f"sites/{name}/{file}" for file in ("site.toml", "ca.crt", "site.key")}
+        own = ("site.toml", "ca.crt", "site.key", "aggregation.key", "roster.pub")
+        expected |= {f"sites/{name}/{file}" for file in own}
         expected |= {f"sites/{name}/link/{file}" for file in LINK}
     files = content(made)
     assert set(files) == expected
@@ -261,11 +271,17 @@ def test_add_makes_the_new_sites_only(keys: Path, tmp_path: Path) -> None:
     before, plan = content(keys), write_plan(tmp_path, with_sites("South.2", "west", "north", "east"))
     assert provision(plan, keys, add=True) == ["west", "east"]
     after = content(keys)
-    assert {name: after[name] for name in before} == before
+    kept = [name for name in before if not name.endswith("roster.pub")]
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    lines = before["roster.pub"].splitlines()
+    rosters = [after[f"{place}roster.pub"].splitlines() for place in ("", *(f"sites/{name}/" for name in NAMES))]
+    assert all(roster == rosters[0] for roster in rosters)
+    assert rosters[0][: len(lines)] == lines  # who is in it stays in it
+    assert sorted(line.split()[-1].decode() for line in rosters[0]) == sorted(NAMES)
     assert {name.split("/")[1] for name in set(after) - set(before) if name.startswith("sites/")} == {"west", "east"}
     assert {p.name for p in (keys / "sites/west/link").iterdir()} == LINK
     assert after["sites/west/ca.crt"] == before["ca.crt"]
-    assert {p.name for p in keys.iterdir()} == {"ca.crt", "ca.key", "coordinator", "sites"}
+    assert {p.name for p in keys.iterdir()} == {"ca.crt", "ca.key", "coordinator", "sites", "roster.pub"}
     assert "coordinator/sites/west.pub" in after
     assert provision(plan, keys, add=True) == []
     assert content(keys) == after
@@ -431,3 +447,29 @@ def test_the_command_says_what_goes_where(
     write_plan(tmp_path, with_sites("north", "west"))
     assert run("--add")[:2][1].splitlines()[0] == "Added to keys: west"
     assert run("--add") == (0, "keys already has keys for all these sites.\n", "")
+
+
+def test_every_site_finds_its_own_key_in_its_roster(made: Path) -> None:
+    for name in ("north", "South.2"):
+        folder = made / "sites" / name
+        identity = read_identity(name, folder / "aggregation.key", folder / "roster.pub")
+        assert set(identity.roster) == {"north", "South.2"}
+    with pytest.raises(ConfigError, match=r"roster\.pub does not hold the public key of .*aggregation\.key"):
+        read_identity("north", made / "sites/South.2/aggregation.key", made / "roster.pub")
+    with pytest.raises(ConfigError, match=r"Secure aggregation needs .*none\.key .*cannot be read: No such file"):
+        read_identity("north", made / "none.key", made / "roster.pub")
+    with pytest.raises(ConfigError, match=r"ca\.key does not hold a private key"):
+        read_identity("north", made / "ca.key", made / "roster.pub")
+
+
+def test_an_interrupted_addition_is_completed_by_the_next(
+    keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the new site is there, and the rosters of the others are not: the next call writes them."""
+    plan, real = write_plan(tmp_path, with_sites("west")), module._write_rosters
+    monkeypatch.setattr(module, "_write_rosters", lambda out: None)
+    assert provision(plan, keys, add=True) == ["west"]
+    monkeypatch.setattr(module, "_write_rosters", real)
+    assert b"west" not in (keys / "sites/north/roster.pub").read_bytes()
+    assert provision(plan, keys, add=True) == []
+    assert (keys / "sites/north/roster.pub").read_bytes() == (keys / "sites/west/roster.pub").read_bytes()

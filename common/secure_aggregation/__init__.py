@@ -1,0 +1,1 @@
+"""Secure aggregation: a coordinator learns the weighted sum of the sites' updates and no single one of them."""
