@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ...common.config.schema import Plan, parse
 from ...common.config.site_schema import SiteSettings
-from ..training.privacy_budget import PrivacyLedger, epsilon_of
+from ...common.training.accountant import epsilon_of
+from ..training.privacy_budget import PrivacyLedger
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def _privacy(plan: Plan, site: SiteSettings, examples: int | None) -> str:
         return "differential privacy spends nothing: the method shares nothing"
     if not examples:
         return "differential privacy: ε is unknown without the rows and the recipe's base model"
-    from ...training.privacy_budget import LEDGER, PrivacyForecast, PrivacyLedger, check_delta, epsilon_of
+    from ....common.training.accountant import epsilon_of
+    from ...training.privacy_budget import LEDGER, PrivacyForecast, PrivacyLedger, check_delta
 
     forecast, others = (
         PrivacyForecast(plan, examples),

@@ -18,11 +18,12 @@ from rich.console import Console
 
 from colora.client.deployment.status import show_site, site_file, site_status
 from colora.client.trainer_service.audit_log import AuditLog
-from colora.client.training.privacy_budget import LEDGER, PrivacyLedger, Spending
+from colora.client.training.privacy_budget import LEDGER, PrivacyLedger
 from colora.common.atomic_io import save_arrays
 from colora.common.config.schema import ModelSettings, Plan, PrivacySettings, to_json
 from colora.common.processes.supervised import free_port, write_services
 from colora.common.protocol.types import SiteInfo
+from colora.common.training.accountant import Spending
 from colora.server.deployment.provisioning.provision import provision
 
 PLAN = '[coordinator]\naddress = "127.0.0.1:9443"\n[[site]]\nname = "north"\n'
