@@ -1,10 +1,10 @@
-"""What differential privacy excludes: settings by which something about the training rows would leave without noise."""
+"""What differential privacy excludes: settings by which something about the data would leave without noise."""
 
 from __future__ import annotations
 
 from ..errors import ConfigError
 from .privacy_schema import PrivacySettings
-from .schema import Plan
+from .schema import Plan, Recipe
 
 
 def check_privacy(plan: Plan) -> None:
@@ -49,4 +49,37 @@ def check_privacy(plan: Plan) -> None:
                 found,
                 message=f"{key} is {found}, which is not possible with [privacy]: it must be {expected}.",
                 hint="Change it, or remove [privacy].",
+            )
+
+
+def check_site_privacy(recipe: Recipe) -> None:
+    """Raise ConfigError for the first setting that would break the guarantee of ``[server.privacy]``.
+
+    The sensitivity is known for a mean of clipped updates only. What else the sites' data decide would have no noise.
+    """
+    server, privacy = recipe.server, recipe.server.privacy
+    if privacy is None:
+        return
+    if privacy.epsilon is None and privacy.noise_multiplier is None:
+        message = "[server.privacy] sets neither epsilon nor noise_multiplier, so it would have no effect."
+        hint = "Set server.privacy.epsilon."
+        key = "server.privacy.epsilon"
+        raise ConfigError(key, "a budget, or a noise_multiplier", "neither", message=message, hint=hint)
+    excluded = (
+        ("server.aggregator", server.aggregator, "mean"),
+        ("server.weights", server.weights or "uniform", "uniform"),
+        ("server.groups", server.groups, "none"),
+        ("server.keep", server.keep, "last"),
+        ("server.patience", server.patience, None),
+        ("adapter.init", "spectral" if recipe.adapter.init == "spectral" else None, None),
+    )
+    for key, found, expected in excluded:
+        if found != expected:
+            needed = "another one" if key == "adapter.init" else expected or "unset"
+            raise ConfigError(
+                key,
+                f"{needed}, with [server.privacy]",
+                found,
+                message=f"{key} is {found}, which is not possible with [server.privacy]: it must be {needed}.",
+                hint="Change it, or remove [server.privacy].",
             )

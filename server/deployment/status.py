@@ -10,6 +10,7 @@ null::
      "sites": [{"site", "task", "seen": since its last message, "admitted": its last admitted round,
                 "metrics": {"personal.accuracy": ...}, "failures": {"3": text}}],
      "privacy": null | {"epsilon": the largest that a site has spent, or null, "delta", "budget": null | number},
+     "site_privacy": the same for [server.privacy],
      "services": [{"name", "address", "state": "serving" | "not serving" | "down"}],
      "processes": [{"name", "pid", "alive"}]}
 """
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...common.config.loader import load_recipe
-from ...common.config.schema import PrivacySettings
+from ...common.config.schema import PrivacySettings, SitePrivacySettings
 from ...common.dataset import EVAL_MODES
 from ...common.errors import StateError
 from ...common.event_log import Event
@@ -80,7 +81,7 @@ class CheckpointStatus:
 
 @dataclass(frozen=True)
 class PrivacyStatus:
-    """``epsilon``: the largest that a site has reported as spent at ``delta``; None before the first report."""
+    """``epsilon``: the largest that has been spent of a site's budget at ``delta``; None before the first round."""
 
     epsilon: float | None
     delta: float
@@ -88,7 +89,7 @@ class PrivacyStatus:
 
     def __str__(self) -> str:
         of_budget = "" if self.budget is None else f" of {self.budget:g}"
-        spent = "no site has reported what it spent" if self.epsilon is None else f"at most ε = {self.epsilon:.3g}"
+        spent = "nothing" if self.epsilon is None else f"at most ε = {self.epsilon:.3g}"
         return f"{spent}{of_budget} at δ = {self.delta:g}"
 
 
@@ -111,6 +112,7 @@ class RunStatus:
     services: tuple[ServiceStatus, ...]
     processes: tuple[ProcessStatus, ...]
     privacy: PrivacyStatus | None = None
+    site_privacy: PrivacyStatus | None = None
     kind: str = "run"
     version: int = 1
 
@@ -173,6 +175,7 @@ def run_status(folder: Path, now: float | None = None) -> RunStatus:
         services=services,
         processes=processes,
         privacy=_privacy(recipe.privacy, summary),
+        site_privacy=_site_privacy(recipe.server.privacy, summary),
     )
 
 
@@ -188,7 +191,9 @@ def show_run(status: RunStatus, console: Console) -> None:
     for line in lines:
         console.print(sanitize(line), highlight=False, soft_wrap=True)
     if status.privacy:
-        console.print(f"privacy budget of each site spent: {status.privacy}", highlight=False, soft_wrap=True)
+        console.print(f"privacy budget for examples spent: {status.privacy}", highlight=False, soft_wrap=True)
+    if status.site_privacy:
+        console.print(f"privacy budget for sites spent: {status.site_privacy}", highlight=False, soft_wrap=True)
     console.print(_site_table(status.sites))
     show_services(status.services, status.processes, status.problems, console)
 
@@ -266,6 +271,13 @@ def _privacy(settings: PrivacySettings, summary: RunSummary) -> PrivacyStatus | 
         return None
     spent = [epsilon for row in summary.rows.values() if (epsilon := row.metrics.get(EPSILON)) is not None]
     return PrivacyStatus(max(spent, default=None), settings.delta, settings.epsilon)
+
+
+def _site_privacy(settings: SitePrivacySettings | None, summary: RunSummary) -> PrivacyStatus | None:
+    if settings is None:
+        return None
+    spent = summary.noised["epsilon"] if summary.noised else None
+    return PrivacyStatus(spent, settings.delta, settings.epsilon)
 
 
 def _site(

@@ -333,8 +333,24 @@ def test_the_spent_budget_of_a_run_is_the_largest_that_a_site_reported(run: Path
         found = run_status(run)
         page = Console(record=True, width=200, file=io.StringIO())
         show_run(found, page)
-        assert f"privacy budget of each site spent: {found.privacy}\n" in page.export_text()
+        assert f"privacy budget for examples spent: {found.privacy}\n" in page.export_text()
         return json.loads(json.dumps(found.as_dict()))["privacy"]
 
     assert status() == {"epsilon": None, "delta": 1e-6, "budget": 8.0}
     assert status(1.5, 2.5, 2.0) == {"epsilon": 2.5, "delta": 1e-6, "budget": 8.0}
+
+
+def test_the_budget_that_the_coordinators_noise_has_spent_is_told(run: Path) -> None:
+    recipe = read_toml(run / "recipe.toml")
+    recipe["server"]["privacy"] = {"noise_multiplier": 1.5, "epsilon": 9.0}
+    (run / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    assert run_status(run).as_dict()["site_privacy"] == {"epsilon": None, "delta": 1e-5, "budget": 9.0}
+    fields = {"clipped": {"ada": 2.5}, "bound": 1.0, "noise": 0.4, "epsilon": 3.25, "delta": 1e-5, "budget": 9.0}
+    event = {"event": "noised", "time": 1.0, "round": 2, "sites": 3, **fields}
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
+    status = run_status(run)
+    assert status.as_dict()["site_privacy"] == {"epsilon": 3.25, "delta": 1e-5, "budget": 9.0}
+    page = Console(record=True, width=200, file=io.StringIO())
+    show_run(status, page)
+    assert "privacy budget for sites spent: at most ε = 3.25 of 9 at δ = 1e-05\n" in page.export_text()
