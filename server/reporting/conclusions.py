@@ -195,9 +195,10 @@ def _privacy_of_sites(summary: RunSummary) -> list[str]:
         f"{event['noise']:.3g}."
     ]
     if summary.budget_spent:
+        alone = " Local-only training took all rounds." if summary.baseline else ""
         lines.append(
             f"The run ended after round {event['round']} of {summary.rounds}: another round would exceed the privacy "
-            f"budget{budget} (server.privacy.epsilon)."
+            f"budget{budget} (server.privacy.epsilon).{alone}"
         )
     return lines
 

@@ -222,6 +222,8 @@ def test_the_run_ends_before_a_round_that_would_exceed_the_budget(hall: Hall) ->
         "The run ended after round 3 of 8: another round would exceed the privacy budget "
         f"of {limit:g} (server.privacy.epsilon)."
     )
+    also = summarize([*_events(hall), {"event": "started", "time": 1.0, "baseline": True, **named}])
+    assert privacy(also) == [first, f"{second} Local-only training took all rounds."]
     page = Console(record=True, width=300, file=io.StringIO())
     print_report(summary, hall.folder, page)
     assert second in page.export_text()
