@@ -12,6 +12,7 @@ each site refines Λ_k on S_T, without communication
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from functools import partial
@@ -43,6 +44,9 @@ def train_federation(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpo
         return last
     if last:
         strategy.events.emit("resumed", round=last.round, damaged=checkpoints.damaged)
+    if last and last.spent and strategy.privacy:
+        lost = strategy.privacy.with_lost_rounds(last.spent, last.round, checkpoints.damaged)
+        last = dataclasses.replace(last, spent=lost)
     state = strategy.join(grid, last, lambda classes: _initial_state(recipe, classes))
     if preparation.is_needed(strategy) and not last:
         state = preparation.prepare(strategy, state)
@@ -61,6 +65,8 @@ def train_federation(grid: Grid, strategy: AdapterStrategy, checkpoints: Checkpo
         if early_stopping.is_due(strategy, state):
             state = early_stopping.validate(strategy, state)
             checkpoints.write(state)
+    if strategy.budget_is_spent(state):
+        strategy.events.emit("budget_spent", round=state.round)
     state = early_stopping.select(strategy, checkpoints, state)
     state = strategy.retry_until_quorum(lambda s=state: strategy.aggregate_finalize(s, strategy.configure_finalize(s)))
     checkpoints.write(state)

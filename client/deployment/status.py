@@ -5,7 +5,9 @@ As JSON (``colora status site.toml --json``; keys are only added, never removed;
     {"kind": "site", "version": 1, "folder": the state folder, "site", "coordinator",
      "healthy": bool, "problems": [sentence],
      "federations": [{"federation", "round": of the newest state, "age": since it was written, "task",
-                      "metrics": {"personal.accuracy": ...}, "audit": null | the last line of the audit log}],
+                      "metrics": {"personal.accuracy": ...}, "audit": null | the last line of the audit log,
+                      "privacy": null | {"epsilon": spent, "delta", "budget": null | number,
+                                         "in_all": spent in all federations, "max_epsilon": null | number}}],
      "services": [{"name", "address", "state": "serving" | "not serving" | "down"}],
      "processes": [{"name", "pid", "alive"}]}
 """
@@ -43,6 +45,8 @@ from ...common.processes.health import (
 from ..trainer_service.audit_log import FILE as AUDIT
 from ..trainer_service.audit_log import parse_line
 from ..trainer_service.client import TrainerClient
+from ..training.privacy_budget import LEDGER, PrivacyLedger
+from .spent_budget import SpentBudget, spent_budget
 
 TAIL = 1 << 20  # bytes at the end of an audit log, enough for its last line
 STATES = "round-*.safetensors"
@@ -51,7 +55,7 @@ NO_ARRAYS = "\0"  # a prefix that no array has
 
 @dataclass(frozen=True)
 class FederationStatus:
-    """A federation of the site: round and metrics of its newest state, and the last audit entry."""
+    """A federation of the site: round and metrics of its newest state, the last audit entry, and the spent budget."""
 
     federation: str
     round: int | None
@@ -59,6 +63,7 @@ class FederationStatus:
     audit: dict[str, Any] | None
     task: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    privacy: SpentBudget | None = None
 
     def metric(self, mode: str) -> float | None:
         """The task's primary metric of the ``base``, ``shared`` or ``personal`` model; None if not measured."""
@@ -113,7 +118,9 @@ def site_status(path: Path, now: float | None = None) -> SiteStatus:
     problems = [] if record else ["not running: colora client has not been started for this site"]
     problems += [f"{each.name} at {each.address} is {each.state}" for each in services if each.state != "serving"]
     problems += [f"{each.name} (process {each.pid}) has ended" for each in processes if not each.alive]
-    federations = tuple(_federation(folder, now) for folder in _federations(state))
+    found = [_federation(folder, now, site) for folder in _federations(state)]
+    federations = tuple(federation for federation, _ in found)
+    problems += [problem for _, problem in found if problem]
     return SiteStatus(
         folder=str(state),
         site=site.name,
@@ -140,6 +147,10 @@ def show_site(status: SiteStatus, console: Console) -> None:
         table.add_row(sanitize(each.federation), *cells)
     if status.federations:
         console.print(table)
+    for each in status.federations:
+        if each.privacy:
+            line = sanitize(f"{each.federation}: privacy budget spent: {each.privacy}")
+            console.print(line, highlight=False, soft_wrap=True)
     show_services(status.services, status.processes, status.problems, console)
 
 
@@ -174,7 +185,8 @@ def _last_error(federations: Sequence[FederationStatus], state: Path) -> list[st
     return [f"{where}; {state / 'logs' / 'trainer.log'} has it in full"]
 
 
-def _federation(folder: Path, now: float) -> FederationStatus:
+def _federation(folder: Path, now: float, site: SiteSettings) -> tuple[FederationStatus, str]:
+    """Return the status of a federation, and a sentence where its privacy budget cannot be told."""
     states = sorted(path for path in folder.glob(STATES) if path.stem[6:].isdecimal())
     newest = states[-1] if states else None
     number = int(newest.stem[6:]) if newest else None  # after "round-"
@@ -182,17 +194,27 @@ def _federation(folder: Path, now: float) -> FederationStatus:
         age = now - newest.stat().st_mtime if newest else None
     except OSError:  # deleted in this moment, after a newer state was written
         age = None
-    return FederationStatus(folder.name, number, age, _last_line(folder / AUDIT), *_measured(states))
+    task, metrics, plan = _measured(states)
+    privacy, problem = None, ""
+    try:
+        privacy = spent_budget(plan, PrivacyLedger(folder.parent / LEDGER), site) if plan else None
+    except (ColoraError, ValueError) as error:
+        problem = f"{folder.name}: the privacy budget is unknown: {error}"
+    status = FederationStatus(folder.name, number, age, _last_line(folder / AUDIT), task, metrics, privacy)
+    return status, problem
 
 
-def _measured(states: Sequence[Path]) -> tuple[str, dict[str, float]]:
-    """Return the task and the newest value of each metric in the states; a round need not measure all of them."""
-    task, metrics = "", {}
+def _measured(states: Sequence[Path]) -> tuple[str, dict[str, float], str]:
+    """Return the task, the newest value of each metric in the states, and the newest plan as JSON.
+
+    A round need not measure all metrics.
+    """
+    task, metrics, plan = "", {}, ""
     for path in states:
         with contextlib.suppress(StateError, KeyError, TypeError, ValueError):  # damaged, or deleted in this moment
             card = load_arrays(path, prefix=NO_ARRAYS)[1]["card"]
-            task, metrics = str(card["task"]), {**metrics, **card["metrics"]}
-    return task, metrics
+            task, metrics, plan = str(card["task"]), {**metrics, **card["metrics"]}, str(card.get("plan", ""))
+    return task, metrics, plan
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:

@@ -6,21 +6,16 @@ inputs dropout removes. The secret is made once and stays, so a round that runs 
 
 from __future__ import annotations
 
-import hashlib
-import re
-import secrets
 from pathlib import Path
 
-from ...common.atomic_io import CHECKSUM, load_arrays, write_atomically
+from ...common.atomic_io import load_arrays
 from ...common.errors import StateError
 from ...common.models.saved import FILES
+from ...common.secret_file import new_secret, read_secret
 from ..training.privacy_budget import LEDGER
 
 FILE = "site.secret"
 NO_ARRAYS = "\0"  # a prefix that no array has
-# The secret in a line, and its checksum in the next. A file of one line is of an earlier version, or was written by
-# hand: it is read without a check, since a flipped digit there only costs privacy budget (``private_rounds.py``).
-_FORM = re.compile(rf"(?P<secret>[0-9a-f]{{64}})(\n{CHECKSUM}(?P<checksum>[0-9a-f]{{64}}))?")
 
 
 def site_secret(state: Path) -> str:
@@ -28,26 +23,12 @@ def site_secret(state: Path) -> str:
 
     Raises StateError for a file that cannot be read, written or understood, and for a missing one where rounds with
     noise were made. A damaged secret is not replaced, since a new one would change the order of the examples in the
-    middle of a federation, and the noise of a round that runs again.
+    middle of a federation, and the noise of a round that runs again. One without a checksum is not checked: a flipped
+    digit there only costs privacy budget (``private_rounds.py``).
     """
     path = state / FILE
-    try:
-        text = path.read_text(encoding="ascii", errors="replace").strip()
-    except FileNotFoundError:
-        return _new_secret(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StateError(str(path), "a readable file", reason, message=f"Cannot read {path}: {reason}.") from None
-    found = _FORM.fullmatch(text)
-    if found is None or found["checksum"] not in (None, _checksum(found["secret"])):
-        raise StateError(
-            str(path),
-            "64 hexadecimal digits and their checksum",
-            "something else",
-            message=f"{path} does not hold the secret of a site.",
-            hint="Restore the file. If you delete it, the examples are trained in a new order from the next round on.",
-        )
-    return found["secret"]
+    hint = "Restore the file. If you delete it, the examples are trained in a new order from the next round on."
+    return read_secret(path, "a site", hint) or _new_secret(path)
 
 
 def _new_secret(path: Path) -> str:
@@ -62,9 +43,7 @@ def _new_secret(path: Path) -> str:
             hint=f"Restore it from a backup. If there is none, write a new one (openssl rand -hex 32 > {path}): "
             "rounds that run again then get other noise and spend privacy budget again.",
         )
-    secret = secrets.token_hex(32)
-    write_atomically(path, f"{secret}\n{CHECKSUM}{_checksum(secret)}\n".encode())
-    return secret
+    return new_secret(path)
 
 
 def _noise_in(state: Path) -> Path | None:
@@ -79,7 +58,3 @@ def _noise_in(state: Path) -> Path | None:
         if meta.get("noised"):
             return path
     return None
-
-
-def _checksum(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()

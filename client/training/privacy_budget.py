@@ -1,4 +1,4 @@
-"""The privacy budget of a site: what training spends, by Opacus's accountant, and a ledger of it on disk.
+"""The privacy budget of a site: what training spends, and a ledger of it on disk.
 
 This module imports no torch, except through Opacus when it computes ε.
 """
@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,86 +17,11 @@ from ...common.atomic_io import write_atomically
 from ...common.config.schema import Plan
 from ...common.errors import ConfigError, DamagedError, RefusedError, StateError
 from ...common.foreign_text import MAX_TEXT, clean
+from ...common.training.accountant import RANGES, Spending, check_spending, epsilon_of, noise_for
 
 LEDGER = "privacy.json"  # in the folder above that of a federation
 SPENDINGS, CHECKSUM = "spendings", "sha256"  # the keys of that file; one of an earlier version is the spendings alone
-RANGES = {  # far beyond what plans ask for (``plan_bounds.py``), and within what the accountant computes
-    "noise_multiplier": (1e-6, 1e9),
-    "sample_rate": (1e-12, 1.0),
-    "steps": (0, 10**12),
-}
 Entries = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Spending:
-    """``steps`` steps with Gaussian noise, each on examples drawn with the probability ``sample_rate``."""
-
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-
-
-def check_spending(spending: Spending) -> None:
-    """Raise RefusedError for a number out of its range, with which ε would be wrong or never computed."""
-    for field, (low, high) in RANGES.items():
-        value = getattr(spending, field)
-        if not low <= value <= high:  # NaN is in no range
-            raise RefusedError(f"privacy.{field}", f"{low:g} to {high:g}", value)
-
-
-def epsilon_of(spendings: Sequence[Spending], delta: float) -> float:
-    """Return ε of all spendings together at δ, by Rényi accounting (Mironov et al. 2019, arXiv 1908.10530).
-
-    Raises RefusedError for numbers of which the accountant cannot compute it.
-    """
-    if not spendings:
-        return 0.0
-    for spending in spendings:
-        check_spending(spending)
-    steps: Counter[tuple[float, float]] = Counter()
-    for spending in spendings:
-        steps[spending.noise_multiplier, spending.sample_rate] += spending.steps
-    accountant = _accountants().RDPAccountant()
-    accountant.history = [(noise, rate, count) for (noise, rate), count in sorted(steps.items())]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a larger order could give a smaller ε
-        try:
-            epsilon = float(accountant.get_epsilon(delta=delta))
-        except (ArithmeticError, ValueError) as error:
-            raise _not_computable(str(error)) from None
-    if not math.isfinite(epsilon):
-        raise _not_computable(f"ε = {epsilon}")
-    return epsilon
-
-
-def _not_computable(found: str) -> RefusedError:
-    message = "ε cannot be computed for this noise, sampling rate, number of steps and δ."
-    hint = "Raise privacy.noise_multiplier or privacy.epsilon, or privacy.delta."
-    return RefusedError("privacy.noise_multiplier", "a finite ε", found, message=message, hint=hint)
-
-
-@lru_cache
-def noise_for(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """Return the noise multiplier with which ``steps`` steps spend at most ε at δ. Raises ConfigError if none does."""
-    find = _accountants().utils.get_noise_multiplier
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return float(
-                find(
-                    target_epsilon=epsilon,
-                    target_delta=delta,
-                    sample_rate=sample_rate,
-                    steps=steps,
-                    epsilon_tolerance=min(0.01, epsilon / 100),
-                    accountant="rdp",
-                )
-            )
-        except (ArithmeticError, ValueError):
-            message = f"privacy.epsilon = {epsilon:g} is too small: no amount of noise reaches it with {steps} steps."
-            hint = "Raise privacy.epsilon."
-            raise ConfigError("privacy.epsilon", "a reachable budget", epsilon, message=message, hint=hint) from None
 
 
 @dataclass(frozen=True)
@@ -247,20 +169,3 @@ def _check_entry(entry: Any) -> None:
 
 def _digest(entries: Any) -> str:
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
-
-
-def _accountants() -> Any:
-    """Opacus's accountants. Raises ConfigError if it is not installed."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import opacus.accountants.utils
-    except ImportError:
-        raise ConfigError(
-            "privacy",
-            "the package opacus",
-            "not installed",
-            message="Differential privacy needs the package opacus, which is not installed.",
-            hint="pip install 'colora[privacy]'",
-        ) from None
-    return opacus.accountants

@@ -14,9 +14,10 @@ from ...common.config.schema import Plan, digest, to_json
 from ...common.errors import RefusedError
 from ...common.protocol.types import PRELIMINARY, TrainRequest, hash_arrays
 from ...common.tasks.base import Task, hash_examples
+from ...common.training.accountant import Spending, epsilon_of
 from ...common.training.noise import NoiseSource
 from ...common.training.private_loop import PrivateLoop, check_separable
-from .privacy_budget import LEDGER, PrivacyForecast, PrivacyLedger, Spending, check_budget, check_delta, epsilon_of
+from .privacy_budget import LEDGER, PrivacyForecast, PrivacyLedger, check_budget, check_delta
 from .state_store import PersonalState, StateStore
 
 

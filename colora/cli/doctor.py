@@ -104,6 +104,11 @@ def _json(path: Path) -> str:
 
 
 def _secret(path: Path) -> str:
+    if path.name == "noise.secret":
+        from colora.server.rounds.site_privacy import coordinator_secret
+
+        coordinator_secret(path.parent)
+        return "the secret of the coordinator"
     from colora.client.trainer_service.site_secret import site_secret
 
     site_secret(path.parent)
@@ -127,5 +132,5 @@ HINTS = {  # what to do about a damaged file
     ".jsonl": "colora skips lines of events.jsonl that cannot be read. Restore other files, or delete such lines.",
     ".json": "Restore the file. colora writes services.json, roll.json and node.json again: delete those.",
     ".toml": "Restore the file, or write it again with the same values.",
-    ".secret": "Restore the secret of the site from a backup.",
+    ".secret": "Restore the secret from a backup.",
 }

@@ -101,6 +101,32 @@ def check_secure_recipe(recipe: Recipe) -> None:
     _refuse(excluded, "privacy.secure_aggregation")
 
 
+def check_site_privacy(recipe: Recipe) -> None:
+    """Raise ConfigError for the first setting that would break the guarantee of ``[server.privacy]``.
+
+    The sensitivity is known for a mean of clipped updates only. What else the sites' data decide would have no noise.
+    """
+    server, privacy = recipe.server, recipe.server.privacy
+    if privacy is None:
+        return
+    if privacy.epsilon is None and privacy.noise_multiplier is None:
+        message = "[server.privacy] sets neither epsilon nor noise_multiplier, so it would have no effect."
+        hint = "Set server.privacy.epsilon."
+        key = "server.privacy.epsilon"
+        raise ConfigError(key, "a budget, or a noise_multiplier", "neither", message=message, hint=hint)
+    secure, spectral = recipe.privacy.secure_aggregation, recipe.adapter.init == "spectral"
+    excluded = (
+        ("server.aggregator", server.aggregator, server.aggregator != "mean", "mean"),
+        ("server.weights", server.weights, server.weights not in (None, "uniform"), "uniform"),
+        ("server.groups", server.groups, server.groups != "none", "none"),
+        ("server.keep", server.keep, server.keep != "last", "last"),
+        ("server.patience", server.patience, server.patience is not None, "unset"),
+        ("adapter.init", "spectral", spectral, "another one"),
+        ("privacy.secure_aggregation", secure, secure, "unset, since the coordinator must clip every update"),
+    )
+    _refuse(excluded, "[server.privacy]")
+
+
 def _refuse(excluded: Sequence[tuple[str, object, bool, str]], other: str) -> None:
     for key, found, breaks, expected in excluded:
         if breaks:

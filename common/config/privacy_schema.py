@@ -55,3 +55,27 @@ class PrivacySettings:
     def withholds_metrics(self) -> bool:
         """Whether replies hold no metrics."""
         return self.enabled and self.metrics == "none"
+
+
+@dataclass(frozen=True, config=STRICT)
+class SitePrivacySettings:
+    """Differential privacy for each site as a whole, by DP-FedAvg at the coordinator (arXiv 1710.06963).
+
+    ε and δ bound what the shared adapters of all rounds reveal about all data of a site together. They hold against
+    other sites and everyone who gets the adapter, not against the coordinator, which sees every update. The table needs
+    ``epsilon`` or ``noise_multiplier``, the aggregator ``mean`` and uniform weights.
+    """
+
+    epsilon: PositiveFloat | None = None
+    """Privacy budget of each site for all rounds. The run ends before a round that would exceed it. Unset: no limit."""
+
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Probability δ with which the guarantee may fail. It must be below 1 / the number of sites."""
+
+    noise_multiplier: PositiveFloat | None = None
+    """Standard deviation of the noise on the mean of the updates, divided by what one site can change in it: 2 ·
+    ``clip_norm`` / the number of sampled sites. Unset: what spends ``epsilon`` over all rounds."""
+
+    clip_norm: PositiveFloat = 1.0
+    """Norm to which the coordinator clips the update of a site, over all shared arrays together. It takes the place of
+    ``server.max_relative_norm``."""

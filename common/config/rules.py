@@ -7,7 +7,7 @@ import dataclasses
 from ..dataset import TASKS
 from ..errors import ConfigError
 from ..methods import GROUPS, Method, Role
-from .privacy_rules import check_privacy, check_secure_recipe
+from .privacy_rules import check_privacy, check_secure_recipe, check_site_privacy
 from .schema import Recipe, TrainSettings
 
 
@@ -44,6 +44,7 @@ def _check_privacy(recipe: Recipe) -> None:
         raise ConfigError(key, "unset with [privacy]", "set", message=message, hint=hint)
     check_privacy(recipe.plan)
     check_secure_recipe(recipe)
+    check_site_privacy(recipe)
 
 
 def _check_groups(recipe: Recipe) -> None:

@@ -25,7 +25,7 @@ from .data_schema import DataSettings, PartitionSettings, SimulatedSiteSettings
 from .diagnostics import SETTINGS, config_error
 from .field_types import STRICT, Count, Fraction, Name, Positive, PositiveFloat, Precision, Probability, Rate
 from .model_schema import AdapterSettings, MethodSettings, ModelSettings, Private, PrivateSettings
-from .privacy_schema import PrivacySettings
+from .privacy_schema import PrivacySettings, SitePrivacySettings
 from .training_schema import EvaluationSettings, PhaseSettings, TrainSettings
 from .transfer_schema import (
     DiscriminatorSettings,
@@ -59,6 +59,7 @@ __all__ = [
     "Recipe",
     "SimulatedSiteSettings",
     "SimulationSettings",
+    "SitePrivacySettings",
     "TrainSettings",
     "ServerSettings",
     "TrackingSettings",
@@ -224,6 +225,9 @@ class ServerSettings:
     fingerprints: dict[Literal["model", "tokenizer", "chat_template"], str] | None = None
     """SHA-256 fingerprints that every site's base model must have, as the event ``agreed`` of a run shows them. Unset:
     those of the coordinator's own copy of the model or, without one, those that most sites have."""
+
+    privacy: SitePrivacySettings | None = None
+    """Differential privacy for each site as a whole. Without this table there is none."""
 
     @property
     def validates(self) -> bool:

@@ -9,6 +9,8 @@ null::
      "checkpoint": null | {"round", "age", "finalized"},
      "sites": [{"site", "task", "seen": since its last message, "admitted": its last admitted round,
                 "metrics": {"personal.accuracy": ...}, "failures": {"3": text}}],
+     "privacy": null | {"epsilon": the largest that a site has spent, or null, "delta", "budget": null | number},
+     "site_privacy": the same for [server.privacy],
      "services": [{"name", "address", "state": "serving" | "not serving" | "down"}],
      "processes": [{"name", "pid", "alive"}]}
 """
@@ -28,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...common.config.loader import load_recipe
+from ...common.config.schema import PrivacySettings, SitePrivacySettings
 from ...common.dataset import EVAL_MODES
 from ...common.errors import StateError
 from ...common.event_log import Event
@@ -44,6 +47,7 @@ from ...common.processes.health import (
     read_services,
     show_services,
 )
+from ...common.protocol.types import EPSILON
 from ..reporting.events import parse_lines
 from ..reporting.run_folder import RunFolder
 from ..reporting.summary import RunSummary, SiteSummary, summarize
@@ -76,6 +80,20 @@ class CheckpointStatus:
 
 
 @dataclass(frozen=True)
+class PrivacyStatus:
+    """``epsilon``: the largest that has been spent of a site's budget at ``delta``; None before the first round."""
+
+    epsilon: float | None
+    delta: float
+    budget: float | None
+
+    def __str__(self) -> str:
+        of_budget = "" if self.budget is None else f" of {self.budget:g}"
+        spent = "nothing" if self.epsilon is None else f"at most ε = {self.epsilon:.3g}"
+        return f"{spent}{of_budget} at δ = {self.delta:g}"
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """The status of a run. ``about`` has details of the phase; ``idle`` is in seconds since the last event."""
 
@@ -93,6 +111,8 @@ class RunStatus:
     sites: tuple[SiteProgress, ...]
     services: tuple[ServiceStatus, ...]
     processes: tuple[ProcessStatus, ...]
+    privacy: PrivacyStatus | None = None
+    site_privacy: PrivacyStatus | None = None
     kind: str = "run"
     version: int = 1
 
@@ -154,6 +174,8 @@ def run_status(folder: Path, now: float | None = None) -> RunStatus:
         sites=tuple(_site(site, summary, events, checkpoint, now) for site in _roster(folder, summary)),
         services=services,
         processes=processes,
+        privacy=_privacy(recipe.privacy, summary),
+        site_privacy=_site_privacy(recipe.server.privacy, summary),
     )
 
 
@@ -168,6 +190,10 @@ def show_run(status: RunStatus, console: Console) -> None:
     )
     for line in lines:
         console.print(sanitize(line), highlight=False, soft_wrap=True)
+    if status.privacy:
+        console.print(f"privacy budget for examples spent: {status.privacy}", highlight=False, soft_wrap=True)
+    if status.site_privacy:
+        console.print(f"privacy budget for sites spent: {status.site_privacy}", highlight=False, soft_wrap=True)
     console.print(_site_table(status.sites))
     show_services(status.services, status.processes, status.problems, console)
 
@@ -238,6 +264,20 @@ def _gateway_health(address: str) -> HealthState:
 
 def _checkpoint_status(info: CheckpointInfo | None, now: float) -> CheckpointStatus | None:
     return CheckpointStatus(info.round, now - info.written, info.finalized) if info else None
+
+
+def _privacy(settings: PrivacySettings, summary: RunSummary) -> PrivacyStatus | None:
+    if not settings.enabled:
+        return None
+    spent = [epsilon for row in summary.rows.values() if (epsilon := row.metrics.get(EPSILON)) is not None]
+    return PrivacyStatus(max(spent, default=None), settings.delta, settings.epsilon)
+
+
+def _site_privacy(settings: SitePrivacySettings | None, summary: RunSummary) -> PrivacyStatus | None:
+    if settings is None:
+        return None
+    spent = summary.noised["epsilon"] if summary.noised else None
+    return PrivacyStatus(spent, settings.delta, settings.epsilon)
 
 
 def _site(

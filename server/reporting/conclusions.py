@@ -178,7 +178,33 @@ def _better(personal: float, alone: float, task: str) -> int:
 
 
 def privacy(summary: RunSummary) -> list[str]:
-    """What the sites have spent of their privacy budgets; none without differential privacy."""
+    """What the run has spent of the sites' privacy budgets; none without differential privacy."""
+    return [*_privacy_of_sites(summary), *_privacy_of_examples(summary)]
+
+
+def _privacy_of_sites(summary: RunSummary) -> list[str]:
+    """What the noise at the coordinator has spent."""
+    event = summary.noised
+    if event is None:
+        return []
+    budget = "" if event["budget"] is None else f" of {event['budget']:g}"
+    lines = [
+        f"Differential privacy for each site: the shared adapters have spent ε = {event['epsilon']:.3g}{budget} at "
+        f"δ = {event['delta']:g}. In the last round {len(event['clipped'])} of {event['sites']} updates were clipped "
+        f"to a norm of {event['bound']:g}, and every number of the mean got noise with a standard deviation of "
+        f"{event['noise']:.3g}."
+    ]
+    if summary.budget_spent:
+        alone = " Local-only training took all rounds." if summary.baseline else ""
+        lines.append(
+            f"The run ended after round {event['round']} of {summary.rounds}: another round would exceed the privacy "
+            f"budget{budget} (server.privacy.epsilon).{alone}"
+        )
+    return lines
+
+
+def _privacy_of_examples(summary: RunSummary) -> list[str]:
+    """What the noise at the sites has spent."""
     spent = [epsilon for row in summary.rows.values() if (epsilon := row.metrics.get(EPSILON)) is not None]
     if not spent:
         return []

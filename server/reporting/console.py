@@ -69,6 +69,8 @@ def _headline(summary: RunSummary) -> str:
         return printable(f"{summary.federation}: baseline (each site alone), {where}")
     phase = f"round {summary.round} of {summary.rounds}" if summary.round else "waiting for sites to join"
     note = f" ({summary.note})" if summary.note else ""
+    if summary.noised:
+        phase += f", ε {summary.noised['epsilon']:.3g} spent"
     return printable(f"{summary.federation}: {summary.method} on {summary.model}, {phase}{note}")
 
 
@@ -100,9 +102,11 @@ def _line(summary: RunSummary, event: Event) -> str | None:
         personal = summary.mean("personal") if not prefix else None
         metric = f", personal {personal:.3f}" if personal is not None else ""
         sites = f"{len(event['admitted'])} sites"
+        spent = summary.noised if not prefix else None
+        epsilon = f", ε {spent['epsilon']:.3g}" if spent else ""
         share = summary.measuring_share(event["round"], baseline=bool(prefix))
         took = f"{event['seconds']:.1f} s" + (f" ({share:.0%} measuring)" if share else "")
-        return f"{prefix}round {event['round']}/{summary.rounds}: {sites}{loss}{metric}, {took}"
+        return f"{prefix}round {event['round']}/{summary.rounds}: {sites}{loss}{metric}{epsilon}, {took}"
     if name == "grouped":
         return f"{len(event['groups'])} group{'s' * (len(event['groups']) > 1)} of sites: " + "; ".join(
             map(", ".join, event["groups"])

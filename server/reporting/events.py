@@ -43,6 +43,11 @@ distant            An update was far from the others of its round and was not av
 secure_sum         A sum of updates was opened (secure aggregation): round, sites (in the sum; none if it could not be
                    decoded), dropped (sites that shared keys and are not in it), threshold (sites that it takes to open
                    it), bytes_up, bytes_down (by site, of the steps after training).
+noised             The updates of a round were clipped, and their mean got noise ([server.privacy]): round, sites (that
+                   the mean is of), clipped (norm by site, of the updates above the bound), bound (on a norm), noise
+                   (standard deviation on every number of the mean), epsilon (spent by the site that was sampled most
+                   often, this round included), delta, budget (or null).
+budget_spent       There are no more rounds, since another would exceed the privacy budget: round (the last).
 late               A reply came after its round had ended and was ignored: round, site, reason.
 round              A round ended with its quorum: round, admitted (sites), weights (by site), residual (relative
                    distance of mean(B)·mean(A) from mean(BA), or null), seconds.

@@ -19,8 +19,9 @@ from ...common.json_files import parse_json
 from ...common.protocol.limits import MAX_ROUND
 from .events import read_events
 
-# Files that may exist before the recipe, which is written last when a run is prepared.
-STARTED = {"sites", "roster.json", "sites/data", "sites/site.toml", "logs", "server.lock", "flower"}
+# Files that may exist before the recipe, which is written last when a run is prepared. A run with [server.privacy] is
+# repeated bit for bit with the noise.secret of the other run.
+STARTED = {"noise.secret", "sites", "roster.json", "sites/data", "sites/site.toml", "logs", "server.lock", "flower"}
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,15 @@ class RunFolder:
                 message=f"The recipe differs from that of the run in {self.path}: {difference}.",
                 hint="Undo the change, or choose another --out.",
             )
-        if recipe.rounds > stored.rounds and recipe.privacy.epsilon is not None:
+        budgets = {"privacy": recipe.privacy, "server.privacy": recipe.server.privacy}
+        budgeted = [table for table, settings in budgets.items() if settings and settings.epsilon is not None]
+        if recipe.rounds > stored.rounds and budgeted:
             raise ConfigError(
                 "rounds",
-                f"{stored.rounds}, with privacy.epsilon",
+                f"{stored.rounds}, with {budgeted[0]}.epsilon",
                 recipe.rounds,
                 message=f"The privacy budget of the run in {self.path} is for {stored.rounds} rounds.",
-                hint="A run whose recipe has privacy.noise_multiplier without epsilon can be extended.",
+                hint=f"A run whose recipe has {budgeted[0]}.noise_multiplier without epsilon can be extended.",
             )
         if recipe.rounds > stored.rounds:
             self.write_recipe(recipe)

@@ -76,6 +76,8 @@ class RunSummary:
     seconds: float = 0.0
     learning_rates: dict[str, float] = field(default_factory=dict)  # by parameter group
     delta: float | None = None  # δ of differential privacy
+    noised: Event | None = None  # the last round's event of differential privacy for each site
+    budget_spent: bool = False  # the run ended since another round would exceed this budget
     source_federation: str = ""  # of a transfer: the federation in which the sites trained before
     groups: list[list[str]] = field(default_factory=list)  # of sites with an adapter of their own, the largest first
     extensions: list[Event] = field(default_factory=list)  # events by which the run got more rounds
@@ -172,7 +174,12 @@ def _waiting_note(event: Event) -> str:
     return f"{event.get('when', 'a round')}: {silence}; {present} replied, quorum {quorum}"
 
 
+def _budget_note(event: Event) -> str:
+    return f"no round after {event['round']}: another would exceed server.privacy.epsilon"
+
+
 _NOTES: dict[str, Callable[[Event], str]] = {
+    "budget_spent": _budget_note,
     "tracker_failed": lambda event: f"the tracker {event['tracker']} stopped, the run goes on: {event['reason']}",
     "transfer_started": _transfer_note,
     "finalizing": _finalizing_note,
@@ -322,6 +329,15 @@ def _distant(summary: RunSummary, event: Event) -> None:
         rounds.append(event["round"])
 
 
+def _noised(summary: RunSummary, event: Event) -> None:
+    summary.noised = event
+
+
+def _budget_spent(summary: RunSummary, event: Event) -> None:
+    _set_note(summary, event)
+    summary.budget_spent = True
+
+
 def _selected(summary: RunSummary, event: Event) -> None:
     summary.selected = event
 
@@ -347,6 +363,8 @@ _HANDLERS: dict[tuple[str, bool | None], Callable[[RunSummary, Any], None]] = {
     ("secure_sum", False): _secure_sum,
     ("clipped", False): _clipped,
     ("distant", False): _distant,
+    ("noised", False): _noised,
+    ("budget_spent", False): _budget_spent,
     ("refused", None): _left_out,
     ("failed", None): _left_out,
     ("finished", None): _finished,

@@ -15,6 +15,7 @@ from ...common.config.schema import Recipe, to_json
 from ...common.errors import DamagedError, StateError
 from ...common.models.saved import FILES, FINGERPRINTS, SHARED, ModelMetadata, below, group_prefix
 from .shared_adapter import SharedAdapter
+from .site_privacy import Spent
 
 OPTIMIZER_STATE, AGGREGATOR_STATE = "memory/", "aggregator/"  # prefixes of array names in the file
 logger = logging.getLogger("colora.checkpoints")
@@ -44,6 +45,7 @@ class ServerState:
     task: str = ""  # of all sites; empty if they have different tasks
     validated: int = 0  # last round whose validation loss was measured
     best: BestRound | None = None
+    spent: Spent | None = None  # of the privacy budget of each site, up to this round
 
     @property
     def shared(self) -> Mapping[str, np.ndarray]:
@@ -121,6 +123,7 @@ class Checkpoints:
                 meta["task"],
                 meta["validated"],
                 BestRound(**meta["best"]) if meta["best"] else None,
+                Spent(**meta["spent"]) if meta.get("spent") else None,
             )
         except KeyError as error:
             raise _incomplete(path, error) from None
@@ -145,6 +148,7 @@ class Checkpoints:
             "task": state.task,
             "validated": state.validated,
             "best": dataclasses.asdict(state.best) if state.best else None,
+            "spent": dataclasses.asdict(state.spent) if state.spent else None,
             "card": dataclasses.asdict(self._metadata(state)),
         }
         save_arrays(self._path(state.round), arrays, meta)

@@ -22,10 +22,12 @@ logger = logging.getLogger("colora.validation")
 
 
 def is_over(strategy: AdapterStrategy, state: ServerState) -> bool:
-    """Whether there are no more rounds: all are done, or the loss has not improved for ``server.patience`` rounds."""
+    """Whether there are no more rounds: all are done, the loss has not improved for ``server.patience`` rounds, or the
+    privacy budget is spent.
+    """
     patience, best = strategy.settings.patience, state.best
     exhausted = patience is not None and best is not None and state.round - best.round >= patience
-    return state.round >= strategy.recipe.rounds or exhausted
+    return state.round >= strategy.recipe.rounds or exhausted or strategy.budget_is_spent(state)
 
 
 def is_due(strategy: AdapterStrategy, state: ServerState) -> bool:

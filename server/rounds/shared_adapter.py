@@ -11,7 +11,8 @@ import numpy as np
 from ...common.config.schema import ServerSettings
 from ...common.protocol.codec import as_received
 from . import aggregation
-from .aggregation import AGGREGATORS, RoundState, WeightedUpdate
+from .aggregation import AGGREGATORS, Aggregate, RoundState, WeightedUpdate
+from .site_privacy import PrivateMean
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,20 @@ class ServerStep:
     settings: ServerSettings
     codec: str
     averages_products: bool  # of the method: mean(B)·mean(A) is not mean(BA)
+    private_mean: PrivateMean | None = None  # takes the place of the aggregator
 
     def __call__(self, adapter: SharedAdapter, updates: Callable[[], Iterable[WeightedUpdate]]) -> StepResult:
         """Make the next adapter from the updates of a round."""
         before = RoundState(self.round, adapter.shared, self.settings, adapter.aggregator_state)
-        aggregated, aggregator_state, left_out = aggregation.aggregate(updates(), before)
+        if self.private_mean:
+            aggregate = Aggregate(self.private_mean(updates(), adapter.shared), {}, [])
+        else:
+            aggregate = aggregation.aggregate(updates(), before)
+        aggregated, aggregator_state, left_out = aggregate
         before = RoundState(self.round, adapter.shared, self.settings, adapter.optimizer_state)
         shared, optimizer_state = aggregation.apply_optimizer(aggregated, before)
         residual = None
-        if self.averages_products and AGGREGATORS[self.settings.aggregator].averages:
+        if self.averages_products and not self.private_mean and AGGREGATORS[self.settings.aggregator].averages:
             residual = aggregation.product_residual(list(updates()), aggregated)
         after = SharedAdapter(as_received(self.codec, shared), optimizer_state, aggregator_state)
         return StepResult(after, residual, left_out)

@@ -39,6 +39,7 @@ from .membership import Membership
 from .registry import JoinQuery, NodeRegistry, wait_for_nodes
 from .run_options import RosterEntry, RunOptions, StopRequested
 from .shared_adapter import ServerStep, SharedAdapter
+from .site_privacy import SitePrivacy
 from .spectral import orthonormalize
 from .weighting import WEIGHTS, Contribution, running_mean
 
@@ -80,6 +81,9 @@ class AdapterStrategy:
         self.plan, self.codec = to_json(recipe.plan), recipe.communication.codec
         self.spectral = recipe.adapter.init == "spectral"
         self.layout: dict[str, tuple[int, ...]] = {}
+        private = self.settings.privacy is not None and self.method.shares
+        names = [member.site for member in roster]
+        self.privacy = SitePrivacy(recipe, names, spool.parent, self.sampled) if private else None
 
     def join(self, grid: Grid, state: ServerState | None, first: Callable[[int], dict[str, np.ndarray]]) -> ServerState:
         """Register the sites, refuse those that do not match, and return the state to continue from.
@@ -87,6 +91,7 @@ class AdapterStrategy:
         ``first`` makes S_0 from the number of classes (for a shared head). Raises QuorumError and StopRequested.
         """
         names, attempts, deployed = [m.site for m in self.roster], self.settings.max_attempts, self.options.deployed
+        spent = (state.spent if state else None) or (self.privacy.begin() if self.privacy else None)
         inquiry = JoinQuery(lambda node: messages.join_message(self.recipe.name, self.plan, node), attempts)
         nodes_file = self.spool.with_name("roll.json") if deployed else None
         transfers = (
@@ -118,12 +123,12 @@ class AdapterStrategy:
         tasks = {site.info.task for site in self.membership.sites.values()}
         task = state.task or (tasks.pop() if len(tasks) == 1 else "")
         self.recorder.emit("agreed", weights=weights, pins=pins)
-        return dataclasses.replace(state, pins=pins, weights=weights, task=task)
+        return dataclasses.replace(state, pins=pins, weights=weights, task=task, spent=spent)
 
     def _weights(self, *, mixed: bool) -> str:
         if self.options.replay:
             return self.options.replay.weights
-        return self.settings.weights or ("uniform" if mixed else "tokens")
+        return self.settings.weights or ("uniform" if mixed or self.settings.privacy else "tokens")
 
     def retry_until_quorum(self, attempt: Callable[[], ServerState]) -> ServerState:
         """Run one round; in a deployment, repeat it until the quorum is reached. Raises QuorumError, StopRequested."""
@@ -153,6 +158,10 @@ class AdapterStrategy:
     def _chosen(self, t: int) -> list[str]:
         if self.options.replay:
             return [member.site for member in self.roster if member.site in self.options.replay.admitted.get(t, ())]
+        return self.sampled(t)
+
+    def sampled(self, t: int) -> list[str]:
+        """Return the sites of round t by the recipe and the roster, whoever is connected."""
         eligible = [m.site for m in self.roster if m.from_round <= t]
         return sample(eligible, self.settings.fraction, seed_from(self.recipe.seed, self.recipe.name, "sample", t))
 
@@ -165,14 +174,12 @@ class AdapterStrategy:
             for site, found in collected.items()
         }
         order, adapters, weights, residuals = list(replies), list(state.adapters), {}, []
-        step = ServerStep(t, self.settings, self.codec, self.method.averages_products)
+        private = self.privacy.mean_of(t, state.spent) if self.privacy and state.spent else None
+        step = ServerStep(t, self.settings, self.codec, self.method.averages_products, private)
         for group, members in state.by_group(order).items():
             weigh = WEIGHTS[state.weights]
             weights |= weigh({site: replies[site] for site in members}, (t - 1) / self.recipe.rounds)
-            bound = norm_bound({site: collected[site].norm for site in members}, self.settings.max_relative_norm)
-            factors = {site: bound / norm for site in members if (norm := collected[site].norm) > bound}
-            for site in factors:
-                self.recorder.emit("clipped", round=t, site=site, norm=collected[site].norm, bound=bound)
+            factors = {} if private else self._scale_down(t, {site: collected[site].norm for site in members})
             updates = partial(
                 self.spooled, weights, {site: factors.get(site) for site in members}, adapters[group].shared
             )
@@ -183,6 +190,10 @@ class AdapterStrategy:
                 weights[site] = 0.0
                 self.recorder.emit("distant", round=t, site=site)
         shutil.rmtree(self.spool, ignore_errors=True)
+        spent = state.spent.plus(self.sampled(t)) if state.spent else None
+        if self.privacy and private and spent:
+            norms = {site: found.norm for site, found in collected.items()}
+            self.recorder.emit("noised", round=t, **self.privacy.fields(private, spent, norms))
         seconds, residual = time.monotonic() - started, max(residuals, default=None)
         self.recorder.emit("round", round=t, admitted=order, weights=weights, residual=residual, seconds=seconds)
         return dataclasses.replace(
@@ -192,7 +203,22 @@ class AdapterStrategy:
             adapters=tuple(adapters),
             admitted={**state.admitted, **dict.fromkeys(order, t)},
             benefit={**state.benefit, **{site: replies[site].benefit for site in order}},
+            spent=spent,
         )
+
+    def _scale_down(self, t: int, norms: Mapping[str, float]) -> dict[str, float]:
+        """Return a factor for each site whose update is much larger than those of the others."""
+        bound = norm_bound(norms, self.settings.max_relative_norm)
+        factors = {site: bound / norm for site, norm in norms.items() if norm > bound}
+        for site in factors:
+            self.recorder.emit("clipped", round=t, site=site, norm=norms[site], bound=bound)
+        return factors
+
+    def budget_is_spent(self, state: ServerState) -> bool:
+        """Whether the recipe has a next round, which would exceed the privacy budget of the sites."""
+        if not self.privacy or not state.spent or state.round >= self.recipe.rounds:
+            return False
+        return self.privacy.is_over(state.spent, state.round + 1)
 
     def _benefit(self, state: ServerState, site: str, reply: TrainReply) -> float:
         return running_mean(state.benefit.get(site), reply.metrics.get(BENEFIT, 1.0))

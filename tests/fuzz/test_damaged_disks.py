@@ -17,13 +17,14 @@ from safetensors.numpy import save_file
 
 from colora.cli import main
 from colora.client.trainer_service.site_secret import site_secret
-from colora.client.training.privacy_budget import PrivacyLedger, Spending
+from colora.client.training.privacy_budget import PrivacyLedger
 from colora.client.training.state_store import PersonalState, StateStore
 from colora.common.atomic_io import load_arrays, save_arrays
 from colora.common.config.schema import to_json
 from colora.common.errors import DamagedError, StateError
 from colora.common.models.saved import ModelMetadata, read_saved_model
 from colora.common.protocol.types import TrainReply
+from colora.common.training.accountant import Spending
 from colora.server.reporting.events import read_events
 from colora.server.reporting.run_folder import RunFolder
 from colora.server.rounds.checkpoint import Checkpoints, ServerState, latest_checkpoint_info

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from colora.client.training.privacy_budget import LEDGER, PrivacyLedger, Spending, check_budget, epsilon_of, noise_for
+from colora.client.training.privacy_budget import LEDGER, PrivacyLedger, check_budget
 from colora.common.errors import ConfigError, DamagedError, RefusedError, StateError
+from colora.common.training.accountant import Spending, epsilon_of, noise_for
 
 from .test_damaged_disks import DAMAGES
 

@@ -6,6 +6,8 @@ counts, lengths, column names and short label names are printed.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +26,7 @@ from ...data.selection import load_site_rows
 from ...data.unknown_tokens import NOTED_UNKNOWN, unknown_share
 from .credentials import check_ca, check_coordinator, check_key, check_link
 from .plans import check_plans
-from .recipe import check_recipe
+from .recipe import accepted_plan, check_recipe, model_at
 from .result import CheckFailed, CheckResult, print_checks, size
 from .system import check_device, check_socket, check_state, check_threads, memory_left
 
@@ -51,7 +53,8 @@ def preflight(
     """Check a site file and everything it names, and yield each result at once.
 
     ``component`` limits the checks to what one of the site's two processes needs. ``model`` is the base model to load;
-    the default is the entry of ``allow.models`` if there is exactly one. ``recipe`` is compared with ``[allow]``.
+    the default is that of ``recipe``, else the entry of ``allow.models`` if there is exactly one. ``recipe`` is
+    compared with ``[allow]``.
     """
     try:
         site = load_site(path)
@@ -75,9 +78,13 @@ class TrainerChecks:
     """Checks of what the trainer needs. They run in order, and later ones use the results of earlier ones."""
 
     def __init__(self, site: SiteSettings, model: str | None, recipe: Path | None = None) -> None:
-        models = site.allow.models or ()
         self.site, self.recipe = site, recipe
-        self.source = model or (models[0] if len(models) == 1 else None)
+        self.plan: Plan | None = None
+        if recipe:
+            with contextlib.suppress(ColoraError):  # the last check says why
+                self.plan = accepted_plan(recipe, site)
+        self.settings = self._model_settings(model)
+        self.source = self.settings.source if self.settings else None
         self.rows: SiteDataset | None = None
         self.base: BaseModel | None = None
         self.device = "cpu"
@@ -106,7 +113,7 @@ class TrainerChecks:
             raise CheckFailed("data.source is empty; it must name a file, an asset or a data set")
         try:
             check_sources(self.site.data, self.site.name)
-            self.rows = load_site_rows(self.site, seed=0)
+            self.rows = load_site_rows(self.site, self.plan.seed if self.plan else 0)
         except DataError as error:
             raise CheckFailed(self._without_values(error)) from None
         columns = _abbreviate(self._columns(source))
@@ -140,16 +147,14 @@ class TrainerChecks:
 
     def model(self) -> str:
         """Load the model; measure time and memory."""
-        if self.source is None:
+        if self.settings is None:
             return NO_MODEL
         if self.missing:
             raise CheckFailed(f"{self.source} was not loaded: not enough memory")
         from ....common.models.base_model import load_base_model
 
         began = time.monotonic()
-        precision = self.site.trainer.precision or "fp32"
-        # The coordinator decides the maximum length.
-        settings = ModelSettings(self.source, max_length=1, device=self.device, precision=precision)
+        settings = dataclasses.replace(self.settings, device=self.device)
         self.base = load_base_model(settings, generates=TASKS[self.site.data.task].needs_causal_lm)
         seconds, model = time.monotonic() - began, self.base.language_model or self.base.backbone
         tensors = [*model.parameters(), *model.buffers()]
@@ -161,13 +166,13 @@ class TrainerChecks:
         """Measure the lengths of the texts in tokens, and how many would be truncated."""
         if TASKS[self.site.data.task].input_column is None:
             return f"none: the task is {self.site.data.task}"
-        if self.source is None:
+        if self.settings is None:
             return NO_MODEL
         if self.base is None or self.rows is None:
             return f"not checked: no {'rows' if self.rows is None else 'model'}"
         from ....common.tasks import build_task
 
-        model = ModelSettings(self.source, max_length=UNLIMITED)
+        model = dataclasses.replace(self.settings, max_length=UNLIMITED)
         plan = Plan("check", 1, model, evaluation=EvaluationSettings(batch_size=1))
         task = build_task(self.rows, self.base, plan)
         examples = [*task.train.examples, *task.test.examples]
@@ -176,7 +181,9 @@ class TrainerChecks:
         if not lengths:
             raise CheckFailed(f"all {dropped} rows are empty")
         limit, key = self.site.allow.max_tokens, "allow.max_tokens"
-        if limit is None:
+        if self.plan:
+            limit, key = self.plan.model.max_length, "the recipe's model.max_length"
+        elif limit is None:
             limit, key = ModelSettings("").max_length, "the default of model.max_length"
         if self.base.positions and self.base.positions < limit:
             limit, key = self.base.positions, "the model's positions"
@@ -190,7 +197,31 @@ class TrainerChecks:
     def agreement(self) -> str:
         """Compare the recipe with ``[allow]``, and say what it would spend of the privacy budget."""
         assert self.recipe is not None
-        return check_recipe(self.recipe, self.site, len(self.rows.train) if self.rows else None)
+        return check_recipe(self.plan or accepted_plan(self.recipe, self.site), self.site, self._examples())
+
+    def _examples(self) -> int | None:
+        """Count the training examples that the recipe's model and maximum length leave of the rows, if both are here.
+
+        Empty texts, and answers that do not fit, are no examples. So the number of rows would be too large, and ε and
+        the steps of ``train.epochs`` wrong.
+        """
+        plan = self.plan
+        if plan is None or self.rows is None or self.base is None or self.settings != model_at(plan, self.site):
+            return None
+        from ....common.tasks import build_task
+
+        return len(build_task(self.rows, self.base, plan).train.examples)
+
+    def _model_settings(self, model: str | None) -> ModelSettings | None:
+        """Return the base model to check, as this site loads it; None if nothing names exactly one."""
+        models, own = self.site.allow.models or (), self.site.trainer
+        if self.plan and model in (None, self.plan.model.source):
+            return model_at(self.plan, self.site)
+        source = model or (models[0] if len(models) == 1 else None)
+        if source is None:
+            return None
+        # The coordinator decides the maximum length.
+        return ModelSettings(source, max_length=1, device=own.device, precision=own.precision or "fp32")
 
     def _columns(self, source: str) -> list[str]:
         return [str(name) for name in next(iter(read_rows(source, self.site.name, self.site.data)))]
@@ -211,14 +242,14 @@ class TrainerChecks:
         return _without_site(error)
 
     def _model_size(self) -> int | None:
-        """Return the bytes of the model's weights in the site's precision, or None where that is unknown."""
+        """Return the bytes of the model's weights in their precision, or None where that is unknown."""
         from ....common.models.architecture import skeleton
 
-        if self.source is None:
+        if self.settings is None:
             return None
         try:
-            bytes_per_weight = BYTES[self.site.trainer.precision or "fp32"]
-            return round(sum(bytes_per_weight * p.numel() for p in skeleton(ModelSettings(self.source)).parameters()))
+            bytes_per_weight = BYTES[self.settings.precision]
+            return round(sum(bytes_per_weight * p.numel() for p in skeleton(self.settings).parameters()))
         except Exception:  # the next check reports what is wrong with the model
             return None
 

@@ -91,6 +91,10 @@ def _clipped(history: History, event: Event) -> None:
     _record(history, event["round"]).clipped.add(event["site"])
 
 
+def _noised(history: History, event: Event) -> None:
+    _record(history, event["round"]).clipped.update(event["clipped"])
+
+
 def _left_out(history: History, event: Event) -> None:
     if event["round"] in history.rounds:
         incident = history.incidents[-1]
@@ -179,6 +183,7 @@ _HANDLERS: Mapping[str, Callable[[History, Event], None]] = {
     "refused": _left_out,
     "secure_sum": _secure_sum,
     "clipped": _clipped,
+    "noised": _noised,
     "round": _round,
     "finalizing": _finalizing,
     "finalized": _finalized,

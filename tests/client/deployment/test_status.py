@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -17,9 +18,12 @@ from rich.console import Console
 
 from colora.client.deployment.status import show_site, site_file, site_status
 from colora.client.trainer_service.audit_log import AuditLog
+from colora.client.training.privacy_budget import LEDGER, PrivacyLedger
 from colora.common.atomic_io import save_arrays
+from colora.common.config.schema import ModelSettings, Plan, PrivacySettings, to_json
 from colora.common.processes.supervised import free_port, write_services
 from colora.common.protocol.types import SiteInfo
+from colora.common.training.accountant import Spending
 from colora.server.deployment.provisioning.provision import provision
 
 PLAN = '[coordinator]\naddress = "127.0.0.1:9443"\n[[site]]\nname = "north"\n'
@@ -164,3 +168,60 @@ def test_the_page_and_the_command_tell_the_same(site: Path, tmp_path: Path) -> N
     assert (done.returncode, page_json["kind"], page_json["version"], page_json["healthy"]) == (1, "site", 1, False)
     assert page_json["federations"][0]["audit"]["kind"] == "description"
     assert page_json["federations"][0]["metrics"] == {"base.accuracy": 0.5, "personal.accuracy": 0.75}
+
+
+def private_site(site: Path) -> PrivacyLedger:
+    """Give the newest state of the federation a private plan, and the site a limit; return its ledger."""
+    plan = Plan("town", 20, ModelSettings("m"), privacy=PrivacySettings(epsilon=8.0, delta=1e-6))
+    card = {"task": "classification", "metrics": {}, "plan": to_json(plan)}
+    save_arrays(site.parent / "state/town/round-000010.safetensors", {}, {"card": card})
+    site.write_text(site.read_text() + "[allow]\nmax_epsilon = 9.0\n")
+    write_record(site)
+    return PrivacyLedger(site.parent / "state" / LEDGER)
+
+
+def epsilon_by_steps(*spendings: Spending) -> float:
+    """ε of the accountant of Opacus, which is told of one step after the other."""
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    for each in spendings:
+        for _ in range(each.steps):
+            accountant.step(noise_multiplier=each.noise_multiplier, sample_rate=each.sample_rate)
+    return accountant.get_epsilon(delta=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Optimal order")
+def test_the_spent_budget_of_a_site_is_that_of_its_ledger(site: Path) -> None:
+    ledger = private_site(site)
+    (town,) = site_status(site).federations
+    assert town.privacy is not None
+    assert (town.privacy.epsilon, town.privacy.budget) == (0.0, 8.0)
+    here, elsewhere = Spending(1.1, 0.2, 6), Spending(2.0, 0.5, 3)
+    ledger.spend("town", "a", here)
+    ledger.spend("village", "b", elsewhere)
+    status = site_status(site)
+    spent, total = epsilon_by_steps(here), epsilon_by_steps(here, elsewhere)
+    (told,) = [each["privacy"] for each in json.loads(json.dumps(status.as_dict()))["federations"]]
+    assert told == {
+        "epsilon": pytest.approx(spent),
+        "delta": 1e-6,
+        "budget": 8.0,
+        "in_all": pytest.approx(total),
+        "max_epsilon": 9.0,
+    }
+    console = Console(record=True, width=200, file=io.StringIO())
+    show_site(status, console)
+    line = f"town: privacy budget spent: ε = {spent:.3g} of 8 at δ = 1e-06; all federations {total:.3g} of 9"
+    assert line in console.export_text()
+
+
+def test_a_damaged_ledger_needs_a_person_and_hides_nothing_else(site: Path) -> None:
+    ledger = private_site(site)
+    ledger.spend("town", "a", Spending(1.1, 0.2, 6))
+    ledger.path.write_bytes(ledger.path.read_bytes().replace(b"1.1", b"9.9"))
+    status = site_status(site)
+    (problem,) = status.problems
+    assert problem.startswith("town: the privacy budget is unknown: ")
+    assert "privacy.json is damaged" in problem
+    assert (status.federations[0].round, status.federations[0].privacy) == (10, None)

@@ -9,11 +9,12 @@ import pytest
 
 from colora.client.trainer_service.session import TrainerSession
 from colora.client.trainer_service.site_secret import site_secret
-from colora.client.training.privacy_budget import LEDGER, PrivacyLedger, Spending
+from colora.client.training.privacy_budget import LEDGER, PrivacyLedger
 from colora.common.atomic_io import save_arrays
 from colora.common.config.loader import load_site
 from colora.common.config.schema import to_json
 from colora.common.errors import RefusedError, StateError
+from colora.common.training.accountant import Spending
 
 if TYPE_CHECKING:
     from conftest import SiteSetup

@@ -14,7 +14,7 @@ from flwr.app import Message
 from opacus.accountants import RDPAccountant
 
 from colora.client.artifacts.transfer import _distillation_plan
-from colora.client.training.privacy_budget import LEDGER, PrivacyLedger, Spending, epsilon_of, noise_for
+from colora.client.training.privacy_budget import LEDGER, PrivacyLedger
 from colora.client.training.state_store import StateStore
 from colora.client.training.trainer import Trainer
 from colora.common.adapters.initialization import initial_shared_state
@@ -22,6 +22,7 @@ from colora.common.config.loader import recipe_from
 from colora.common.config.schema import Plan, PrivacySettings
 from colora.common.errors import ConfigError, ModelError, RefusedError, StateError
 from colora.common.protocol.types import EPSILON, TrainReply
+from colora.common.training.accountant import Spending, epsilon_of, noise_for
 from colora.simulation.run import simulate
 
 from .test_trainer import Town, order, randomized, same, town

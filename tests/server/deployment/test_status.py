@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import grpc
 import pytest
+import tomli_w
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from rich.console import Console
 
 from colora.cli import main
-from colora.common.config.loader import recipe_from
+from colora.common.config.loader import read_toml, recipe_from
 from colora.common.errors import StateError
 from colora.common.processes.supervised import free_port, write_services
 from colora.server.deployment.gateway.proxy import Upstream
@@ -314,3 +316,41 @@ def test_the_commands_exit_codes_and_its_json(run: Path, command: Callable[..., 
         assert (code, out) == (2, "")
         assert err.startswith("colora: ")
         assert err.count("\n") == 1
+
+
+def test_the_spent_budget_of_a_run_is_the_largest_that_a_site_reported(run: Path) -> None:
+    assert run_status(run).privacy is None
+    recipe = {**read_toml(run / "recipe.toml"), "privacy": {"epsilon": 8.0, "delta": 1e-6}}
+    (run / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+    def status(*spent: float) -> dict:
+        values = iter(spent)
+        for event in events:
+            if event["event"] == "reply" and (value := next(values, None)) is not None:
+                event["metrics"]["privacy.epsilon"] = value
+        (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        found = run_status(run)
+        page = Console(record=True, width=200, file=io.StringIO())
+        show_run(found, page)
+        assert f"privacy budget for examples spent: {found.privacy}\n" in page.export_text()
+        return json.loads(json.dumps(found.as_dict()))["privacy"]
+
+    assert status() == {"epsilon": None, "delta": 1e-6, "budget": 8.0}
+    assert status(1.5, 2.5, 2.0) == {"epsilon": 2.5, "delta": 1e-6, "budget": 8.0}
+
+
+def test_the_budget_that_the_coordinators_noise_has_spent_is_told(run: Path) -> None:
+    recipe = read_toml(run / "recipe.toml")
+    recipe["server"]["privacy"] = {"noise_multiplier": 1.5, "epsilon": 9.0}
+    (run / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    assert run_status(run).as_dict()["site_privacy"] == {"epsilon": None, "delta": 1e-5, "budget": 9.0}
+    fields = {"clipped": {"ada": 2.5}, "bound": 1.0, "noise": 0.4, "epsilon": 3.25, "delta": 1e-5, "budget": 9.0}
+    event = {"event": "noised", "time": 1.0, "round": 2, "sites": 3, **fields}
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
+    status = run_status(run)
+    assert status.as_dict()["site_privacy"] == {"epsilon": 3.25, "delta": 1e-5, "budget": 9.0}
+    page = Console(record=True, width=200, file=io.StringIO())
+    show_run(status, page)
+    assert "privacy budget for sites spent: at most ε = 3.25 of 9 at δ = 1e-05\n" in page.export_text()

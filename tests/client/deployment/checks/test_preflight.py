@@ -35,6 +35,9 @@ from colora.client.deployment.checks import preflight as module
 from colora.client.deployment.checks import system
 from colora.client.deployment.checks.preflight import preflight, print_checks
 from colora.client.deployment.checks.result import CheckResult, size
+from colora.client.trainer_service.session import TrainerSession
+from colora.common.config.loader import load_recipe, load_site
+from colora.common.config.schema import to_json
 from colora.server.deployment.gateway.proxy import Upstream
 from colora.server.deployment.gateway.server import GatewayServer, ListenAddress
 from colora.server.deployment.provisioning import certificates
@@ -623,16 +626,15 @@ def recipe_file(place: Place, **changes: Any) -> Path:
 
 
 def test_a_recipe_is_compared_with_the_limits_before_the_site_takes_part(place: Place) -> None:
-    """30 training rows, of which one is blank but is counted as the rows are."""
     accepted = place.check(recipe=recipe_file(place))["recipe"]
     assert accepted.ok
     assert accepted.detail.startswith("town: accepted. no differential privacy")
     private = place.check(recipe=recipe_file(place, privacy={"epsilon": 8.0}))["recipe"]
-    assert re.search(r"differential privacy: ε = [78](\.\d+)? at δ = 1e-05, noise multiplier \d", private.detail)
+    assert re.search(r"Differential privacy: .* spend ε = [78](\.\d+)? at δ = 1e-05, in 20 steps ", private.detail)
     place.raw["allow"] |= {"max_epsilon": 5.0}
     refused = place.check(recipe=recipe_file(place, privacy={"epsilon": 8.0}))["recipe"]
     assert not refused.ok
-    assert refused.detail.startswith("privacy.epsilon: expected at most 5 (allow.max_epsilon), found 8")
+    assert re.match(r"privacy.epsilon: expected at most 5 \(allow.max_epsilon\), found (8|7\.9)", refused.detail)
     assert (
         "privacy: expected differential privacy (allow.max_epsilon)"
         in place.failed(recipe=recipe_file(place))["recipe"]
@@ -650,3 +652,41 @@ def test_a_recipe_with_secure_aggregation_needs_a_roster_whose_hash_is_shown(pla
 
 def test_a_wrong_recipe_is_named(place: Place) -> None:
     assert "rounds" in place.failed(recipe=recipe_file(place, rounds=0))["recipe"]
+
+
+def test_the_budget_of_a_recipe_is_what_the_sites_trainer_will_spend(place: Place) -> None:
+    """Blank rows are no examples for the recipe's model, and its seed decides which of them are training rows."""
+    rows = labelled_rows(["yes", "no"], 40)
+    for row in rows[::3]:
+        row["text"] = " "
+    write_lines(place.folder / "rows.jsonl", rows)
+    changes = {"seed": 3, "train": {"epochs": 1.0, "batch_size": 4}, "privacy": {"noise_multiplier": 1.0}}
+    path = recipe_file(place, **changes)
+    plan = load_recipe(path).plan
+    session = TrainerSession(load_site(place.path))
+    rounds = session.trainer(session.accept(plan.name, to_json(plan))).private_rounds
+    assert rounds is not None
+    examples = rounds.forecast.examples
+    assert examples < 30
+    told = place.check(recipe=path)["recipe"].detail.partition("Differential privacy: ")[2]
+    assert told.startswith(
+        f"all 4 rounds would spend ε = {rounds.forecast.epsilon():.3g} at δ = 1e-05, in {4 * -(-examples // 4)} steps "
+        f"that draw each of the {examples} training examples with probability {4 / examples:.3g} (noise multiplier 1)"
+    )
+
+
+def test_without_the_recipes_model_nothing_is_said_about_the_budget(place: Place, tiny_llama: Path) -> None:
+    place.raw["allow"]["models"].append(str(tiny_llama))
+    path = recipe_file(place, privacy={"epsilon": 8.0})
+    assert "Differential privacy: all 4 rounds" in place.check(recipe=path)["recipe"].detail
+    other = place.check(recipe=path, model=str(tiny_llama))["recipe"]
+    assert "ε is unknown without the rows and the recipe's base model" in other.detail
+    alone = recipe_file(place, privacy={"epsilon": 8.0}, method={"name": "local"})
+    assert "spends nothing" in place.check(recipe=alone)["recipe"].detail
+
+
+def test_the_recipes_own_maximum_length_decides_which_texts_are_cut(place: Place) -> None:
+    """38 texts of 12 words and one of 299."""
+    model = {"source": place.raw["allow"]["models"][0], "max_length": 11}
+    told = place.check(recipe=recipe_file(place, model=model))["tokens"].detail
+    assert "39 of 39 texts would be truncated to 11 (the recipe's model.max_length)" in told
