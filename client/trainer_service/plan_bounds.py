@@ -37,7 +37,7 @@ BOUNDS: Mapping[str, float] = {  # by key of the plan, without list indices
     **{f"train.{key}": 1e12 for key in ("max_grad_norm", "max_update_norm")},
     **{f"privacy.{key}": 1e6 for key in ("epsilon", "noise_multiplier", "max_grad_norm")},
     "privacy.delta": 1,
-    "communication.update_bits": 8,
+    **{f"communication.{key}": 8 for key in ("update_bits", "broadcast_bits")},
     "evaluation.every": MAX_ROUND,
     "evaluation.batch_size": _BATCH,
     "evaluation.max_new_tokens": 16_384,
