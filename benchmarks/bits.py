@@ -2,8 +2,8 @@
 
 An arm is a number of bits (32: not rounded), ``-`` after it for no error feedback at the sites, and ``+`` for as many
 bits on the way down. ``sent`` are the bytes of the sites' replies to training, ``both`` those of all messages in both
-directions. The losses are means over sites: of the last round's training, and of the personal models on the test rows
-at the end.
+directions. Losses and accuracies are means over sites: the loss of the last round's training, and both of the personal
+models on the test rows at the end.
 
 python benchmarks/bits.py [RECIPE] [SEEDS] [ARM …]     (demo, 3, 32 8 4 2 4- 2- 8+ 4+ 2+)
 """
@@ -56,8 +56,9 @@ def run(recipe: str, arm: str, seed: int) -> dict[str, Any]:
     loss = statistics.mean(end["personal.loss"] for end in ends)
     last = [reply for reply in replies if (reply["round"], reply["kind"]) == (settings.rounds, "train")]
     trained = [reply["metrics"]["train.loss"] for reply in last]
-    losses = {"train": statistics.mean(trained), "test": loss}
-    return {"recipe": recipe, "arm": arm, "seed": seed, "sent": sent, "both": both, **losses}
+    accuracy = statistics.mean(end["personal.accuracy"] for end in ends)
+    measured = {"train": statistics.mean(trained), "test": loss, "accuracy": accuracy}
+    return {"recipe": recipe, "arm": arm, "seed": seed, "sent": sent, "both": both, **measured}
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def main() -> None:
                 f"{arm} bits, seed {seed}: {result['sent'] / plain['sent']:.3f} of the bytes of updates, "
                 f"{result['both'] / plain['both']:.3f} of all bytes; loss on training rows "
                 f"{result['train']:.4f}, on test rows {result['test']:.4f} "
-                f"({result['test'] / plain['test'] - 1:+.2%})",
+                f"({result['test'] / plain['test'] - 1:+.2%}), accuracy {result['accuracy']:.4f}",
                 flush=True,
             )
 

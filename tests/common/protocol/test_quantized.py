@@ -46,9 +46,9 @@ def test_a_number_takes_so_many_bits_and_a_block_a_scale(bits: int) -> None:
     assert len(zlib.decompress(data, RAW)) == numbers + 2 * (10 + 5 + 1)  # blocks of the three arrays with numbers
 
 
-@pytest.mark.parametrize(("bits", "fewer"), [(8, 0.97), (4, 0.87), (2, 0.72)])
+@pytest.mark.parametrize(("bits", "fewer"), [(8, 0.94), (4, 0.90), (2, 0.98)])
 def test_frequent_numbers_take_fewer_bits(bits: int, fewer: float) -> None:
-    """The entropy of a normal distribution in blocks of 256: 7.5 of 8 bits, 3.3 of 4 and 1.3 of 2."""
+    """The entropy of a normal distribution in blocks of 256: 7.5 of 8 bits, 3.5 of 4 and 1.9 of 2."""
     start = {"x": np.zeros((256, 256), np.float32)}
     update = {"x": np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)}
     assert len(encode(update_codec(bits), update, start)) < fewer * (256 * 256 * bits // 8 + 512)
@@ -79,13 +79,34 @@ def test_bytes_that_unpack_to_more_than_the_reference_needs_are_refused_early(
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
-def test_the_error_is_at_most_half_a_step(bits: int, size: float) -> None:
+def test_no_error_is_larger_than_a_part_of_the_largest_number(bits: int, size: float) -> None:
+    """Half a step with 8 bits; with fewer, what the smallest scale leaves of the largest number."""
     start, update = arrays(0, 0.0), arrays(1, size)
     received = decode(update_codec(bits), encode(update_codec(bits), plus(start, update), start), start)
-    half = {8: 0.5 / 127, 4: 0.5 / 7, 2: 1 / 3}[bits]
+    part = {8: 0.5 / 127, 4: 0.5, 2: 0.6}[bits]
     for key, value in update.items():
         if value.size:
-            assert np.abs(received[key] - start[key] - value).max() <= 1.01 * half * np.abs(value).max()
+            assert np.abs(received[key] - start[key] - value).max() <= 1.01 * part * np.abs(value).max()
+
+
+@pytest.mark.parametrize(("bits", "best"), [(8, 4.4e-5), (4, 0.01154), (2, 0.1188)])
+def test_the_square_error_is_close_to_the_least_of_equal_steps(bits: int, best: float) -> None:
+    """Of a normal distribution: Max 1960, table 2 (4 and 16 levels); with 8 bits the step that reaches 3.0 σ."""
+    start = {"x": np.zeros((256, 256), np.float32)}
+    update = {"x": np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)}
+    received = decode(update_codec(bits), encode(update_codec(bits), update, start), start)
+    assert np.mean((received["x"] - update["x"]) ** 2) < 1.15 * best
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_feedback_stays_within_a_multiple_of_the_largest_update(bits: int) -> None:
+    """One number of a block is a hundred times the others, in 50 rounds: none of it waits longer and longer."""
+    start, feedback = {"x": np.zeros(256, np.float32)}, {}
+    update = {"x": np.random.default_rng(0).normal(0, 0.01, 256).astype(np.float32)}
+    update["x"][7] = 1.0
+    for _ in range(50):
+        _, feedback = quantized_update(plus(start, update), start, feedback, bits)
+        assert np.abs(feedback["x"].numpy()).max() <= 1.51
 
 
 @pytest.mark.parametrize("bits", BITS)
