@@ -9,9 +9,9 @@ from typing import Protocol
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from ..common.errors import ColoraError
+from ..common.errors import ColoraError, ReferenceMissingError
 from ..common.protocol import flower_messages as messages
-from ..common.protocol.types import SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
+from ..common.protocol.types import Arrays, SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
 
 logger = logging.getLogger("colora.site")
 
@@ -23,6 +23,13 @@ class Site(Protocol):
 
     def site_info(self, federation: str, plan: str) -> SiteInfo:
         """Return the site's description for ``plan`` (settings as JSON)."""
+        ...
+
+    def received(self, federation: str, plan: str, number: int) -> Arrays:
+        """Return the shared adapter that the site received in a round that it stored, or S_0 for round 0.
+
+        Without such a round there are no arrays.
+        """
         ...
 
     def handle(self, request: TrainRequest) -> TrainReply:
@@ -43,28 +50,39 @@ def make_app(connect: Connect) -> ClientApp:
 
     @app.query()
     def join(message: Message, context: Context) -> Message:
-        return _reply(connect, message, context, lambda site: site.site_info(*messages.join_from(message)))
+        def describe(site: Site) -> Message:
+            return messages.reply_message(site.site_info(*messages.join_from(message)), message)
+
+        return _reply(connect, message, context, describe)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _reply(connect, message, context, lambda site: site.handle(messages.request_from(message)))
+        def handle(site: Site) -> Message:
+            request = messages.request_from(message, lambda *which: site.received(*which))
+            return messages.reply_message(site.handle(request), message, request)
+
+        return _reply(connect, message, context, handle)
 
     @app.query(messages.SUM)
     def take_sum_step(message: Message, context: Context) -> Message:
-        return _reply(connect, message, context, lambda site: site.sum(messages.sum_request_from(message)))
+        def take(site: Site) -> Message:
+            return messages.reply_message(site.sum(messages.sum_request_from(message)), message)
+
+        return _reply(connect, message, context, take)
 
     return app
 
 
-def _reply(
-    connect: Connect, message: Message, context: Context, call: Callable[[Site], SiteInfo | TrainReply | SumReply]
-) -> Message:
+def _reply(connect: Connect, message: Message, context: Context, call: Callable[[Site], Message]) -> Message:
     """Return the site's reply, or an error message with the error's public text.
 
     The full text of an error may quote data, so it is written to the site's log only.
     """
     try:
-        return messages.reply_message(call(connect(context)), message)
+        return call(connect(context))
+    except ReferenceMissingError as error:
+        logger.info("%s", error)
+        return messages.error_message(error.public(), message, messages.REFERENCE_MISSING)
     except ColoraError as error:
         logger.error("%s", error)
         return messages.error_message(error.public(), message)

@@ -8,6 +8,7 @@ ColoraError
 ├── StateError (RuntimeError)     files on disk: run folders, checkpoints, personal state
 │   └── DamagedError              a file that was whole and is not any more
 ├── RefusedError (ValueError)     a request that a site refuses, or a reply that the coordinator refuses
+├── ReferenceMissingError (RuntimeError)  a difference to a shared adapter that this site does not have
 └── QuorumError (RuntimeError)    too few sites or admitted replies
 """
 
@@ -118,6 +119,10 @@ class RefusedError(ColoraError, ValueError):
         super().__init__(clean(field), expected, clean(found), **cut)
 
 
+class ReferenceMissingError(ColoraError, RuntimeError):
+    """A site does not have the shared adapter that a difference was made for, so it needs the whole one."""
+
+
 class QuorumError(ColoraError, RuntimeError):
     """Too few sites or admitted replies to continue."""
 
@@ -132,4 +137,5 @@ _CAUSES = {  # of the errors whose public text a site sends
     "StateError": "the site could not read or write its state",
     "DamagedError": "the site found a damaged file",
     "RefusedError": "the site refused the request",
+    "ReferenceMissingError": "the site lacks the adapter that the difference was made for",
 }

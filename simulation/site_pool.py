@@ -25,7 +25,7 @@ from ..common.config.site_schema import SiteSettings
 from ..common.dataset import TASKS
 from ..common.errors import ColoraError
 from ..common.models.base_model import load_base_model
-from ..common.protocol.types import SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
+from ..common.protocol.types import Arrays, SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
 from .cohort import Cohort
 from .secure_keys import simulated_identities
 
@@ -125,6 +125,11 @@ class SimulatedSite(Site):
         """Return the site's metadata for the first round."""
         with _named(self.name):
             return _site_pool(self.paths, plan).trainer(self.name).site_info()
+
+    def received(self, federation: str, plan: str, number: int) -> Arrays:
+        """Return the shared adapter that the site received in a round; see ``Trainer.received``."""
+        with _named(self.name):
+            return _site_pool(self.paths, plan).trainer(self.name).received(number)
 
     def handle(self, request: TrainRequest) -> TrainReply:
         """Train as requested and return the reply."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...common.errors import StateError
-from ...common.protocol.types import Arrays, SiteInfo, SumReply, TrainReply, TrainRequest
+from ...common.protocol.types import Arrays, SiteInfo, SumReply, TrainReply, TrainRequest, hash_arrays
 
 FILE = "audit.jsonl"
 OLDER = "audit-older.jsonl"  # the site's log before it reached MAX_SITE_LOG; what was there is overwritten
@@ -66,6 +66,14 @@ class AuditLog:
         size, content = len(reply.body), hashlib.sha256(reply.body).hexdigest()
         fields = {"round": reply.round, "phase": reply.step, "key": reply.key, "sha256": content, "bytes": size}
         return self._record("sum", fields)
+
+    def received(self, number: int, arrays: Arrays) -> int:
+        """Record the shared adapter of a round that the ClientApp reads to apply a difference to it; return its size.
+
+        It came from the coordinator and does not leave the site.
+        """
+        size = sum(array.nbytes for array in arrays.values())
+        return self._record("received", {"round": number, "sha256": hash_arrays(arrays), "bytes": size})
 
     def error(self, public: str, reason: str = "") -> int:
         """Record the public text of an error and, for the site only, its full text; return the size of the first."""

@@ -16,7 +16,7 @@ from typing import TypeVar
 import grpc
 
 from ...common.errors import ColoraError, ConfigError, StateError
-from ...common.protocol.types import PROTOCOL, SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
+from ...common.protocol.types import PROTOCOL, Arrays, SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
 from . import serde
 from .proto import trainer_pb2 as pb
 from .proto import trainer_pb2_grpc
@@ -62,6 +62,11 @@ class TrainerClient:
         """Return the site's description. Raises TrainerError, or StateError when no trainer answers."""
         request = pb.SiteInfoRequest(federation=federation, plan=plan, protocol=PROTOCOL)
         return self._call(lambda stub, alive: serde.site_info_from(stub.GetSiteInfo(request)))
+
+    def received(self, federation: str, plan: str, number: int) -> Arrays:
+        """Return the shared adapter that the site received in a round. Raises the errors of ``site_info``."""
+        request = pb.ReceivedRequest(federation=federation, plan=plan, round=number, protocol=PROTOCOL)
+        return self._call(lambda stub, alive: serde.arrays_from(stub.GetReceived(request), self.name))
 
     def handle(self, request: TrainRequest) -> TrainReply:
         """Run a training request, however long it takes. Raises the errors of ``site_info``."""

@@ -38,7 +38,7 @@ BOUNDS: Mapping[str, float] = {  # by key of the plan, without list indices
     **{f"privacy.{key}": 1e6 for key in ("epsilon", "noise_multiplier", "max_grad_norm")},
     "privacy.delta": 1,
     "privacy.min_sites": 1000,
-    "communication.update_bits": 8,
+    **{f"communication.{key}": 8 for key in ("update_bits", "broadcast_bits")},
     "evaluation.every": MAX_ROUND,
     "evaluation.batch_size": _BATCH,
     "evaluation.max_new_tokens": 16_384,

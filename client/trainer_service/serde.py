@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 from urllib.parse import quote
 
@@ -157,6 +157,16 @@ class ArrayAssembler:
             if len(buffer) != _size(self.layout[name]):
                 raise RefusedError(name, f"{_size(self.layout[name])} bytes", len(buffer), site=self.site)
         return {n: np.frombuffer(b, np.float32).reshape(self.layout[n]) for n, b in self.buffers.items()}
+
+
+def arrays_from(parts: Iterable[pb.Chunk], site: str) -> dict[str, np.ndarray]:
+    """Assemble the arrays of a trainer, whose names and shapes only the trainer knows. Raises RefusedError."""
+    layout: dict[str, tuple[int, ...]] = {}
+    assembler = ArrayAssembler(layout, site)
+    for chunk in parts:
+        layout.setdefault(chunk.name, tuple(chunk.shape))
+        assembler.add(chunk)
+    return assembler.arrays()
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -2,7 +2,8 @@
 
 The process keeps the base model in memory and serves GetSiteInfo and Train over gRPC. One thread runs all jobs on the
 model, one at a time. A running job continues when its caller disconnects; a repeated request returns the stored reply.
-Only site descriptions, replies and error types leave the process, and each is recorded in the audit log.
+Only site descriptions, replies, error types and the coordinator's own adapters leave the process. The audit log has
+all of them.
 """
 
 from __future__ import annotations
@@ -106,6 +107,20 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             return serde.site_info_message(info)
         except Exception as error:
             return await self._abort(error, context, logs)
+
+    async def GetReceived(self, request: pb.ReceivedRequest, context: Context) -> None:
+        """Return the shared adapter that the site received in a round. The coordinator has it, too."""
+        logs = None
+        try:
+            async with self.slots:
+                serde.check_protocol(request.protocol)
+                plan, logs = await self._accept(request.federation, request.plan)
+                arrays = await _result(self.model_thread.submit(self.session.received, plan, request.round))
+                await _result(self.audit_thread.submit(logs.audit.received, request.round, arrays))
+                for chunk in serde.chunks(arrays):
+                    await context.write(chunk)
+        except Exception as error:
+            await self._abort(error, context, logs)
 
     async def Train(self, request_iterator: object, context: Context) -> None:
         """Run a training request: send progress while it runs, then the reply."""

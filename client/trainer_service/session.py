@@ -17,7 +17,8 @@ from ...common.dataset import TASKS, SiteDataset
 from ...common.errors import ConfigError, ModelError, RefusedError
 from ...common.models.base_model import BaseModel, load_base_model
 from ...common.models.precision import resolve_device
-from ...common.protocol.types import SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
+from ...common.protocol.limits import check_values
+from ...common.protocol.types import Arrays, SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
 from ...common.secure_aggregation.identity import read_identity
 from ...common.training.loop import StepCallback
 from ...transfer.preparation import TransferArtifacts
@@ -133,6 +134,16 @@ class TrainerSession:
         if plan.privacy.secure_aggregation:
             self._secure_rounds(plan)
         return self.trainer(plan).site_info()
+
+    def received(self, plan: Plan, number: int) -> Arrays:
+        """Return the shared adapter that the site received in a round, which a difference of this plan is applied to.
+
+        Raises RefusedError for a plan without differences.
+        """
+        if plan.communication.broadcast_bits is None:
+            raise RefusedError("communication.broadcast_bits", "a number of bits", "none", site=self.site.name)
+        check_values({"round": number}, self.site.name)
+        return self.trainer(plan).received(number)
 
     def _check_noise(self, plan: Plan) -> None:
         """Raise ConfigError where the coordinator would know the noise of differential privacy."""

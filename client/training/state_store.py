@@ -27,6 +27,7 @@ from ...transfer.preparation import TransferArtifacts
 
 logger = logging.getLogger("colora.trainer")
 LOCAL, LOCAL_MOMENTS = "local/", "local-moments/"  # prefixes of a model that the site trains alone
+RECEIVED = "received/"  # prefix of the shared adapter that the state was trained from, where differences follow it
 FEEDBACK = "feedback/"  # prefix of what rounding left out of the last update
 MOMENTS = "moments/"  # prefix of the optimizer state's names in the file
 NOTHING = "none/"  # a prefix that no array has: reads the metadata alone
@@ -48,6 +49,7 @@ class PersonalState:
     local: PersonalState | None = None  # of the model that the site trains alone, with train.fallback
     feedback: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what rounding left out of the last update
     noised: bool = False  # every training step up to here had the noise of differential privacy
+    received: Arrays = field(default_factory=dict)  # the adapter for the next difference
     is_local: bool = False  # the model in ``tensors`` was trained alone, and needs no shared adapter
 
 
@@ -130,6 +132,19 @@ class StateStore:
             logger.error("The stored reply of round %d is damaged, so the round runs again: %s", round_number, error)
             return None
 
+    def received(self, round_number: int) -> Arrays:
+        """Return the shared adapter that a round's state was trained from; nothing if it is not stored or damaged."""
+        path = self.path(round_number)
+        if not path.exists():
+            return {}
+        try:
+            arrays, meta = load_arrays(path, prefix=RECEIVED)
+            self._check(path, meta)
+            return arrays
+        except StateError as error:
+            logger.error("The site asks for the whole adapter, because it cannot read the last one: %s", error)
+            return {}
+
     def write(
         self,
         state: PersonalState,
@@ -146,6 +161,7 @@ class StateStore:
         arrays = {PERSONAL + k: v.cpu().numpy() for k, v in state.tensors.items()}
         arrays |= {MOMENTS + k: v.cpu().numpy() for k, v in state.optimizer_state.items()}
         arrays |= {FEEDBACK + k: v.numpy() for k, v in state.feedback.items()}
+        arrays |= {RECEIVED + k: v for k, v in state.received.items()}
         if state.local:
             arrays |= {LOCAL + k: v.cpu().numpy() for k, v in state.local.tensors.items()}
             arrays |= {LOCAL_MOMENTS + k: v.cpu().numpy() for k, v in state.local.optimizer_state.items()}

@@ -138,6 +138,12 @@ class Trainer:
             labels=hash_labels(task.rows.labels) if self.method.head is SHARED else "",
         )
 
+    def received(self, round_number: int) -> Arrays:
+        """The shared adapter that the site received in a round, or S_0 for round 0; nothing if it has none."""
+        if round_number == 0:
+            return {key: self.initial[key].numpy() for key in self.layout}
+        return self.store.received(round_number)
+
     def handle(self, request: TrainRequest, on_step: StepCallback | None = None, *, again: bool = False) -> TrainReply:
         """Execute a request, or return the stored reply if the same request was executed before.
 
@@ -297,6 +303,8 @@ class Trainer:
         check_arrays(reply.shared, self.layout if reply.shared else {}, self.site)
         check_metrics(reply.metrics, self.site)
         received = request.shared if request.kind == "finalize" and not state.is_local else {}
+        if request.kind == "train" and self.plan.communication.broadcast_bits:
+            state = dataclasses.replace(state, received=request.shared)
         plan = local_plan(self.plan) if state.is_local else self.plan
         self.store.write(state, reply, self._metadata(reply, plan), received, self.transfer_artifacts)
         if self.plan.train.keep_states == "newest":

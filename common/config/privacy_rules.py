@@ -71,10 +71,10 @@ def _check_secure_plan(plan: Plan) -> None:
                 "privacy.min_sites", "unset", privacy.min_sites, message=message, hint="Remove one of them."
             )
         return
-    bits = plan.communication.update_bits
+    bits = {key: getattr(plan.communication, key) for key in ("update_bits", "broadcast_bits")}
     excluded = (
         ("train.max_update_norm", "unset", plan.train.max_update_norm is None, "a number"),
-        ("communication.update_bits", bits, bits is not None, "unset"),
+        *((f"communication.{key}", number, number is not None, "unset") for key, number in bits.items()),
         ("adapter.init", plan.adapter.init, plan.adapter.init == "spectral", "another one"),
         ("method", "one without shared parameters", not plan.row().shares, "one that has them"),
     )

@@ -20,6 +20,7 @@ def check_rules(recipe: Recipe) -> None:
     _check_init(recipe, row)
     _check_groups(recipe)
     _check_aggregator(recipe, row)
+    _check_broadcast(recipe)
     _check_warmup(recipe.train)
     _check_label_loss(recipe)
     _check_fallback(recipe, row)
@@ -68,6 +69,14 @@ def _check_aggregator(recipe: Recipe, row: Method) -> None:
             message=f"The aggregator product averages B·A, but {recipe.method.name!r} does not share just A and B.",
             hint='Use method "fedit" or "colora", or server.aggregator = "mean".',
         )
+
+
+def _check_broadcast(recipe: Recipe) -> None:
+    codec, bits = recipe.communication.codec, recipe.communication.broadcast_bits
+    if bits is not None and codec != "safetensors":
+        message = f'communication.codec = "{codec}" is not possible with communication.broadcast_bits.'
+        hint = "Remove one of the two: a site without the last adapter receives the whole one in fp32."
+        raise ConfigError("communication.codec", "safetensors with broadcast_bits", codec, message=message, hint=hint)
 
 
 def _check_warmup(train: TrainSettings) -> None:

@@ -85,6 +85,12 @@ class CommunicationSettings:
     """Bits for each number of an update that a site sends, with a scale for every 256 numbers. What rounding leaves out
     is added to the site's next update (error feedback). Unset: as ``codec`` says."""
 
+    broadcast_bits: Literal[2, 4, 8] | None = None
+    """Bits for each number of the shared adapter that the coordinator sends to a site of the round before, as the
+    difference to what that site received then. What rounding leaves out is added to the next difference (error
+    feedback). A site that lacks the adapter of that round receives the whole one in fp32, so ``codec`` must be
+    ``safetensors``. Unset: as ``codec`` says."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class Plan:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.app import Error as FlowerError
 
 from ..errors import RefusedError
+from .broadcast import apply_difference, broadcast_bits_of, difference_codec
 from .codec import DEFAULT, codec_of, decode, encode, reply_codec_of
 from .limits import check_values
 from .types import Arrays, SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
@@ -21,6 +22,18 @@ SUM = "sum"  # Flower's action of a secure sum, and the type of its bodies
 T = TypeVar("T", TrainRequest, TrainReply, SiteInfo)
 S = TypeVar("S", SumRequest, SumReply)
 SITE_FAILED = 1001  # Flower error code of a reply that reports an error of the site
+REFERENCE_MISSING = 1002  # of a reply that asks for the whole adapter in place of a difference
+Received = Callable[[str, str, int], Arrays]  # (federation, plan, round) → the adapter that a site received; or nothing
+
+
+class Packed(NamedTuple):
+    """The arrays of a message, encoded."""
+
+    codec: str
+    data: bytes
+
+
+Decoded = Callable[[Mapping[str, Any], Packed], Arrays]  # (the other fields of the message, its arrays)
 
 
 def pack_arrays(arrays: Arrays, codec: str = DEFAULT, reference: Arrays | None = None) -> ArrayRecord:
@@ -29,8 +42,16 @@ def pack_arrays(arrays: Arrays, codec: str = DEFAULT, reference: Arrays | None =
     return ArrayRecord({ALL: Array(dtype="uint8", shape=(len(data),), stype=codec, data=data)})
 
 
+def pack_difference(data: bytes, bits: int) -> ArrayRecord:
+    """Put a difference (``broadcast.py``) where ``pack_arrays`` puts arrays."""
+    return ArrayRecord({ALL: Array(dtype="uint8", shape=(len(data),), stype=difference_codec(bits), data=data)})
+
+
 def train_message(request: TrainRequest, packed: ArrayRecord, node_id: int) -> Message:
-    """A request as a Flower message to a node. ``packed`` holds ``request.shared`` in the codec of the plan."""
+    """A request as a Flower message to a node.
+
+    ``packed`` holds ``request.shared`` in the codec of the plan, or as a difference.
+    """
     return Message(_pack(request, packed), node_id, TRAIN, group_id=str(request.round))
 
 
@@ -51,12 +72,14 @@ def join_from(message: Message) -> tuple[str, str]:
     return federation, plan
 
 
-def request_from(message: Message) -> TrainRequest:
+def request_from(message: Message, received: Received | None = None) -> TrainRequest:
     """The request in a message, with its arrays decoded by the codec that its plan names.
 
-    Raises RefusedError for a field that is missing, unknown or of another type, and for arrays in another codec.
+    ``received`` returns the adapter that a difference is applied to. Raises RefusedError for a field that is missing,
+    unknown or of another type, and for arrays in another codec, and ReferenceMissingError for a difference to an
+    adapter that the site does not have.
     """
-    return _unpack(TrainRequest, message)
+    return _unpack(TrainRequest, message, lambda values, packed: _request_arrays(values, packed, received))
 
 
 def sum_message(request: SumRequest, node_id: int) -> Message:
@@ -74,22 +97,27 @@ def sum_reply_from(message: Message) -> SumReply:
     return _unpack_body(SumReply, message)
 
 
-def reply_message(content: TrainReply | SumReply | SiteInfo, message: Message) -> Message:
-    """A site's reply to a message. Arrays are encoded by the codec of the request, with its arrays as the reference."""
+def reply_message(
+    content: TrainReply | SumReply | SiteInfo, message: Message, request: TrainRequest | None = None
+) -> Message:
+    """A site's reply to a message. Arrays are encoded by the codec of the request, with its arrays as the reference.
+
+    ``request`` is what the message holds; without it, the message must hold the whole adapter.
+    """
     packed = None
     if isinstance(content, SumReply):
         return Message(_pack_body(content), reply_to=message)
     if isinstance(content, TrainReply) and content.shared:
-        request = request_from(message)
+        request = request or request_from(message)
         packed = pack_arrays(content.shared, reply_codec_of(request.plan, request.kind), request.shared)
     elif isinstance(content, TrainReply):
         packed = pack_arrays({}, codec_of(str(message.content.config_records[CONFIG]["plan"])))
     return Message(_pack(content, packed), reply_to=message)
 
 
-def error_message(reason: str, message: Message) -> Message:
+def error_message(reason: str, message: Message, code: int = SITE_FAILED) -> Message:
     """A reply that reports an error. The coordinator reads ``reason``, so it must not quote a site's data."""
-    return Message(FlowerError(code=SITE_FAILED, reason=reason), reply_to=message)
+    return Message(FlowerError(code=code, reason=reason), reply_to=message)
 
 
 def reply_from(message: Message, request: TrainRequest) -> TrainReply:
@@ -97,7 +125,8 @@ def reply_from(message: Message, request: TrainRequest) -> TrainReply:
 
     Raises RefusedError for a field that is missing, unknown or of another type, and for arrays in another codec.
     """
-    return _unpack(TrainReply, message, request)
+    codec = reply_codec_of(request.plan, request.kind)
+    return _unpack(TrainReply, message, lambda values, packed: _decode(packed, codec, request.shared))
 
 
 def site_info_from(message: Message) -> SiteInfo:
@@ -138,20 +167,25 @@ def _pack(content: TrainRequest | TrainReply | SiteInfo, packed: ArrayRecord | N
     return record
 
 
-def _unpack(kind: type[T], message: Message, request: TrainRequest | None = None) -> T:
-    """The content of a message from an untrusted sender; ``request`` is the one that a reply answers.
+def _unpack(kind: type[T], message: Message, decoded: Decoded | None = None) -> T:
+    """The content of a message from an untrusted sender. ``decoded`` makes arrays of its bytes, if it has any.
 
-    Raises RefusedError for anything that is not as expected.
+    Raises RefusedError for anything that is not as expected, and the errors of ``decoded``.
     """
     try:
-        return _unpack_fields(kind, message, request)
+        values = _unpack_fields(kind, message)
+        packed = _packed(message.content.array_records[ARRAYS]) if decoded else None
     except RefusedError:
         raise
     except Exception as error:  # the records come from another machine and may be of any type at any depth
         raise RefusedError("message", f"a {kind.__name__}", type(error).__name__) from None
+    if decoded and packed:
+        values[ARRAYS] = decoded(values, packed)
+    return kind(**values)
 
 
-def _unpack_fields(kind: type[T], message: Message, request: TrainRequest | None) -> T:
+def _unpack_fields(kind: type[T], message: Message) -> dict[str, Any]:
+    """The fields of a message except its arrays."""
     content, hints = message.content, get_type_hints(kind)
     expected = {CONFIG: ConfigRecord}
     expected |= {name: record for name, record in ((ARRAYS, ArrayRecord), (METRICS, MetricRecord)) if name in hints}
@@ -161,14 +195,8 @@ def _unpack_fields(kind: type[T], message: Message, request: TrainRequest | None
     if METRICS in expected:
         values[METRICS] = {key: _number(key, value) for key, value in content.metric_records[METRICS].items()}
     _check_names(kind, values, set(hints) - {ARRAYS})
-    if ARRAYS in expected:
-        if request:
-            codec, reference = reply_codec_of(request.plan, request.kind), request.shared
-        else:
-            codec, reference = codec_of(str(values["plan"])), {}
-        values[ARRAYS] = _arrays(content.array_records[ARRAYS], codec, reference)
     _check_fields(hints, values)
-    return kind(**values)
+    return values
 
 
 def _pack_body(content: SumRequest | SumReply) -> RecordDict:
@@ -219,9 +247,23 @@ def _number(key: str, value: object) -> float:
     return float(value)
 
 
-def _arrays(record: ArrayRecord, codec: str, reference: Arrays) -> Arrays:
+def _packed(record: ArrayRecord) -> Packed:
     if list(record) != [ALL]:
         raise RefusedError("arrays", f"one entry {ALL!r}", ", ".join(sorted(record))[:80] or "none")
-    if record[ALL].stype != codec:
-        raise RefusedError("arrays", f"the codec {codec}", record[ALL].stype[:40])
-    return decode(codec, record[ALL].data, reference)
+    return Packed(record[ALL].stype, record[ALL].data)
+
+
+def _request_arrays(values: Mapping[str, Any], packed: Packed, received: Received | None) -> Arrays:
+    """The adapter of a request, whole or from a difference to what the site received before."""
+    plan = values["plan"]
+    bits = broadcast_bits_of(plan)
+    if bits is None or packed.codec != difference_codec(bits):
+        return _decode(packed, codec_of(plan), {})
+    reference = received(values["federation"], plan, values["admitted_round"]) if received else {}
+    return apply_difference(packed.data, reference, bits)
+
+
+def _decode(packed: Packed, codec: str, reference: Arrays) -> Arrays:
+    if packed.codec != codec:
+        raise RefusedError("arrays", f"the codec {codec}", packed.codec[:40])
+    return decode(codec, packed.data, reference)

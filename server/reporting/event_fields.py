@@ -110,7 +110,7 @@ OPTIONAL: Mapping[str, Mapping[str, Check]] = {  # where present
     "started": {"learning_rates": _values(_optional(_number)), "settings": _table, "versions": _values(_text), **_SITE},
     "joined": {"steps": _count},
     "grouped": {"tests": _tests},
-    "reply": {"measuring": _number, "kind": _text},
+    "reply": {"measuring": _number, "kind": _text, "whole": lambda value: isinstance(value, bool)},
     "round": {"residual": _optional(_number)},
     "waiting": {
         "when": _text,

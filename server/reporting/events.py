@@ -34,8 +34,9 @@ initialized        The spectral start has ended: sites (that are connected).
 round_started      round, sites (sampled for this round).
 reply              A reply was admitted: round, site, kind ("trial", "initialize", "train", "validate" or "finalize"),
                    metrics (by name, for example personal.accuracy), terms (loss terms trained on), fresh (the site
-                   had lost its state), bytes_down, bytes_up (payload), seconds (of work at the site), measuring (of
-                   these: not training).
+                   had lost its state), bytes_down, bytes_up (payload; down, of all messages with the request),
+                   whole (with communication.broadcast_bits: whether the site received the whole adapter), seconds (of
+                   work at the site), measuring (of these: not training).
 failed             A site sent an error or no reply: round, site, reason, silent (whether it sent nothing).
 refused            A reply or a joining site was refused: round, site, field, expected, found, reason.
 clipped            An update was much larger than the others of its round and was scaled: round, site, norm, bound.

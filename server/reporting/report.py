@@ -133,11 +133,13 @@ def _legend(summary: RunSummary) -> str:
         if summary.baseline
         else ""
     )
+    down, up = (size(sum(getattr(row, name) for row in summary.rows.values())) for name in ("bytes_down", "bytes_up"))
     steps = "steps: optimizer steps of a round. " if _unequal_steps(summary) else ""
     return (
         f"rows: training + test. {steps}base: the base model; shared: with the shared adapter (where heads are "
         "personal, both with a head fitted to the site's training rows); personal: the site's own model"
-        f"{alone}. sent: bytes that the site sent; sec: seconds of its work; cut: rows longer than max_length; drop: "
+        f"{alone}. sent: bytes that the site sent (all sites: {up}, and {down} received); sec: seconds of "
+        "its work; cut: rows longer than max_length; drop: "
         f"rows without anything to learn from. Total time: {summary.seconds:.0f} s."
     )
 

@@ -14,10 +14,12 @@ from ...common.atomic_io import load_arrays, save_arrays
 from ...common.config.schema import Recipe, to_json
 from ...common.errors import DamagedError, StateError
 from ...common.models.saved import FILES, FINGERPRINTS, SHARED, ModelMetadata, below, group_prefix
+from .broadcast import Difference
 from .shared_adapter import SharedAdapter
 from .site_privacy import Spent
 
 OPTIMIZER_STATE, AGGREGATOR_STATE = "memory/", "aggregator/"  # prefixes of array names in the file
+FEEDBACK, DIFFERENCE = "feedback/", "difference/"  # with communication.broadcast_bits
 logger = logging.getLogger("colora.checkpoints")
 MAX_CHECKPOINTS = 3  # newest checkpoints kept on disk
 
@@ -113,7 +115,7 @@ class Checkpoints:
         try:
             return ServerState(
                 meta["round"],
-                tuple(_adapter(arrays, index) for index in range(meta["groups"])),
+                tuple(_adapter(arrays, index, number) for index, number in enumerate(meta["differences"])),
                 meta["group"],
                 meta["admitted"],
                 meta["pins"],
@@ -135,10 +137,14 @@ class Checkpoints:
             arrays |= _under(group_prefix(index) + SHARED, adapter.shared)
             arrays |= _under(group_prefix(index) + OPTIMIZER_STATE, adapter.optimizer_state)
             arrays |= _under(group_prefix(index) + AGGREGATOR_STATE, adapter.aggregator_state)
+            arrays |= _under(group_prefix(index) + FEEDBACK, adapter.feedback)
+            if adapter.difference:
+                arrays[group_prefix(index) + DIFFERENCE] = np.frombuffer(adapter.difference.data, np.uint8)
         meta = {
             **self.identity,
             "round": state.round,
             "groups": len(state.adapters),
+            "differences": [adapter.difference and adapter.difference.round for adapter in state.adapters],
             "group": dict(state.group),
             "admitted": dict(state.admitted),
             "pins": dict(state.pins),
@@ -193,10 +199,14 @@ def latest_checkpoint_info(folder: Path) -> tuple[CheckpointInfo | None, list[st
     return None, damaged
 
 
-def _adapter(arrays: Mapping[str, np.ndarray], group: int) -> SharedAdapter:
+def _adapter(arrays: Mapping[str, np.ndarray], group: int, number: int | None) -> SharedAdapter:
+    """``number`` is the round of the adapter's difference."""
     prefix = group_prefix(group)
-    parts = (below(arrays, prefix + part) for part in (SHARED, OPTIMIZER_STATE, AGGREGATOR_STATE))
-    return SharedAdapter(*parts)
+    shared, optimizer, aggregator, feedback = (
+        below(arrays, prefix + part) for part in (SHARED, OPTIMIZER_STATE, AGGREGATOR_STATE, FEEDBACK)
+    )
+    difference = None if number is None else Difference(number, arrays[prefix + DIFFERENCE].tobytes())
+    return SharedAdapter(shared, optimizer, aggregator, feedback, difference)
 
 
 def _under(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

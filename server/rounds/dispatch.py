@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from ...common.protocol.flower_messages import SITE_FAILED, payload_bytes
+from ...common.protocol.flower_messages import REFERENCE_MISSING, SITE_FAILED, payload_bytes
 from ..flower_compat import ErrorCode
 from .registry import NodeRegistry
 from .replies import MIN_BYTES, ReplyCollector
 
 # Errors that a site caused; all others come from Flower's infrastructure.
-SITE_ERRORS = frozenset({SITE_FAILED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION})
+SITE_ERRORS = frozenset({SITE_FAILED, REFERENCE_MISSING, ErrorCode.CLIENT_APP_RAISED_EXCEPTION})
 RETRY_PAUSE = 1.0  # seconds before a request is resent after an error (deployed); doubled for each error of the site
 NOTICE = 60.0  # seconds without a reply after which the sites that are waited for are reported; doubled each time
 REFRESH_INTERVAL = 1.0  # seconds between two checks of which nodes are online (deployed)
@@ -54,6 +55,7 @@ class PendingReply:
     """The state of one site's request."""
 
     message: Callable[[], Message]
+    send_whole: Callable[[], bool]
     due: float | None = 0.0  # monotonic time at which to send the request; None while it is in flight
     tries: int = 0
     errors: int = 0
@@ -71,21 +73,29 @@ class Dispatcher:
         self._late: dict[str, str] = {}  # message id → site
         self._refreshed = 0.0
         self._replies = ReplyCollector(grid, background=policy.deployed)
+        self.bytes_down: dict[str, int] = {}  # payload of all messages of the last dispatch, by site
+
+    def expect_replies(self, size: int) -> None:
+        """Accept replies of this size in bytes, whatever the size of the requests."""
+        self._replies.max_bytes = max(self._replies.max_bytes, MIN_BYTES + size)
 
     def dispatch(
         self,
         requests: Mapping[str, Callable[[], Message]],
         enough: Callable[[], bool] = lambda: False,
         on_silence: Callable[[Silence], None] = lambda silence: None,
+        send_whole: Callable[[str], bool] = lambda site: False,
     ) -> Iterator[tuple[str, Message]]:
         """Send all requests and yield (site, reply) as replies arrive; a reply may be the error of the last attempt.
 
         Flower delivers a message only once, so each attempt builds a new message. Sites without a reply in time are
         not yielded, nor are offline sites once ``enough()`` holds without them. ``on_silence`` is told who is
-        waited for (deployed).
+        waited for (deployed). ``send_whole`` is called after an error of a site, and returns whether the next message
+        to it holds more than the last: the whole adapter in place of a difference.
         """
+        self.bytes_down = {}
         began, notice = time.monotonic(), NOTICE
-        waiting = {site: PendingReply(message) for site, message in requests.items()}
+        waiting = {site: PendingReply(message, partial(send_whole, site)) for site, message in requests.items()}
         sent: dict[str, str] = {}  # message id → site
         deadline, goes_on = self._deadline(len(waiting)), not self._policy.deployed
         while waiting and (goes_on or time.monotonic() < deadline):
@@ -123,6 +133,7 @@ class Dispatcher:
             pending.presence = self._registry.presence(site)
             pending.silence = pending.silence * 2 or self._policy.silence
             message = pending.message()
+            self.bytes_down[site] = self.bytes_down.get(site, 0) + payload_bytes(message)
             self._replies.max_bytes = max(self._replies.max_bytes, MIN_BYTES + 4 * payload_bytes(message))
             for message_id in self._grid.push_messages([message]):
                 sent[message_id], pending.newest = site, message_id
@@ -146,6 +157,10 @@ class Dispatcher:
             return True
         if self._policy.deployed and message.error.code not in SITE_ERRORS:
             pending.due = time.monotonic() + RETRY_PAUSE
+            return True
+        sends_more = message.error.code in SITE_ERRORS and pending.send_whole()
+        if sends_more and message.error.code == REFERENCE_MISSING:
+            pending.due = time.monotonic()
             return True
         pending.errors += 1
         pending.due = time.monotonic() + (RETRY_PAUSE * 2**pending.errors if self._policy.deployed else 0)

@@ -12,16 +12,23 @@ from ...common.config.schema import ServerSettings
 from ...common.protocol.codec import as_received
 from . import aggregation
 from .aggregation import AGGREGATORS, Aggregate, RoundState, WeightedUpdate
+from .broadcast import Difference, broadcast
 from .site_privacy import PrivateMean
 
 
 @dataclass(frozen=True)
 class SharedAdapter:
-    """The shared arrays of one group of sites, with the arrays of its server optimizer and of its aggregator."""
+    """The shared arrays of one group of sites, with the arrays of its server optimizer and of its aggregator.
+
+    With ``communication.broadcast_bits`` also what the shared arrays lack of the aggregate, and their difference to
+    those of the round before.
+    """
 
     shared: Mapping[str, np.ndarray]
     optimizer_state: Mapping[str, np.ndarray] = field(default_factory=dict)
     aggregator_state: Mapping[str, np.ndarray] = field(default_factory=dict)
+    feedback: Mapping[str, np.ndarray] = field(default_factory=dict)
+    difference: Difference | None = None
 
 
 class StepResult(NamedTuple):
@@ -40,6 +47,7 @@ class ServerStep:
     settings: ServerSettings
     codec: str
     averages_products: bool  # of the method: mean(B)·mean(A) is not mean(BA)
+    bits: int | None = None  # of each number in the differences that the sites receive
     private_mean: PrivateMean | None = None  # takes the place of the aggregator
 
     def __call__(self, adapter: SharedAdapter, updates: Callable[[], Iterable[WeightedUpdate]]) -> StepResult:
@@ -55,5 +63,9 @@ class ServerStep:
         residual = None
         if self.averages_products and not self.private_mean and AGGREGATORS[self.settings.aggregator].averages:
             residual = aggregation.product_residual(list(updates()), aggregated)
-        after = SharedAdapter(as_received(self.codec, shared), optimizer_state, aggregator_state)
+        if self.bits is None:
+            after = SharedAdapter(as_received(self.codec, shared), optimizer_state, aggregator_state)
+            return StepResult(after, residual, left_out)
+        sent = broadcast(shared, adapter.feedback, adapter.shared, self.bits, self.round)
+        after = SharedAdapter(sent.shared, optimizer_state, aggregator_state, sent.feedback, sent.difference)
         return StepResult(after, residual, left_out)

@@ -24,6 +24,7 @@ from ...common.config.schema import Recipe, to_json
 from ...common.errors import QuorumError, RefusedError
 from ...common.event_log import EventLog
 from ...common.protocol import flower_messages as messages
+from ...common.protocol.broadcast import unchanged
 from ...common.protocol.codec import as_received
 from ...common.protocol.limits import measured
 from ...common.protocol.types import BENEFIT, WITHOUT_ARRAYS, RequestKind, TrainReply, TrainRequest, hash_layout
@@ -32,6 +33,7 @@ from ..reporting.events import EventRecorder
 from .admission import admit_reply, reply_limits
 from .aggregation import WeightedUpdate
 from .agreement import agree_on_pins, agreed_tasks, has_mixed_tasks, number_of_classes
+from .broadcast import Difference, holds_reference
 from .checkpoint import ServerState
 from .clipping import Clipped, norm_bound
 from .dispatch import Dispatcher, RetryPolicy, Silence
@@ -52,6 +54,7 @@ class PendingRequest:
 
     request: TrainRequest
     message: Callable[[], Message]
+    as_difference: bool = False  # the message holds a difference to the adapter of the site's last admitted round
 
 
 class AdmittedReply(NamedTuple):
@@ -84,6 +87,8 @@ class AdapterStrategy:
         private = self.settings.privacy is not None and self.method.shares
         names = [member.site for member in roster]
         self.privacy = SitePrivacy(recipe, names, spool.parent, self.sampled) if private else None
+        self.bits = recipe.communication.broadcast_bits
+        self._whole: dict[str, int] = {}  # site → the round in which it receives the whole adapter for its request
 
     def join(self, grid: Grid, state: ServerState | None, first: Callable[[int], dict[str, np.ndarray]]) -> ServerState:
         """Register the sites, refuse those that do not match, and return the state to continue from.
@@ -114,7 +119,8 @@ class AdapterStrategy:
         if state is None:
             initial = first(number_of_classes(self.recipe, joined, pins))
             initial = orthonormalize(initial) if self.spectral else initial
-            state = ServerState(0, (SharedAdapter(as_received(self.codec, initial)),))
+            difference = Difference(0, unchanged(initial)) if self.bits and initial and not self.spectral else None
+            state = ServerState(0, (SharedAdapter(as_received(self.codec, initial), difference=difference),))
         self.layout = {key: tuple(array.shape) for key, array in state.shared.items()}
         self.membership.pin(pins, hash_layout(self.layout), quorum, state.round)
         admitted = [site.info for site in self.membership.sites.values()]
@@ -175,7 +181,7 @@ class AdapterStrategy:
         }
         order, adapters, weights, residuals = list(replies), list(state.adapters), {}, []
         private = self.privacy.mean_of(t, state.spent) if self.privacy and state.spent else None
-        step = ServerStep(t, self.settings, self.codec, self.method.averages_products, private)
+        step = ServerStep(t, self.settings, self.codec, self.method.averages_products, self.bits, private)
         for group, members in state.by_group(order).items():
             weigh = WEIGHTS[state.weights]
             weights |= weigh({site: replies[site] for site in members}, (t - 1) / self.recipe.rounds)
@@ -271,29 +277,42 @@ class AdapterStrategy:
         """Make a request to each of these sites with the shared adapter of its group."""
         asked: dict[str, PendingRequest] = {}
         for group, members in state.by_group(sites).items():
-            shared = state.adapters[group].shared
-            packed = messages.pack_arrays(shared, self.codec)
+            shared, difference = state.adapters[group].shared, state.adapters[group].difference
+            whole = messages.pack_arrays(shared, self.codec)
+            packed = messages.pack_difference(difference.data, self.bits) if difference and self.bits else whole
+            self.dispatcher.expect_replies(4 * sum(array.nbytes for array in shared.values()))
             for site in members:
                 request = TrainRequest(
                     self.recipe.name, t, kind, state.admitted.get(site, 0), self.plan, shared, evaluate
                 )
-                asked[site] = PendingRequest(request, partial(self._message, request, packed, site))
+                as_difference = holds_reference(difference, request)
+                records = (whole, packed if as_difference else whole)
+                asked[site] = PendingRequest(request, partial(self._message, request, records, site), as_difference)
         return {site: asked[site] for site in sites}
 
-    def _message(self, request: TrainRequest, packed: ArrayRecord, site: str) -> Message:
+    def _message(self, request: TrainRequest, records: tuple[ArrayRecord, ArrayRecord], site: str) -> Message:
+        """A message with the second of the records or, to a site that lacks the reference, with the whole adapter."""
+        packed = records[0] if self._whole.get(site) == request.round else records[1]
         return messages.train_message(request, packed, self.membership.registry.connected[site].node)
+
+    def _send_whole(self, site: str, asked: PendingRequest) -> bool:
+        """Send the whole adapter to a site from now on in this round. Returns False if it was sent already."""
+        if not asked.as_difference or self._whole.get(site) == asked.request.round:
+            return False
+        self._whole[site] = asked.request.round
+        return True
 
     def _admitted(
         self, asked: Mapping[str, PendingRequest], t: int, quorum: int
     ) -> Iterator[tuple[str, AdmittedReply]]:
         """Yield admitted replies as they arrive. Failures, refusals and missing replies are emitted and left out."""
-        down = {site: messages.payload_bytes(a.message()) for site, a in asked.items()}
         silent, admitted = set(asked), []
         self.current_round = t
         replies = self.dispatcher.dispatch(
             {site: a.message for site, a in asked.items()},
             lambda: len(admitted) >= quorum,
             lambda silence: self.emit_silence(silence, t, admitted, quorum),
+            lambda site: self._send_whole(site, asked[site]),
         )
         for site, message in replies:
             silent.discard(site)
@@ -324,7 +343,9 @@ class AdapterStrategy:
                 "terms": reply.terms,
                 "fresh": reply.fresh,
             }
-            costs = {"bytes_down": down[site], "bytes_up": messages.payload_bytes(message)}
+            if self.bits:
+                results["whole"] = not asked[site].as_difference or self._whole.get(site) == request.round
+            costs = {"bytes_down": self.dispatcher.bytes_down[site], "bytes_up": messages.payload_bytes(message)}
             costs |= {"seconds": reply.seconds, "measuring": min(reply.measuring, reply.seconds)}
             self.recorder.emit("reply", round=t, site=site, **results, **costs)
             admitted.append(site)

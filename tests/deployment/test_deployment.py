@@ -47,6 +47,29 @@ def test_a_deployed_federation_equals_its_simulation_and_leaves_nothing_behind(t
     assert {line.get("round") for line in audited} >= {1, 2, 3, 4}
 
 
+def test_differences_both_ways_give_the_same_bits_when_deployed(tmp_path: Path, place: Path, tiny_recipe: dict) -> None:
+    """A site whose state is lost between two rounds asks for the whole adapter, and its trainer starts from it."""
+    tiny_recipe |= {"rounds": 4, "communication": {"update_bits": 4, "broadcast_bits": 4}}
+    town = Town(place / "town", tiny_recipe).build()
+    try:
+        town.start()
+        assert town.wait("server", 300) == 0
+        simulated = simulate(recipe_from(tiny_recipe), tmp_path / "simulated", resume=False)
+        assert town.outcome() == simulated_outcome(simulated.path, town.names)
+        assert not any(event["whole"] for event in town.events("reply"))
+        for path in town.state("bob").glob("round-*"):
+            path.unlink()
+        town.options = ("--rounds", "6")
+        town.start("server")
+        assert town.wait("server", 300) == 0
+    finally:
+        town.stop()
+    late = [(event["site"], event["round"]) for event in town.events("reply") if event["whole"]]
+    assert late == [("bob", 5)]
+    assert {event["round"] for event in town.events("round")} == set(range(1, 7))
+    assert not town.events("refused")
+
+
 def test_benefit_weights_and_a_spectral_start_give_the_same_bits_when_deployed(
     tmp_path: Path, place: Path, tiny_recipe: dict
 ) -> None:

@@ -60,8 +60,12 @@ def rounds(town: Town) -> int:
 
 @pytest.mark.slow
 @pytest.mark.endurance
-def test_any_process_may_be_killed_at_any_moment(tmp_path: Path, place: Path, tiny_recipe: dict) -> None:
+@pytest.mark.parametrize("communication", [{}, {"update_bits": 4, "broadcast_bits": 4}], ids=["fp32", "4 bits"])
+def test_any_process_may_be_killed_at_any_moment(
+    tmp_path: Path, place: Path, tiny_recipe: dict, communication: dict
+) -> None:
     """Half of the kills are in a run of half the rounds, and the others after ``--rounds`` has extended it."""
+    tiny_recipe["communication"] = communication
     half = 3 * KILLS // 2 + 1  # rounds: a kill takes two on average
     tiny_recipe["rounds"] = 2 * half
     tiny_recipe["train"] |= {"final_steps": 2, "persist_optimizer_state": True}

@@ -33,7 +33,7 @@ from .test_hostile_sites import recipe
 
 PROBABILITIES = {
     *("adapter.dropout", "private.dropout", "train.label_smoothing", "train.warmup_ratio", "transfer.generator.top_p"),
-    *("privacy.delta", "communication.update_bits"),
+    *("privacy.delta", "communication.update_bits", "communication.broadcast_bits"),
 }
 SITE = SiteSettings("ada", DataSettings())
 
@@ -47,7 +47,10 @@ def full_plan() -> dict[str, Any]:
     transfer = dataclasses.replace(plan.transfer, samples=1)
     patterns = {"rank_pattern": {"proj": 1}, "alpha_pattern": {"proj": 1.0}}
     adapter = dataclasses.replace(plan.adapter, layers_to_transform=(0,), **patterns)
-    more = {"privacy": PrivacySettings(1.0, 1e-6, 1.0), "communication": CommunicationSettings(update_bits=8)}
+    more = {
+        "privacy": PrivacySettings(1.0, 1e-6, 1.0),
+        "communication": CommunicationSettings(update_bits=8, broadcast_bits=8),
+    }
     return to_dict(dataclasses.replace(plan, adapter=adapter, train=train, transfer=transfer, **more))
 
 

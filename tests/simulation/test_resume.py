@@ -76,7 +76,8 @@ STOPPING = {  # two models a site, and rounds that are compared on the same vali
     "adapter": {"init": "spectral"},
     "data": {"validation_fraction": 0.34},
 }
-FEW_BITS = {"communication": {"update_bits": 4}}
+FEW_BITS = {"communication": {"update_bits": 4, "broadcast_bits": 4}}
+WAY_DOWN = {"communication": {"broadcast_bits": 2}, "server": {"quorum": 1, "fraction": 0.67, "optimizer": "adam"}}
 GROUPS = {"server": {"quorum": 3, "weights": "benefit", "groups": "similarity"}}
 PRIVATE_SITES = {"server": {"quorum": 3, "privacy": {"epsilon": 8.0}}}
 PRIVATE = {"privacy": {"epsilon": 8.0}, "private": "lora"}  # the ledger of the budget is compared as well
@@ -93,6 +94,7 @@ BATCHED = {"simulation": {"threads": 1, "engine": "batched"}, "private": "lora"}
         (3, 10, PRIVATE),
         (3, 10, PRIVATE_SITES),
         (3, 10, FEW_BITS),
+        (3, 10, WAY_DOWN),
         pytest.param(10, 40, ADAM, marks=pytest.mark.endurance),
     ],
     ids=[
@@ -101,7 +103,8 @@ BATCHED = {"simulation": {"threads": 1, "engine": "batched"}, "private": "lora"}
         "batched engine",
         "differential privacy",
         "differential privacy for sites",
-        "updates in 4 bits",
+        "4 bits both ways",
+        "2 bits on the way down to sampled sites",
         "adam",
     ],
 )

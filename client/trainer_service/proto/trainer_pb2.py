@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1colora/client/trainer_service/proto/trainer.proto\x12\x11\x63olora.trainer.v1\"E\n\x0fSiteInfoRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04plan\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\x03\"\xe3\x01\n\x08SiteInfo\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\x03\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\ttokenizer\x18\x04 \x01(\t\x12\x15\n\rchat_template\x18\x05 \x01(\t\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\x0c\n\x04task\x18\x07 \x01(\t\x12\r\n\x05train\x18\x08 \x01(\x03\x12\x0c\n\x04test\x18\t \x01(\x03\x12\x11\n\ttruncated\x18\n \x01(\x03\x12\x0f\n\x07\x64ropped\x18\x0b \x01(\x03\x12\x0f\n\x07\x63lasses\x18\x0c \x01(\x03\x12\x0e\n\x06labels\x18\r \x01(\t\"z\n\x10TrainRequestPart\x12\x33\n\x04head\x18\x01 \x01(\x0b\x32#.colora.trainer.v1.TrainRequestHeadH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.colora.trainer.v1.ChunkH\x00\x42\x06\n\x04part\"\x8d\x01\n\x10TrainRequestHead\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x03\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x64mitted_round\x18\x04 \x01(\x03\x12\x0c\n\x04plan\x18\x05 \x01(\t\x12\x10\n\x08\x65valuate\x18\x06 \x01(\x08\x12\x10\n\x08protocol\x18\x07 \x01(\x03\"\xa7\x01\n\x0eTrainReplyPart\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.colora.trainer.v1.ProgressH\x00\x12\x31\n\x04head\x18\x02 \x01(\x0b\x32!.colora.trainer.v1.TrainReplyHeadH\x00\x12)\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x18.colora.trainer.v1.ChunkH\x00\x42\x06\n\x04part\"5\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05total\x18\x02 \x01(\x03\x12\x0c\n\x04kind\x18\x03 \x01(\t\"\x93\x02\n\x0eTrainReplyHead\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x03\x12\x0b\n\x03key\x18\x04 \x01(\t\x12\r\n\x05terms\x18\x05 \x01(\x03\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x03\x12?\n\x07metrics\x18\x07 \x03(\x0b\x32..colora.trainer.v1.TrainReplyHead.MetricsEntry\x12\x0f\n\x07seconds\x18\x08 \x01(\x01\x12\r\n\x05\x66resh\x18\t \x01(\x08\x12\x11\n\tmeasuring\x18\n \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa8\x01\n\nSumRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x64mitted_round\x18\x04 \x01(\x03\x12\x0c\n\x04plan\x18\x05 \x01(\t\x12\x10\n\x08\x65valuate\x18\x06 \x01(\x08\x12\x11\n\treference\x18\x07 \x01(\t\x12\x0c\n\x04\x62ody\x18\x08 \x01(\x0c\x12\x10\n\x08protocol\x18\t \x01(\x03\"\x18\n\x08\x42odyPart\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"A\n\x05\x43hunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x32\xf3\x01\n\x07Trainer\x12N\n\x0bGetSiteInfo\x12\".colora.trainer.v1.SiteInfoRequest\x1a\x1b.colora.trainer.v1.SiteInfo\x12S\n\x05Train\x12#.colora.trainer.v1.TrainRequestPart\x1a!.colora.trainer.v1.TrainReplyPart(\x01\x30\x01\x12\x43\n\x03Sum\x12\x1d.colora.trainer.v1.SumRequest\x1a\x1b.colora.trainer.v1.BodyPart0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1colora/client/trainer_service/proto/trainer.proto\x12\x11\x63olora.trainer.v1\"E\n\x0fSiteInfoRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04plan\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\x03\"T\n\x0fReceivedRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04plan\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x03\x12\x10\n\x08protocol\x18\x04 \x01(\x03\"\xe3\x01\n\x08SiteInfo\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\x03\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\ttokenizer\x18\x04 \x01(\t\x12\x15\n\rchat_template\x18\x05 \x01(\t\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\x0c\n\x04task\x18\x07 \x01(\t\x12\r\n\x05train\x18\x08 \x01(\x03\x12\x0c\n\x04test\x18\t \x01(\x03\x12\x11\n\ttruncated\x18\n \x01(\x03\x12\x0f\n\x07\x64ropped\x18\x0b \x01(\x03\x12\x0f\n\x07\x63lasses\x18\x0c \x01(\x03\x12\x0e\n\x06labels\x18\r \x01(\t\"z\n\x10TrainRequestPart\x12\x33\n\x04head\x18\x01 \x01(\x0b\x32#.colora.trainer.v1.TrainRequestHeadH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.colora.trainer.v1.ChunkH\x00\x42\x06\n\x04part\"\x8d\x01\n\x10TrainRequestHead\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x03\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x64mitted_round\x18\x04 \x01(\x03\x12\x0c\n\x04plan\x18\x05 \x01(\t\x12\x10\n\x08\x65valuate\x18\x06 \x01(\x08\x12\x10\n\x08protocol\x18\x07 \x01(\x03\"\xa7\x01\n\x0eTrainReplyPart\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.colora.trainer.v1.ProgressH\x00\x12\x31\n\x04head\x18\x02 \x01(\x0b\x32!.colora.trainer.v1.TrainReplyHeadH\x00\x12)\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x18.colora.trainer.v1.ChunkH\x00\x42\x06\n\x04part\"5\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05total\x18\x02 \x01(\x03\x12\x0c\n\x04kind\x18\x03 \x01(\t\"\x93\x02\n\x0eTrainReplyHead\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x03\x12\x0b\n\x03key\x18\x04 \x01(\t\x12\r\n\x05terms\x18\x05 \x01(\x03\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x03\x12?\n\x07metrics\x18\x07 \x03(\x0b\x32..colora.trainer.v1.TrainReplyHead.MetricsEntry\x12\x0f\n\x07seconds\x18\x08 \x01(\x01\x12\r\n\x05\x66resh\x18\t \x01(\x08\x12\x11\n\tmeasuring\x18\n \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa8\x01\n\nSumRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x64mitted_round\x18\x04 \x01(\x03\x12\x0c\n\x04plan\x18\x05 \x01(\t\x12\x10\n\x08\x65valuate\x18\x06 \x01(\x08\x12\x11\n\treference\x18\x07 \x01(\t\x12\x0c\n\x04\x62ody\x18\x08 \x01(\x0c\x12\x10\n\x08protocol\x18\t \x01(\x03\"\x18\n\x08\x42odyPart\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"A\n\x05\x43hunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x32\xc2\x02\n\x07Trainer\x12N\n\x0bGetSiteInfo\x12\".colora.trainer.v1.SiteInfoRequest\x1a\x1b.colora.trainer.v1.SiteInfo\x12S\n\x05Train\x12#.colora.trainer.v1.TrainRequestPart\x1a!.colora.trainer.v1.TrainReplyPart(\x01\x30\x01\x12\x43\n\x03Sum\x12\x1d.colora.trainer.v1.SumRequest\x1a\x1b.colora.trainer.v1.BodyPart0\x01\x12M\n\x0bGetReceived\x12\".colora.trainer.v1.ReceivedRequest\x1a\x18.colora.trainer.v1.Chunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,26 +35,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAINREPLYHEAD_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_SITEINFOREQUEST']._serialized_start=72
   _globals['_SITEINFOREQUEST']._serialized_end=141
-  _globals['_SITEINFO']._serialized_start=144
-  _globals['_SITEINFO']._serialized_end=371
-  _globals['_TRAINREQUESTPART']._serialized_start=373
-  _globals['_TRAINREQUESTPART']._serialized_end=495
-  _globals['_TRAINREQUESTHEAD']._serialized_start=498
-  _globals['_TRAINREQUESTHEAD']._serialized_end=639
-  _globals['_TRAINREPLYPART']._serialized_start=642
-  _globals['_TRAINREPLYPART']._serialized_end=809
-  _globals['_PROGRESS']._serialized_start=811
-  _globals['_PROGRESS']._serialized_end=864
-  _globals['_TRAINREPLYHEAD']._serialized_start=867
-  _globals['_TRAINREPLYHEAD']._serialized_end=1142
-  _globals['_TRAINREPLYHEAD_METRICSENTRY']._serialized_start=1096
-  _globals['_TRAINREPLYHEAD_METRICSENTRY']._serialized_end=1142
-  _globals['_SUMREQUEST']._serialized_start=1145
-  _globals['_SUMREQUEST']._serialized_end=1313
-  _globals['_BODYPART']._serialized_start=1315
-  _globals['_BODYPART']._serialized_end=1339
-  _globals['_CHUNK']._serialized_start=1341
-  _globals['_CHUNK']._serialized_end=1406
-  _globals['_TRAINER']._serialized_start=1409
-  _globals['_TRAINER']._serialized_end=1652
+  _globals['_RECEIVEDREQUEST']._serialized_start=143
+  _globals['_RECEIVEDREQUEST']._serialized_end=227
+  _globals['_SITEINFO']._serialized_start=230
+  _globals['_SITEINFO']._serialized_end=457
+  _globals['_TRAINREQUESTPART']._serialized_start=459
+  _globals['_TRAINREQUESTPART']._serialized_end=581
+  _globals['_TRAINREQUESTHEAD']._serialized_start=584
+  _globals['_TRAINREQUESTHEAD']._serialized_end=725
+  _globals['_TRAINREPLYPART']._serialized_start=728
+  _globals['_TRAINREPLYPART']._serialized_end=895
+  _globals['_PROGRESS']._serialized_start=897
+  _globals['_PROGRESS']._serialized_end=950
+  _globals['_TRAINREPLYHEAD']._serialized_start=953
+  _globals['_TRAINREPLYHEAD']._serialized_end=1228
+  _globals['_TRAINREPLYHEAD_METRICSENTRY']._serialized_start=1182
+  _globals['_TRAINREPLYHEAD_METRICSENTRY']._serialized_end=1228
+  _globals['_SUMREQUEST']._serialized_start=1231
+  _globals['_SUMREQUEST']._serialized_end=1399
+  _globals['_BODYPART']._serialized_start=1401
+  _globals['_BODYPART']._serialized_end=1425
+  _globals['_CHUNK']._serialized_start=1427
+  _globals['_CHUNK']._serialized_end=1492
+  _globals['_TRAINER']._serialized_start=1495
+  _globals['_TRAINER']._serialized_end=1817
 # @@protoc_insertion_point(module_scope)

@@ -16,6 +16,18 @@ class SiteInfoRequest(_message.Message):
     protocol: int
     def __init__(self, federation: _Optional[str] = ..., plan: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
 
+class ReceivedRequest(_message.Message):
+    __slots__ = ("federation", "plan", "round", "protocol")
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    federation: str
+    plan: str
+    round: int
+    protocol: int
+    def __init__(self, federation: _Optional[str] = ..., plan: _Optional[str] = ..., round: _Optional[int] = ..., protocol: _Optional[int] = ...) -> None: ...
+
 class SiteInfo(_message.Message):
     __slots__ = ("site", "protocol", "model", "tokenizer", "chat_template", "layout", "task", "train", "test", "truncated", "dropped", "classes", "labels")
     SITE_FIELD_NUMBER: _ClassVar[int]

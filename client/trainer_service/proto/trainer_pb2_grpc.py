@@ -49,6 +49,11 @@ class TrainerStub(object):
                 request_serializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.SumRequest.SerializeToString,
                 response_deserializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.BodyPart.FromString,
                 _registered_method=True)
+        self.GetReceived = channel.unary_stream(
+                '/colora.trainer.v1.Trainer/GetReceived',
+                request_serializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.ReceivedRequest.SerializeToString,
+                response_deserializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.Chunk.FromString,
+                _registered_method=True)
 
 
 class TrainerServicer(object):
@@ -75,6 +80,14 @@ class TrainerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetReceived(self, request, context):
+        """Returns the shared adapter that the site received in a round, or the initial one for round 0. The ClientApp needs
+        it where the coordinator sends a difference. Without such a round there is no chunk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +105,11 @@ def add_TrainerServicer_to_server(servicer, server):
                     servicer.Sum,
                     request_deserializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.SumRequest.FromString,
                     response_serializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.BodyPart.SerializeToString,
+            ),
+            'GetReceived': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetReceived,
+                    request_deserializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.ReceivedRequest.FromString,
+                    response_serializer=colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.Chunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +193,33 @@ class Trainer(object):
             '/colora.trainer.v1.Trainer/Sum',
             colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.SumRequest.SerializeToString,
             colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.BodyPart.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReceived(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/colora.trainer.v1.Trainer/GetReceived',
+            colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.ReceivedRequest.SerializeToString,
+            colora_dot_client_dot_trainer__service_dot_proto_dot_trainer__pb2.Chunk.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,7 +22,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from colora.client.trainer_service import serde
 from colora.client.trainer_service.client import TrainerError
 from colora.client.trainer_service.proto import trainer_pb2 as pb
-from colora.common.config.schema import to_json
+from colora.common.adapters.initialization import initial_shared_state
+from colora.common.config.schema import CommunicationSettings, to_json
+from colora.common.protocol.types import hash_arrays
 from tests.forked import run
 
 if TYPE_CHECKING:
@@ -288,14 +290,34 @@ def test_training_that_takes_longer_than_allowed_is_stopped_and_leaves_no_trace(
     assert site_setup.equal(site.handle(second), site_setup.expected(plan, first, second)[1])
 
 
+@pytest.mark.slow
+def test_the_service_returns_the_adapters_that_it_received_and_nothing_else(running_site: SiteSetup) -> None:
+    """For a plan with differences: S_0, and what a stored round trained from. A reply's arrays are not among them."""
+    bits = CommunicationSettings(broadcast_bits=4)
+    plan = dataclasses.replace(running_site.plan("differences"), communication=bits)
+    site, text, request = running_site.client(), to_json(plan), running_site.request(plan)
+    reply = site.handle(request)
+    assert hash_arrays(site.received(plan.name, text, 0)) == hash_arrays(initial_shared_state(plan))
+    assert hash_arrays(site.received(plan.name, text, 1)) == hash_arrays(request.shared) != hash_arrays(reply.shared)
+    assert site.received(plan.name, text, 2) == {}
+    line = running_site.audit(plan.name)[-2]
+    assert (line["kind"], line["round"], line["sha256"]) == ("received", 1, hash_arrays(request.shared))
+    without = running_site.plan("plain")
+    site.handle(running_site.request(without))
+    for federation, asked, number in ((without.name, to_json(without), 1), (plan.name, text, -1), ("other", text, 1)):
+        with pytest.raises(TrainerError) as caught:
+            site.received(federation, asked, number)
+        assert caught.value.public().startswith("RefusedError")
+
+
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_surface_is_two_calls_and_health(running_site: SiteSetup) -> None:
+def test_the_surface_is_three_calls_and_health(running_site: SiteSetup) -> None:
     from colora.client.trainer_service.proto import trainer_pb2
 
     (service,) = trainer_pb2.DESCRIPTOR.services_by_name.values()
-    assert [method.name for method in service.methods] == ["GetSiteInfo", "Train"]
+    assert [method.name for method in service.methods] == ["GetSiteInfo", "Train", "GetReceived"]
     with grpc.insecure_channel(serde.target_of(running_site.address)) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for name in ("", "colora.trainer.v1.Trainer"):

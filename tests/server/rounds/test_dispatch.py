@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
@@ -17,8 +19,9 @@ from flwr.proto.node_pb2 import NodeInfo
 from colora.client.client_app import make_app
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
-from colora.common.config.schema import Recipe
+from colora.common.config.schema import CommunicationSettings, Recipe
 from colora.common.event_log import Event, EventLog
+from colora.common.protocol.flower_messages import REFERENCE_MISSING
 from colora.common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
 from colora.server.reporting.events import read_events
 from colora.server.reporting.summary import note_of
@@ -427,3 +430,39 @@ def test_who_has_not_joined_is_told_again_with_the_time(tmp_path: Path, monkeypa
     assert "seconds" not in first
     assert [event["missing"] for event in again] == [["bob", "cyd"]] * 2
     assert note_of({**again[1], "seconds": 120}) == "waiting for bob, cyd for 120 s: 1 joined, 2 needed"
+
+
+def with_differences(**server: Any) -> Recipe:
+    settings = recipe(**server)
+    return dataclasses.replace(settings, communication=CommunicationSettings(broadcast_bits=4))
+
+
+def test_any_error_of_a_site_brings_the_whole_adapter_with_the_next_attempt(tmp_path: Path) -> None:
+    """These sites have no method ``received``, so the ClientApp fails at every difference."""
+    settings = with_differences(max_attempts=2)
+    assert run(settings, FakeGrid(fake_sites(settings)), tmp_path).finalized
+    replies = recorded(tmp_path, "reply")
+    assert len(replies) == 12
+    assert all(reply["whole"] for reply in replies)
+    assert not recorded(tmp_path, "failed")
+
+
+def test_a_site_that_always_asks_for_the_whole_adapter_is_left_out(tmp_path: Path) -> None:
+    """Asking for it costs no attempt the first time, and one every other time."""
+    settings = with_differences(quorum=2, max_attempts=3)
+    grid = FakeGrid(fake_sites(settings))
+    grid.errors[2] = [REFERENCE_MISSING] * 100
+    assert run(settings, grid, tmp_path).finalized
+    assert [event["admitted"] for event in recorded(tmp_path, "round")] == [["ada", "cyd"]] * 3
+    assert [event["round"] for event in recorded(tmp_path, "failed") if event["site"] == "bob"] == [1, 2, 3, 4]
+    assert len(grid.errors[2]) == 100 - 4 - 3 * 3
+
+
+def test_large_replies_are_accepted_after_small_differences(tmp_path: Path) -> None:
+    """The limit of a reply follows from the adapter, since a difference may be a hundred times smaller."""
+    settings = with_differences()
+    strategy = AdapterStrategy(settings, tuple(map(RosterEntry, NAMES)), EventLog(tmp_path / "events.jsonl"), tmp_path)
+    grid = FakeGrid([FakeSite(name, hash_layout({"x": (10**7,)})) for name in NAMES])
+    state = strategy.join(grid, None, lambda classes: {"x": np.zeros(10**7, np.float32)})
+    strategy.requests(["ada"], state, 1, "train", False)
+    assert strategy.dispatcher._replies.max_bytes >= 4 * 10**7
