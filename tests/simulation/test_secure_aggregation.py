@@ -323,6 +323,8 @@ def test_a_site_that_sends_nonsense_in_a_step_ends_no_run(
     [
         ({"train": {"max_update_norm": None}}, "train.max_update_norm is unset"),
         ({"communication": {"update_bits": 8}}, "communication.update_bits is 8"),
+        ({"communication": {"broadcast_bits": 8}}, "communication.broadcast_bits is 8"),
+        ({"server": {"privacy": {"epsilon": 8.0}}}, r"privacy.secure_aggregation is True, .* with \[server.privacy\]"),
         ({"adapter": {"init": "spectral"}}, "adapter.init is spectral"),
         ({"method": {"name": "local"}}, "method is one without shared parameters"),
         *(({"server": {"aggregator": rule}}, f"server.aggregator is {rule}") for rule in ("median", "krum", "product")),

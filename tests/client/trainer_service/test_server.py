@@ -313,11 +313,11 @@ def test_the_service_returns_the_adapters_that_it_received_and_nothing_else(runn
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_surface_is_three_calls_and_health(running_site: SiteSetup) -> None:
+def test_the_surface_is_four_calls_and_health(running_site: SiteSetup) -> None:
     from colora.client.trainer_service.proto import trainer_pb2
 
     (service,) = trainer_pb2.DESCRIPTOR.services_by_name.values()
-    assert [method.name for method in service.methods] == ["GetSiteInfo", "Train", "GetReceived"]
+    assert [method.name for method in service.methods] == ["GetSiteInfo", "Train", "Sum", "GetReceived"]
     with grpc.insecure_channel(serde.target_of(running_site.address)) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for name in ("", "colora.trainer.v1.Trainer"):

@@ -645,7 +645,7 @@ def test_a_recipe_with_secure_aggregation_needs_a_roster_whose_hash_is_shown(pla
     settings = {"privacy": {"secure_aggregation": True}, "train": {"max_update_norm": 1.0}}
     detail = place.check(recipe=recipe_file(place, **settings))["recipe"].detail
     digest = hashlib.sha256((place.folder / "roster.pub").read_bytes()).hexdigest()
-    assert re.search(rf"secure aggregation: a roster of \d sites? with the SHA-256 {digest}", detail)
+    assert re.search(rf"Secure aggregation: a roster of \d sites? with the SHA-256 {digest}", detail)
     (place.folder / "roster.pub").unlink()
     assert "roster.pub (trainer.roster)" in place.failed(recipe=recipe_file(place, **settings))["recipe"]
 
