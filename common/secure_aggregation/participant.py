@@ -58,10 +58,10 @@ class Participant:
         return Offer(public, commitment, signature.hex())
 
     def envelopes(self) -> dict[str, bytes]:
-        """Return the shares of both secrets for each other member, encrypted."""
-        own = self.identity.site
+        """Return the shares of both secrets for each other member, encrypted together with the keys they belong to."""
+        own, context = self.identity.site, self._context(self.identity.site, self.offer)
         texts = zip(self.view.members, self._shares, strict=True)
-        return {name: self.identity.seal(name, text, self.view.digest) for name, text in texts if name != own}
+        return {name: self.identity.seal(name, text, context) for name, text in texts if name != own}
 
     @cached_property
     def _shares(self) -> list[bytes]:
@@ -106,7 +106,7 @@ class Participant:
         for name in offers:
             text = self._shares[self.view.point(site) - 1] if name == site else None
             if text is None and name in envelopes:
-                text = self.identity.open(name, envelopes[name], self.view.digest)
+                text = self.identity.open(name, envelopes[name], self._context(name, offers[name]))
             if text is None or len(text) != 2 * SHARE_BYTES:
                 continue
             if name in survivors:
@@ -114,6 +114,10 @@ class Participant:
             else:
                 revealed.mask_keys[name] = int.from_bytes(text[:SHARE_BYTES], "big")
         return revealed
+
+    def _context(self, site: str, offer: Offer) -> bytes:
+        """What the shares of a site are sealed to: a share of other keys of the same view does not open."""
+        return signed_text(self.view, site, offer.public, offer.commitment)
 
     def _check(self, offers: Offers) -> bytes:
         """Check the keys of all sites, and return the salt of the masks. Raises RefusedError."""

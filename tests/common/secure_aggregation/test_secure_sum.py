@@ -21,7 +21,7 @@ from colora.common.secure_aggregation.masking import expand, public_key
 from colora.common.secure_aggregation.opening import unmask
 from colora.common.secure_aggregation.participant import Participant, Revealed
 from colora.common.secure_aggregation.shamir import PRIME, combine, split
-from colora.common.secure_aggregation.view import Offer, View, threshold
+from colora.common.secure_aggregation.view import Offer, View, signed_text, threshold
 from colora.server.deployment.provisioning.certificates import new_site_key
 
 KEYS = {f"s{k:02}": ec.generate_private_key(ec.SECP384R1()) for k in range(10)}
@@ -191,13 +191,30 @@ def test_a_site_that_the_coordinator_made_up_is_refused() -> None:
 def test_only_the_receiver_reads_an_envelope_and_only_in_its_view() -> None:
     table = Table(3)
     sealed = table.sites["s00"].envelopes()["s01"]
+    offer = table.sites["s00"].offer
+    context = signed_text(table.view, "s00", offer.public, offer.commitment)
     one, other = (table.sites[name].identity for name in ("s01", "s02"))
-    assert one.open("s00", sealed, table.view.digest) is not None
+    assert one.open("s00", sealed, context) is not None
     assert one.open("s00", sealed, b"another view") is None
-    assert one.open("s02", sealed, table.view.digest) is None
-    assert other.open("s00", sealed, table.view.digest) is None
-    assert one.open("s00", sealed[:-1] + bytes([sealed[-1] ^ 1]), table.view.digest) is None
-    assert one.open("s00", b"", table.view.digest) is None
+    assert one.open("s02", sealed, context) is None
+    assert other.open("s00", sealed, context) is None
+    assert one.open("s00", sealed[:-1] + bytes([sealed[-1] ^ 1]), context) is None
+    assert one.open("s00", b"", context) is None
+
+
+def test_shares_of_other_keys_of_the_same_view_do_not_open() -> None:
+    """Else a coordinator could have the masks of a second set of keys opened, and subtract two sums of one round."""
+    table = Table(6)
+    names = table.view.members
+    others = {
+        name: Participant(Identity(name, KEYS[name], ROSTER), table.view, b"second".ljust(32) + name.encode())
+        for name in names
+    }
+    receiver, offers = names[0], table.offers(names)
+    swapped = {name: others[name].envelopes()[receiver] for name in names[1:]}
+    assert set(table.sites[receiver].reveal(offers, names, swapped).self_masks) == {receiver}
+    right = {name: table.sites[name].envelopes()[receiver] for name in names[1:]}
+    assert set(table.sites[receiver].reveal(offers, names, right).self_masks) == set(names)
 
 
 def test_a_repeated_request_gets_the_same_bytes() -> None:
