@@ -10,8 +10,8 @@ from pathlib import Path
 from .atomic_io import CHECKSUM, write_atomically
 from .errors import StateError
 
-# The secret in a line, and its checksum in the next. A file of one line is of an earlier version, or was written by
-# hand: it is read without a check.
+# The secret in a line, and its checksum in the next. A file of one line was written by
+# hand (the guide shows how): it is read without a check.
 _FORM = re.compile(rf"(?P<secret>[0-9a-f]{{64}})(\n{CHECKSUM}(?P<checksum>[0-9a-f]{{64}}))?")
 
 

@@ -5,23 +5,19 @@ This module imports no torch, except through Opacus when it computes ε.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...common.atomic_io import write_atomically
+from ...common.checked_entries import CheckedEntries, Entries
 from ...common.config.schema import Plan
-from ...common.errors import ConfigError, DamagedError, RefusedError, StateError
-from ...common.foreign_text import MAX_TEXT, clean
+from ...common.errors import ConfigError, RefusedError
+from ...common.foreign_text import MAX_TEXT
 from ...common.training.accountant import RANGES, Spending, check_spending, epsilon_of, noise_for
 
 LEDGER = "privacy.json"  # in the folder above that of a federation
-SPENDINGS, CHECKSUM = "spendings", "sha256"  # the keys of that file; one of an earlier version is the spendings alone
-Entries = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,9 @@ class PrivacyLedger:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        expected, lost = "a ledger of the privacy budget", "the privacy budget that the site has spent is unknown"
+        hint = "Restore the file. If you delete it, the budget starts again from zero."
+        self.file = CheckedEntries(path, "spendings", expected, lost, hint)
 
     def spendings(self, federation: str | None = None) -> list[Spending]:
         """Return the spendings of one federation, or of all."""
@@ -88,27 +86,10 @@ class PrivacyLedger:
         if key not in entries:
             check_spending(spending)
             entries[key] = {"federation": federation, **asdict(spending)}
-            data = {CHECKSUM: _digest(entries), SPENDINGS: entries}
-            write_atomically(self.path, json.dumps(data, indent=1).encode())
+            self.file.write(entries)
 
     def _read(self) -> Entries:
-        try:
-            return _entries(self.path.read_bytes())
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            reason = error.strerror or str(error)
-            message = f"{self.path} cannot be read: {reason}."
-            raise StateError(str(self.path), "a readable file", reason, message=message) from None
-        except (ValueError, RecursionError) as error:
-            raise DamagedError(
-                str(self.path),
-                "a ledger of the privacy budget",
-                clean(error),
-                message=f"{self.path} is damaged, so the privacy budget that the site has spent is unknown "
-                f"({clean(error)}).",
-                hint="Restore the file. If you delete it, the budget starts again from zero.",
-            ) from None
+        return self.file.read(_check_entry)
 
 
 def check_budget(spendings: Sequence[Spending], delta: float, limit: float | None, key: str, site: str) -> None:
@@ -138,24 +119,6 @@ def _spending(entry: dict[str, Any]) -> Spending:
     return Spending(float(entry["noise_multiplier"]), float(entry["sample_rate"]), entry["steps"])
 
 
-def _entries(data: bytes) -> Entries:
-    """Return the entries of a ledger's file. Raises ValueError for what ``spend`` does not write."""
-    found = json.loads(data)
-    if not isinstance(found, dict) or not found:
-        raise ValueError("it is not one table of spendings")
-    if found.keys() == {CHECKSUM, SPENDINGS}:
-        entries = found[SPENDINGS]
-        if found[CHECKSUM] != _digest(entries):
-            raise ValueError("its SHA-256 is not the stored one")
-    else:
-        entries = found  # of an earlier version: only the ranges are checked
-    if not isinstance(entries, dict):
-        raise ValueError("it is not one table of spendings")
-    for entry in entries.values():
-        _check_entry(entry)
-    return entries
-
-
 def _check_entry(entry: Any) -> None:
     if not isinstance(entry, dict) or entry.keys() != {"federation", *RANGES}:
         raise ValueError("an entry has other fields")
@@ -165,7 +128,3 @@ def _check_entry(entry: Any) -> None:
     if any(type(entry[field]) not in (int, float) for field in RANGES) or type(entry["steps"]) is not int:
         raise ValueError("an entry has something else than numbers")
     check_spending(Spending(entry["noise_multiplier"], entry["sample_rate"], entry["steps"]))
-
-
-def _digest(entries: Any) -> str:
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()

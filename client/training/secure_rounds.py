@@ -1,14 +1,13 @@
-"""A site's part in secure sums: what it sends in each step, and what it never does twice, which is on disk.
+"""A site's part in secure sums: its answer to each step, and a record on disk of its masked vectors and opened sums.
 
-Two rules hold for all attempts, over restarts: one masked vector for one set of keys, and one opened sum of a round.
-Without them a coordinator could ask twice and compare, or get both secrets of one site.
+Two rules hold, also after a restart: one masked vector for each attempt, and one opened sum for each round. Without
+them a coordinator could ask twice and compare, or get both secrets of one site.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from ...common.atomic_io import CHECKSUM, load_arrays, save_arrays, write_atomically
+from ...common.atomic_io import load_arrays, save_arrays
+from ...common.checked_entries import CheckedEntries, Entries
 from ...common.config.schema import Plan, digest
-from ...common.errors import DamagedError, RefusedError, StateError
+from ...common.errors import DamagedError, RefusedError
 from ...common.protocol.types import PRELIMINARY, SumReply, SumRequest, TrainReply, TrainRequest, check_arrays
 from ...common.secure_aggregation.bodies import Opened, Shared, SumBody, from_bytes, to_bytes
 from ...common.secure_aggregation.fixed_point import flatten
@@ -30,29 +30,31 @@ from .state_store import StateStore
 
 RECORD = "secure-sums.json"  # in the federation's folder
 REFERENCE = "secure-reference.safetensors"  # the shared arrays that the site trained from last
-ROUNDS, MASKED, OPENED = "rounds", "masked", "opened"
+MASKED, OPENED = "masked", "opened"  # of an entry: the masks of each attempt, and the sum that was opened
 MAX_ATTEMPTS = 1000  # masked vectors of one round
-Entries = dict[str, dict[str, Any]]  # by round: the masks of each attempt, and the sum that was opened
 
 
 class SumRecord:
     """The file of the masked vectors and opened sums of one federation. Raises StateError or DamagedError."""
 
     def __init__(self, path: Path, site: str) -> None:
-        self.path, self.site = path, site
+        self.site = site
+        expected, lost = "a record of secure sums", "it is unknown which sums this site has opened"
+        hint = "Restore the file. If you delete it, the coordinator can have the sums of past rounds opened again."
+        self.file = CheckedEntries(path, "rounds", expected, lost, hint)
 
     def mask(self, round_number: int, attempt: str, salt: str) -> None:
         """Record that a vector is masked in an attempt. Raises RefusedError if it has other masks already."""
         entries = self._read()
         masked = entries.setdefault(str(round_number), {MASKED: {}, OPENED: None})[MASKED]
         if masked.get(attempt, salt) != salt:
-            message = "The coordinator asked for a second masked vector in one attempt, with masks of other sites."
+            message = "The coordinator asked for a second masked vector in one attempt, with other keys."
             raise RefusedError("mask keys", "those of the first request", "others", site=self.site, message=message)
         if attempt not in masked:
             if len(masked) >= MAX_ATTEMPTS:
                 raise RefusedError("attempts", f"at most {MAX_ATTEMPTS} of a round", len(masked) + 1, site=self.site)
             masked[attempt] = salt
-            self._write(entries)
+            self.file.write(entries)
 
     def open(self, round_number: int, attempt: str, salt: str, opened: str) -> None:
         """Record which sum of a round is opened. Raises RefusedError for another one, or one without this site."""
@@ -67,28 +69,10 @@ class SumRecord:
             raise RefusedError("sum", "the one of before", "another", site=self.site, message=message, hint=hint)
         if entry[OPENED] is None:
             entry[OPENED] = opened
-            self._write(entries)
+            self.file.write(entries)
 
     def _read(self) -> Entries:
-        try:
-            found = json.loads(self.path.read_bytes())
-            entries = found[ROUNDS]
-            if found[CHECKSUM] != _checksum(entries):
-                raise ValueError("its SHA-256 is not the stored one")
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            reason = error.strerror or str(error)
-            message = f"{self.path} cannot be read: {reason}."
-            raise StateError(str(self.path), "a readable file", reason, message=message) from None
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            message = f"{self.path} is damaged, so it is unknown which sums this site has opened ({error})."
-            hint = "Restore the file. If you delete it, the coordinator can have the sums of past rounds opened again."
-            raise DamagedError(str(self.path), "a record of sums", error, message=message, hint=hint) from None
-        return entries
-
-    def _write(self, entries: Entries) -> None:
-        write_atomically(self.path, json.dumps({CHECKSUM: _checksum(entries), ROUNDS: entries}).encode())
+        return self.file.read(_check_entry)
 
 
 @dataclass(frozen=True)
@@ -136,13 +120,13 @@ class SecureRounds:
 
     def _mask(self, request: SumRequest, body: SumBody, participant: Participant, vector: np.ndarray) -> bytes:
         masked = participant.mask(vector, body.offers)
-        self._record.mask(request.round, _attempt(participant), salt_of(participant.view, body.offers).hex())
+        self._record.mask(request.round, participant.view.digest.hex(), salt_of(participant.view, body.offers).hex())
         return masked.astype("<u4").tobytes()
 
     def _open(self, request: SumRequest, body: SumBody, participant: Participant, vector: np.ndarray) -> bytes:
         envelopes = {name: from_hex(text, None, "envelope") for name, text in body.envelopes.items()}
         revealed = participant.reveal(body.offers, body.survivors, envelopes)
-        salt, attempt = salt_of(participant.view, body.offers).hex(), _attempt(participant)
+        salt, attempt = salt_of(participant.view, body.offers).hex(), participant.view.digest.hex()
         survivors = digest("|".join((salt, attempt, *sorted(body.survivors))))
         self._record.open(request.round, attempt, salt, survivors)
         return to_bytes(Opened.of(revealed))
@@ -187,10 +171,6 @@ def without_update(reply: TrainReply) -> TrainReply:
     return dataclasses.replace(reply, shared={}, terms=0, examples=0)
 
 
-def _attempt(participant: Participant) -> str:
-    """A name of the attempt that differs for another view, and for another vector of the site."""
-    return hashlib.sha256(participant.view.digest + participant.offer.public.encode()).hexdigest()
-
-
-def _checksum(entries: Entries) -> str:
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+def _check_entry(entry: Any) -> None:
+    if not isinstance(entry, dict) or entry.keys() != {MASKED, OPENED} or not isinstance(entry[MASKED], dict):
+        raise ValueError("an entry has other fields")

@@ -39,8 +39,9 @@ class PrivacySettings:
     only. ``all`` is for simulations."""
 
     secure_aggregation: bool = False
-    """Whether the coordinator receives only the weighted sum of the updates of a round (Bonawitz et al. 2017). It needs
-    ``train.max_update_norm``, from which the fixed-point numbers of the sum follow."""
+    """Whether the coordinator receives only the weighted sum of the updates of a round (Bonawitz et al. 2017).
+    Experimental: it protects against a coordinator that follows the protocol. It needs ``train.max_update_norm``, which
+    sets the range of the fixed-point numbers."""
 
     min_sites: Annotated[int, Field(ge=2)] = 3
     """Smallest number of sites in a secure sum. With fewer, no sum is opened. Two thirds of the sites that share keys

@@ -1,1 +1,1 @@
-"""Secure aggregation: a coordinator learns the weighted sum of the sites' updates and no single one of them."""
+"""Secure aggregation: a coordinator that follows the protocol learns only the weighted sum of the updates."""

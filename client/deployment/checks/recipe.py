@@ -68,11 +68,11 @@ def _secure(plan: Plan, site: SiteSettings) -> str:
 def _privacy(plan: Plan, site: SiteSettings, examples: int | None) -> str:
     """What the recipe would spend. Raises RefusedError where the site allows less."""
     if not plan.privacy.enabled:
-        return "no differential privacy"
+        return "No differential privacy"
     if not plan.row().shares:
-        return "differential privacy spends nothing: the method shares nothing"
+        return "Differential privacy spends nothing: the method shares nothing"
     if not examples:
-        return "differential privacy: ε is unknown without the rows and the recipe's base model"
+        return "Differential privacy: ε is unknown without the rows and the recipe's base model"
     from ....common.training.accountant import epsilon_of
     from ...training.privacy_budget import LEDGER, PrivacyForecast, PrivacyLedger, check_delta
 

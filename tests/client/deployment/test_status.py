@@ -219,7 +219,7 @@ def test_the_spent_budget_of_a_site_is_that_of_its_ledger(site: Path) -> None:
 def test_a_damaged_ledger_needs_a_person_and_hides_nothing_else(site: Path) -> None:
     ledger = private_site(site)
     ledger.spend("town", "a", Spending(1.1, 0.2, 6))
-    ledger.path.write_bytes(ledger.path.read_bytes().replace(b"1.1", b"9.9"))
+    ledger.file.path.write_bytes(ledger.file.path.read_bytes().replace(b"1.1", b"9.9"))
     status = site_status(site)
     (problem,) = status.problems
     assert problem.startswith("town: the privacy budget is unknown: ")

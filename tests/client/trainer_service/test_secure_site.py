@@ -161,14 +161,14 @@ def test_a_damaged_record_of_sums_is_not_taken_for_an_empty_one(tmp_path: Path) 
         record.open(1, "attempt", "salt", "other")
     with pytest.raises(RefusedError, match="a second masked vector in one attempt"):
         record.mask(1, "attempt", "other")
-    whole = record.path.read_bytes()
+    whole = record.file.path.read_bytes()
     found = json.loads(whole)
     found["rounds"]["1"]["opened"] = None
     for data in (b"", b"{}", whole[:-9], b"[]", json.dumps(found).encode()):
-        record.path.write_bytes(data)
+        record.file.path.write_bytes(data)
         with pytest.raises(DamagedError, match="it is unknown which sums this site has opened"):
             record.open(1, "attempt", "salt", "other")
-    record.path.write_bytes(whole)
+    record.file.path.write_bytes(whole)
     record.open(1, "attempt", "salt", "sum")
 
 

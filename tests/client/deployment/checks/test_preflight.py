@@ -628,7 +628,7 @@ def recipe_file(place: Place, **changes: Any) -> Path:
 def test_a_recipe_is_compared_with_the_limits_before_the_site_takes_part(place: Place) -> None:
     accepted = place.check(recipe=recipe_file(place))["recipe"]
     assert accepted.ok
-    assert accepted.detail.startswith("town: accepted. no differential privacy")
+    assert accepted.detail.startswith("town: accepted. No differential privacy")
     private = place.check(recipe=recipe_file(place, privacy={"epsilon": 8.0}))["recipe"]
     assert re.search(r"Differential privacy: .* spend ε = [78](\.\d+)? at δ = 1e-05, in 20 steps ", private.detail)
     place.raw["allow"] |= {"max_epsilon": 5.0}
