@@ -8,15 +8,20 @@ that was killed. Every import names the versions in which its module was read; t
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ..common.flower_compat import version_interceptor
 
 CLIENT_APP = "flwr-clientapp"  # name of Flower's command, which SuperExec starts for every message
 UNUSED = "flwr.supernode.cli.flower_supernode"
+PATIENCE, PAUSE = 60.0, 0.5  # seconds for which a call whose connection breaks is repeated, and between two calls
+T = TypeVar("T")
 
 
 def supernode_command() -> Callable[[], None]:
@@ -47,6 +52,76 @@ def send_waiting_replies() -> None:
         return waiting[0].run_id if waiting else pull(state=state, **others)
 
     module._pull_and_store_message = pull_unless_a_reply_waits
+
+
+def finish_broken_uploads() -> None:
+    """Make this process's SuperNode finish the upload of a reply after its connection broke.
+
+    Flower gives a reply up, and deletes it, in two cases that a coordinator's restart causes. It takes an error whose
+    text has "ssl" for a wrong certificate. And the coordinator refuses a part that it has already, which Flower sends
+    again if the answer was lost. The coordinator then waits for the missing parts. Read in 1.40, 1.41, 1.42:
+    ``_push_messages`` differs in the name of one call, and the functions that it is given are the same.
+    """
+    from flwr.supernode import start_client_internal as module
+
+    push = module._push_messages
+
+    def push_whole(*, send: Callable[..., Any], push_object: Callable[..., Any], **others: Any) -> None:
+        upload = _Upload(send, push_object)
+        push(send=upload.send, push_object=upload.push_object, **others)
+
+    module._push_messages = push_whole
+
+
+@dataclass
+class _Upload:
+    """Flower's functions that announce a reply and push one of its parts. Parts are pushed by several threads.
+
+    A reply may be announced again: the answer then names the parts that are missing, and a new session for them.
+    """
+
+    announce: Callable[..., tuple[set[str], str]]
+    push: Callable[..., None]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    reply: tuple[Any, ...] = ()
+    session: str = ""
+
+    def send(self, *reply: Any) -> tuple[set[str], str]:
+        """Announce a reply, and return the ids of the missing parts and the session."""
+        import httpx
+
+        self.reply = reply
+        missing, self.session = _patiently(lambda: self.announce(*reply), httpx.TransportError)
+        return missing, self.session
+
+    def push_object(self, run: int, _session: str, part: str, content: bytes) -> None:
+        """Push a part. If that fails, announce the reply again and push the part if it is still missing."""
+        import httpx
+        from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+        faults = httpx.TransportError, ObjectPushError
+        try:
+            self.push(run, self.session, part, content)
+        except faults:
+            with self.lock:  # each announcement ends the session before it
+                _patiently(lambda: self._push_if_missing(run, part, content), *faults)
+
+    def _push_if_missing(self, run: int, part: str, content: bytes) -> None:
+        missing, session = self.send(*self.reply)
+        if part in missing:
+            self.push(run, session, part, content)
+
+
+def _patiently(call: Callable[[], T], *faults: type[Exception]) -> T:
+    """Call until none of the faults occurs, for at most PATIENCE seconds. Raises the call's errors."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return call()
+        except faults as error:
+            if "certificate" in str(error).lower() or time.monotonic() > deadline:
+                raise
+            time.sleep(PAUSE)
 
 
 def clientapp_command() -> Callable[[], None]:

@@ -2,7 +2,8 @@
 
 Without this change the process stays alive and does no work: its HTTP server keeps running after the main thread has
 failed, and without the heartbeat thread the coordinator considers it offline. A supervisor could not see either. The
-command also polls sooner for the parts of an incoming message, and sends a reply that Flower would leave waiting.
+command also polls sooner for the parts of an incoming message, sends a reply that Flower would leave waiting, and
+finishes an upload after its connection broke.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import threading
 import traceback
 
 from ...common.flower_compat import shorten_pull_backoff
-from ..flower_compat import send_waiting_replies, supernode_command
+from ..flower_compat import finish_broken_uploads, send_waiting_replies, supernode_command
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
     threading.excepthook = _exit_on_failure
     shorten_pull_backoff()
     send_waiting_replies()
+    finish_broken_uploads()
     code = 1  # the command returns when it has lost its coordinator
     try:
         flower_supernode()
