@@ -13,11 +13,13 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from ...common.atomic_io import write_atomically
-from ...common.errors import ColoraError, RefusedError
+from ...common.errors import ColoraError, RefusedError, StateError
+from ...common.processes.health import read_services
 from ...common.protocol import flower_messages as messages
 from ...common.protocol.types import SiteInfo
 from .replies import ReplyCollector
 
+CACHE = "roll.json"  # in the run folder
 PULL_WAIT = 0.1  # seconds to wait for replies to join requests (deployed)
 MAX_NODE = 1 << 64  # Flower's ids of nodes have 64 bits
 REJOIN_INTERVAL = 30.0  # seconds before a node whose join requests all failed is asked again
@@ -61,8 +63,8 @@ class TakenName(RefusedError):
 class NodeRegistry:
     """Binds nodes to sites without blocking.
 
-    Nodes that registered with a key have the name of the key's owner and cannot join as another site. With
-    ``cache_file`` the registry survives a restart of the coordinator: nodes that stayed connected are not asked again.
+    Nodes that registered with a key have the name of the key's owner and cannot join as another site. With the run
+    folder of a deployed coordinator, the registry survives a restart: nodes that stayed connected are not asked again.
     ``on_join`` is called with a site's name when the site joins.
     """
 
@@ -71,13 +73,14 @@ class NodeRegistry:
         grid: Grid,
         names: Collection[str],
         query: JoinQuery,
-        cache_file: Path | None = None,
+        run_folder: Path | None = None,
         on_join: Callable[[str], None] | None = None,
     ) -> None:
-        self._grid, self._names, self._query, self._cache_file = grid, names, query, cache_file
+        self._grid, self._names, self._query, self._folder = grid, names, query, run_folder
         self._on_join = on_join or (lambda site: None)
-        self._replies = ReplyCollector(grid, background=cache_file is not None)
-        self._cached = _read_cache(cache_file) if cache_file else {}
+        self._replies = ReplyCollector(grid, background=run_folder is not None)
+        self._cached = _read_cache(run_folder / CACHE) if run_folder else {}
+        self._gateway = _gateway_process(run_folder)
         self.connected: dict[str, ConnectedSite] = {}
         self.failures: list[tuple[str, str | None]] = []  # (node or site, reason); the caller reports and clears them
         self.refusals: list[ColoraError] = []  # likewise
@@ -91,14 +94,22 @@ class NodeRegistry:
         return sum(node in self._online for node in self._pending.values())
 
     def presence(self, site: str) -> object:
-        """An opaque token that changes when the site reconnects; None while it is offline."""
+        """An opaque token that changes when messages to the site may be lost; None while it is offline.
+
+        They are when the site reconnects and when the gateway starts again, which may have died with a message.
+        """
         connected = self.connected.get(site)
         online = self._online.get(connected.node) if connected else None
-        return (connected.node, online.since) if connected and online else None
+        return (connected.node, online.since, self._gateway) if connected and online else None
 
     def refresh(self) -> list[ConnectedSite]:
         """Send join requests to new and reconnected nodes, process replies, and return the sites that just joined."""
-        now = time.monotonic()
+        now, gateway = time.monotonic(), _gateway_process(self._folder)
+        if gateway != self._gateway:
+            self._gateway = gateway
+            for node in self._pending.values():
+                if node in self._online:
+                    self._online[node].due = now
         nodes = {int(node.node_id): node for node in self._grid.get_nodes()}
         self._online = {node: pending for node, pending in self._online.items() if node in nodes}
         for node, node_info in nodes.items():
@@ -148,14 +159,15 @@ class NodeRegistry:
                 pending.tries, pending.due = 0, time.monotonic() + REJOIN_INTERVAL
             return None
         self.connected[connected.site] = connected
+        self._pending = {message_id: other for message_id, other in self._pending.items() if other != node}
         self._on_join(connected.site)
         self._write_cache()
         return connected
 
     def _write_cache(self) -> None:
-        if self._cache_file:
+        if self._folder:
             entries = [dataclasses.asdict(connected) for connected in self.connected.values()]
-            write_atomically(self._cache_file, json.dumps(entries).encode(), lasting=False)
+            write_atomically(self._folder / CACHE, json.dumps(entries).encode(), lasting=False)
 
     def _may_join(self, connected: ConnectedSite) -> bool:
         try:
@@ -203,6 +215,15 @@ class NodeRegistry:
                 message=f"{connected.site!r} is not a name of the roster.",
                 hint="Check name in the site file, and the [[site]] tables of the recipe.",
             )
+
+
+def _gateway_process(run_folder: Path | None) -> int | None:
+    """The pid of the gateway, which ``colora server`` writes at each start; None if it is unknown."""
+    try:
+        services = read_services(run_folder) if run_folder else None
+    except StateError:
+        return None
+    return services.pids.get("gateway") if services else None
 
 
 def _read_cache(path: Path) -> dict[int, ConnectedSite]:

@@ -98,11 +98,11 @@ class AdapterStrategy:
         names, attempts, deployed = [m.site for m in self.roster], self.settings.max_attempts, self.options.deployed
         spent = (state.spent if state else None) or (self.privacy.begin() if self.privacy else None)
         inquiry = JoinQuery(lambda node: messages.join_message(self.recipe.name, self.plan, node), attempts)
-        nodes_file = self.spool.with_name("roll.json") if deployed else None
+        folder = self.spool.parent if deployed else None
         transfers = (
             state is None and self.recipe.transfer.source_federation is not None
         )  # sites join once they have their texts
-        registry = NodeRegistry(grid, names, inquiry, nodes_file, self._emit_ready if transfers else None)
+        registry = NodeRegistry(grid, names, inquiry, folder, self._emit_ready if transfers else None)
         self.membership = Membership(registry, self.recipe.train, names, self.recorder, self.options)
         policy = RetryPolicy(self.settings.timeout, attempts, deployed, INTERVAL if deployed else 0.05)
         self.dispatcher = Dispatcher(grid, registry, policy, self._emit_late)

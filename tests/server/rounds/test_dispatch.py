@@ -21,6 +21,7 @@ from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.loader import recipe_from
 from colora.common.config.schema import CommunicationSettings, Recipe
 from colora.common.event_log import Event, EventLog
+from colora.common.processes.supervised import write_services
 from colora.common.protocol.flower_messages import REFERENCE_MISSING
 from colora.common.protocol.types import PROTOCOL, SiteInfo, TrainReply, TrainRequest, hash_layout
 from colora.server.reporting.events import read_events
@@ -154,6 +155,32 @@ def test_a_message_that_is_lost_with_its_site_is_asked_again_when_the_site_is_ba
     assert run(settings, grid, tmp_path).finalized
     assert [event["admitted"] for event in recorded(tmp_path, "round")] == [list(NAMES)] * 3
     assert sites[1].introduced == 2
+
+
+@pytest.mark.parametrize("group", ["train", "join"])
+def test_a_message_that_is_lost_with_the_gateway_is_asked_again_when_the_gateway_is_back(
+    tmp_path: Path, group: str
+) -> None:
+    """The sites stay connected: nothing else says that their messages are lost."""
+
+    class Lossy(FakeGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            asked = list(messages)
+            ids = list(super().push_messages(asked))
+            if not self.lost and (asked[0].metadata.group_id == "join") == (group == "join"):
+                self.lost += [self._pending.pop(message_id) for message_id in ids]
+            return ids
+
+    def restart(pid: int) -> None:
+        write_services(tmp_path / "services.json", {"pids": {"gateway": pid}})
+
+    settings = recipe()
+    grid = Lossy(fake_sites(settings))
+    restart(1)
+    grid.later.append((lambda: bool(grid.lost), lambda: restart(2)))
+    assert run(settings, grid, tmp_path).finalized
+    assert [event["admitted"] for event in recorded(tmp_path, "round")] == [list(NAMES)] * 3
+    assert len(recorded(tmp_path, "joined")) == len(NAMES)
 
 
 def test_an_error_for_a_message_that_was_asked_again_since_asks_nobody_a_third_time(tmp_path: Path) -> None:
