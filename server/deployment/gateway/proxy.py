@@ -11,6 +11,9 @@ The gateway also shortens delays:
 - A pull that finds no message is repeated here, so an idle SuperNode receives a message at once and not up to three
   seconds later.
 - A pull of a message part that is still being uploaded is repeated here in the same way.
+
+The SuperLink delivers a message once. A node that pulls again without any other call in between gets its last message
+again, since the connection must have broken before the message arrived.
 """
 
 from __future__ import annotations
@@ -64,13 +67,13 @@ class Call:
     hold: float = 25.0  # maximum seconds for which it is held while the SuperLink is down
 
 
-PULL, OBJECT = b"/v1/fleet/pull-messages", b"/v1/fleet/pull-object"
+PULL, OBJECT, HEARTBEAT = b"/v1/fleet/pull-messages", b"/v1/fleet/pull-object", b"/v1/fleet/send-node-heartbeat"
 CALLS = {
     # A second activation is refused and SuperNode exits on that, so the retry is left to SuperNode.
     b"/v1/fleet/activate-node": Call(idempotent=False),
     b"/v1/fleet/deactivate-node": Call(idempotent=False, hold=3.0),  # sent when a SuperNode exits
-    b"/v1/fleet/send-node-heartbeat": Call(hold=3.0),  # SuperNode's timeout is 5 s
-    # If the response is lost, so is its message; the coordinator then sends another one.
+    HEARTBEAT: Call(hold=3.0),  # SuperNode's timeout is 5 s
+    # If the response is lost here, so is its message; the coordinator then sends another one.
     PULL: Call(),
     b"/v1/fleet/push-messages": Call(),  # replies have ids
     b"/v1/fleet/get-run": Call(),
@@ -115,6 +118,7 @@ class FleetProxy:
             headers={"accept-encoding": "identity", "user-agent": "colora-gateway"},
         )
         self.waiting: dict[tuple[str, bytes], object] = {}  # node → its latest empty pull
+        self.delivered: dict[str, Response] = {}  # registered node → its last message, until its next call but a pull
         self.waiting_objects = 0  # pulls of objects that are still being uploaded
         self.wake, self.last_wake = asyncio.Event(), 0.0
         self.held = False  # hold requests even if the SuperLink answers
@@ -149,6 +153,8 @@ class FleetProxy:
         refusal = self._identify(request)
         if refusal:
             return refusal
+        if path not in (PULL, HEARTBEAT):
+            self.delivered.pop(request.headers.get("flwr-public-key", ""), None)
         body = Body(request)
         await body.begin()
         held = HeldRequest(request, body, path.decode(), call, time.monotonic() + min(call.hold, self.upstream.hold))
@@ -169,8 +175,10 @@ class FleetProxy:
 
     async def _pull(self, held: HeldRequest, stack: AsyncExitStack) -> Response:
         """Repeat a pull until there is a message. A later pull of the same node ends it: its caller must be gone."""
-        node, me = (held.request.headers.get("flwr-public-key", ""), held.body.head), object()
-        deadline = time.monotonic() + self.upstream.linger
+        key, me = held.request.headers.get("flwr-public-key", ""), object()
+        if key in self.delivered:
+            return self.delivered[key]
+        node, deadline = (key, held.body.head), time.monotonic() + self.upstream.linger
         try:
             answer = await self._send(held, stack)
             if is_empty(answer):  # the SuperLink has verified the node's signature
@@ -188,6 +196,8 @@ class FleetProxy:
                 del self.waiting[node]
         if answer.status_code == 200:
             self._wake_all()
+            if self.signatures and not isinstance(answer, StreamingResponse):
+                self.delivered[key] = answer
         return answer
 
     async def _pull_object(self, held: HeldRequest, stack: AsyncExitStack) -> Response:

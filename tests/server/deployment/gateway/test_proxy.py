@@ -16,8 +16,10 @@ import httpx
 import pytest
 
 from colora.server.deployment.gateway import proxy
-from colora.server.deployment.gateway.proxy import CALLS, FORWARDED, PULL, REGISTRATION, Upstream
+from colora.server.deployment.gateway.proxy import CALLS, FORWARDED, HEARTBEAT, PULL, REGISTRATION, Upstream
 from colora.server.deployment.gateway.server import GatewayServer, ListenAddress
+
+from .conftest import SiteKey
 
 GET_RUN, PULLS = "/v1/fleet/get-run", PULL.decode()
 Answer = tuple[int, bytes] | None  # None: closes the connection without a response
@@ -439,6 +441,31 @@ def test_a_pull_lingers_until_there_is_a_message(gateway: GatewayServer, superli
     assert {(seen.body, seen.headers["flwr-signature"]) for seen in superlink.seen} == {(b"node", "s")}
     assert len(superlink.seen) == 5
     assert not gateway.server.proxy.waiting
+
+
+def test_a_message_whose_connection_broke_comes_again(superlink: SuperLink, keys: tuple[SiteKey, SiteKey]) -> None:
+    """A node calls something else as soon as it has a message, so a second pull means that none arrived."""
+    superlink.answer = lambda _: (200, b"message %d" % len(superlink.seen))
+    url = f"http://127.0.0.1:{superlink.port}"
+    known = frozenset(key.public for key in keys)
+    with GatewayServer(ListenAddress("127.0.0.1", 0), Upstream(url, keys=known)) as gateway:
+
+        def call(path: str, key: SiteKey) -> bytes:
+            return post(gateway, path, headers=key.headers()).content
+
+        assert [call(PULLS, keys[0]), call(PULLS, keys[0])] == [b"message 1"] * 2
+        assert call(PULLS, keys[1]) == b"message 2"
+        assert call(HEARTBEAT.decode(), keys[0]) == b"message 3"
+        assert call(PULLS, keys[0]) == b"message 1"
+        assert call(GET_RUN, keys[0]) == b"message 4"
+        assert call(PULLS, keys[0]) == b"message 5"
+        assert len(superlink.seen) == 5
+
+
+def test_without_registered_keys_no_message_comes_again(gateway: GatewayServer, superlink: SuperLink) -> None:
+    superlink.answer = lambda _: (200, b"message %d" % len(superlink.seen))
+    pulls = [post(gateway, PULLS, headers={"flwr-public-key": "k"}).content for _ in range(2)]
+    assert pulls == [b"message 1", b"message 2"]
 
 
 def test_an_object_on_its_way_is_told_from_others_in_flowers_own_words() -> None:
