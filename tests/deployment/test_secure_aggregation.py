@@ -1,4 +1,4 @@
-"""Secure aggregation over real processes: a third of the sites lost in every step, and kills at any moment."""
+"""Secure aggregation over real processes: a third of the sites lost in every step, and kills with noise as well."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from colora.server.rounds.run_options import read_replay
 from colora.simulation.run import simulate
 
 from .conftest import Town, last, simulated_outcome
-from .test_kills import kill_each
+from .test_kills import VICTIMS, kill_each
 
 # What the site is about to answer when it is lost: the audit log has a line before the reply is sent. By step, whether
 # the site may be in the sum, and whether it may be among those that shared keys and are not in it.
@@ -104,9 +104,11 @@ def test_a_third_of_the_sites_may_be_lost_in_every_step(tmp_path: Path, place: P
 def test_a_run_whose_processes_are_killed_ends_with_the_bits_of_a_calm_one(
     tmp_path: Path, place: Path, tiny_recipe: dict
 ) -> None:
-    kinds = ["trainer", "ServerApp", "ClientApp", "colora server"]
+    """Every kind of process is killed, with secure aggregation and differential privacy for examples."""
+    kinds = list(VICTIMS)
     tiny_recipe["rounds"] = 2 * len(kinds) + 2
     raw = secure(tiny_recipe, quorum=3)
+    raw["privacy"] |= {"noise_multiplier": 1.0}
     calm = simulate(recipe_from(raw), tmp_path / "calm", resume=False)
     town, table = build(Town(place / "town", raw)), []
     try:
