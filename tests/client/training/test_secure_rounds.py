@@ -149,11 +149,40 @@ def without_victim() -> Attempt:
 def test_two_colluders_and_two_lists_of_sites_do_not_show_the_update_of_a_site(
     tmp_path: Path, order: tuple[int, int]
 ) -> None:
-    """With ten sites, each honest one opens one sum only. Where a site takes part in both, the difference is one's."""
+    """Each honest site opens one sum only. If the peers were in both, the difference would be the victim's update."""
     coordinator, attempts = Coordinator(tmp_path), (with_victim(), without_victim())
     sums = {k: coordinator.sum_of(attempts[k]) for k in order}
-    shown = None if sums[0] is None or sums[1] is None else sums[0] - sums[1]
-    if shown is not None:
-        print("found", shown[:3], "is", coordinator.updates[VICTIM][:3], np.abs(shown - coordinator.updates[VICTIM]).max())
-    assert shown is None
-    assert sums[order[0]] is not None
+    first, second = sums[order[0]], sums[order[1]]
+    assert first is not None
+    everyone = attempts[order[0]].survivors
+    assert np.allclose(first, sum(coordinator.updates[name] for name in everyone), atol=1e-6)
+    assert second is None, f"{np.abs(sums[0] - sums[1] - coordinator.updates[VICTIM]).max()} from the victim's update"
+    said = [text for text in coordinator.refusals if "names other sites for the sum of round 1 than before" in text]
+    assert len(said) == len(PEERS)
+
+
+def test_an_update_is_not_summed_again_under_the_number_of_another_round(tmp_path: Path) -> None:
+    """Without a state of round 1, or from the same state as before, the same training would give the same update."""
+    coordinator, members = Coordinator(tmp_path), (VICTIM, *PEERS, *COLLUDERS)
+    assert coordinator.sum_of(everyone(members)) is not None
+    for admitted in (0, 1):
+        coordinator.request = train_request(2, admitted=admitted)
+        assert coordinator.sum_of(everyone(members[1:])) is None
+    assert any("asks for the update of round 1 again, as that of round 2" in text for text in coordinator.refusals)
+    coordinator.request = train_request(2, start=0.5)
+    assert coordinator.sum_of(everyone(members[1:])) is not None
+
+
+def test_a_site_that_continues_from_its_state_sums_from_the_same_adapter_again(tmp_path: Path) -> None:
+    """As after a round whose sum could not be read."""
+    coordinator, members = Coordinator(tmp_path), (VICTIM, *PEERS)
+    assert coordinator.sum_of(everyone(members)) is not None
+    for name in members:
+        (tmp_path / name / "round-000001.safetensors").touch()
+    coordinator.request = train_request(2, admitted=1)
+    assert coordinator.sum_of(everyone(members)) is not None
+
+
+def everyone(members: tuple[str, ...]) -> Attempt:
+    """An attempt in which all do as they should."""
+    return Attempt("only", members, members, dict.fromkeys(members, members))
