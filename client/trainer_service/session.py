@@ -27,7 +27,7 @@ from ..data.row_schema import tell
 from ..data.selection import load_site_rows
 from ..data.unknown_tokens import tell_unknown
 from ..training.adapted_model import attach_adapters
-from ..training.secure_rounds import SecureRounds, without_update
+from ..training.secure_rounds import SecureRounds, check_still_secure, without_update
 from ..training.state_store import StateStore
 from ..training.trainer import Trainer, without_metrics
 from .lower_bounds import check_lower_bounds
@@ -131,6 +131,7 @@ class TrainerSession:
     def site_info(self, plan: Plan) -> SiteInfo:
         """Return what the site tells the coordinator when it joins."""
         self._check_noise(plan)
+        check_still_secure(plan, self.folder(plan), self.site.name)
         if plan.privacy.secure_aggregation:
             self._secure_rounds(plan)
         return self.trainer(plan).site_info()
@@ -165,6 +166,7 @@ class TrainerSession:
         ``on_begin`` is called before the work on a new request that the site accepts.
         """
         check_request(plan, request, self.site)
+        check_still_secure(plan, self.folder(plan), self.site.name)
         if request.kind == "train":  # of the other requests nothing is sent that depends on noise
             self._check_noise(plan)
         trainer = self.trainer(plan)
@@ -202,12 +204,14 @@ class TrainerSession:
         return SecureRounds(plan, identity, secret, StateStore(self.folder(plan), plan.name))
 
     def released(self, plan: Plan, request: TrainRequest, reply: TrainReply) -> ReleasedReply:
-        """Return the reply with what may leave the site: with secure aggregation, neither the update nor its weight."""
-        if plan.privacy.secure_aggregation:
-            reply = without_update(reply)
+        """Return the reply with what may leave the site: with secure aggregation, nothing of the update."""
+        released = self._released(plan, request, without_update(reply) if plan.privacy.secure_aggregation else reply)
+        withheld = tuple(sorted(set(reply.metrics) - set(released.reply.metrics)))
+        return dataclasses.replace(released, withheld=withheld)
+
+    def _released(self, plan: Plan, request: TrainRequest, reply: TrainReply) -> ReleasedReply:
         if plan.privacy.enabled:
-            kept = without_metrics(reply)
-            return ReleasedReply(kept, withheld=tuple(sorted(set(reply.metrics) - set(kept.metrics))))
+            return ReleasedReply(without_metrics(reply))
         rule, task = self.site.allow.metrics, self.trainer(plan).task
         size = SiteSize(len(task.train.examples), len(task.test.examples))
         asks = bool(reply.metrics) and rule != "none"

@@ -1,14 +1,23 @@
 """A site's part in secure sums: its answer to each step, and a record on disk of its masked vectors and opened sums.
 
-Two rules hold, also after a restart: one masked vector for each attempt, and one opened sum for each round. Without
-them a coordinator could ask twice and compare, or get both secrets of one site.
+These rules hold, also after a restart. In each round, a site takes part with one list of sites and opens one sum. In
+each attempt, it masks one vector. It trains from the same adapter in a second round only if it continues from its state
+of the first. A federation that had secure aggregation cannot go on without.
+
+What the first rule gives: let a list have n sites, of which t ≥ 2n/3 open a sum, and let c of them work with the
+coordinator. Two opened sums need t sites each, and no honest site opens both, so that 2(t - c) ≤ n - c. With fewer
+than 2t - n colluders, at most one sum of a list is opened, and no site has both of its secrets revealed. An honest site
+is on one list only, so that its update is in at most one opened sum of a round. The coordinator chooses the lists, but
+t ≥ ``min_sites`` and n ≤ 3t/2 give 2t - n ≥ t/2. So all of this holds for every list with fewer than half of
+``min_sites`` colluders, and at least two honest sites are then in each opened sum.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +28,15 @@ from ...common.atomic_io import load_arrays, save_arrays
 from ...common.checked_entries import CheckedEntries, Entries
 from ...common.config.schema import Plan, digest
 from ...common.errors import DamagedError, RefusedError
-from ...common.protocol.types import PRELIMINARY, SumReply, SumRequest, TrainReply, TrainRequest, check_arrays
+from ...common.protocol.types import (
+    OF_UPDATE,
+    PRELIMINARY,
+    SumReply,
+    SumRequest,
+    TrainReply,
+    TrainRequest,
+    check_arrays,
+)
 from ...common.secure_aggregation.bodies import Opened, Shared, SumBody, from_bytes, to_bytes
 from ...common.secure_aggregation.fixed_point import flatten
 from ...common.secure_aggregation.identity import Identity
@@ -30,12 +47,16 @@ from .state_store import StateStore
 
 RECORD = "secure-sums.json"  # in the federation's folder
 REFERENCE = "secure-reference.safetensors"  # the shared arrays that the site trained from last
+MEMBERS, REFERENCES = "members", "references"  # of an entry: hashes of the list of sites, and of the shared arrays
 MASKED, OPENED = "masked", "opened"  # of an entry: the masks of each attempt, and the sum that was opened
-MAX_ATTEMPTS = 1000  # masked vectors of one round
+MAX_ATTEMPTS = 1000  # masked vectors of one round, and shared arrays that it was trained from
 
 
 class SumRecord:
-    """The file of the masked vectors and opened sums of one federation. Raises StateError or DamagedError."""
+    """The file of the lists of sites, masked vectors and opened sums of one federation.
+
+    Raises StateError or DamagedError.
+    """
 
     def __init__(self, path: Path, site: str) -> None:
         self.site = site
@@ -43,24 +64,50 @@ class SumRecord:
         hint = "Restore the file. If you delete it, the coordinator can have the sums of past rounds opened again."
         self.file = CheckedEntries(path, "rounds", expected, lost, hint)
 
+    def join(self, round_number: int, members: Sequence[str], reference: str, start: int) -> None:
+        """Record that the site takes part in a round, with this list of sites and trained from these shared arrays.
+
+        ``start`` is the round of the personal state that the training began with. Raises RefusedError for a second
+        list, and for arrays of another round if the site's state is not newer: the update would be the same.
+        """
+        entries, listed = self._read(), digest(json.dumps(sorted(members)))
+        entry = entries.setdefault(str(round_number), {MEMBERS: listed, REFERENCES: [], MASKED: {}, OPENED: None})
+        if entry[MEMBERS] != listed:
+            field, found = f"list of sites of round {round_number}", f"another one, of {len(members)}"
+            message = f"The coordinator names other sites for the sum of round {round_number} than before."
+            hint = "It keeps the list of each round in secure/members.json of its run folder."
+            raise RefusedError(field, "the one of before", found, site=self.site, message=message, hint=hint)
+        again = [t for t, e in entries.items() if reference in e[REFERENCES] and start < int(t) != round_number]
+        if again:
+            message = f"The coordinator asks for the update of round {again[0]} again, as that of round {round_number}."
+            hint = "The difference of two sums could be the update of one site."
+            found = f"that of round {again[0]}"
+            raise RefusedError("reference", "another adapter", found, site=self.site, message=message, hint=hint)
+        if reference not in entry[REFERENCES]:
+            self._limit(entry[REFERENCES])
+            entry[REFERENCES].append(reference)
+            self.file.write(entries)
+
     def mask(self, round_number: int, attempt: str, salt: str) -> None:
-        """Record that a vector is masked in an attempt. Raises RefusedError if it has other masks already."""
+        """Record that a vector is masked in an attempt of a round that the site has joined.
+
+        Raises RefusedError if it has other masks already.
+        """
         entries = self._read()
-        masked = entries.setdefault(str(round_number), {MASKED: {}, OPENED: None})[MASKED]
+        masked = entries[str(round_number)][MASKED]
         if masked.get(attempt, salt) != salt:
             message = "The coordinator asked for a second masked vector in one attempt, with other keys."
             raise RefusedError("mask keys", "those of the first request", "others", site=self.site, message=message)
         if attempt not in masked:
-            if len(masked) >= MAX_ATTEMPTS:
-                raise RefusedError("attempts", f"at most {MAX_ATTEMPTS} of a round", len(masked) + 1, site=self.site)
+            self._limit(masked)
             masked[attempt] = salt
             self.file.write(entries)
 
     def open(self, round_number: int, attempt: str, salt: str, opened: str) -> None:
         """Record which sum of a round is opened. Raises RefusedError for another one, or one without this site."""
         entries = self._read()
-        entry = entries.get(str(round_number), {MASKED: {}, OPENED: None})
-        if entry[MASKED].get(attempt) != salt:
+        entry = entries.get(str(round_number), {})
+        if entry.get(MASKED, {}).get(attempt) != salt:
             message = "The coordinator asked to open a sum for which this site has sent no masked vector."
             raise RefusedError("attempt", "one of this site", "another", site=self.site, message=message)
         if entry[OPENED] not in (None, opened):
@@ -70,6 +117,10 @@ class SumRecord:
         if entry[OPENED] is None:
             entry[OPENED] = opened
             self.file.write(entries)
+
+    def _limit(self, found: Collection[str]) -> None:
+        if len(found) >= MAX_ATTEMPTS:
+            raise RefusedError("attempts", f"at most {MAX_ATTEMPTS} of a round", len(found) + 1, site=self.site)
 
     def _read(self) -> Entries:
         return self.file.read(_check_entry)
@@ -116,10 +167,12 @@ class SecureRounds:
 
     def _share(self, request: SumRequest, body: SumBody, participant: Participant, vector: np.ndarray) -> bytes:
         sealed = {name: text.hex() for name, text in participant.envelopes().items()}
+        self._join(request, body)
         return to_bytes(Shared(participant.offer, sealed))
 
     def _mask(self, request: SumRequest, body: SumBody, participant: Participant, vector: np.ndarray) -> bytes:
         masked = participant.mask(vector, body.offers)
+        self._join(request, body)
         self._record.mask(request.round, participant.view.digest.hex(), salt_of(participant.view, body.offers).hex())
         return masked.astype("<u4").tobytes()
 
@@ -130,6 +183,11 @@ class SecureRounds:
         survivors = digest("|".join((salt, attempt, *sorted(body.survivors))))
         self._record.open(request.round, attempt, salt, survivors)
         return to_bytes(Opened.of(revealed))
+
+    def _join(self, request: SumRequest, body: SumBody) -> None:
+        admitted = request.admitted_round
+        start = admitted if self.store.path(admitted).exists() else 0  # without a state it begins again
+        self._record.join(request.round, body.members, request.reference, start)
 
     @property
     def _record(self) -> SumRecord:
@@ -167,10 +225,26 @@ STEPS: dict[str, Step] = {"share": SecureRounds._share, "mask": SecureRounds._ma
 
 
 def without_update(reply: TrainReply) -> TrainReply:
-    """The reply as it leaves a site: the update and its weight are sent masked, in later messages."""
-    return dataclasses.replace(reply, shared={}, terms=0, examples=0)
+    """The reply as it leaves a site: no update, no weight, and no metric that is computed from the update.
+
+    The first two are sent masked, in later messages.
+    """
+    metrics = {name: value for name, value in reply.metrics.items() if name not in OF_UPDATE}
+    return dataclasses.replace(reply, shared={}, terms=0, examples=0, metrics=metrics)
+
+
+def check_still_secure(plan: Plan, folder: Path, site: str) -> None:
+    """Raise RefusedError for a plan without secure aggregation if the federation of this folder had it before."""
+    if not plan.privacy.secure_aggregation and any((folder / name).exists() for name in (RECORD, REFERENCE)):
+        message = f"Federation {plan.name} had secure aggregation before, and the coordinator now asks without."
+        hint = "Without it, the coordinator sees the update of this site. Use another name for another federation."
+        expected = "true, as before"
+        raise RefusedError("privacy.secure_aggregation", expected, "false", site=site, message=message, hint=hint)
 
 
 def _check_entry(entry: Any) -> None:
-    if not isinstance(entry, dict) or entry.keys() != {MASKED, OPENED} or not isinstance(entry[MASKED], dict):
+    kinds = {MEMBERS: str, REFERENCES: list, MASKED: dict, OPENED: str | None}
+    if not isinstance(entry, dict) or entry.keys() != kinds.keys():
         raise ValueError("an entry has other fields")
+    if not all(isinstance(entry[name], kind) for name, kind in kinds.items()):
+        raise ValueError("a field of an entry is of another type")

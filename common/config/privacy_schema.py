@@ -44,8 +44,8 @@ class PrivacySettings:
     sets the range of the fixed-point numbers."""
 
     min_sites: Annotated[int, Field(ge=2)] = 3
-    """Smallest number of sites in a secure sum. With fewer, no sum is opened. Two thirds of the sites that share keys
-    are needed in any case."""
+    """Smallest number of sites in a secure sum. With fewer, no sum is opened. Two thirds of the sites on the list of
+    a round are needed in any case. Fewer than half of so many sites may work with a dishonest coordinator."""
 
     @property
     def enabled(self) -> bool:

@@ -21,6 +21,7 @@ from ..errors import RefusedError
 
 PROTOCOL = 4  # version of these types; a site with another one is refused
 UPDATE_SCALE = "update.scale"  # metric: the factor by which a site scaled its update before it sent it
+OF_UPDATE = frozenset((UPDATE_SCALE,))  # metrics that are computed from an update; not sent with secure aggregation
 BENEFIT = "train.benefit"  # metric: loss with the shared adapter ÷ loss without it; in [0, MAX_BENEFIT]
 MAX_BENEFIT = 10.0
 EPSILON = "privacy.epsilon"  # metric: the privacy budget that the site has spent in this federation

@@ -34,7 +34,7 @@ class SumBody:
     token: str
     members: tuple[str, ...]
     weights: Weights
-    max_weight: int
+    max_weight: Annotated[int, Field(ge=1, lt=2**53)]
     offers: dict[str, Offer] = field(default_factory=dict)
     survivors: tuple[str, ...] = ()
     envelopes: dict[str, Envelope] = field(default_factory=dict)

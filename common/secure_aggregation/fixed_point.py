@@ -46,9 +46,14 @@ class FixedPoint:
         return self.bound / self.levels
 
     def level(self, weight: int) -> int:
-        """The level of a weight, at least 1. Raises RefusedError for a weight that is not in 1 … ``max_weight``."""
-        if not 1 <= weight <= self.max_weight:
-            raise RefusedError("weight", f"1 to {self.max_weight}", weight)
+        """The level of a weight, at least 1. A weight above ``max_weight`` counts as ``max_weight``.
+
+        A refusal would tell the coordinator, who chooses ``max_weight``, whether the weight is above it. With a small
+        one, all sites have the same weight. Raises RefusedError for a weight below 1.
+        """
+        if weight < 1:
+            raise RefusedError("weight", "at least 1", weight)
+        weight = min(weight, self.max_weight)
         return max(1, (2 * weight * self.levels + self.max_weight) // (2 * self.max_weight))
 
     def encode(self, update: np.ndarray, weight: int) -> np.ndarray:

@@ -24,8 +24,8 @@ class View:
 
     ``token`` is a random text of the coordinator, another one for each attempt. ``plan`` and ``reference`` are hashes
     of the plan and of the shared arrays that the sites trained from. ``weights`` names what a site weighs and
-    ``max_weight`` the largest weight. ``members`` are the sites that share keys, in the order of the roster;
-    ``min_sites`` is the smallest number of them in a sum.
+    ``max_weight`` the largest weight that counts. ``members`` are the sites that may share keys, the same in all
+    attempts at a round, in the order of the roster; ``min_sites`` is the smallest number of them in a sum.
     """
 
     federation: str
@@ -68,7 +68,8 @@ class View:
 def threshold(members: int, min_sites: int) -> int:
     """Two thirds of the members, rounded up, and at least ``min_sites``.
 
-    With more than half, two groups of honest sites cannot both reveal shares for different sums.
+    Two groups of so many members have 2 · threshold - members in common. So if fewer collude with the coordinator, the
+    groups have an honest site in common, which reveals shares for one sum only.
     """
     return max(-(-2 * members // 3), min_sites)
 

@@ -38,6 +38,7 @@ from .aggregation import RoundState
 from .checkpoint import MAX_CHECKPOINTS, ServerState
 from .shared_adapter import SharedAdapter
 from .strategy import AdapterStrategy, PendingRequest
+from .sum_members import SumMembers
 
 FOLDER = "secure"  # beside the spool: the masked sums of the last rounds
 FILES = "round-*.safetensors"
@@ -110,17 +111,20 @@ def aggregate(
     )
     seconds = time.monotonic() - started
     strategy.recorder.emit("round", round=t, admitted=survivors, weights={}, residual=None, seconds=seconds)
-    admitted = {**state.admitted, **dict.fromkeys(survivors, t)}
+    admitted = {**state.admitted, **dict.fromkeys(masked.survivors, t)}  # after a lost round, other updates follow
     return dataclasses.replace(state, round=t, finalized=False, adapters=(adapter,), admitted=admitted)
 
 
 def collect(strategy: AdapterStrategy, state: ServerState, round_: Round) -> MaskedSum:
     """Let the sites train, share keys and send their masked vectors. Raises QuorumError."""
     t, when = round_.t, f"round {round_.t}"
-    trained = list(strategy.collect(round_.asked, t, when))[:MAX_SITES]
-    view = _view(strategy, state, round_.asked, trained)
+    trained, lists = list(strategy.collect(round_.asked, t, when))[:MAX_SITES], SumMembers(_path(strategy, t).parent)
+    members = lists.of(t) or tuple(trained)
+    trained = [site for site in trained if site in members]
+    view = _view(strategy, state, round_.asked, members, trained)
     needed = max(view.threshold, strategy.settings.quorum or 0)
     strategy.recorder.require_quorum(needed, trained, when)
+    lists.keep(t, members)
     body = SumBody(view.token, view.members, _weights(state), view.max_weight)
     shared = dict(_ask(strategy, round_, "share", dict.fromkeys(trained, body), needed))
     answers = {site: reply for site in trained if (reply := _parse(strategy, t, shared, site, Shared)) is not None}
@@ -249,17 +253,21 @@ def _parse(strategy: AdapterStrategy, t: int, replies: Mapping[str, SumReply], s
 
 
 def _view(
-    strategy: AdapterStrategy, state: ServerState, asked: Mapping[str, PendingRequest], members: Sequence[str]
+    strategy: AdapterStrategy,
+    state: ServerState,
+    asked: Mapping[str, PendingRequest],
+    members: tuple[str, ...],
+    trained: Sequence[str],
 ) -> View:
     train: TrainRequest = next(iter(asked.values())).request
-    limits = [reply_limits(strategy.recipe, strategy.membership.sites[site].info) for site in members]
+    limits = [reply_limits(strategy.recipe, strategy.membership.sites[site].info) for site in trained]
     most = {
         "tokens": max((limit.terms for limit in limits), default=1),
         "examples": max((limit.examples for limit in limits), default=1),
         "uniform": 1,
     }[_weights(state)]
     names = (train.federation, train.round, secrets.token_hex(16), digest(train.plan), train.reference)
-    return View(*names, _weights(state), most, tuple(members), strategy.recipe.privacy.min_sites)
+    return View(*names, _weights(state), most, members, strategy.recipe.privacy.min_sites)
 
 
 def _weights(state: ServerState) -> Weights:

@@ -114,7 +114,7 @@ def test_more_than_a_third_gone_opens_nothing(raw: dict, tmp_path: Path, monkeyp
     drop(monkeypatch, "mask", {"s0", "s3", "s5", "s8"})
     with pytest.raises(QuorumError, match="at least 7 sites are required, 6 took part"):
         simulate(recipe_from(raw), tmp_path / "out", resume=False)
-    assert not (tmp_path / "out" / "secure").exists()
+    assert not list((tmp_path / "out" / "secure").glob("*.safetensors"))
     for record in (tmp_path / "out" / "sites").glob("*/state/secure-sums.json"):
         assert all(entry["opened"] is None for entry in json.loads(record.read_text())["rounds"].values())
 
@@ -271,6 +271,45 @@ def test_after_a_sum_is_opened_no_other_sum_of_the_round_is(
         simulate(recipe, out, resume=True)
     said = (out / "log.txt").read_text()
     assert "asked to open a second sum of round 1" in said
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_all_attempts_at_a_round_name_the_same_sites_also_after_a_restart(
+    raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """The first attempt ends after ``share``, and s0 is gone in the second. Without the list, the sites refuse."""
+    recipe, out = recipe_from(raw), tmp_path / "out"
+    drop(monkeypatch, "mask", {"s1", "s4", "s5", "s9"})
+    with pytest.raises(QuorumError):
+        simulate(recipe, out, resume=False)
+    monkeypatch.undo()
+    drop(monkeypatch, "train", {"s0"})
+    if kept:
+        simulate(recipe, out, resume=True)
+        found = event(out, "secure_sum")
+        assert (found["threshold"], found["sites"]) == (7, [f"s{k}" for k in range(1, 10)])
+        return
+    (out / "secure" / "members.json").unlink()
+    with pytest.raises(QuorumError):
+        simulate(recipe, out, resume=True)
+    said = (out / "log.txt").read_text()
+    assert "names other sites for the sum of round 1 than before" in said
+    assert "It keeps the list of each round in secure/members.json of its run folder." in said
+    assert event(out, "failed")["reason"].endswith("list of sites of round 1")
+
+
+def test_a_damaged_list_of_sites_ends_the_run_in_one_sentence(
+    raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop(monkeypatch, "mask", {"s1", "s4", "s5", "s9"})
+    with pytest.raises(QuorumError):
+        simulate(recipe_from(raw), tmp_path / "out", resume=False)
+    path = tmp_path / "out" / "secure" / "members.json"
+    path.write_text(path.read_text().replace("s0", "s1"))
+    with pytest.raises(
+        ColoraError, match=r"members\.json is damaged, so the sites of the rounds in progress are unknown"
+    ):
+        simulate(recipe_from(raw), tmp_path / "out", resume=True)
 
 
 def test_a_wrong_vector_costs_its_round_and_not_the_run(

@@ -63,6 +63,7 @@ class KeyPlan:
 
     coordinator: CoordinatorPlan
     site: tuple[KeyHolder, ...] = ()
+    secure_aggregation: bool = False  # the sites refuse recipes without privacy.secure_aggregation
 
 
 def provision(plan: Path, out: Path, *, add: bool = False) -> list[str]:
@@ -257,7 +258,7 @@ def _make_site(folder: Path, name: str, keys: KeyPlan, authority: Authority) -> 
     private, aggregation = new_site_key(name)
     write_private(folder / "aggregation.key", private)
     write_public(folder / "ca.crt", authority.pair.certificate)
-    write_public(folder / "site.toml", _site_file(name, keys.coordinator.address).encode())
+    write_public(folder / "site.toml", _site_file(name, keys).encode())
     link, link_authority = _folder(folder / "link"), Authority.new(f"link of {name}")
     write_public(link / "ca.crt", link_authority.pair.certificate)
     hosts = (*LOCAL_HOSTS, "trainer", f"trainer-{name}".lower())  # the last two are containers
@@ -266,9 +267,10 @@ def _make_site(folder: Path, name: str, keys: KeyPlan, authority: Authority) -> 
     return MadeSite(public, aggregation)
 
 
-def _site_file(name: str, address: str) -> str:
-    optimizers = json.dumps(ORDINARY.optimizers)
-    return SITE.format(name=name, address=address, limits=ORDINARY, optimizers=optimizers)
+def _site_file(name: str, keys: KeyPlan) -> str:
+    optimizers, secure = json.dumps(ORDINARY.optimizers), "" if keys.secure_aggregation else "# "
+    address = keys.coordinator.address
+    return SITE.format(name=name, address=address, limits=ORDINARY, optimizers=optimizers, secure=secure)
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -362,7 +364,7 @@ max_requests_per_day = {limits.max_requests_per_day}
 # max_epsilon = 8.0                # privacy budget of all federations; refuses recipes without [privacy]
 # max_delta = 1e-5                 # of the same
 # min_noise = 0.5                  # noise multiplier; refuses recipes without [privacy]
-# require_secure_aggregation = true  # the coordinator gets the sum of the updates only
+{secure}require_secure_aggregation = true  # the coordinator gets the sum of the updates only
 # min_sites = 3                    # smallest number of sites in such a sum
 # metrics = "rounded"              # or "none"; default: "all"
 # federations = ["my-federation"]

@@ -133,8 +133,11 @@ def test_a_site_refuses_what_would_show_its_update(site_setup: SiteSetup) -> Non
     site.handle(request)
     with pytest.raises(TrainerError, match="number of sites"):
         site.sum(step(request, "share", SumBody("t", NAMES[:3], "tokens", 64)))
-    with pytest.raises(TrainerError, match="RefusedError: weight"):
-        site.sum(step(request, "share", SumBody("t", NAMES, "tokens", 1)))
+    right = step(request, "share", body())
+    for max_weight in (b"0", b"-1", b"%d" % 2**53):
+        wrong = right.body.replace(b'"max_weight": 64', b'"max_weight": ' + max_weight)
+        with pytest.raises(TrainerError, match="RefusedError: secure aggregation"):
+            site.sum(dataclasses.replace(right, body=wrong))
     with pytest.raises(TrainerError, match="RefusedError: sites"):
         site.sum(step(request, "share", SumBody("t", (*NAMES, "made-up"), "tokens", 64)))
     asked, sealed = attempt(site_setup, others, request, "first")
@@ -142,6 +145,53 @@ def test_a_site_refuses_what_would_show_its_update(site_setup: SiteSetup) -> Non
         site.sum(step(request, "open", dataclasses.replace(asked, survivors=NAMES, envelopes=sealed)))
     with pytest.raises(TrainerError, match="RefusedError: secure aggregation"):
         site.sum(dataclasses.replace(step(request, "share", body()), body=b"\xff[" * 10))
+
+
+def test_a_site_takes_part_with_one_list_of_sites_in_a_round_also_after_a_restart(site_setup: SiteSetup) -> None:
+    others = Others(site_setup)
+    site_setup.configure("[allow]", "require_secure_aggregation = true").start()
+    site, plan = site_setup.client(), secure_plan(site_setup)
+    request = site_setup.request(plan)
+    site.handle(request)
+    attempt(site_setup, others, request, "first")
+    other = SumBody("second", NAMES[:3], "tokens", 64)
+    with pytest.raises(TrainerError, match="RefusedError: list of sites of round 1"):
+        site.sum(step(request, "share", other))
+    site_setup.running[-1].end()
+    site_setup.start()
+    with pytest.raises(TrainerError, match="RefusedError: list of sites of round 1"):
+        site.sum(step(request, "share", other))
+    assert refused(site_setup, "names other sites for the sum of round 1 than before")
+    again, _ = attempt(site_setup, others, request, "second")  # the same list, in another attempt
+    assert site.sum(step(request, "mask", again)).body
+    second = site_setup.request(plan, 2, seed=1)
+    site.handle(second)
+    assert site.sum(step(second, "share", other)).body  # another round, another list
+
+
+def test_a_federation_that_had_secure_aggregation_cannot_go_on_without(site_setup: SiteSetup) -> None:
+    """Also before the first sum. A federation with another name can be without."""
+    Others(site_setup)
+    site_setup.configure().start()
+    site, plan = site_setup.client(), secure_plan(site_setup)
+    site.handle(site_setup.request(plan))
+    bare = dataclasses.replace(plan, privacy=PrivacySettings())
+    for ask in (lambda: site.site_info(bare.name, to_json(bare)), lambda: site.handle(site_setup.request(bare))):
+        with pytest.raises(TrainerError, match=r"RefusedError: privacy\.secure_aggregation"):
+            ask()
+    assert refused(site_setup, "Federation town had secure aggregation before, and the coordinator now asks without.")
+    site.handle(site_setup.request(dataclasses.replace(bare, name="village")))
+
+
+def test_no_metric_that_is_computed_from_the_update_is_sent(site_setup: SiteSetup) -> None:
+    Others(site_setup)
+    site_setup.configure().start()
+    plan = dataclasses.replace(secure_plan(site_setup), train=site_setup.plan(max_update_norm=1e-4).train)
+    bare = dataclasses.replace(plan, name="village", privacy=PrivacySettings())
+    plain, secure = (site_setup.client().handle(site_setup.request(each)).metrics for each in (bare, plan))
+    assert plain["update.scale"] < 1
+    assert set(secure) == set(plain) - {"update.scale"}
+    assert [line["withheld"] for line in site_setup.audit() if line["kind"] == "reply"] == [["update.scale"]]
 
 
 def test_a_site_without_a_roster_says_so_in_one_sentence(site_setup: SiteSetup) -> None:
@@ -154,6 +204,7 @@ def test_a_site_without_a_roster_says_so_in_one_sentence(site_setup: SiteSetup) 
 
 def test_a_damaged_record_of_sums_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
     record = SumRecord(tmp_path / RECORD, "ada")
+    record.join(1, NAMES, "adapter", 0)
     record.mask(1, "attempt", "salt")
     record.open(1, "attempt", "salt", "sum")
     record.open(1, "attempt", "salt", "sum")

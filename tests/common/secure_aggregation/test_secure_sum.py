@@ -126,6 +126,32 @@ def test_two_colluding_sites_and_the_coordinator_open_no_update_of_a_third() -> 
         assert not (len(masks) >= table.view.threshold and len(keys) >= table.view.threshold)
 
 
+def least_honest(members: int, needed: int, colluders: int) -> int:
+    """The smallest number of honest sites in an opened sum, if sites are told different lists of lost sites.
+
+    With o sites that shared keys, an honest one reveals keys of at most o - needed sites, and a key takes
+    needed - colluders of the o - colluders honest sites. So at most (o - c)(o - t) / (t - c) keys are revealed.
+    """
+    honest = {o: o - colluders for o in range(needed, members + 1)}
+    return min(h - h * (o - needed) // (needed - colluders) for o, h in honest.items())
+
+
+def test_with_fewer_colluders_than_half_of_min_sites_no_list_of_sites_shows_an_update() -> None:
+    """The coordinator chooses the list, which has ``min_sites`` or more sites. What the guide says of it."""
+    for min_sites in range(2, 40):
+        colluders = (min_sites - 1) // 2
+        for members in range(min_sites, 3 * min_sites + 3):
+            needed = threshold(members, min_sites)
+            assert colluders < 2 * needed - members, "two sums of a list, or both secrets of a site"
+            assert least_honest(members, needed, colluders) >= 2
+        assert any(  # one more is enough
+            colluders + 1 >= 2 * threshold(n, min_sites) - n
+            or least_honest(n, threshold(n, min_sites), colluders + 1) < 2
+            for n in range(min_sites, 3 * min_sites + 3)
+        )
+    assert [least_honest(10, 7, colluders) for colluders in range(4)] == [6, 5, 4, 2]
+
+
 def test_the_colluders_own_masks_do_not_uncover_the_vector() -> None:
     """Less the masks that the two colluders have in common with the victim, its vector is still uniform."""
     table = Table(5, size=20_000)
@@ -287,9 +313,17 @@ def test_no_sum_overflows_and_the_mean_is_that_of_plain_numbers_to_the_step(site
     assert np.abs(mean.update - expected).max() <= rounding
 
 
-def test_values_beyond_the_bound_and_weights_beyond_the_largest_are_refused() -> None:
+def test_a_weight_above_the_largest_counts_as_the_largest() -> None:
+    """A refusal would tell who chooses ``max_weight`` whether the weight is above it."""
     numbers = FixedPoint(1.0, 10, 3)
-    for update, weight in (([1.01], 10), ([np.nan], 10), ([np.inf], 10), ([0.0], 0), ([0.0], 11)):
+    assert numbers.encode(np.array([0.5]), 11).tolist() == numbers.encode(np.array([0.5]), 10).tolist()
+    same = FixedPoint(1.0, 1, 3)
+    assert same.encode(np.array([0.5]), 7).tolist() == same.encode(np.array([0.5]), 500).tolist()
+
+
+def test_values_beyond_the_bound_and_weights_below_1_are_refused() -> None:
+    numbers = FixedPoint(1.0, 10, 3)
+    for update, weight in (([1.01], 10), ([np.nan], 10), ([np.inf], 10), ([0.0], 0), ([0.0], -1)):
         with pytest.raises(RefusedError):
             numbers.encode(np.array(update), weight)
     noise = np.append(expand(b"1" * 32, 1000), np.uint32(LARGEST // 2))

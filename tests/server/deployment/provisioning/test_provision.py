@@ -245,6 +245,18 @@ def test_a_site_file_is_ready_but_for_its_data(made: Path) -> None:
     assert site.allow == ORDINARY
 
 
+@pytest.mark.parametrize("secure", [True, False])
+def test_the_sites_of_a_federation_with_secure_aggregation_refuse_recipes_without(tmp_path: Path, secure: bool) -> None:
+    plan, keys = write_plan(tmp_path, {"secure_aggregation": secure, **PLAN}), tmp_path / "keys"
+    provision(plan, keys)
+    write_plan(tmp_path, {"secure_aggregation": secure, **with_sites("north", "west")})
+    provision(plan, keys, add=True)
+    for name in ("north", "South.2", "west"):
+        file = keys / "sites" / name / "site.toml"
+        file.write_text(file.read_text().replace('source = ""', 'source = "rows.csv"'))
+        assert load_site(file).allow.require_secure_aggregation is secure
+
+
 def test_every_commented_example_of_a_site_file_is_a_key_that_exists(made: Path) -> None:
     lines = (made / "sites/north/site.toml").read_text().splitlines()
     examples = [line.removeprefix("# ") if " = " in line or line.startswith("# [") else line for line in lines]
