@@ -40,13 +40,10 @@ class Identity:
 
     def verify(self, site: str, text: bytes, signature: bytes) -> None:
         """Raise RefusedError unless this site signed the text."""
-        try:
-            self.public_key(site).verify(signature, NAME + text, SIGNATURE)
-        except InvalidSignature:
+        if not is_signed(self.public_key(site), text, signature):
             message = f"The mask key that the coordinator presents for {site!r} is not signed by {site!r}."
-            raise RefusedError(
-                "signature", f"one by the key of {site}", "another", site=self.site, message=message
-            ) from None
+            field = f"signature of {site}"  # the coordinator is told the field
+            raise RefusedError(field, f"one by the key of {site}", "another", site=self.site, message=message)
 
     def public_key(self, site: str) -> ec.EllipticCurvePublicKey:
         """Return a site's public key. Raises RefusedError for a site that the roster lacks."""
@@ -76,6 +73,15 @@ class Identity:
     def _shared_key(self, other: str, sender: str, to: str, context: bytes) -> bytes:
         shared = self.key.exchange(ec.ECDH(), self.public_key(other))
         return derive(shared, context, f"envelope from {sender} to {to}")
+
+
+def is_signed(key: ec.EllipticCurvePublicKey, text: bytes, signature: bytes) -> bool:
+    """Whether the owner of a key signed a text."""
+    try:
+        key.verify(signature, NAME + text, SIGNATURE)
+    except InvalidSignature:
+        return False
+    return True
 
 
 def read_identity(site: str, key: Path, roster: Path) -> Identity:
