@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from ..errors import ConfigError, RefusedError
+from ..errors import ConfigError, RefusedError, StateError
 from .masking import NAME, derive
 
 NONCE_BYTES = 12
@@ -115,6 +115,21 @@ def parse_roster(text: bytes) -> dict[str, ec.EllipticCurvePublicKey]:
             raise ValueError("a line without a name, or the same name or key twice")
         keys[name] = key
     return keys
+
+
+def coordinator_roster(path: Path) -> PublicKeys:
+    """Return the public keys that the coordinator checks signatures with, none without a file. Raises StateError.
+
+    The sites do not rely on it: each has a roster of its own.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return parse_roster(path.read_bytes())
+    except (OSError, ValueError) as error:
+        message = f"{path} does not hold public keys (ecdsa-sha2-nistp384), each with a name: {error}."
+        hint = "Copy it from the folder that colora provision wrote, or delete it: it is optional."
+        raise StateError(str(path), "a roster", error, message=message, hint=hint) from None
 
 
 def _read(path: Path, field: str, site: str) -> bytes:
