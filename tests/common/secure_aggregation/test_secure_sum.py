@@ -19,7 +19,7 @@ from colora.common.secure_aggregation import participant as participant_module
 from colora.common.secure_aggregation.fixed_point import LARGEST, MAX_SITES, FixedPoint, flatten, unflatten
 from colora.common.secure_aggregation.identity import Identity, parse_roster
 from colora.common.secure_aggregation.masking import expand, public_key
-from colora.common.secure_aggregation.opening import Unmasked, unmask
+from colora.common.secure_aggregation.opening import Unmasked, check_offer, unmask
 from colora.common.secure_aggregation.participant import Participant, Revealed
 from colora.common.secure_aggregation.reed_solomon import decode
 from colora.common.secure_aggregation.shamir import PRIME, combine, split, value_at
@@ -244,6 +244,31 @@ def test_one_wrong_share_is_found_out_where_there_are_enough_others() -> None:
     few = {name: revealed[name] for name in names[1:4]}
     with pytest.raises(RefusedError, match="does not follow from 4 shares"):
         unmask(total, table.view, offers, names, {**few, "s00": Revealed(wrong, {})})
+
+
+def test_the_coordinator_refuses_keys_that_would_stop_the_other_sites() -> None:
+    """Each of them makes the step ``mask`` fail at every other site. The errors of both sides name the same site."""
+    table = Table(3)
+    offers, names = table.offers(table.view.members), table.view.members
+    for site, offer in offers.items():
+        check_offer(table.view, site, offer, ROSTER)
+    own = offers["s01"]
+    low_order = "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800"  # RFC 7748, section 7
+    key = Participant(Identity("s01", KEYS["s02"], ROSTER), table.view, table.sites["s01"].secret).offer  # of another
+    wrong = {
+        "mask key of s01": [dataclasses.replace(own, public=public) for public in ("00" * 32, low_order)],
+        "signature of s01": [dataclasses.replace(own, signature=text) for text in ("123", "12", own.signature[:-2])],
+    }
+    wrong["signature of s01"] += [dataclasses.replace(own, commitment="ab" * 32), key]
+    for field, offer in ((field, offer) for field, found in wrong.items() for offer in found):
+        with pytest.raises(RefusedError) as refused:
+            check_offer(table.view, "s01", offer, ROSTER)
+        assert (refused.value.field, refused.value.site or "s01") == (field, "s01")
+        with pytest.raises(RefusedError, match=r"of s01: expected|not signed by 's01'"):
+            table.sites["s00"].mask(np.zeros(3, np.uint32), {**offers, "s01": offer})
+    check_offer(
+        table.view, names[1], key, {}
+    )  # without a roster, a signature of another cannot be told from a right one
 
 
 # --- wrong shares ---
