@@ -27,6 +27,7 @@ from .cohort import Cohort
 from .comparison import compare
 from .engines import ENGINES, SimulationJob
 from .partition import make_sites, write_site
+from .secure_keys import simulated_public_keys
 from .site_errors import SiteErrors
 from .validation import check_simulation
 
@@ -83,7 +84,8 @@ def simulate(
         initialize_run(run, recipe, terminal.on_sites)
     roster = tuple(RosterEntry(*entry) for entry in run.read_roster())
     with trackers:
-        federate(recipe, RunPaths(folder, folder), roster, listener, RunOptions(replay=replay), terminal)
+        options = RunOptions(replay=replay, public_keys=simulated_public_keys(recipe, tuple(r.site for r in roster)))
+        federate(recipe, RunPaths(folder, folder), roster, listener, options, terminal)
         if recipe.simulation.baseline:
             mark = (lambda event: listener({**event, "baseline": True})) if listener else None
             federate(local_only(recipe), RunPaths(run.baseline, folder), roster, mark, terminal=terminal)

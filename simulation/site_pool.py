@@ -27,7 +27,7 @@ from ..common.errors import ColoraError
 from ..common.models.base_model import load_base_model
 from ..common.protocol.types import Arrays, SiteInfo, SumReply, SumRequest, TrainReply, TrainRequest
 from .cohort import Cohort
-from .secure_keys import simulated_identities
+from .secure_keys import seed_of, simulated_identities
 
 logger = logging.getLogger("colora.site")
 SiteStep = Callable[[str, int, int], None]  # (site, optimizer steps done, steps of the round)
@@ -98,7 +98,7 @@ class SitePool:
 
     def secure_rounds(self, name: str) -> SecureRounds:
         """Return a site's part in secure sums. Its secrets derive from the seed, so that a run can be repeated."""
-        seed = f"{self.plan.seed}|{self.plan.name}"
+        seed = seed_of(self.plan)
         identity = simulated_identities(seed, self.paths.names)[name]
         return SecureRounds(
             self.plan, identity, f"{seed}|{name}", StateStore(self.paths.state_of(name), self.plan.name)

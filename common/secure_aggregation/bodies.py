@@ -18,6 +18,8 @@ from .view import STRICT, Offer
 
 Weights = Literal["tokens", "examples", "uniform"]
 ENVELOPE_BYTES = 2 * SHARE_BYTES + NONCE_BYTES + 16  # two shares, and what encryption adds
+ENTRY_BYTES = 2 * ENVELOPE_BYTES + 80  # of one site's entry in a reply: an envelope or a share in digits, and a name
+REPLY_BYTES = 1024  # of the rest of a reply
 Envelope = Annotated[str, Field(pattern=f"^[0-9a-f]{{{2 * ENVELOPE_BYTES}}}$")]
 T = TypeVar("T")
 
@@ -70,8 +72,13 @@ def to_bytes(body: Any) -> bytes:
     return json.dumps(asdict(body), sort_keys=True).encode()
 
 
-def from_bytes(kind: type[T], data: bytes) -> T:
-    """Return the body in JSON from an untrusted sender. Raises RefusedError."""
+def from_bytes(kind: type[T], data: bytes, members: int | None = None) -> T:
+    """Return the body in JSON from an untrusted sender. Raises RefusedError.
+
+    A site's reply is not parsed if it is longer than one to so many ``members`` can be.
+    """
+    if members is not None and len(data) > REPLY_BYTES + members * ENTRY_BYTES:
+        raise RefusedError("bytes of the reply", f"at most {REPLY_BYTES + members * ENTRY_BYTES}", len(data))
     try:
         return TypeAdapter(kind).validate_json(data)
     except (pydantic.ValidationError, ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from ..errors import ConfigError, RefusedError
+from ..errors import ConfigError, RefusedError, StateError
 from .masking import NAME, derive
 
 NONCE_BYTES = 12
@@ -40,13 +40,10 @@ class Identity:
 
     def verify(self, site: str, text: bytes, signature: bytes) -> None:
         """Raise RefusedError unless this site signed the text."""
-        try:
-            self.public_key(site).verify(signature, NAME + text, SIGNATURE)
-        except InvalidSignature:
+        if not is_signed(self.public_key(site), text, signature):
             message = f"The mask key that the coordinator presents for {site!r} is not signed by {site!r}."
-            raise RefusedError(
-                "signature", f"one by the key of {site}", "another", site=self.site, message=message
-            ) from None
+            field = f"signature of {site}"  # the coordinator is told the field
+            raise RefusedError(field, f"one by the key of {site}", "another", site=self.site, message=message)
 
     def public_key(self, site: str) -> ec.EllipticCurvePublicKey:
         """Return a site's public key. Raises RefusedError for a site that the roster lacks."""
@@ -76,6 +73,15 @@ class Identity:
     def _shared_key(self, other: str, sender: str, to: str, context: bytes) -> bytes:
         shared = self.key.exchange(ec.ECDH(), self.public_key(other))
         return derive(shared, context, f"envelope from {sender} to {to}")
+
+
+def is_signed(key: ec.EllipticCurvePublicKey, text: bytes, signature: bytes) -> bool:
+    """Whether the owner of a key signed a text."""
+    try:
+        key.verify(signature, NAME + text, SIGNATURE)
+    except InvalidSignature:
+        return False
+    return True
 
 
 def read_identity(site: str, key: Path, roster: Path) -> Identity:
@@ -109,6 +115,21 @@ def parse_roster(text: bytes) -> dict[str, ec.EllipticCurvePublicKey]:
             raise ValueError("a line without a name, or the same name or key twice")
         keys[name] = key
     return keys
+
+
+def coordinator_roster(path: Path) -> PublicKeys:
+    """Return the public keys that the coordinator checks signatures with, none without a file. Raises StateError.
+
+    The sites do not rely on it: each has a roster of its own.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return parse_roster(path.read_bytes())
+    except (OSError, ValueError) as error:
+        message = f"{path} does not hold public keys (ecdsa-sha2-nistp384), each with a name: {error}."
+        hint = "Copy it from the folder that colora provision wrote, or delete it: it is optional."
+        raise StateError(str(path), "a roster", error, message=message, hint=hint) from None
 
 
 def _read(path: Path, field: str, site: str) -> bytes:

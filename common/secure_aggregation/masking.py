@@ -34,15 +34,15 @@ def public_key(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def pairwise_seed(private: bytes, public: bytes, salt: bytes) -> bytes:
+def pairwise_seed(private: bytes, public: bytes, salt: bytes, other: str) -> bytes:
     """Return the seed of the mask of two sites, which either computes from its own key and the other's public key.
 
-    Raises RefusedError for a public key that is none.
+    Raises RefusedError, which names the ``other`` site, for a public key that is none.
     """
     try:
         shared = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
-        raise RefusedError("mask key", "an X25519 public key", public.hex()) from None
+        raise RefusedError(f"mask key of {other}", "an X25519 public key", public.hex()) from None
     return derive(shared, salt, "pairwise mask")
 
 

@@ -83,8 +83,8 @@ class Participant:
         for name, offer in offers.items():
             if name == self.identity.site:
                 continue
-            public = from_hex(offer.public, None, "mask key", self.identity.site)
-            mask = expand(pairwise_seed(self._private, public, salt), len(vector))
+            public = from_hex(offer.public, None, f"mask key of {name}", self.identity.site)
+            mask = expand(pairwise_seed(self._private, public, salt, name), len(vector))
             if own < self.view.point(name):
                 masked += mask
             else:
@@ -129,7 +129,7 @@ class Participant:
         self._require(len(offers), "sites that shared keys")
         for name, offer in offers.items():
             text = signed_text(self.view, name, offer.public, offer.commitment)
-            self.identity.verify(name, text, from_hex(offer.signature, None, "signature", site))
+            self.identity.verify(name, text, from_hex(offer.signature, None, f"signature of {name}", site))
         return salt_of(self.view, offers)
 
     def _require(self, count: int, what: str) -> None:

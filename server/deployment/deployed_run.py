@@ -14,6 +14,7 @@ from ...common.config.loader import load_recipe
 from ...common.errors import ColoraError, QuorumError
 from ...common.event_log import EventLog
 from ...common.flower_compat import shorten_pull_backoff
+from ...common.secure_aggregation.identity import coordinator_roster
 from ..reporting.run_folder import RunFolder
 from ..rounds.agreement import own_fingerprints
 from ..rounds.run_options import RosterEntry, Run, RunOptions, StopRequested
@@ -37,10 +38,9 @@ def deployed() -> Iterator[tuple[Run, RunOptions]]:
         events = EventLog(files.path / "events.jsonl")
         try:
             roster = tuple(RosterEntry(*entry) for entry in files.read_roster())
-            yield (
-                Run(load_recipe(files.recipe), roster, files.path),
-                RunOptions(deployed=True, should_stop=files.stop.exists, fingerprints=own_fingerprints),
-            )
+            keys, stop = coordinator_roster(files.public_keys), files.stop.exists
+            options = RunOptions(True, stop, fingerprints=own_fingerprints, public_keys=keys)
+            yield Run(load_recipe(files.recipe), roster, files.path), options
         except StopRequested:
             events.emit("stopped")
         except ColoraError as error:

@@ -23,6 +23,7 @@ from ...common.errors import ColoraError, ConfigError, QuorumError, StateError
 from ...common.event_log import Event, EventLog, notify
 from ...common.processes.file_limit import raise_file_limit
 from ...common.processes.supervised import Signals, exclusive_lock, listens, write_services
+from ...common.secure_aggregation.identity import coordinator_roster
 from ..reporting.events import EventTail
 from ..reporting.run_folder import RunFolder
 from ..reporting.tracking import track
@@ -30,6 +31,7 @@ from ..rounds.run_options import RosterEntry
 from .gateway.process import GatewayProcess
 from .gateway.server import ListenAddress
 from .gateway.upstream import Upstream
+from .provisioning.provision import ROSTER
 from .superlink import Certificates, SuperLink, point_of
 
 EVENT_INTERVAL, PROCESS_INTERVAL = 0.1, 0.5  # seconds between two checks of the events, and of the processes
@@ -46,6 +48,7 @@ class Keys:
 
     certificates: Certificates
     sites: dict[str, bytes]  # OpenSSH public keys by name
+    roster: Path | None = None  # the sites' public keys for secure aggregation
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class ServerJob:
 
 
 def read_keys(folder: Path) -> Keys:
-    """Read the coordinator's folder. Raises StateError if a file is missing."""
+    """Read the coordinator's folder. Raises StateError if a file is missing or damaged."""
     files = {name: folder / name for name in ("ca.crt", "server.crt", "server.key")}
     hint = "Use the folder `coordinator` that colora provision wrote."
     for path in files.values():
@@ -71,7 +74,8 @@ def read_keys(folder: Path) -> Keys:
     if not sites:
         message = f"--keys {folder} has no public keys of sites."
         raise StateError(f"--keys {folder}", "public keys sites/NAME.pub", "none", message=message, hint=hint)
-    return Keys(Certificates(*files.values()), sites)
+    roster = folder / ROSTER
+    return Keys(Certificates(*files.values()), sites, roster if coordinator_roster(roster) else None)
 
 
 def roster_of(recipe: Recipe, keys: Keys | None) -> tuple[RosterEntry, ...]:
@@ -119,6 +123,8 @@ def run_server(job: ServerJob, listener: Callable[[Event], None]) -> bool:
         if run.recipe.exists():
             run.resume(job.recipe, listener)
         initialize_run(run, job.recipe, roster)
+        if job.keys and job.keys.roster:
+            write_atomically(run.public_keys, job.keys.roster.read_bytes())
         upstream, address = _endpoints(job)
         link = SuperLink(
             job.folder.resolve() / "flower",

@@ -41,6 +41,11 @@ class RunFolder:
         return self.path / "roster.json"
 
     @property
+    def public_keys(self) -> Path:
+        """A copy of the sites' public keys for secure aggregation, where the coordinator has them."""
+        return self.path / "roster.pub"
+
+    @property
     def stop(self) -> Path:
         """While this file exists, the coordinator stops after the current round."""
         return self.path / "stop"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...common.config.schema import Recipe
 from ...common.errors import StateError
+from ...common.secure_aggregation.identity import PublicKeys
 from ..reporting.events import read_events
 
 
@@ -47,12 +48,14 @@ class RunOptions:
     ``deployed``: sites are separate processes, so the coordinator waits for missing sites and retries failed rounds.
     ``should_stop`` is called between rounds and while waiting. ``replay`` limits each round to the sites of an earlier
     run. ``fingerprints`` returns those of the coordinator's own copy of the base model, by field of ``SiteInfo``.
+    ``public_keys`` are those of the sites for secure aggregation, as far as the coordinator has them.
     """
 
     deployed: bool = False
     should_stop: Callable[[], bool] = lambda: False
     replay: Replay | None = None
     fingerprints: Callable[[Recipe], Mapping[str, str]] = lambda recipe: {}
+    public_keys: PublicKeys = field(default_factory=dict)
 
 
 class StopRequested(Exception):

@@ -12,56 +12,37 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from flwr.app import Message
 
-from ...common.atomic_io import load_arrays, save_arrays
 from ...common.config.schema import digest
-from ...common.errors import DamagedError, RefusedError
+from ...common.errors import RefusedError
 from ...common.protocol import flower_messages as messages
 from ...common.protocol.codec import as_received
-from ...common.protocol.types import SumReply, SumRequest, SumStep, TrainRequest
+from ...common.protocol.types import SumReply, SumRequest, SumStep, TrainRequest, hash_arrays
 from ...common.secure_aggregation.bodies import Opened, Shared, SumBody, Weights, from_bytes, to_bytes
 from ...common.secure_aggregation.fixed_point import MAX_SITES, WeightedMean, unflatten
-from ...common.secure_aggregation.opening import unmask
+from ...common.secure_aggregation.identity import PublicKeys
+from ...common.secure_aggregation.opening import check_offer, unmask
 from ...common.secure_aggregation.participant import Revealed
-from ...common.secure_aggregation.view import Offer, Offers, View
+from ...common.secure_aggregation.view import Offer, View
 from . import aggregation
 from .admission import reply_limits
 from .aggregation import RoundState
-from .checkpoint import MAX_CHECKPOINTS, ServerState
+from .checkpoint import ServerState
+from .masked_sum import MaskedSum, read_sum, sealed_by, write_sum
 from .shared_adapter import SharedAdapter
 from .strategy import AdapterStrategy, PendingRequest
 from .sum_members import SumMembers
 
 FOLDER = "secure"  # beside the spool: the masked sums of the last rounds
-FILES = "round-*.safetensors"
-SUM = "sum"
-
-
-@dataclass(frozen=True)
-class MaskedSum:
-    """The sum (n,) of the survivors' masked vectors modulo 2³², and what is needed to open it.
-
-    ``envelopes`` are the sealed shares by sender and receiver, in hexadecimal digits.
-    """
-
-    view: View
-    offers: Offers
-    envelopes: Mapping[str, Mapping[str, str]]
-    survivors: tuple[str, ...]
-    total: np.ndarray
-
-    @property
-    def dropped(self) -> list[str]:
-        """The sites that shared keys and are not in the sum."""
-        return [name for name in self.offers if name not in self.survivors]
+T = TypeVar("T")
 
 
 @dataclass
@@ -71,6 +52,24 @@ class Traffic:
     up: dict[str, int]
     down: dict[str, int]
 
+    def count(self, site: str, down: int, up: int) -> None:
+        """Add the bytes of a step."""
+        self.down[site] = self.down.get(site, 0) + down
+        self.up[site] = self.up.get(site, 0) + up
+
+
+@dataclass(frozen=True)
+class Exchange(Generic[T]):
+    """A step for all its sites: how many are needed, what each is sent, and how its reply is read.
+
+    ``read`` takes the site and its reply. It raises RefusedError.
+    """
+
+    step: SumStep
+    needed: int
+    body: Callable[[str], bytes]
+    read: Callable[[str, bytes], T]
+
 
 class Round(NamedTuple):
     """The round in progress, with its requests to train by site."""
@@ -79,23 +78,25 @@ class Round(NamedTuple):
     asked: Mapping[str, PendingRequest]
     traffic: Traffic
 
-    def request(self, site: str, step: SumStep, body: SumBody) -> SumRequest:
+    def request(self, site: str, step: SumStep, body: bytes) -> SumRequest:
         """The request of a step to a site."""
         train = self.asked[site].request
         names = (train.admitted_round, train.plan, train.evaluate, train.reference)
-        return SumRequest(train.federation, self.t, step, *names, to_bytes(body))
+        return SumRequest(train.federation, self.t, step, *names, body)
 
 
 def aggregate(
     strategy: AdapterStrategy, t: int, state: ServerState, asked: Mapping[str, PendingRequest]
 ) -> ServerState:
-    """Compute S_t from the sum of the updates. Raises QuorumError if too few sites take part in a step."""
+    """Compute S_t from the sum of the updates. Raises StateError, and QuorumError if too few sites take part."""
     started, path = time.monotonic(), _path(strategy, t)
     round_ = Round(t, asked, Traffic({}, {}))
-    masked = read_sum(path, round_)
+    masked = read_sum(path, hash_arrays(state.shared))
     if masked is None:
         masked = collect(strategy, state, round_)
         write_sum(path, masked)
+    else:
+        round_ = repeat(strategy, state, round_, masked)
     revealed = open_shares(strategy, round_, masked)
     survivors = list(masked.survivors)
     try:
@@ -126,57 +127,64 @@ def collect(strategy: AdapterStrategy, state: ServerState, round_: Round) -> Mas
     strategy.recorder.require_quorum(needed, trained, when)
     lists.keep(t, members)
     body = SumBody(view.token, view.members, _weights(state), view.max_weight)
-    shared = dict(_ask(strategy, round_, "share", dict.fromkeys(trained, body), needed))
-    answers = {site: reply for site in trained if (reply := _parse(strategy, t, shared, site, Shared)) is not None}
+    share = Exchange("share", needed, _same(body), partial(_shared, view, strategy.options.public_keys))
+    answers = dict(_ask(strategy, round_, trained, share))
     strategy.recorder.require_quorum(needed, list(answers), when)
-    offers = {site: answer.offer for site, answer in answers.items()}
-    body, total, survivors = dataclasses.replace(body, offers=offers), np.zeros(_size(state), np.uint32), []
-    for site, reply in _ask(strategy, round_, "mask", dict.fromkeys(offers, body), needed):
-        if len(reply.body) != total.nbytes:
-            expected = f"{total.nbytes} bytes"
-            strategy.recorder.refused(t, RefusedError("masked vector", expected, len(reply.body), site=site))
-            continue
-        total += np.frombuffer(reply.body, "<u4")
-        survivors.append(site)
-    strategy.recorder.require_quorum(needed, survivors, when)
-    envelopes = {site: answer.envelopes for site, answer in answers.items()}
-    return MaskedSum(view, offers, envelopes, tuple(site for site in offers if site in survivors), total)
+    offers = {site: answers[site][0] for site in trained if site in answers}
+    body, total, survivors = dataclasses.replace(body, offers=offers), np.zeros(_size(state), np.uint32), set()
+    mask = Exchange("mask", needed, _same(body), partial(_masked, len(total)))
+    for site, vector in _ask(strategy, round_, offers, mask):
+        total += vector
+        survivors.add(site)
+    strategy.recorder.require_quorum(needed, [site for site in offers if site in survivors], when)
+    envelopes = np.stack([answers[site][1] for site in offers])
+    return MaskedSum(strategy.plan, view, offers, envelopes, tuple(site for site in offers if site in survivors), total)
+
+
+def repeat(strategy: AdapterStrategy, state: ServerState, round_: Round, masked: MaskedSum) -> Round:
+    """Send the train requests of a sum from disk to its sites again, and return the round with those that reply.
+
+    The sites may have gone on from this round, or have lost it, before the coordinator went back to it. A site that
+    has its reply does not train again. The requests have the plan of the sum, as ``--rounds`` may have changed it
+    since: the sites open no sum of another plan. Raises QuorumError for fewer sites than it takes to open the sum.
+    """
+    evaluate = any(pending.request.evaluate for pending in round_.asked.values())
+    sites = [site for site in masked.survivors if site in round_.asked]
+    asked = strategy.requests(sites, state, round_.t, "train", evaluate, masked.plan)
+    replied = strategy.collect(asked, round_.t, f"round {round_.t}", masked.view.threshold)
+    return round_._replace(asked={site: asked[site] for site in replied})
 
 
 def open_shares(strategy: AdapterStrategy, round_: Round, masked: MaskedSum) -> dict[str, Revealed]:
     """Ask the survivors for the shares that open the sum. Raises QuorumError for fewer than the threshold."""
-    view, t = masked.view, round_.t
-    bodies = {
-        site: SumBody(
-            view.token,
-            view.members,
-            _rule(view.weights),
-            view.max_weight,
-            dict(masked.offers),
-            masked.survivors,
-            {sender: sealed[site] for sender, sealed in masked.envelopes.items() if site in sealed},
-        )
-        for site in masked.survivors
-        if site in round_.asked
-    }
-    replies = dict(_ask(strategy, round_, "open", bodies, view.threshold))
-    opened = {site: answer for site in bodies if (answer := _parse(strategy, t, replies, site, Opened)) is not None}
-    revealed: dict[str, Revealed] = {}
-    for site, answer in opened.items():
-        try:
-            revealed[site] = answer.revealed()
-        except RefusedError as error:
-            strategy.recorder.refused(t, error.at_site(site))
-    strategy.recorder.require_quorum(view.threshold, list(revealed), f"round {t}")
+    view, offers = masked.view, dict(masked.offers)
+
+    def body(site: str) -> bytes:
+        names = (view.token, view.members, _rule(view.weights), view.max_weight)
+        return to_bytes(SumBody(*names, offers, masked.survivors, masked.envelopes_for(site)))
+
+    sites = [site for site in masked.survivors if site in round_.asked]
+    revealed = dict(_ask(strategy, round_, sites, Exchange("open", view.threshold, body, partial(_opened, view))))
+    strategy.recorder.require_quorum(view.threshold, list(revealed), f"round {round_.t}")
     return revealed
 
 
 def decode(strategy: AdapterStrategy, masked: MaskedSum, revealed: Mapping[str, Revealed]) -> WeightedMean:
     """Take the masks off the sum and return the mean update. Raises RefusedError for an impossible one."""
-    total = unmask(masked.total, masked.view, masked.offers, masked.survivors, revealed)
+    total, wrong = unmask(masked.total, masked.view, masked.offers, masked.survivors, revealed)
+    for site, owners in wrong.items():
+        strategy.recorder.refused(masked.view.round, _wrong_shares(site, owners))
     bound = strategy.recipe.train.max_update_norm
     assert bound is not None  # check_privacy
     return masked.view.fixed_point(bound).decode(total, len(masked.survivors))
+
+
+def _wrong_shares(site: str, owners: Sequence[str]) -> RefusedError:
+    names = ", ".join(owners)
+    message = (
+        f"Its share of the secret of {names} does not fit the other shares. Either {site} or {names} has changed it."
+    )
+    return RefusedError(f"share of {owners[0]}", "one that fits the others", "another", site=site, message=message)
 
 
 def step(strategy: AdapterStrategy, t: int, adapter: SharedAdapter, mean: WeightedMean) -> SharedAdapter:
@@ -193,15 +201,14 @@ def step(strategy: AdapterStrategy, t: int, adapter: SharedAdapter, mean: Weight
 
 
 def _ask(
-    strategy: AdapterStrategy, round_: Round, step_: SumStep, bodies: Mapping[str, SumBody], needed: int
-) -> Iterator[tuple[str, SumReply]]:
-    """Send a step to sites and yield the replies that answer it. Failures are recorded."""
-    requests = {site: round_.request(site, step_, body) for site, body in bodies.items()}
-    silent, done, t = set(requests), [], round_.t
+    strategy: AdapterStrategy, round_: Round, sites: Collection[str], exchange: Exchange[T]
+) -> Iterator[tuple[str, T]]:
+    """Send a step to sites and yield what their replies hold. Failures and refusals are recorded."""
+    silent, done, t = set(sites), [], round_.t
     replies = strategy.dispatcher.dispatch(
-        {site: partial(_message, strategy, request, site) for site, request in requests.items()},
-        lambda: len(done) >= needed,
-        lambda silence: strategy.emit_silence(silence, t, done, needed),
+        {site: partial(_message, strategy, round_, exchange, site) for site in sites},
+        lambda: len(done) >= exchange.needed,
+        lambda silence: strategy.emit_silence(silence, t, done, exchange.needed),
     )
     for site, message in replies:
         silent.discard(site)
@@ -210,19 +217,20 @@ def _ask(
             continue
         try:
             reply = messages.sum_reply_from(message)
-            _check(reply, requests[site], site)
+            _check(reply, round_.request(site, exchange.step, b""), site)
+            answer = exchange.read(site, reply.body)
         except RefusedError as error:
             strategy.recorder.refused(t, error.at_site(site))
             continue
-        down = messages.payload_bytes(_message(strategy, requests[site], site))
-        _count(round_.traffic, site, down, messages.payload_bytes(message))
+        round_.traffic.count(site, strategy.dispatcher.bytes_down[site], messages.payload_bytes(message))
         done.append(site)
-        yield site, reply
-    for site in (site for site in requests if site in silent):
-        strategy.recorder.failed(t, site, f"no reply to the step {step_!r} of the secure sum", silent=True)
+        yield site, answer
+    for site in (site for site in sites if site in silent):
+        strategy.recorder.failed(t, site, f"no reply to the step {exchange.step!r} of the secure sum", silent=True)
 
 
-def _message(strategy: AdapterStrategy, request: SumRequest, site: str) -> Message:
+def _message(strategy: AdapterStrategy, round_: Round, exchange: Exchange[Any], site: str) -> Message:
+    request = round_.request(site, exchange.step, exchange.body(site))
     return messages.sum_message(request, strategy.membership.registry.connected[site].node)
 
 
@@ -233,20 +241,26 @@ def _check(reply: SumReply, request: SumRequest, site: str) -> None:
             raise RefusedError(field, str(value), getattr(reply, field), site=site)
 
 
-def _count(traffic: Traffic, site: str, down: int, up: int) -> None:
-    traffic.down[site] = traffic.down.get(site, 0) + down
-    traffic.up[site] = traffic.up.get(site, 0) + up
+def _shared(view: View, roster: PublicKeys, site: str, data: bytes) -> tuple[Offer, np.ndarray]:
+    """The keys and envelopes in a reply to ``share``. Raises RefusedError for those that would stop other sites."""
+    shared = from_bytes(Shared, data, len(view.members))
+    check_offer(view, site, shared.offer, roster)
+    return shared.offer, sealed_by(site, shared.envelopes, view)
 
 
-def _parse(strategy: AdapterStrategy, t: int, replies: Mapping[str, SumReply], site: str, kind: type) -> Any:
-    """The body of a site's reply; None without one, or for a wrong one, which is recorded."""
-    if site not in replies:
-        return None
-    try:
-        return from_bytes(kind, replies[site].body)
-    except RefusedError as error:
-        strategy.recorder.refused(t, error.at_site(site))
-        return None
+def _masked(size: int, site: str, data: bytes) -> np.ndarray:
+    """The vector (size,) in a reply to ``mask``. Raises RefusedError."""
+    if len(data) != 4 * size:
+        raise RefusedError("masked vector", f"{4 * size} bytes", len(data), site=site)
+    return np.frombuffer(data, "<u4")
+
+
+def _opened(view: View, site: str, data: bytes) -> Revealed:
+    """The shares in a reply to ``open``. Raises RefusedError, also for none."""
+    revealed = from_bytes(Opened, data, len(view.members)).revealed()
+    if not revealed.self_masks and not revealed.mask_keys:
+        raise RefusedError("shares", "some", "none", site=site)
+    return revealed
 
 
 # --- the view -------------------------------------------------------------------------------------------------------
@@ -270,6 +284,12 @@ def _view(
     return View(*names, _weights(state), most, members, strategy.recipe.privacy.min_sites)
 
 
+def _same(body: SumBody) -> Callable[[str], bytes]:
+    """One body for all sites."""
+    data = to_bytes(body)
+    return lambda site: data
+
+
 def _weights(state: ServerState) -> Weights:
     return _rule(state.weights)
 
@@ -282,41 +302,5 @@ def _size(state: ServerState) -> int:
     return sum(array.size for array in state.shared.values()) + 1
 
 
-# --- on disk --------------------------------------------------------------------------------------------------------
-
-
 def _path(strategy: AdapterStrategy, t: int) -> Path:
     return strategy.spool.with_name(FOLDER) / f"round-{t:06d}.safetensors"
-
-
-def write_sum(path: Path, masked: MaskedSum) -> None:
-    """Write a masked sum before it is opened, and delete those of rounds that no checkpoint can repeat."""
-    meta = {
-        "view": dataclasses.asdict(masked.view),
-        "offers": {name: dataclasses.asdict(offer) for name, offer in masked.offers.items()},
-        "envelopes": masked.envelopes,
-        "survivors": masked.survivors,
-    }
-    save_arrays(path, {SUM: masked.total}, meta)
-    for old in sorted(path.parent.glob(FILES))[: -MAX_CHECKPOINTS - 1]:
-        old.unlink(missing_ok=True)
-
-
-def read_sum(path: Path, round_: Round) -> MaskedSum | None:
-    """Return the masked sum that an earlier process wrote for the same requests; None without one.
-
-    Raises DamagedError: if the sum may have been opened already, no other one can be.
-    """
-    if not path.exists():
-        return None
-    arrays, meta = load_arrays(path)
-    try:
-        view = View(**{**meta["view"], "members": tuple(meta["view"]["members"])})
-        offers = {name: Offer(**offer) for name, offer in meta["offers"].items()}
-        masked = MaskedSum(view, offers, meta["envelopes"], tuple(meta["survivors"]), arrays[SUM])
-    except (KeyError, TypeError) as error:
-        message = f"{path} is damaged: its metadata have no {error}."
-        raise DamagedError(str(path), "complete metadata", error, message=message) from None
-    requests = [pending.request for pending in round_.asked.values()]
-    same = [(request.reference, digest(request.plan)) == (view.reference, view.plan) for request in requests]
-    return masked if all(same) else None

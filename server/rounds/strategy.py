@@ -229,13 +229,15 @@ class AdapterStrategy:
     def _benefit(self, state: ServerState, site: str, reply: TrainReply) -> float:
         return running_mean(state.benefit.get(site), reply.metrics.get(BENEFIT, 1.0))
 
-    def collect(self, asked: Mapping[str, PendingRequest], t: int, when: str) -> dict[str, AdmittedReply]:
+    def collect(
+        self, asked: Mapping[str, PendingRequest], t: int, when: str, quorum: int | None = None
+    ) -> dict[str, AdmittedReply]:
         """Write the arrays of admitted replies to disk, and return the replies without them, in roster order.
 
-        Raises QuorumError.
+        ``quorum`` is that of the recipe by default. Raises QuorumError.
         """
         shutil.rmtree(self.spool, ignore_errors=True)
-        quorum, replies = self.settings.quorum or len(asked) // 2 + 1, {}
+        quorum, replies = quorum or self.settings.quorum or len(asked) // 2 + 1, {}
         for site, found in self._admitted(asked, t, quorum):
             save_arrays(self.spool / f"{site}.safetensors", dict(found.reply.shared), {}, lasting=False)
             replies[site] = AdmittedReply(dataclasses.replace(found.reply, shared={}), found.norm)
@@ -272,9 +274,12 @@ class AdapterStrategy:
     # --- requests and replies ---
 
     def requests(
-        self, sites: list[str], state: ServerState, t: int, kind: RequestKind, evaluate: bool
+        self, sites: list[str], state: ServerState, t: int, kind: RequestKind, evaluate: bool, plan: str | None = None
     ) -> dict[str, PendingRequest]:
-        """Make a request to each of these sites with the shared adapter of its group."""
+        """Make a request to each of these sites with the shared adapter of its group.
+
+        ``plan`` is that of the recipe by default.
+        """
         asked: dict[str, PendingRequest] = {}
         for group, members in state.by_group(sites).items():
             shared, difference = state.adapters[group].shared, state.adapters[group].difference
@@ -283,7 +288,7 @@ class AdapterStrategy:
             self.dispatcher.expect_replies(4 * sum(array.nbytes for array in shared.values()))
             for site in members:
                 request = TrainRequest(
-                    self.recipe.name, t, kind, state.admitted.get(site, 0), self.plan, shared, evaluate
+                    self.recipe.name, t, kind, state.admitted.get(site, 0), plan or self.plan, shared, evaluate
                 )
                 as_difference = holds_reference(difference, request)
                 records = (whole, packed if as_difference else whole)

@@ -312,6 +312,143 @@ def test_a_damaged_list_of_sites_ends_the_run_in_one_sentence(
         simulate(recipe_from(raw), tmp_path / "out", resume=True)
 
 
+def test_a_coordinator_that_goes_back_to_an_older_checkpoint_opens_the_same_sums_again(
+    raw: dict, tmp_path: Path
+) -> None:
+    """The sites hold the adapter of round 3 only, until they get the train request of an older round again."""
+    recipe, out = recipe_from({**raw, "rounds": 3}), tmp_path / "out"
+    simulate(recipe, out, resume=False)
+    before = checkpoint(out)
+    for path in sorted((out / "checkpoints").iterdir())[-2:]:
+        path.write_bytes(path.read_bytes()[:-9])
+    simulate(recipe, out, resume=True)
+    assert all(array.tobytes() == before[key].tobytes() for key, array in checkpoint(out).items())
+    assert event(out, "resumed")["round"] == 1
+
+
+def test_a_sum_is_opened_without_a_site_that_is_in_it_and_is_gone(
+    raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of ten are not even asked in the second attempt, more than ``server.quorum`` allows in a new sum."""
+    raw["server"]["quorum"] = 10
+    recipe, out = recipe_from(raw), tmp_path / "out"
+    simulate(recipe, tmp_path / "calm", resume=False)
+    monkeypatch.setattr(secure_sums, "write_sum", interrupted(secure_sums.write_sum))
+    with pytest.raises(KeyboardInterrupt):
+        simulate(recipe, out, resume=False)
+    monkeypatch.undo()
+    monkeypatch.setattr(secure_sums, "aggregate", without(secure_sums.aggregate, {"s0", "s5", "s9"}))
+    simulate(recipe, out, resume=True)
+    assert len(event(out, "secure_sum")["sites"]) == 10
+    assert len(event(out, "secure_sum")["bytes_up"]) == 7
+    ends = checkpoint(out), checkpoint(tmp_path / "calm")
+    assert all(ends[0][key].tobytes() == ends[1][key].tobytes() for key in ends[0])
+
+
+def interrupted(real: Callable[..., Any], at: int = 1) -> Callable[..., Any]:
+    """The same function, after whose ``at``-th call the coordinator dies."""
+    calls = iter(range(1, 100))
+
+    def dies(*arguments: Any) -> Any:
+        result = real(*arguments)
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return result
+
+    return dies
+
+
+def without(real: Callable[..., Any], gone: set[str]) -> Callable[..., Any]:
+    """The same ``aggregate``, which does not ask these sites."""
+    return lambda strategy, t, state, asked: real(strategy, t, state, {s: a for s, a in asked.items() if s not in gone})
+
+
+def test_a_run_can_get_more_rounds_while_a_sum_is_opened(
+    raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The round ends by the plan that it began with, and the oracle is a run that had all rounds from its beginning."""
+    simulate(recipe_from({**raw, "rounds": 3}), tmp_path / "calm", resume=False)
+    monkeypatch.setattr(secure_sums, "open_shares", interrupted(secure_sums.open_shares, at=2))
+    with pytest.raises(KeyboardInterrupt):
+        simulate(recipe_from({**raw, "rounds": 2}), tmp_path / "out", resume=False)
+    monkeypatch.undo()
+    simulate(recipe_from({**raw, "rounds": 3}), tmp_path / "out", resume=True)
+    rounds = [each["round"] for each in read_events(tmp_path / "out" / "events.jsonl") if each["event"] == "round"]
+    assert rounds == [1, 2, 3]
+    ends = checkpoint(tmp_path / "calm"), checkpoint(tmp_path / "out")
+    assert all(ends[0][key].tobytes() == ends[1][key].tobytes() for key in ends[0])
+
+
+# --- sites that do not follow the protocol --------------------------------------------------------------------------
+
+
+def change(monkeypatch: pytest.MonkeyPatch, step: str, sites: set[str], edit: Callable[[Any], Any]) -> None:
+    """These sites edit the JSON that they send in a step."""
+    take = SimulatedSite.sum
+
+    def edited(site: SimulatedSite, request: SumRequest) -> SumReply:
+        reply = take(site, request)
+        if site.name not in sites or request.step != step:
+            return reply
+        return SumReply(**{**vars(reply), "body": json.dumps(edit(json.loads(reply.body))).encode()})
+
+    monkeypatch.setattr(SimulatedSite, "sum", edited)
+
+
+def with_offer(**fields: str) -> Callable[[Any], Any]:
+    return lambda body: {**body, "offer": {**body["offer"], **fields}}
+
+
+@pytest.mark.parametrize(
+    ("edit", "field"),
+    [
+        (with_offer(public="00" * 32), "mask key of s5"),
+        (with_offer(signature="12" * 100), "signature of s5"),
+        (lambda body: {**body, "envelopes": body["envelopes"] | {"s5": body["envelopes"]["s1"]}}, "envelopes"),
+    ],
+)
+def test_a_site_whose_keys_others_cannot_use_is_left_out_and_named(
+    raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: Callable[[Any], Any], field: str
+) -> None:
+    change(monkeypatch, "share", {"s5"}, edit)
+    simulate(recipe_from(raw), tmp_path / "out", resume=False)
+    assert event(tmp_path / "out", "secure_sum")["sites"] == [f"s{k}" for k in range(10) if k != 5]
+    refused = event(tmp_path / "out", "refused")
+    assert (refused["site"], refused["field"]) == ("s5", field)
+
+
+def test_without_public_keys_at_the_coordinator_the_sites_name_the_one_that_signs_wrongly(
+    raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "simulated_public_keys", lambda recipe, names: {})
+    change(monkeypatch, "share", {"s5"}, with_offer(signature="12" * 100))
+    with pytest.raises(QuorumError):
+        simulate(recipe_from(raw), tmp_path / "out", resume=False)
+    failed = {e["site"]: e["reason"] for e in read_events(tmp_path / "out" / "events.jsonl") if e["event"] == "failed"}
+    assert len(failed) == 10
+    assert all("signature of s5" in reason for site, reason in failed.items() if site != "s5")
+
+
+def test_sites_that_reveal_wrong_shares_are_named_and_cost_nothing(
+    raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(monkeypatch, "open", {"s2"}, lambda body: {**body, "self_masks": dict.fromkeys(body["self_masks"], "7")})
+    simulate(recipe_from(raw), tmp_path / "out", resume=False)
+    assert len(event(tmp_path / "out", "round")["admitted"]) == 10
+    refused = event(tmp_path / "out", "refused")
+    assert (refused["site"], refused["field"]) == ("s2", "share of s0")
+    assert "Either s2 or s0 has changed it" in refused["reason"]
+
+
+def test_a_site_that_reveals_nothing_does_not_count_among_those_that_open(
+    raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the sum could not be opened, and the round would end without it instead of waiting for other sites."""
+    change(monkeypatch, "open", {"s1", "s3", "s5", "s7"}, lambda body: {"self_masks": {}, "mask_keys": {}})
+    with pytest.raises(QuorumError, match="at least 7 sites are required, 6 took part"):
+        simulate(recipe_from(raw), tmp_path / "out", resume=False)
+
+
 def test_a_wrong_vector_costs_its_round_and_not_the_run(
     raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@
     keys/coordinator/                         for the coordinator:
         ca.crt server.crt server.key              its TLS certificate
         sites/NAME.pub                            the sites' public keys
+        roster.pub                                those for secure aggregation: it names sites that sign wrongly
     keys/sites/NAME/                          for one site:
         site.toml ca.crt site.key                 its site file, the authority's certificate and its key
         aggregation.key roster.pub                its key for secure aggregation, and the public keys of all sites
@@ -95,7 +96,7 @@ def provision(plan: Path, out: Path, *, add: bool = False) -> list[str]:
         for name in names:
             write_public(public / f"{name}.pub", made[name].public)
         roster = b"".join(made[name].aggregation for name in names)
-        for place in (folder, *(sites / name for name in names)):
+        for place in (folder, coordinator, *(sites / name for name in names)):
             write_public(place / ROSTER, roster)
         _move_into_place(folder, out)
     return names
@@ -209,9 +210,9 @@ def _roster_lines(folder: Path) -> dict[str, bytes]:
 
 
 def _write_rosters(out: Path) -> None:
-    """Write the whole roster into the folder and into those of the sites that are still there."""
+    """Write the whole roster into the folder, the coordinator's, and those of the sites that are still there."""
     roster = b"".join(_known_roster(out).values())
-    for place in (out, *sorted(path for path in (out / "sites").glob("*") if path.is_dir())):
+    for place in (out, out / "coordinator", *sorted(path for path in (out / "sites").glob("*") if path.is_dir())):
         path = place / ROSTER
         if roster and not (path.exists() and path.read_bytes() == roster):
             write_public(path, roster)

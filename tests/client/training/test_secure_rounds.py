@@ -122,7 +122,7 @@ class Coordinator:
         masked = [np.frombuffer(vectors[name] or b"", "<u4") for name in attempt.survivors]
         view, total = attempt.view(self.request), np.sum(masked, axis=0, dtype=np.uint32)
         try:
-            total = unmask(total, view, body.offers, attempt.survivors, opened)
+            total = unmask(total, view, body.offers, attempt.survivors, opened).total
         except RefusedError:
             return None
         return view.fixed_point(BOUND).decode(total, len(masked)).update * len(masked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +14,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from scipy.stats import chisquare
 
 from colora.common.errors import RefusedError
+from colora.common.secure_aggregation import opening
 from colora.common.secure_aggregation import participant as participant_module
 from colora.common.secure_aggregation.fixed_point import LARGEST, MAX_SITES, FixedPoint, flatten, unflatten
 from colora.common.secure_aggregation.identity import Identity, parse_roster
 from colora.common.secure_aggregation.masking import expand, public_key
-from colora.common.secure_aggregation.opening import unmask
+from colora.common.secure_aggregation.opening import Unmasked, check_offer, unmask
 from colora.common.secure_aggregation.participant import Participant, Revealed
-from colora.common.secure_aggregation.shamir import PRIME, combine, split
-from colora.common.secure_aggregation.view import Offer, View, signed_text, threshold
+from colora.common.secure_aggregation.reed_solomon import decode
+from colora.common.secure_aggregation.shamir import PRIME, combine, split, value_at
+from colora.common.secure_aggregation.view import Offer, View, commitment_of, signed_text, threshold
 from colora.server.deployment.provisioning.certificates import new_site_key
 
 KEYS = {f"s{k:02}": ec.generate_private_key(ec.SECP384R1()) for k in range(10)}
@@ -74,7 +76,8 @@ def test_the_opened_sum_is_that_of_the_vectors_with_dropouts_in_every_step(
     for name in survivors:
         total += table.sites[name].mask(table.vectors[name], offers)
     revealed = table.reveal(offers, survivors, survivors[mute:])
-    opened = unmask(total, table.view, offers, survivors, revealed)
+    opened, wrong = unmask(total, table.view, offers, survivors, revealed)
+    assert not wrong
     expected = np.zeros(table.size, np.uint32)
     for name in survivors:
         expected += table.vectors[name]
@@ -160,7 +163,8 @@ def test_the_colluders_own_masks_do_not_uncover_the_vector() -> None:
     masked = table.sites["s02"].mask(table.vectors["s02"], offers)
     salt = participant_module.salt_of(table.view, offers)
     for name in ("s00", "s04"):
-        seed = participant_module.pairwise_seed(table.sites[name]._private, bytes.fromhex(offers["s02"].public), salt)
+        public = bytes.fromhex(offers["s02"].public)
+        seed = participant_module.pairwise_seed(table.sites[name]._private, public, salt, "s02")
         masked = masked + expand(seed, 20_000) * (np.uint32(1) if name == "s04" else np.uint32(2**32 - 1))
     assert is_uniform(masked)
 
@@ -261,10 +265,141 @@ def test_one_wrong_share_is_found_out_where_there_are_enough_others() -> None:
     revealed = table.reveal(offers, names, names)
     wrong = {name: (value + 1) % PRIME for name, value in revealed["s00"].self_masks.items()}
     opened = unmask(total, table.view, offers, names, {**revealed, "s00": Revealed(wrong, {})})
-    assert opened.tolist() == np.sum(list(table.vectors.values()), axis=0, dtype=np.uint32).tolist()
+    assert opened.total.tolist() == np.sum(list(table.vectors.values()), axis=0, dtype=np.uint32).tolist()
+    assert opened.wrong == {"s00": ["s00"]}
     few = {name: revealed[name] for name in names[1:4]}
     with pytest.raises(RefusedError, match="does not follow from 4 shares"):
         unmask(total, table.view, offers, names, {**few, "s00": Revealed(wrong, {})})
+
+
+def test_the_coordinator_refuses_keys_that_would_stop_the_other_sites() -> None:
+    """Each of them makes the step ``mask`` fail at every other site. The errors of both sides name the same site."""
+    table = Table(3)
+    offers, names = table.offers(table.view.members), table.view.members
+    for site, offer in offers.items():
+        check_offer(table.view, site, offer, ROSTER)
+    own = offers["s01"]
+    low_order = "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800"  # RFC 7748, section 7
+    key = Participant(Identity("s01", KEYS["s02"], ROSTER), table.view, table.sites["s01"].secret).offer  # of another
+    wrong = {
+        "mask key of s01": [dataclasses.replace(own, public=public) for public in ("00" * 32, low_order)],
+        "signature of s01": [dataclasses.replace(own, signature=text) for text in ("123", "12", own.signature[:-2])],
+    }
+    wrong["signature of s01"] += [dataclasses.replace(own, commitment="ab" * 32), key]
+    for field, offer in ((field, offer) for field, found in wrong.items() for offer in found):
+        with pytest.raises(RefusedError) as refused:
+            check_offer(table.view, "s01", offer, ROSTER)
+        assert (refused.value.field, refused.value.site or "s01") == (field, "s01")
+        with pytest.raises(RefusedError, match=r"of s01: expected|not signed by 's01'"):
+            table.sites["s00"].mask(np.zeros(3, np.uint32), {**offers, "s01": offer})
+    check_offer(
+        table.view, names[1], key, {}
+    )  # without a roster, a signature of another cannot be told from a right one
+
+
+# --- wrong shares ---
+
+
+@dataclass
+class Shares:
+    """An attempt without envelopes: the shares of everybody's own mask, as all sites but liars reveal them."""
+
+    count: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names, self.rng = tuple(f"s{k:02}" for k in range(self.count)), random.Random(self.seed)
+        self.view = View("fed", 1, "token", "plan", "reference", "tokens", 64, names, 3)
+        self.secrets = {name: self.rng.randbytes(32) for name in names}
+        numbers = [self.rng.randrange(PRIME) for _ in range(self.view.threshold - 1)]
+        made = {name: split(secret, self.count, numbers) for name, secret in self.secrets.items()}
+        self.revealed = {
+            site: Revealed({name: shares[i] for name, shares in made.items()}, {}) for i, site in enumerate(names)
+        }
+        self.offers = {
+            name: Offer("00" * 32, commitment_of(secret, self.view), "00") for name, secret in self.secrets.items()
+        }
+
+    def let_lie(self, site: str, about: Sequence[str]) -> None:
+        """Let a site reveal wrong shares of the secrets of these."""
+        lies = {name: self.rng.randrange(PRIME) for name in about}
+        self.revealed[site] = Revealed({**self.revealed[site].self_masks, **lies}, {})
+
+    def unmask(self) -> Unmasked:
+        """The sum of nothing but own masks, so that zeros are left."""
+        salt = participant_module.salt_of(self.view, self.offers)
+        masks = [expand(participant_module.self_seed(secret, salt), 4) for secret in self.secrets.values()]
+        total = np.sum(masks, axis=0, dtype=np.uint32)
+        return unmask(total, self.view, self.offers, self.view.members, self.revealed)
+
+
+@pytest.fixture
+def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of shares of all decodings, which take the time."""
+    found: list[int] = []
+
+    def counted(shares: Mapping[int, int], threshold: int) -> list[int] | None:
+        found.append(len(shares))
+        return decode(shares, threshold)
+
+    monkeypatch.setattr(opening, "decode", counted)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("count", "liars", "tries"),
+    [
+        *((n, 1, 1) for n in (6, 12, 15, 50)),
+        *((n, (n - threshold(n, 3)) // 2, 1) for n in (12, 15, 50)),  # all that follows without a search
+        (5, 1, 6),  # each share is left out once
+        (12, 3, 67),  # each two of twelve
+        (12, 4, 562),  # each four: the other shares just suffice
+        (15, 3, 16),
+    ],
+)
+def test_liars_are_named_and_searched_for_once_and_not_for_each_secret(
+    count: int, liars: int, tries: int, decodings: list[int]
+) -> None:
+    attempt = Shares(count)
+    named = list(attempt.view.members[:liars])  # the first ones, whose shares are combined first
+    for site in named:
+        attempt.let_lie(site, attempt.view.members)
+    total, wrong = attempt.unmask()
+    assert not total.any()
+    assert wrong == {site: ["s00"] for site in named}
+    assert len(decodings) <= tries
+
+
+def test_liars_who_agree_on_a_polynomial_of_their_own_are_found(decodings: list[int]) -> None:
+    attempt, other = Shares(50), Shares(50, seed=1)
+    liars = attempt.view.members[:8]
+    for site in liars:
+        attempt.revealed[site] = other.revealed[site]
+    total, wrong = attempt.unmask()
+    assert not total.any()
+    assert wrong == {site: ["s00"] for site in liars}
+    assert len(decodings) == 1
+
+
+def test_sites_that_dishonest_ones_gave_wrong_shares_do_not_count_as_lost() -> None:
+    """Each of three sites made wrong shares for two others. All six are suspected, and the sum opens all the same."""
+    attempt = Shares(12)  # threshold 8
+    names = attempt.view.members
+    for k, owner in enumerate(names[:3]):
+        for site in names[2 * k : 2 * k + 2]:
+            attempt.let_lie(site, [owner])
+    total, wrong = attempt.unmask()
+    assert not total.any()
+    assert wrong == {names[2 * k + i]: [names[k]] for k in range(3) for i in range(2)}
+
+
+def test_the_search_for_liars_ends_where_too_many_lie(decodings: list[int]) -> None:
+    attempt = Shares(50)  # threshold 34, so that 17 liars leave too few shares
+    for site in attempt.view.members[:17]:
+        attempt.let_lie(site, attempt.view.members)
+    with pytest.raises(RefusedError, match="'s00' stay on the sum: its secret does not follow from 50 shares"):
+        attempt.unmask()
+    assert len(decodings) <= 1 + opening.MAX_WORK / 50**2
 
 
 # --- secrets --------------------------------------------------------------------------------------------------------
@@ -279,6 +414,21 @@ def test_any_enough_shares_give_the_secret_and_fewer_another_number() -> None:
     for chosen in itertools.combinations(shares, 3):
         assert combine({point: shares[point] for point in chosen}) != secret
     assert split(secret, 2, [5])[0] == int.from_bytes(secret, "big") + 5  # by hand: s + 5x
+
+
+def test_wrong_shares_are_corrected_up_to_half_of_the_spare_ones() -> None:
+    rng = random.Random(2)
+    for count, needed, wrong in ((9, 3, 3), (10, 4, 3), (7, 7, 0), (4, 1, 1)):
+        polynomial = [rng.randrange(PRIME) for _ in range(needed)]
+        shares = {x: value_at(polynomial, x) for x in range(1, count + 1)}
+        for bad in range(wrong + 1):
+            for chosen in itertools.combinations(shares, bad):
+                found = {x: rng.randrange(PRIME) if x in chosen else share for x, share in shares.items()}
+                assert decode(found, needed) == polynomial
+        if wrong:
+            assert decode({x: rng.randrange(PRIME) for x in shares}, needed) is None
+    assert decode({1: 0, 2: 0, 3: 0}, 2) == []
+    assert decode({2: 7, 5: 13}, 2) == [3, 2]  # by hand: 3 + 2x
 
 
 def test_the_key_agreement_is_x25519_and_the_stream_chacha20() -> None:

@@ -410,9 +410,11 @@ def test_only_keys_of_the_roster_are_let_in(tmp_path: Path, monkeypatch: pytest.
         raise Stop
 
     monkeypatch.setattr(supervisor, "_endpoints", endpoints)
-    keys = supervisor.Keys(None, dict.fromkeys([*NAMES, "eve"], b"key"))  # type: ignore[arg-type]
+    (tmp_path / "roster.pub").write_bytes(b"public keys")
+    keys = supervisor.Keys(None, dict.fromkeys([*NAMES, "eve"], b"key"), tmp_path / "roster.pub")  # type: ignore[arg-type]
     with pytest.raises(Stop):
         supervisor.run_server(supervisor.ServerJob(recipe(), tmp_path / "run", "127.0.0.1", 0, keys), print)
+    assert (tmp_path / "run" / "roster.pub").read_bytes() == b"public keys"
 
 
 def test_a_coordinators_own_copy_of_the_model_pins_its_fingerprints(tmp_path: Path) -> None:

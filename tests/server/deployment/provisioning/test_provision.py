@@ -77,6 +77,7 @@ def test_the_folder_has_what_everyone_needs_and_nothing_else(made: Path) -> None
         "coordinator/ca.crt",
         "coordinator/server.crt",
         "coordinator/server.key",
+        "coordinator/roster.pub",
     }
     for name in ("north", "South.2"):
         expected |= {f"coordinator/sites/{name}.pub"}
@@ -286,7 +287,10 @@ def test_add_makes_the_new_sites_only(keys: Path, tmp_path: Path) -> None:
     kept = [name for name in before if not name.endswith("roster.pub")]
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     lines = before["roster.pub"].splitlines()
-    rosters = [after[f"{place}roster.pub"].splitlines() for place in ("", *(f"sites/{name}/" for name in NAMES))]
+    rosters = [
+        after[f"{place}roster.pub"].splitlines()
+        for place in ("", "coordinator/", *(f"sites/{name}/" for name in NAMES))
+    ]
     assert all(roster == rosters[0] for roster in rosters)
     assert rosters[0][: len(lines)] == lines  # who is in it stays in it
     assert sorted(line.split()[-1].decode() for line in rosters[0]) == sorted(NAMES)
