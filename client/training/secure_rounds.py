@@ -1,15 +1,17 @@
 """A site's part in secure sums: its answer to each step, and a record on disk of its masked vectors and opened sums.
 
 These rules hold, also after a restart. In each round, a site takes part with one list of sites and opens one sum. In
-each attempt, it masks one vector. It trains from the same adapter in a second round only if it continues from its state
-of the first. A federation that had secure aggregation cannot go on without.
+each attempt, it masks one vector. It takes part in the sum of a second round from the same adapter only if it continued
+from its state of the first, or of a later round. A federation that had secure aggregation cannot go on without.
 
-What the first rule gives: let a list have n sites, of which t ≥ 2n/3 open a sum, and let c of them work with the
-coordinator. Two opened sums need t sites each, and no honest site opens both, so that 2(t - c) ≤ n - c. With fewer
-than 2t - n colluders, at most one sum of a list is opened, and no site has both of its secrets revealed. An honest site
-is on one list only, so that its update is in at most one opened sum of a round. The coordinator chooses the lists, but
-t ≥ ``min_sites`` and n ≤ 3t/2 give 2t - n ≥ t/2. So all of this holds for every list with fewer than half of
-``min_sites`` colluders, and at least two honest sites are then in each opened sum.
+What the first rule gives is about the sites in a sum. Their updates may still be zero: the coordinator chooses the
+adapter, the plan and the state that each site begins with. Let a list have n sites, of which t ≥ 2n/3 open a sum, and
+let c of them work with the coordinator. Two opened sums need t sites each, and no honest site opens both, so that
+2(t - c) ≤ n - c. With fewer than 2t - n colluders, at most one sum of a list is opened, and no site has both of its
+secrets revealed. An honest site is on one list only, so that its update is in at most one opened sum of a round. The
+coordinator chooses the lists, but t ≥ ``min_sites`` (a site refuses fewer than its ``allow.min_sites``) and n ≤ 3t/2
+give 2t - n ≥ t/2. So all of this holds for every list with fewer than half of ``min_sites`` colluders, and at least two
+honest sites are then in each opened sum.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +50,8 @@ from .state_store import StateStore
 RECORD = "secure-sums.json"  # in the federation's folder
 REFERENCE = "secure-reference.safetensors"  # the shared arrays that the site trained from last
 MEMBERS, REFERENCES = "members", "references"  # of an entry: hashes of the list of sites, and of the shared arrays
+AGAIN = "A run that begins again needs another name."
 MASKED, OPENED = "masked", "opened"  # of an entry: the masks of each attempt, and the sum that was opened
-MAX_ATTEMPTS = 1000  # masked vectors of one round, and shared arrays that it was trained from
 
 
 class SumRecord:
@@ -75,16 +77,15 @@ class SumRecord:
         if entry[MEMBERS] != listed:
             field, found = f"list of sites of round {round_number}", f"another one, of {len(members)}"
             message = f"The coordinator names other sites for the sum of round {round_number} than before."
-            hint = "It keeps the list of each round in secure/members.json of its run folder."
+            hint = f"{AGAIN} It keeps the list of each round in secure/members.json of its run folder."
             raise RefusedError(field, "the one of before", found, site=self.site, message=message, hint=hint)
         again = [t for t, e in entries.items() if reference in e[REFERENCES] and start < int(t) != round_number]
         if again:
             message = f"The coordinator asks for the update of round {again[0]} again, as that of round {round_number}."
-            hint = "The difference of two sums could be the update of one site."
+            hint = f"The difference of two sums could be the update of one site. {AGAIN}"
             found = f"that of round {again[0]}"
             raise RefusedError("reference", "another adapter", found, site=self.site, message=message, hint=hint)
         if reference not in entry[REFERENCES]:
-            self._limit(entry[REFERENCES])
             entry[REFERENCES].append(reference)
             self.file.write(entries)
 
@@ -99,7 +100,6 @@ class SumRecord:
             message = "The coordinator asked for a second masked vector in one attempt, with other keys."
             raise RefusedError("mask keys", "those of the first request", "others", site=self.site, message=message)
         if attempt not in masked:
-            self._limit(masked)
             masked[attempt] = salt
             self.file.write(entries)
 
@@ -112,15 +112,11 @@ class SumRecord:
             raise RefusedError("attempt", "one of this site", "another", site=self.site, message=message)
         if entry[OPENED] not in (None, opened):
             message = f"The coordinator asked to open a second sum of round {round_number}."
-            hint = "The difference of two sums could be the update of one site."
+            hint = f"The difference of two sums could be the update of one site. {AGAIN}"
             raise RefusedError("sum", "the one of before", "another", site=self.site, message=message, hint=hint)
         if entry[OPENED] is None:
             entry[OPENED] = opened
             self.file.write(entries)
-
-    def _limit(self, found: Collection[str]) -> None:
-        if len(found) >= MAX_ATTEMPTS:
-            raise RefusedError("attempts", f"at most {MAX_ATTEMPTS} of a round", len(found) + 1, site=self.site)
 
     def _read(self) -> Entries:
         return self.file.read(_check_entry)
@@ -185,9 +181,7 @@ class SecureRounds:
         return to_bytes(Opened.of(revealed))
 
     def _join(self, request: SumRequest, body: SumBody) -> None:
-        admitted = request.admitted_round
-        start = admitted if self.store.path(admitted).exists() else 0  # without a state it begins again
-        self._record.join(request.round, body.members, request.reference, start)
+        self._record.join(request.round, body.members, request.reference, self.store.previous(request.round))
 
     @property
     def _record(self) -> SumRecord:

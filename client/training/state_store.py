@@ -206,6 +206,13 @@ class StateStore:
             if path < self.path(admitted) and path not in ancestors:
                 path.unlink(missing_ok=True)
 
+    def previous(self, round_number: int) -> int:
+        """Return the round whose state the training of a round began with; 0 if it is unknown."""
+        try:
+            return load_arrays(self.path(round_number), prefix=NOTHING)[1]["previous"]
+        except (StateError, KeyError):
+            return 0
+
     def path(self, round_number: int) -> Path:
         """The path of a round's file."""
         return self.folder / f"round-{round_number:06d}.safetensors"

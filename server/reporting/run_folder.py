@@ -132,6 +132,14 @@ class RunFolder:
                 message=f"The privacy budget of the run in {self.path} is for {stored.rounds} rounds.",
                 hint=f"A run whose recipe has {budgeted[0]}.noise_multiplier without epsilon can be extended.",
             )
+        if recipe.rounds > stored.rounds and recipe.privacy.secure_aggregation and recipe.server.keep == "best":
+            raise ConfigError(
+                "rounds",
+                f'{stored.rounds}, with privacy.secure_aggregation and server.keep = "best"',
+                recipe.rounds,
+                message=f"The run in {self.path} cannot be extended: it would train from a past round's adapter again.",
+                hint='With secure aggregation, a run can be extended if its recipe has server.keep = "last".',
+            )
         if recipe.rounds > stored.rounds:
             self.write_recipe(recipe)
             events = EventLog(self.path / "events.jsonl", listener)

@@ -73,6 +73,8 @@ class Checkpoints:
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.folder, self.identity = folder, {"federation": recipe.name, "recipe": recipe.identity}
         self.plan, self.keeps_all = to_json(recipe.plan), recipe.train.keep_states == "all"
+        secure = recipe.privacy.secure_aggregation  # the sites open no second sum of a round
+        self.otherwise = "begin a run with another name" if secure else "delete them to begin again at round 1"
         self.damaged: list[str] = []
 
     def latest(self) -> ServerState | None:
@@ -93,7 +95,7 @@ class Checkpoints:
                 "a whole checkpoint",
                 "damaged ones only",
                 message=f"All checkpoints in {self.folder} are damaged: {', '.join(self.damaged)}.",
-                hint="Restore one from a backup, or delete them to begin again at round 1.",
+                hint=f"Restore one from a backup, or {self.otherwise}.",
             )
         return None
 

@@ -82,14 +82,18 @@ def read_sum(path: Path, reference: str) -> MaskedSum | None:
     """
     if not path.exists():
         return None
-    arrays, meta = load_arrays(path)
+    hint = "Restore it from a backup, or begin a federation with another name."
+    try:
+        arrays, meta = load_arrays(path)
+    except DamagedError as error:
+        raise DamagedError(error.field, error.expected, error.found, message=error.message, hint=hint) from None
     try:
         view = View(**{**meta["view"], "members": tuple(meta["view"]["members"])})
         offers = {name: Offer(**offer) for name, offer in meta["offers"]}
         masked = MaskedSum(meta["plan"], view, offers, arrays[ENVELOPES], tuple(meta["survivors"]), arrays[SUM])
     except (KeyError, TypeError) as error:
         message = f"{path} is damaged: its metadata have no {error}."
-        raise DamagedError(str(path), "complete metadata", error, message=message) from None
+        raise DamagedError(str(path), "complete metadata", error, message=message, hint=hint) from None
     if view.reference != reference:
         raise StateError(
             str(path),
@@ -97,6 +101,6 @@ def read_sum(path: Path, reference: str) -> MaskedSum | None:
             view.reference[:16],
             message=f"Round {view.round} has a masked sum in {path}, of updates of another shared adapter than that of "
             f"the checkpoint of round {view.round - 1}. The sites may have opened it, and then open no other.",
-            hint="Restore the checkpoints of the run from a backup, or begin a new federation.",
+            hint="Restore the checkpoints of the run from a backup, or begin a federation with another name.",
         )
     return masked

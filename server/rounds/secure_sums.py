@@ -112,7 +112,9 @@ def aggregate(
     )
     seconds = time.monotonic() - started
     strategy.recorder.emit("round", round=t, admitted=survivors, weights={}, residual=None, seconds=seconds)
-    admitted = {**state.admitted, **dict.fromkeys(masked.survivors, t)}  # after a lost round, other updates follow
+    kept = hash_arrays(adapter.shared) == masked.view.reference
+    advanced = masked.view.members if kept else masked.survivors  # no site sends the same update in a second round
+    admitted = {**state.admitted, **dict.fromkeys(advanced, t)}
     return dataclasses.replace(state, round=t, finalized=False, adapters=(adapter,), admitted=admitted)
 
 

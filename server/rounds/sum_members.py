@@ -36,7 +36,7 @@ class SumMembers:
     @property
     def _file(self) -> CheckedEntries:
         lost = "the sites of the rounds in progress are unknown"
-        hint = "Restore the file. Without it, the sites refuse a round that has begun."
+        hint = "Restore it from a backup, or begin a federation with another name: the sites keep to their lists."
         return CheckedEntries(self.folder / FILE, "rounds", "lists of sites by round", lost, hint)
 
 

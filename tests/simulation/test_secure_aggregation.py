@@ -16,7 +16,7 @@ from scipy.stats import chisquare
 from colora.common.atomic_io import load_arrays
 from colora.common.config.loader import recipe_from
 from colora.common.config.schema import Recipe
-from colora.common.errors import ColoraError, QuorumError
+from colora.common.errors import ColoraError, ConfigError, QuorumError
 from colora.common.models.saved import SHARED, TRAINED
 from colora.common.protocol import flower_messages as messages
 from colora.common.protocol.types import SumReply, SumRequest
@@ -363,6 +363,14 @@ def without(real: Callable[..., Any], gone: set[str]) -> Callable[..., Any]:
     return lambda strategy, t, state, asked: real(strategy, t, state, {s: a for s, a in asked.items() if s not in gone})
 
 
+def test_a_run_that_keeps_its_best_round_cannot_be_extended(raw: dict, tmp_path: Path) -> None:
+    """It would continue from the best round's adapter and states, and the sites send no update a second time."""
+    raw["server"]["keep"], raw["data"] = "best", {**raw.get("data", {}), "validation_fraction": 0.3}
+    simulate(recipe_from(raw), tmp_path / "out", resume=False)
+    with pytest.raises(ConfigError, match="would train from a past round's adapter again"):
+        simulate(recipe_from({**raw, "rounds": 3}), tmp_path / "out", resume=True)
+
+
 def test_a_run_can_get_more_rounds_while_a_sum_is_opened(
     raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,13 +460,14 @@ def test_a_site_that_reveals_nothing_does_not_count_among_those_that_open(
 def test_a_wrong_vector_costs_its_round_and_not_the_run(
     raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A site that was lost in that round takes part in the next one, which begins with the same adapter."""
     raw["rounds"] = 2
     take = SimulatedSite.sum
 
     def poisoned(site: SimulatedSite, request: SumRequest) -> SumReply:
         reply = take(site, request)
-        if site.name == "s5" and request.step == "mask" and request.round == 1:
-            return SumReply(**{**vars(reply), "body": bytes(len(reply.body))})
+        if request.step == "mask" and request.round == 1 and site.name in ("s1", "s5"):
+            return SumReply(**{**vars(reply), "body": bytes(len(reply.body) if site.name == "s5" else 0)})
         return reply
 
     monkeypatch.setattr(SimulatedSite, "sum", poisoned)

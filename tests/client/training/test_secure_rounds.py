@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from colora.client.training.secure_rounds import SecureRounds
 from colora.client.training.state_store import StateStore
+from colora.common.atomic_io import save_arrays
 from colora.common.config.schema import ModelSettings, Plan, PrivacySettings, TrainSettings, digest, to_json
 from colora.common.errors import RefusedError
 from colora.common.protocol.types import SumRequest, SumStep, TrainReply, TrainRequest
@@ -176,14 +177,18 @@ def test_an_update_is_not_summed_again_under_the_number_of_another_round(tmp_pat
     assert coordinator.sum_of(everyone(members[1:])) is not None
 
 
-def test_a_site_that_continues_from_its_state_sums_from_the_same_adapter_again(tmp_path: Path) -> None:
-    """As after a round whose sum could not be read."""
+@pytest.mark.parametrize(("start", "takes_part"), [(1, True), (0, False)])
+def test_a_site_sums_from_the_same_adapter_again_if_its_training_began_with_its_state(
+    tmp_path: Path, start: int, takes_part: bool
+) -> None:
+    """As after a round whose sum could not be read. A state that came after the training is not enough."""
     coordinator, members = Coordinator(tmp_path), (VICTIM, *PEERS)
     assert coordinator.sum_of(everyone(members)) is not None
     for name in members:
-        (tmp_path / name / "round-000001.safetensors").touch()
+        save_arrays(tmp_path / name / "round-000001.safetensors", {}, {"previous": 0})
+        save_arrays(tmp_path / name / "round-000002.safetensors", {}, {"previous": start})
     coordinator.request = train_request(2, admitted=1)
-    assert coordinator.sum_of(everyone(members)) is not None
+    assert (coordinator.sum_of(everyone(members)) is not None) == takes_part
 
 
 def everyone(members: tuple[str, ...]) -> Attempt:
