@@ -45,7 +45,7 @@ class PrivacySettings:
 
     min_sites: Annotated[int, Field(ge=2)] = 3
     """Smallest number of sites in a secure sum. With fewer, no sum is opened. Two thirds of the sites on the list of
-    a round are needed in any case. Fewer than half of so many sites may work with a dishonest coordinator."""
+    a round are needed in any case. A site refuses fewer than its ``allow.min_sites``."""
 
     @property
     def enabled(self) -> bool:
