@@ -8,6 +8,7 @@ from ..client.data.unknown_tokens import tell_unknown
 from ..client.training.validation_rows import require_validation_rows
 from ..common.adapters.fit import check_fit
 from ..common.adapters.initialization import head_layout, initial_shared_state
+from ..common.config.privacy_rules import check_site_count
 from ..common.config.schema import Recipe
 from ..common.errors import ConfigError, QuorumError
 from ..common.methods import SHARED
@@ -68,6 +69,7 @@ def _check_quorum(recipe: Recipe, sites: Sequence[SiteShare]) -> None:
             message=f"server.quorum is {quorum}, but round 1 has only {sampled} of {len(sites)} sites.",
             hint="Lower server.quorum, raise server.fraction, or let more sites start in round 1.",
         )
+    check_site_count(recipe.privacy, sampled)
 
 
 def _check_from_round(recipe: Recipe, sites: Sequence[SiteShare]) -> None:

@@ -145,7 +145,7 @@ def provision(
     """Create keys, certificates and site files for a coordinator and its sites.
 
     SITES.toml has a table [coordinator] with address = "host:port", and one [[site]] table with a name per site.
-    Existing files are never overwritten.
+    Existing files are never overwritten. With --add, roster.pub gets the new sites in every folder that is still there.
     """
     from colora.server.deployment.provisioning.provision import provision as write
 
@@ -158,6 +158,7 @@ def provision(
         typer.echo(f"  {out / 'sites' / name}: send to site {name}, which completes its site.toml")
     if new and add:
         typer.echo(f"  {out / 'coordinator' / 'sites'}: the public keys, for the coordinator")
+        typer.echo(f"  {out / 'roster.pub'}: for the coordinator and every site, if they use secure aggregation")
     elif new:
         typer.echo(f"  {out / 'coordinator'}: copy to the coordinator")
         typer.echo(f"  {out / 'ca.key'}: signs further sites (--add); keep it on neither the coordinator nor a site")

@@ -81,6 +81,18 @@ def _check_secure_plan(plan: Plan) -> None:
     _refuse(excluded, "privacy.secure_aggregation")
 
 
+def check_site_count(privacy: PrivacySettings, sites: int) -> None:
+    """Raise ConfigError if so many sites are too few for a secure sum."""
+    if privacy.secure_aggregation and sites < privacy.min_sites:
+        raise ConfigError(
+            "privacy.min_sites",
+            f"at most {sites}",
+            privacy.min_sites,
+            message=f"privacy.min_sites is {privacy.min_sites}, but the number of sites is {sites}.",
+            hint="Lower privacy.min_sites, or add sites.",
+        )
+
+
 def check_secure_recipe(recipe: Recipe) -> None:
     """Raise ConfigError for the first setting of a recipe's ``[server]`` that secure aggregation excludes."""
     if not recipe.privacy.secure_aggregation:

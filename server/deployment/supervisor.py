@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 
 from ...common.atomic_io import write_atomically
+from ...common.config.privacy_rules import check_site_count
 from ...common.config.schema import Recipe
 from ...common.errors import ColoraError, ConfigError, QuorumError, StateError
 from ...common.event_log import Event, EventLog, notify
@@ -289,7 +290,7 @@ class RunFailed(ColoraError, RuntimeError):
 
 
 def initialize_run(run: RunFolder, recipe: Recipe, roster: tuple[RosterEntry, ...]) -> None:
-    """Write roster and recipe unless they exist. Raises QuorumError if the quorum exceeds the roster."""
+    """Write roster and recipe unless they exist. Raises QuorumError and ConfigError for too few sites."""
     if run.recipe.exists():
         return
     if recipe.server.quorum and recipe.server.quorum > len(roster):
@@ -300,6 +301,7 @@ def initialize_run(run: RunFolder, recipe: Recipe, roster: tuple[RosterEntry, ..
             message=f"server.quorum is {recipe.server.quorum}, but the roster has {len(roster)} sites.",
             hint="Lower server.quorum, or add sites.",
         )
+    check_site_count(recipe.privacy, len(roster))
     write_atomically(run.roster, json.dumps([[entry.site, entry.from_round] for entry in roster]).encode())
     run.write_recipe(recipe)
 

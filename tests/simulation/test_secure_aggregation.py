@@ -22,9 +22,12 @@ from colora.common.protocol import flower_messages as messages
 from colora.common.protocol.types import SumReply, SumRequest
 from colora.common.secure_aggregation import opening, participant
 from colora.common.secure_aggregation.fixed_point import FixedPoint
+from colora.server.deployment.supervisor import initialize_run
 from colora.server.reporting.events import read_events
 from colora.server.reporting.page.build import write_page
+from colora.server.reporting.run_folder import RunFolder
 from colora.server.rounds import secure_sums
+from colora.server.rounds.run_options import RosterEntry
 from colora.simulation import run as run_module
 from colora.simulation.cells import Cell
 from colora.simulation.run import simulate
@@ -121,7 +124,20 @@ def test_more_than_a_third_gone_opens_nothing(raw: dict, tmp_path: Path, monkeyp
 
 def test_fewer_than_min_sites_open_nothing(raw: dict, tmp_path: Path) -> None:
     raw["privacy"]["min_sites"] = 11
-    with pytest.raises(QuorumError, match="at least 11 sites are required, 10 took part"):
+    recipe = recipe_from(raw)
+    message = "privacy.min_sites is 11, but the number of sites is 10"
+    with pytest.raises(ConfigError, match=message):
+        simulate(recipe, tmp_path / "out", resume=False)
+    with pytest.raises(ConfigError, match=message):
+        initialize_run(RunFolder(tmp_path / "run"), recipe, tuple(RosterEntry(f"s{k}") for k in range(10)))
+
+
+def test_a_site_that_is_lost_in_training_leaves_fewer_than_min_sites(
+    raw: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw["privacy"]["min_sites"] = 10
+    drop(monkeypatch, "train", {"s4"})
+    with pytest.raises(QuorumError, match="at least 10 sites are required, 9 took part"):
         simulate(recipe_from(raw), tmp_path / "out", resume=False)
 
 

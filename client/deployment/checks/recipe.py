@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 
 from ....common.config.loader import load_recipe
+from ....common.config.privacy_rules import check_site_count
 from ....common.config.schema import ModelSettings, Plan
 from ....common.config.site_schema import SiteSettings
 from ....common.errors import ConfigError, RefusedError
@@ -61,6 +62,7 @@ def _secure(plan: Plan, site: SiteSettings) -> str:
 
     roster = Path(site.trainer.roster)
     count = len(read_identity(site.name, Path(site.trainer.aggregation_key), roster).roster)
+    check_site_count(plan.privacy, count)
     text = hashlib.sha256(roster.read_bytes()).hexdigest()
     return f"Secure aggregation: a roster of {count} sites with the SHA-256 {text}"
 

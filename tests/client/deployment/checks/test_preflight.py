@@ -643,9 +643,15 @@ def test_a_recipe_is_compared_with_the_limits_before_the_site_takes_part(place: 
 
 def test_a_recipe_with_secure_aggregation_needs_a_roster_whose_hash_is_shown(place: Place) -> None:
     settings = {"privacy": {"secure_aggregation": True}, "train": {"max_update_norm": 1.0}}
+    with (place.folder / "roster.pub").open("ab") as roster:
+        roster.writelines(certificates.new_site_key(name)[1] for name in ("south", "east"))
     detail = place.check(recipe=recipe_file(place, **settings))["recipe"].detail
     digest = hashlib.sha256((place.folder / "roster.pub").read_bytes()).hexdigest()
-    assert re.search(rf"Secure aggregation: a roster of \d sites? with the SHA-256 {digest}", detail)
+    assert re.search(rf"Secure aggregation: a roster of 3 sites with the SHA-256 {digest}", detail)
+    settings["privacy"] = {"secure_aggregation": True, "min_sites": 40}
+    assert (
+        "min_sites is 40, but the number of sites is 3" in place.failed(recipe=recipe_file(place, **settings))["recipe"]
+    )
     (place.folder / "roster.pub").unlink()
     assert "roster.pub (trainer.roster)" in place.failed(recipe=recipe_file(place, **settings))["recipe"]
 
