@@ -181,7 +181,8 @@ class SecureRounds:
         return to_bytes(Opened.of(revealed))
 
     def _join(self, request: SumRequest, body: SumBody) -> None:
-        self._record.join(request.round, body.members, request.reference, self.store.previous(request.round))
+        start = self.store.previous(request.round) or 0
+        self._record.join(request.round, body.members, request.reference, start)
 
     @property
     def _record(self) -> SumRecord:

@@ -198,20 +198,20 @@ class StateStore:
         ancestors, number = [], admitted
         while number and len(ancestors) < MAX_STATES and self.path(number).exists():
             ancestors.append(self.path(number))
-            try:
-                number = load_arrays(ancestors[-1], prefix=NOTHING)[1]["previous"]
-            except (DamagedError, KeyError):  # what it was trained from is unknown, and may be the newest whole state
+            before = self.previous(number)
+            if before is None:  # it may be the newest whole state
                 return
+            number = before
         for path in self.folder.glob(FILES):
             if path < self.path(admitted) and path not in ancestors:
                 path.unlink(missing_ok=True)
 
-    def previous(self, round_number: int) -> int:
-        """Return the round whose state the training of a round began with; 0 if it is unknown."""
+    def previous(self, round_number: int) -> int | None:
+        """Return the round whose state the training of a round began with; None if it is unknown."""
         try:
             return load_arrays(self.path(round_number), prefix=NOTHING)[1]["previous"]
         except (StateError, KeyError):
-            return 0
+            return None
 
     def path(self, round_number: int) -> Path:
         """The path of a round's file."""
