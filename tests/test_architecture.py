@@ -201,6 +201,14 @@ for module in {modules}:
     assert done.stdout.splitlines() == [f"{module} []" for module in modules], done.stderr
 
 
+def test_the_client_app_does_not_build_the_settings() -> None:
+    """Building them takes a tenth of a ClientApp's start, and its messages carry the plan as text."""
+    built = "[m for m in sys.modules if m.startswith('colora.common.config')]"
+    code = f"import sys, colora.client.client_app; print({built})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_only_the_method_table_names_a_method() -> None:
     """A new method is one more row. ``colora`` and ``local`` also name the package and an engine: see the next test."""
     other_words = {"colora", "local"}

@@ -18,8 +18,9 @@ from typing import Any
 from ...common.adapters.initialization import initial_shared_state
 from ...common.atomic_io import write_atomically
 from ...common.config.loader import with_overrides
-from ...common.config.schema import Plan, PrivacySettings, digest, parse, to_dict, to_json
+from ...common.config.schema import Plan, PrivacySettings, parse, to_dict, to_json
 from ...common.dataset import TASKS, SiteDataset
+from ...common.digest import digest
 from ...common.errors import ConfigError, StateError
 from ...common.json_files import read_json
 from ...common.models.architecture import check_generates

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...common.config.schema import Plan, digest, to_json
+from ...common.config.schema import Plan, to_json
+from ...common.digest import digest
 from ...common.errors import RefusedError
 from ...common.protocol.types import PRELIMINARY, TrainRequest, hash_arrays
 from ...common.tasks.base import Task, hash_examples

@@ -28,7 +28,8 @@ import numpy as np
 
 from ...common.atomic_io import load_arrays, save_arrays
 from ...common.checked_entries import CheckedEntries, Entries
-from ...common.config.schema import Plan, digest
+from ...common.config.schema import Plan
+from ...common.digest import digest
 from ...common.errors import DamagedError, RefusedError
 from ...common.protocol.types import (
     OF_UPDATE,

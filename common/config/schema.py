@@ -9,7 +9,6 @@ Every key has an attribute docstring; ``docs/scripts/recipe_reference.py`` turns
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import field
 from functools import cache
@@ -19,6 +18,7 @@ import pydantic
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from ..digest import digest
 from ..errors import ConfigError
 from ..methods import Method, Role
 from .data_schema import DataSettings, PartitionSettings, SimulatedSiteSettings
@@ -65,7 +65,6 @@ __all__ = [
     "TrackingSettings",
     "TransferGeneratorSettings",
     "TransferSettings",
-    "digest",
     "parse",
     "to_dict",
     "to_json",
@@ -348,11 +347,6 @@ def to_json(settings: object) -> str:
 def to_dict(settings: Any) -> dict[str, Any]:
     """Return settings as plain dictionaries without unset values, since TOML has no null."""
     return _without_none(json.loads(json.dumps(dataclasses.asdict(settings))))
-
-
-def digest(text: str) -> str:
-    """Return the first 32 hexadecimal digits of a text's SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @cache

@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from ..config.schema import digest
 from ..dataset import EVAL_MODES, METRICS
+from ..digest import digest
 from ..errors import RefusedError
 
 PROTOCOL = 4  # version of these types; a site with another one is refused

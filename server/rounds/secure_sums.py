@@ -21,7 +21,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from flwr.app import Message
 
-from ...common.config.schema import digest
+from ...common.digest import digest
 from ...common.errors import RefusedError
 from ...common.protocol import flower_messages as messages
 from ...common.protocol.codec import as_received

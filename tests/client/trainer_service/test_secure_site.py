@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from colora.client.trainer_service.client import TrainerError
 from colora.client.training.secure_rounds import RECORD, REFERENCE, SumRecord
-from colora.common.config.schema import Plan, PrivacySettings, digest, to_json
+from colora.common.config.schema import Plan, PrivacySettings, to_json
+from colora.common.digest import digest
 from colora.common.errors import DamagedError, RefusedError
 from colora.common.protocol.types import SumRequest, TrainRequest
 from colora.common.secure_aggregation.bodies import Opened, Shared, SumBody, from_bytes, to_bytes

@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from colora.client.training.secure_rounds import SecureRounds
 from colora.client.training.state_store import StateStore
 from colora.common.atomic_io import save_arrays
-from colora.common.config.schema import ModelSettings, Plan, PrivacySettings, TrainSettings, digest, to_json
+from colora.common.config.schema import ModelSettings, Plan, PrivacySettings, TrainSettings, to_json
+from colora.common.digest import digest
 from colora.common.errors import RefusedError
 from colora.common.protocol.types import SumRequest, SumStep, TrainReply, TrainRequest
 from colora.common.secure_aggregation.bodies import Opened, Shared, SumBody, from_bytes, to_bytes
