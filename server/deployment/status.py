@@ -201,16 +201,22 @@ def show_run(status: RunStatus, console: Console) -> None:
 def _site_table(sites: Sequence[SiteProgress]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("site", no_wrap=True)
-    for name in ("last message", "last round", *EVAL_MODES):
+    measured = {site.site: _measured(site) for site in sites}
+    shown = [name for name in ("ε", *EVAL_MODES) if any(values[name] is not None for values in measured.values())]
+    for name in ("last message", "last round", *shown):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("last failure")
     for site in sites:
-        summary = SiteSummary(site.site, site.task, metrics=site.metrics)
-        values = [summary.metric(mode) for mode in EVAL_MODES]
         failure = [sanitize(f"round {t}: {reason}") for t, reason in site.failures.items()][-1:]
-        cells = ["" if value is None else f"{value:.3f}" for value in values]
+        cells = ["" if (value := measured[site.site][name]) is None else f"{value:.3f}" for name in shown]
         table.add_row(sanitize(site.site), format_age(site.seen), str(site.admitted or ""), *cells, *failure)
     return table
+
+
+def _measured(site: SiteProgress) -> dict[str, float | None]:
+    """The site's primary metric by mode, and the ε that it has spent; with privacy it may send nothing but the ε."""
+    summary = SiteSummary(site.site, site.task, metrics=site.metrics)
+    return {"ε": site.metrics.get(EPSILON), **{mode: summary.metric(mode) for mode in EVAL_MODES}}
 
 
 def _changing_files(folder: Path) -> list[Path]:

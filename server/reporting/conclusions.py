@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...common.dataset import TASKS
-from ...common.protocol.types import EPSILON, FALLBACK_DIFFERENCE, FALLBACK_ERROR
+from ...common.protocol.types import FALLBACK_DIFFERENCE, FALLBACK_ERROR
 from ...common.standard_error import mean_and_error
 from .summary import RunSummary, SiteSummary
 
@@ -75,7 +75,7 @@ def learning_rates(summary: RunSummary) -> str:
 
 
 def measuring(summary: RunSummary) -> list[str]:
-    """A line that says how much of the sites' work was measuring, and what makes it less."""
+    """A line that says how much of the sites' work was evaluation, and what makes it less."""
     seconds, measured = (sum(getattr(row, name) for row in summary.rows.values()) for name in ("seconds", "measuring"))
     if not measured:
         return []
@@ -84,7 +84,7 @@ def measuring(summary: RunSummary) -> list[str]:
         keys = "evaluation.every, evaluation.max_new_tokens and data.test"
     rest = round(seconds) - round(measured)  # so that the two add up
     return [
-        f"The sites worked for {seconds:.0f} s: {rest} s of training and other work, {measured:.0f} s of measuring, "
+        f"The sites worked for {seconds:.0f} s: {rest} s of training and other work, {measured:.0f} s of evaluation, "
         f"which {keys} limit."
     ]
 
@@ -205,13 +205,13 @@ def _privacy_of_sites(summary: RunSummary) -> list[str]:
 
 def _privacy_of_examples(summary: RunSummary) -> list[str]:
     """What the noise at the sites has spent."""
-    spent = [epsilon for row in summary.rows.values() if (epsilon := row.metrics.get(EPSILON)) is not None]
-    if not spent:
+    spent = summary.epsilon_of_examples()
+    if spent is None:
         return []
     shown = any(row.metric("personal") is not None for row in summary.rows.values())
     withheld = "" if shown else ' Metrics stay at the sites. A simulation can set privacy.metrics = "all".'
     delta = f" at δ = {summary.delta:g}" if summary.delta else ""
     return [
-        f"Differential privacy for each training example: the sites have spent at most ε = {max(spent):.3g}{delta}."
+        f"Differential privacy for each training example: the sites have spent at most ε = {spent:.3g}{delta}."
         f"{withheld}"
     ]

@@ -69,8 +69,7 @@ def _headline(summary: RunSummary) -> str:
         return printable(f"{summary.federation}: baseline (each site alone), {where}")
     phase = f"round {summary.round} of {summary.rounds}" if summary.round else "waiting for sites to join"
     note = f" ({summary.note})" if summary.note else ""
-    if summary.noised:
-        phase += f", ε {summary.noised['epsilon']:.3g} spent"
+    phase += _epsilon_of(summary)
     return printable(f"{summary.federation}: {summary.method} on {summary.model}, {phase}{note}")
 
 
@@ -101,11 +100,10 @@ def _line(summary: RunSummary, event: Event) -> str | None:
         loss = f", loss {sum(losses) / len(losses):.3f}" if losses else ""
         personal = summary.mean("personal") if not prefix else None
         metric = f", personal {personal:.3f}" if personal is not None else ""
-        sites = f"{len(event['admitted'])} sites"
-        spent = summary.noised if not prefix else None
-        epsilon = f", ε {spent['epsilon']:.3g}" if spent else ""
+        sites = _sites_of(summary, event)
+        epsilon = _epsilon_of(summary) if not prefix else ""
         share = summary.measuring_share(event["round"], baseline=bool(prefix))
-        took = f"{event['seconds']:.1f} s" + (f" ({share:.0%} measuring)" if share else "")
+        took = f"{event['seconds']:.1f} s" + (f" ({share:.0%} evaluation)" if share else "")
         return f"{prefix}round {event['round']}/{summary.rounds}: {sites}{loss}{metric}{epsilon}, {took}"
     if name == "grouped":
         return f"{len(event['groups'])} group{'s' * (len(event['groups']) > 1)} of sites: " + "; ".join(
@@ -119,6 +117,21 @@ def _line(summary: RunSummary, event: Event) -> str | None:
         what = f"round {event['round']}: {site} left out" if event["round"] else f"before round 1: {site} cannot join"
         return f"{prefix}{what}: {reason}"
     return None
+
+
+def _sites_of(summary: RunSummary, event: Event) -> str:
+    """Whose updates the round averaged; with secure aggregation, out of how many that took part in the sum."""
+    opened = summary.secure_sums.get(event["round"]) if not event.get("baseline") else None
+    if opened:
+        return f"secure sum of {len(opened['sites'])} of {len(opened['sites']) + len(opened['dropped'])} sites"
+    return f"{len(event['admitted'])} sites"
+
+
+def _epsilon_of(summary: RunSummary) -> str:
+    """The privacy budget spent so far: by the noise at the coordinator, and at the site that has spent most."""
+    parts = [f", site-level ε = {summary.noised['epsilon']:.3g}"] if summary.noised else []
+    spent = summary.epsilon_of_examples()
+    return "".join([*parts, f", example-level ε = {spent:.3g}" if spent is not None else ""])
 
 
 def number(value: float | None) -> str:

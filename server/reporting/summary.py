@@ -9,7 +9,7 @@ from typing import Any
 from ...common.dataset import TASKS
 from ...common.errors import reason_in_words
 from ...common.event_log import Event
-from ...common.protocol.types import FALLBACK_KEPT
+from ...common.protocol.types import EPSILON, FALLBACK_KEPT
 
 Metrics = Mapping[str, float | None]
 _SLOW = "takes minutes per site without a GPU"
@@ -117,6 +117,11 @@ class RunSummary:
         values = [row.metric(mode) for row in personal or self.rows.values()]
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if known and len({r.task for r in self.rows.values() if r.task}) == 1 else None
+
+    def epsilon_of_examples(self) -> float | None:
+        """The largest ε that a site has spent on its training examples; None without differential privacy."""
+        spent = [epsilon for row in self.rows.values() if (epsilon := row.metrics.get(EPSILON)) is not None]
+        return max(spent, default=None)
 
     def without_personal_model(self) -> list[str]:
         """The sites with training rows that were evaluated and have no personal model, where others have one."""

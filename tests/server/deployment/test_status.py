@@ -340,6 +340,23 @@ def test_the_spent_budget_of_a_run_is_the_largest_that_a_site_reported(run: Path
     assert status(1.5, 2.5, 2.0) == {"epsilon": 2.5, "delta": 1e-6, "budget": 8.0}
 
 
+def test_the_table_has_a_column_for_what_the_sites_sent(run: Path) -> None:
+    def columns() -> str:
+        page = Console(record=True, width=160, file=io.StringIO())
+        show_run(run_status(run), page)
+        return next(line for line in page.export_text().splitlines() if "last round" in line)
+
+    assert "personal" in columns()
+    assert "ε" not in columns()
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    for event in events:
+        if event["event"] == "reply":
+            event["metrics"] = {"privacy.epsilon": 1.5}
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert "personal" not in columns()
+    assert "ε" in columns()
+
+
 def test_the_budget_that_the_coordinators_noise_has_spent_is_told(run: Path) -> None:
     recipe = read_toml(run / "recipe.toml")
     recipe["server"]["privacy"] = {"noise_multiplier": 1.5, "epsilon": 9.0}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from colora.common.protocol.types import EPSILON
 from colora.common.standard_error import mean_and_error
 from colora.server.reporting.console import LiveDisplay
 from colora.server.reporting.report import print_report
@@ -121,7 +122,22 @@ def test_a_round_and_the_report_tell_how_much_of_the_work_was_measuring(tmp_path
         display({**STARTED, "sites": ["ada", "bob"]})
         for event in (*({"event": "joined", "site": name, **joined} for name in ("ada", "bob")), *replies, ended, last):
             display(event)
-    assert console.file.getvalue().splitlines()[-1] == "round 1/2: 2 sites, 10.2 s (70% measuring)"  # type: ignore[attr-defined]
+    assert console.file.getvalue().splitlines()[-1] == "round 1/2: 2 sites, 10.2 s (70% evaluation)"  # type: ignore[attr-defined]
     told = " ".join(report_of(display.summary, tmp_path).split())
-    assert "The sites worked for 12 s: 4 s of training and other work, 8 s of measuring, which" in told
+    assert "The sites worked for 12 s: 4 s of training and other work, 8 s of evaluation, which" in told
     assert "evaluation.every, evaluation.max_new_tokens and data.test limit." in told
+
+
+def test_the_line_of_a_private_round_tells_the_sum_and_what_it_spent(tmp_path: Path) -> None:
+    """Three of four sites are in the sum. The ε of examples is that of the site that has spent most."""
+    reply = {"event": "reply", "round": 1, "bytes_up": 1, "bytes_down": 1, "seconds": 1.0}
+    replies = [{**reply, "site": name, "metrics": {EPSILON: spent}} for name, spent in (("ada", 1.5), ("bob", 2.25))]
+    opened = {"event": "secure_sum", "round": 1, "sites": ["ada", "bob", "eve"], "dropped": ["dan"], "threshold": 3}
+    noised = {"event": "noised", "round": 1, "sites": 3, "clipped": {}, "bound": 1.0, "noise": 0.1, "epsilon": 4.0}
+    ended = {"event": "round", "round": 1, "admitted": opened["sites"], "weights": {}, "seconds": 2.0}
+    console = Console(file=io.StringIO(), width=120)
+    with LiveDisplay(console) as display:
+        for event in ({**STARTED, "sites": ["ada", "bob", "dan", "eve"]}, *replies, opened, noised, ended):
+            display(event)
+    spent = "site-level ε = 4, example-level ε = 2.25"
+    assert console.file.getvalue().splitlines()[-1] == f"round 1/2: secure sum of 3 of 4 sites, {spent}, 2.0 s"  # type: ignore[attr-defined]
