@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,8 @@ def write_site(site: SiteShare, folder: Path) -> None:
         **{key: names[key] for key in ("text", "label", "prompt", "completion")},
     )
     private = {"private": to_dict(site.settings.private)} if site.settings.private else {}
-    text = tomli_w.dumps({"name": site.settings.name, "data": to_dict(data), **private})
+    allow = {"allow": {"max_rank": site.settings.max_rank}} if site.settings.max_rank else {}
+    text = tomli_w.dumps({"name": site.settings.name, "data": to_dict(data), **private, **allow})
     write_atomically(folder / "site.toml", text.encode())
 
 
@@ -119,14 +121,14 @@ def _partitioned(recipe: Recipe) -> list[SiteShare]:
     sites, known = [], SourceRows(notes=notes)
     for number, row in (pair for part in parts.values() for pairs in part.values() for pair in pairs):
         known.add(number, row)
-    for name, pairs in parts["train"].items():
+    for (name, pairs), max_rank in zip(parts["train"].items(), cycle(partition.max_ranks or (None,)), strict=False):
         train = [row for _, row in pairs]
         if data.test_source:
             test = [row for _, row in parts["test"].get(name, [])]
         else:
             train, test = hold_out(train, data, seed_from(recipe.seed, name, "held out"))
         rows = check_rows(name, data, capped(train, data.train), capped(test, data.test), known)
-        sites.append(SiteShare(SimulatedSiteSettings(name, data), rows))
+        sites.append(SiteShare(SimulatedSiteSettings(name, data, max_rank=max_rank), rows))
     return sites
 
 

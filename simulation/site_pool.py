@@ -16,9 +16,11 @@ from ..client.artifacts.transfer import rows_on_new_base
 from ..client.client_app import Connect, Site
 from ..client.data.selection import load_site_rows
 from ..client.training.adapted_model import AdaptedModel, attach_adapters
+from ..client.training.private_rounds import without_metrics
 from ..client.training.secure_rounds import SecureRounds, without_update
+from ..client.training.smaller_rank import plan_at_rank
 from ..client.training.state_store import StateStore
-from ..client.training.trainer import Trainer, without_metrics
+from ..client.training.trainer import Trainer
 from ..common.config.loader import load_site
 from ..common.config.schema import Plan, parse
 from ..common.config.site_schema import SiteSettings
@@ -67,7 +69,7 @@ class SitePaths:
 
 
 class SitePool:
-    """The adapted model of one process and the trainers that share it, one per site."""
+    """The trainers of one process, one per site, on one adapted model for each rank that the sites have."""
 
     def __init__(self, paths: SitePaths, plan: Plan) -> None:
         import torch
@@ -78,8 +80,7 @@ class SitePool:
         self.settings: dict[str, SiteSettings] = {
             name: load_site(paths.data_of(name) / "site.toml") for name in paths.names
         }
-        generates = any(TASKS[site.data.task].needs_causal_lm for site in self.settings.values())
-        self.model: AdaptedModel = attach_adapters(load_base_model(plan.model, generates=generates), plan)
+        self.models: dict[int, AdaptedModel] = {}
         self.trainers: dict[str, Trainer] = {}
 
     def trainer(self, name: str) -> Trainer:
@@ -92,9 +93,19 @@ class SitePool:
             else:
                 source, folder = paths.source_state_of(name), paths.synthetic_data_of(name)
                 rows, artifacts = rows_on_new_base(self.plan, source, folder)
-            self.trainers[name] = Trainer(self.model, rows, store, site.private, artifacts=artifacts)
+            model = self._model(site.allow.max_rank)
+            self.trainers[name] = Trainer(model, rows, store, site.private, artifacts=artifacts)
             self.trainers[name].measurer.base_metrics = self._base_metrics(name)
         return self.trainers[name]
+
+    def _model(self, max_rank: int | None) -> AdaptedModel:
+        """Return the base model with an adapter of at most this rank, which the first call loads."""
+        rank = plan_at_rank(self.plan, max_rank).adapter.rank
+        if rank not in self.models:
+            generates = any(TASKS[site.data.task].needs_causal_lm for site in self.settings.values())
+            base = load_base_model(self.plan.model, generates=generates)
+            self.models[rank] = attach_adapters(base, self.plan, max_rank)
+        return self.models[rank]
 
     def secure_rounds(self, name: str) -> SecureRounds:
         """Return a site's part in secure sums. Its secrets derive from the seed, so that a run can be repeated."""

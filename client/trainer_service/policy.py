@@ -10,6 +10,7 @@ from ...common.dataset import TASKS
 from ...common.errors import RefusedError
 from ...common.foreign_text import clean
 from ...common.methods import ABSENT, GROUPS, METHODS, SHARED
+from ..training.smaller_rank import plan_at_rank
 
 ALTERNATING = "train.personal_steps + train.shared_steps"
 MAX_STEPS, MAX_RANK = 1_000_000, 4096  # of a round and of an adapter, whatever the site allows
@@ -58,6 +59,7 @@ def round_limits(plan: Plan, site: SiteSettings) -> Iterator[tuple[str, int, str
     train = plan.train
     steps = {"joint": "train.steps", "phases": "train.phase.steps"}.get(train.schedule, ALTERNATING)
     modules = plan.adapter.modules if plan.row().scale is not ABSENT else 1
+    plan = plan_at_rank(plan, site.allow.max_rank)
     rank = max(plan.adapter.rank, *(plan.adapter.rank_pattern or {}).values(), 1)
     yield "adapter.rank", rank * modules, "max_rank"
     yield (

@@ -27,9 +27,10 @@ from ..data.row_schema import tell
 from ..data.selection import load_site_rows
 from ..data.unknown_tokens import tell_unknown
 from ..training.adapted_model import attach_adapters
+from ..training.private_rounds import without_metrics
 from ..training.secure_rounds import SecureRounds, check_still_secure, without_update
 from ..training.state_store import StateStore
-from ..training.trainer import Trainer, without_metrics
+from ..training.trainer import Trainer
 from .lower_bounds import check_lower_bounds
 from .plan_bounds import check_bounds, check_disk, check_request
 from .policy import check_allowed, check_epochs
@@ -116,7 +117,7 @@ class TrainerSession:
                 rows, trains, artifacts = self._rows(plan)
             secret = site_secret(Path(self.site.trainer.state)) if self.site.trainer.seeds == "secret" else None
             store = StateStore(self.folder(plan), plan.name, secret)
-            model = attach_adapters(self._base_of(plan.model), plan)
+            model = attach_adapters(self._base_of(plan.model), plan, self.site.allow.max_rank)
             trainer = Trainer(model, rows, store, trains=trains, artifacts=artifacts)
             if trainer.private_rounds:
                 trainer.private_rounds.max_epsilon = self.site.allow.max_epsilon

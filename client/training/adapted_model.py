@@ -15,16 +15,22 @@ from ...common.config.schema import Plan, PrivateSettings
 from ...common.dataset import TASKS
 from ...common.models.base_model import BaseModel
 from ...common.models.precision import checkpoint_activations
+from ...common.protocol.types import Arrays
 from ...transfer.preparation import load_generator
+from .smaller_rank import SmallerRank, plan_at_rank
 
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """A base model with the plan's adapter attached. A process has one; its sites use it one after the other."""
+    """A base model with the plan's adapter attached. A process has one; its sites use it one after the other.
+
+    With ``smaller`` the adapter, and the plan's rank, are smaller than the federation's.
+    """
 
     base: BaseModel
     plan: Plan
     adapter: Mapping[str, nn.Parameter]
+    smaller: SmallerRank | None = None
     private_adapters: dict[PrivateSettings, PrivateAdapter] = field(default_factory=dict)
     generators: list[BaseModel] = field(default_factory=list)  # the generator beside an encoder, once it is loaded
 
@@ -51,6 +57,10 @@ class AdaptedModel:
             self.generators.append(load_generator(self.plan, task))
         return self.generators[0]
 
+    def at_own_rank(self, shared: Arrays) -> Arrays:
+        """Return shared arrays that arrived in the rank of this adapter."""
+        return self.smaller.received(shared) if self.smaller and shared else shared
+
     def select(self, private: PrivateAdapter) -> None:
         """Activate the shared adapter and this private adapter, and no other."""
         if self.private_adapters:
@@ -65,10 +75,14 @@ class PrivateAdapter:
     parameters: Mapping[str, nn.Parameter]
 
 
-def attach_adapters(base: BaseModel, plan: Plan) -> AdaptedModel:
-    """Attach the plan's shared adapter to the base model, with all its parameters frozen."""
+def attach_adapters(base: BaseModel, plan: Plan, max_rank: int | None = None) -> AdaptedModel:
+    """Attach the plan's shared adapter to the base model, with all its parameters frozen.
+
+    Its rank is at most ``max_rank`` where the plan can have a smaller one.
+    """
+    rank, plan = plan.adapter.rank, plan_at_rank(plan, max_rank)
     checkpoint_activations(base.backbone, plan.train.gradient_checkpointing)
     adapter = attach(base.backbone, plan.adapter, plan.method.row())
     for parameter in adapter.values():
         parameter.requires_grad_(False)
-    return AdaptedModel(base, plan, adapter)
+    return AdaptedModel(base, plan, adapter, SmallerRank(rank, plan.adapter.rank) if plan.adapter.rank < rank else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from torch import nn
 from ...common.config.schema import Plan, to_json
 from ...common.digest import digest
 from ...common.errors import RefusedError
-from ...common.protocol.types import PRELIMINARY, TrainRequest, hash_arrays
+from ...common.protocol.types import EPSILON, PRELIMINARY, TrainReply, TrainRequest, hash_arrays
 from ...common.tasks.base import Task, hash_examples
 from ...common.training.accountant import Spending, epsilon_of
 from ...common.training.noise import NoiseSource
@@ -120,3 +121,8 @@ def _hash_state(state: PersonalState) -> str:
         return {key: value.cpu().numpy() for key, value in values.items()}
 
     return hash_arrays(arrays(state.tensors)) + hash_arrays(arrays(state.optimizer_state))
+
+
+def without_metrics(reply: TrainReply) -> TrainReply:
+    """The reply as it leaves a private federation: only ε stays in it, which depends on public numbers only."""
+    return dataclasses.replace(reply, metrics={key: value for key, value in reply.metrics.items() if key == EPSILON})

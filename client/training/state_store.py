@@ -155,8 +155,8 @@ class StateStore:
     ) -> None:
         """Write state and reply to disk in one rename. Raises StateError, and leaves the old files, when it cannot.
 
-        ``shared`` is the adapter that the state was trained on if the reply has none, so that every file is a complete
-        model. ``artifacts`` are what a later transfer needs.
+        ``shared`` is the adapter of the state's model, so that every file is a complete model. It is empty where the
+        reply has it. ``artifacts`` are what a later transfer needs.
         """
         arrays = {PERSONAL + k: v.cpu().numpy() for k, v in state.tensors.items()}
         arrays |= {MOMENTS + k: v.cpu().numpy() for k, v in state.optimizer_state.items()}
@@ -235,11 +235,11 @@ def _round_of(path: Path) -> int:
     return int(path.stem.removeprefix("round-"))
 
 
-def check_private(state: PersonalState, private: PrivateSettings, site: str) -> None:
-    """Refuse a private adapter with other settings than those of the stored state. Raises RefusedError."""
-    old = parse(Plan, json.loads(state.plan)).private if state.plan else private
-    if old != private:
-        before, now = _describe_private(old), _describe_private(private)
+def check_own_choices(state: PersonalState, plan: Plan, site: str) -> None:
+    """Refuse another private adapter or another rank than those of the stored state. Raises RefusedError."""
+    stored = parse(Plan, json.loads(state.plan)) if state.plan else plan
+    if stored.private != plan.private:
+        before, now = _describe_private(stored.private), _describe_private(plan.private)
         raise RefusedError(
             "private",
             f"{before}, as in the site's state of round {state.round} (or a new state folder)",
@@ -247,6 +247,16 @@ def check_private(state: PersonalState, private: PrivateSettings, site: str) -> 
             site=site,
             message=f"The private adapter is {now}, but the site's state of round {state.round} has {before}.",
             hint="Keep the private adapter's settings, or use a new state folder.",
+        )
+    before, now = stored.adapter.rank, plan.adapter.rank
+    if before != now:
+        raise RefusedError(
+            "allow.max_rank",
+            f"rank {before}, as in the site's state of round {state.round} (or a new state folder)",
+            now,
+            site=site,
+            message=f"The adapter has rank {now} here, but the site's state of round {state.round} has rank {before}.",
+            hint="Keep allow.max_rank, or use a new state folder.",
         )
 
 

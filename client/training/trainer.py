@@ -49,7 +49,7 @@ from .private_rounds import private_rounds
 from .schedule import phases
 from .soundness import check_trained
 from .spectral import power_step
-from .state_store import PersonalState, StateStore, check_private
+from .state_store import PersonalState, StateStore, check_own_choices
 from .update_pipeline import UpdateContext, process_update
 from .validation_rows import require_validation_rows
 
@@ -96,6 +96,8 @@ class Trainer:
         self.measurer = Measurer(self)
         layout = layout_of(self.parameters)
         self.layout = self.method.having(layout, SHARED)
+        if model.smaller:
+            self.layout = model.smaller.layout(self.layout)
         self.site_seed = seed_from(store.secret or self.plan.seed, self.plan.name, self.site)
         self.private_rounds = private_rounds(self.plan, self.task, store) if trains else None
         heads = {key: layout[key] for key in self.task.head}
@@ -136,6 +138,7 @@ class Trainer:
             dropped=0 if self.private_rounds else task.train.dropped + task.test.dropped,
             classes=len(task.rows.labels),
             labels=hash_labels(task.rows.labels) if self.method.head is SHARED else "",
+            rank=self.plan.adapter.rank if self.model.smaller else 0,
         )
 
     def received(self, round_number: int) -> Arrays:
@@ -167,7 +170,7 @@ class Trainer:
             return self._reply(request, metrics=metrics, seconds=seconds, measuring=self.measurer.seconds)
         stored_state = self.store.state(request.admitted_round)
         state = stored_state or PersonalState()
-        check_private(state, self.plan.private, self.site)
+        check_own_choices(state, self.plan, self.site)
         if state.round == 0:
             state = self._with_probed_head(state, request)
         finalizes = request.kind == "finalize"
@@ -176,8 +179,8 @@ class Trainer:
             state, metrics = self.measurer.arrival(request, state)
             metrics |= self._benefit(request)
         trained = self._train(request, state, on_step)
-        personal = self.values(PERSONAL)
-        check_trained(trained, {**personal, **self.values(SHARED)}, self.site)
+        personal, own = self.values(PERSONAL), self.values(SHARED)
+        check_trained(trained, {**personal, **own}, self.site)
         shared, update_metrics = ({}, {}) if finalizes else self._shared_update(request)
         shared, feedback = self._rounded(shared, request, state)
         new = PersonalState(
@@ -210,7 +213,7 @@ class Trainer:
             measuring=self.measurer.seconds,
             fresh=stored_state is None,
         )
-        return self._send(new, reply, request)
+        return self._send(new, reply, request, own)
 
     def _finalize(
         self, request: TrainRequest, state: PersonalState, on_step: StepCallback | None
@@ -224,7 +227,9 @@ class Trainer:
 
     def _shared_update(self, request: TrainRequest) -> tuple[Arrays, dict[str, float]]:
         """The trained shared arrays after the steps of the update pipeline, and the pipeline's metrics."""
-        trained = {key: value.numpy() for key, value in self.values(SHARED).items()}
+        trained: Arrays = {key: value.numpy() for key, value in self.values(SHARED).items()}
+        if self.model.smaller:
+            trained = self.model.smaller.sent(trained, request.shared)
         context = UpdateContext(request.round, seed_from(self.site_seed, "update", request.round))
         return process_update(trained, request.shared, self.plan.train, context)
 
@@ -298,15 +303,24 @@ class Trainer:
         finally:
             activate(self.model.base.backbone, [name for name in (ADAPTER, self.private.name) if name])
 
-    def _send(self, state: PersonalState, reply: TrainReply, request: TrainRequest) -> TrainReply:
-        """Check that the reply holds shared groups and known metrics only, write it to disk, and return it."""
+    def _send(
+        self, state: PersonalState, reply: TrainReply, request: TrainRequest, trained: Mapping[str, torch.Tensor]
+    ) -> TrainReply:
+        """Check that the reply holds shared groups and known metrics only, write it to disk, and return it.
+
+        ``trained`` are the shared groups as this site trained them, in its own rank.
+        """
         check_arrays(reply.shared, self.layout if reply.shared else {}, self.site)
         check_metrics(reply.metrics, self.site)
-        received = request.shared if request.kind == "finalize" and not state.is_local else {}
+        shared: Arrays = {}
+        if request.kind == "finalize":
+            shared = {} if state.is_local else self.model.at_own_rank(request.shared)
+        elif self.model.smaller:
+            shared = {key: value.numpy() for key, value in trained.items()}
         if request.kind == "train" and self.plan.communication.broadcast_bits:
             state = dataclasses.replace(state, received=request.shared)
         plan = local_plan(self.plan) if state.is_local else self.plan
-        self.store.write(state, reply, self._metadata(reply, plan), received, self.transfer_artifacts)
+        self.store.write(state, reply, self._metadata(reply, plan), shared, self.transfer_artifacts)
         if self.plan.train.keep_states == "newest":
             self.store.prune(request.admitted_round)
         return reply
@@ -342,6 +356,7 @@ class Trainer:
                 hint="Use the state folder of this federation, or a new one.",
             )
         self.model.select(self.private)
+        shared = self.model.at_own_rank(shared)
         with torch.no_grad():
             for key, parameter in self.parameters.items():
                 value = shared.get(key) if key in shared else personal.get(key, self.initial[key])
@@ -382,8 +397,3 @@ class Trainer:
         if request.kind == "finalize" and self.trains and self.plan.fits_final_head:
             self.task.fit_head()
         return outcome
-
-
-def without_metrics(reply: TrainReply) -> TrainReply:
-    """The reply as it leaves a private federation: only ε stays in it, which depends on public numbers only."""
-    return dataclasses.replace(reply, metrics={key: value for key, value in reply.metrics.items() if key == EPSILON})

@@ -125,6 +125,9 @@ class PartitionSettings:
     min_labels: Count = 2
     """Minimum number of labels per site, with ``dirichlet``."""
 
+    max_ranks: tuple[Positive, ...] | None = None
+    """``max_rank`` of the first, second, … site, and again from the first. Unset: none."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class SimulatedSiteSettings:
@@ -142,3 +145,6 @@ class SimulatedSiteSettings:
 
     private: Private | None = None
     """Private adapter of this site: a kind, or a table. Unset: the recipe's."""
+
+    max_rank: Positive | None = None
+    """``allow.max_rank`` of this site: with a smaller one than ``adapter.rank``, it trains an adapter of that rank."""

@@ -87,7 +87,9 @@ class AllowSettings:
     shared groups of the method table only."""
 
     max_rank: Positive | None = None
-    """Maximum rank of an adapter, all MultiLoRA modules together. Unset: any."""
+    """Maximum rank of an adapter, all MultiLoRA modules together. Unset: any. Where the recipe's ``adapter.rank`` is
+    up to 8 times as large, the site trains an adapter of this rank if the method shares A and B. Other recipes are
+    refused."""
 
     max_steps: Positive | None = None
     """Maximum number of optimizer steps in one round, in the final steps, and in the preparation of a transfer. With

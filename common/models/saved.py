@@ -1,7 +1,7 @@
 """Models on disk: a site's state file or a coordinator's checkpoint, with metadata.
 
-Array names begin with a prefix: ``shared/`` for the shared adapter as it arrived, ``reply/`` for the site's trained
-version of it, and ``state/`` for the site's personal groups.
+Array names begin with a prefix: ``shared/`` for the shared adapter of the model, ``reply/`` for the site's trained
+version of it as it was sent, which stands for both where it is alone, and ``state/`` for the site's personal groups.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _read(path: Path, group: int | None) -> SavedModel:
         path,
         metadata,
         plan,
-        trained or shared,
+        shared or trained,
         below(arrays, PERSONAL),
         below(arrays, DISCRIMINATOR),
         below(arrays, WRITER),

@@ -20,6 +20,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "protocol": (0, MAX_COUNT),
     **dict.fromkeys(("terms", "examples", "train", "test", "truncated", "dropped"), (0, MAX_COUNT)),
     "classes": (0, MAX_CLASSES),
+    "rank": (0, MAX_COUNT),
     "seconds": (0, MAX_SECONDS),
     "measuring": (0, MAX_SECONDS),
 }

@@ -19,7 +19,7 @@ from ..dataset import EVAL_MODES, METRICS
 from ..digest import digest
 from ..errors import RefusedError
 
-PROTOCOL = 4  # version of these types; a site with another one is refused
+PROTOCOL = 5  # version of these types; a site with another one is refused
 UPDATE_SCALE = "update.scale"  # metric: the factor by which a site scaled its update before it sent it
 OF_UPDATE = frozenset((UPDATE_SCALE,))  # metrics that are computed from an update; not sent with secure aggregation
 BENEFIT = "train.benefit"  # metric: loss with the shared adapter ÷ loss without it; in [0, MAX_BENEFIT]
@@ -43,7 +43,7 @@ PRELIMINARY = ("trial", "initialize")  # requests before round 1, of which a sit
 WITHOUT_ARRAYS = ("validate", "finalize")  # requests whose replies hold metrics only
 
 
-ROWS_OF_SITE = ("site", "task", "train", "test", "truncated", "dropped")  # of SiteInfo, in the event ``joined``
+ROWS_OF_SITE = ("site", "task", "train", "test", "truncated", "dropped", "rank")  # of SiteInfo, in the event ``joined``
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ class SiteInfo:
     dropped: int
     classes: int = 0  # number of labels of a classification task
     labels: str = ""  # hash of the labels' names and order where heads are shared; empty where they are personal
+    rank: int = 0  # of the site's adapter, if it is smaller than the federation's; else 0
 
 
 def hash_arrays(arrays: Arrays) -> str:

@@ -111,6 +111,12 @@ def advice(summary: RunSummary) -> list[str]:
     ]
 
 
+def ranks(summary: RunSummary) -> list[str]:
+    """A line about the sites whose adapters have a smaller rank than the federation's."""
+    smaller = [f"{row.site} {row.rank}" for row in summary.rows.values() if row.rank]
+    return [f"Sites with adapters of a smaller rank (allow.max_rank): {', '.join(smaller)}."] if smaller else []
+
+
 def fallbacks(summary: RunSummary) -> list[str]:
     """A line about the sites that kept their local models, and by what; or that none did."""
     chose = [row for row in summary.rows.values() if row.kept_local is not None]

@@ -108,7 +108,7 @@ REQUIRED: Mapping[str, Mapping[str, Check]] = {
 OPTIONAL: Mapping[str, Mapping[str, Check]] = {  # where present
     "resumed": {"damaged": _names},
     "started": {"learning_rates": _values(_optional(_number)), "settings": _table, "versions": _values(_text), **_SITE},
-    "joined": {"steps": _count},
+    "joined": {"steps": _count, "rank": _count},
     "grouped": {"tests": _tests},
     "reply": {"measuring": _number, "kind": _text, "whole": lambda value: isinstance(value, bool)},
     "round": {"residual": _optional(_number)},

@@ -24,7 +24,8 @@ waiting            Too few sites. While joining: when ("join"), quorum, present,
                    round, quorum, present (sites that replied), missing, offline (of these), seconds (since they were
                    asked). After a round without quorum, which is repeated: when ("server.quorum at round 3"), reason.
 joined             A site was admitted: site, task, train, test (examples), truncated, dropped (of these), steps
-                   (optimizer steps of a round; they depend on the site's examples with train.epochs).
+                   (optimizer steps of a round; they depend on the site's examples with train.epochs), rank (of the
+                   site's adapter, if it is smaller than the recipe's; else 0).
 agreed             What all sites have in common is fixed: weights ("tokens", "examples", "uniform", "benefit"),
                    pins (fingerprints of the base model, tokenizer and chat template).
 grouped            Sites were compared before round 1: groups (lists of sites, the largest first; one if all share an

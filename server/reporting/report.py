@@ -20,6 +20,7 @@ from .conclusions import (
     learning_rates,
     measuring,
     privacy,
+    ranks,
     selection,
     warnings,
 )
@@ -93,7 +94,7 @@ def _conclusions(summary: RunSummary) -> list[str]:
             f"The rows are generated texts, labelled by the models from {summary.source_federation}; some of them were "
             "held out for these metrics. The original training data was not read."
         )
-    lines += privacy(summary)
+    lines += [*privacy(summary), *ranks(summary)]
     if summary.residual is not None:
         lines.append(f"In the last round mean(B)·mean(A) differed from mean(BA) by {summary.residual:.1%}.")
     if len(summary.groups) > 1:

@@ -29,6 +29,7 @@ class SiteSummary:
     truncated: int = 0
     dropped: int = 0
     steps: int = 0  # optimizer steps of a round
+    rank: int = 0  # of its adapter, where it is smaller than the federation's
     metrics: dict[str, float | None] = field(default_factory=dict)
     alone: dict[str, float | None] = field(default_factory=dict)
     gain: float | None = None  # of the personal model over local-only training; positive is better
@@ -247,7 +248,7 @@ def _joined(summary: RunSummary, event: Event) -> None:
     row = summary.site(event["site"])
     for name in ("task", "train", "test", "truncated", "dropped"):
         setattr(row, name, event[name])
-    row.steps = event.get("steps", 0)
+    row.steps, row.rank = event.get("steps", 0), event.get("rank", 0)
     row.failures.pop(0, None)  # before it joined
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...common.config.schema import ServerSettings
-from .products import Factors, dense_squares, gram_squares, truncate
+from ...common.products import Factors, dense_squares, gram_squares, truncate
 
 Arrays = dict[str, np.ndarray]
 

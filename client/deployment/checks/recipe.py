@@ -51,7 +51,17 @@ def check_recipe(plan: Plan, site: SiteSettings, examples: int | None) -> str:
         check_lower_bounds(plan, site, examples)
     unusual = "; ".join(out_of_the_ordinary(plan, site, examples))
     privacy, look = (_privacy(plan, site, examples), _secure(plan, site)), f"LOOK: {unusual}" if unusual else ""
-    return ". ".join(filter(None, (f"{plan.name}: accepted", *privacy, look)))
+    return ". ".join(filter(None, (f"{plan.name}: accepted", _rank(plan, site), *privacy, look)))
+
+
+def _rank(plan: Plan, site: SiteSettings) -> str:
+    """The rank of the site's adapter, where it is smaller than the recipe's."""
+    from ...training.smaller_rank import plan_at_rank
+
+    rank = plan_at_rank(plan, site.allow.max_rank).adapter.rank
+    return (
+        f"Adapter of rank {rank} in place of {plan.adapter.rank} (allow.max_rank)" if rank < plan.adapter.rank else ""
+    )
 
 
 def _secure(plan: Plan, site: SiteSettings) -> str:

@@ -29,7 +29,7 @@ class ReceivedRequest(_message.Message):
     def __init__(self, federation: _Optional[str] = ..., plan: _Optional[str] = ..., round: _Optional[int] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class SiteInfo(_message.Message):
-    __slots__ = ("site", "protocol", "model", "tokenizer", "chat_template", "layout", "task", "train", "test", "truncated", "dropped", "classes", "labels")
+    __slots__ = ("site", "protocol", "model", "tokenizer", "chat_template", "layout", "task", "train", "test", "truncated", "dropped", "classes", "labels", "rank")
     SITE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +43,7 @@ class SiteInfo(_message.Message):
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     site: str
     protocol: int
     model: str
@@ -56,7 +57,8 @@ class SiteInfo(_message.Message):
     dropped: int
     classes: int
     labels: str
-    def __init__(self, site: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., tokenizer: _Optional[str] = ..., chat_template: _Optional[str] = ..., layout: _Optional[str] = ..., task: _Optional[str] = ..., train: _Optional[int] = ..., test: _Optional[int] = ..., truncated: _Optional[int] = ..., dropped: _Optional[int] = ..., classes: _Optional[int] = ..., labels: _Optional[str] = ...) -> None: ...
+    rank: int
+    def __init__(self, site: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., tokenizer: _Optional[str] = ..., chat_template: _Optional[str] = ..., layout: _Optional[str] = ..., task: _Optional[str] = ..., train: _Optional[int] = ..., test: _Optional[int] = ..., truncated: _Optional[int] = ..., dropped: _Optional[int] = ..., classes: _Optional[int] = ..., labels: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class TrainRequestPart(_message.Message):
     __slots__ = ("head", "chunk")

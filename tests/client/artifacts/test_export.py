@@ -93,12 +93,12 @@ class Trained:
         return np.concatenate(rows)
 
 
-def train(raw: dict, folder: Path, name: str) -> Trained:
+def train(raw: dict, folder: Path, name: str, max_rank: int | None = None) -> Trained:
     """Train the first site of a recipe for one round and the final personalization, without Flower."""
     recipe = recipe_from(raw)
     plan, site = recipe.plan, recipe.site[0]
     generates = site.data.task == "generation"
-    model = attach_adapters(load_base_model(plan.model, generates=generates), plan)
+    model = attach_adapters(load_base_model(plan.model, generates=generates), plan, max_rank)
     rows = load_site_rows(SiteSettings(site.name, site.data), recipe.seed)
     trainer = Trainer(model, rows, StateStore(folder, plan.name))
     shared = initial_shared_state(plan, len(rows.labels))
@@ -203,6 +203,17 @@ def test_each_method_with_each_private_adapter_is_what_stock_peft_loads(
     bare = stock([{**job, "bare": True} for job in jobs if job["base"]]).logits
     effect = [float(np.abs(bare[name] - ours[name]).max()) for name in bare if not name.startswith("classification")]
     assert min(effect) > 100 * CLOSE, "the adapters have an effect"
+
+
+def test_a_site_of_a_smaller_rank_exports_an_adapter_of_that_rank(
+    tiny_recipe: dict, tmp_path: Path, stock: Stock
+) -> None:
+    case = train(varied(tiny_recipe, "colora", "none"), tmp_path / "state", "small", max_rank=2)
+    export(case.saved, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 2
+    result = stock([case.job("small", tmp_path / "out", case.saved.plan.model.source)])
+    assert float(np.abs(result.logits["small"] - case.logits()).max()) < CLOSE
+    assert result.answers["small"] == case.answers()
 
 
 @pytest.mark.slow

@@ -69,7 +69,17 @@ def test_what_lies_on_every_limit_is_allowed() -> None:
         ({"models": ["m"]}, {}, "model.source: expected one of m (allow.models), found 'asset:minilm-l6'"),
         ({"models": []}, {}, "model.source: expected nothing (allow.models is empty), found 'asset:minilm-l6'"),
         ({"methods": ["ffa"]}, {}, "method.name: expected one of ffa (allow.methods), found 'colora'"),
-        ({"max_rank": 7}, {}, "adapter.rank: expected at most 7 (allow.max_rank), found 8"),
+        (
+            {"max_rank": 7},
+            {"adapter": {"init": "orthogonal"}},
+            "adapter.rank: expected at most 7 (allow.max_rank), found 8",
+        ),
+        (
+            {"max_rank": 7},
+            {"method": {"name": "ffa"}},
+            "adapter.rank: expected at most 7 (allow.max_rank), found 8",
+        ),
+        ({"max_rank": 2}, {"adapter": {"rank": 33}}, "adapter.rank: expected at most 2 (allow.max_rank), found 33"),
         ({"max_steps": 9}, {}, "train.steps: expected at most 9 (allow.max_steps), found 10"),
         (
             {"max_steps": 19},

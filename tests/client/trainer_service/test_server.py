@@ -257,13 +257,11 @@ def test_a_message_beyond_the_limit_does_not_come_in(running_site: SiteSetup) ->
 
 def test_what_the_site_file_does_not_allow_is_refused_before_anything_is_touched(site_setup: SiteSetup) -> None:
     site_setup.configure("[allow]", 'federations = ["town"]', "max_rank = 4").start()
-    site = site_setup.client()
+    site, adapter = site_setup.client(), site_setup.plan().adapter
+    larger = dataclasses.replace(adapter, rank=8, init="orthogonal")  # which cannot be smaller at one site
     for plan, message in (
         (site_setup.plan("city"), "RefusedError: federation"),
-        (
-            dataclasses.replace(site_setup.plan(), adapter=dataclasses.replace(site_setup.plan().adapter, rank=8)),
-            "adapter.rank",
-        ),
+        (dataclasses.replace(site_setup.plan(), adapter=larger), "adapter.rank"),
     ):
         with pytest.raises(TrainerError) as caught:
             site.site_info(plan.name, to_json(plan))

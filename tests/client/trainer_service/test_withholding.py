@@ -110,11 +110,11 @@ def test_the_check_shows_a_person_what_is_unusual_and_what_was_refused(site_setu
         "LOOK at town: train.steps is 2 × batch size 4, ordinarily at least 24 examples; "
         "train.batch_size is 4, ordinarily at least 8; model.max_length is 16, ordinarily at least 32"
     )
-    wide = dataclasses.replace(plan, adapter=dataclasses.replace(plan.adapter, rank=8))
+    wide = dataclasses.replace(plan, adapter=dataclasses.replace(plan.adapter, rank=65))
     with pytest.raises(TrainerError):
         site.site_info(plan.name, to_json(wide))
     assert "1 refused, the last at 2" in check_plans(site_setup.state)
-    assert check_plans(site_setup.state).endswith("adapter.rank: expected at most 4 (allow.max_rank), found 8")
+    assert check_plans(site_setup.state).endswith("adapter.rank: expected at most 4 (allow.max_rank), found 65")
 
 
 def test_the_log_of_refusals_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,11 +148,10 @@ def test_the_last_gate_refuses_a_reply_with_an_extra_array(town: Town) -> None:
     core = next(key for key in site.parameters if group_of(key) == "core")
     leaking = TrainReply("ada", plan.name, 1, "k", {**start, core: np.eye(4, dtype=np.float32)}, 1, 1)
     with pytest.raises(RefusedError, match=rf"site ada: arrays: expected the shared groups only, found also {core}"):
-        site._send(PersonalState(1), leaking, order(plan, 1, start))
+        site._send(PersonalState(1), leaking, order(plan, 1, start), {})
     assert not site.store.folder.exists()
-    site._send(
-        PersonalState(1), dataclasses.replace(leaking, shared=start), order(plan, 1, start)
-    )  # without it the gate is open
+    harmless = dataclasses.replace(leaking, shared=start)
+    site._send(PersonalState(1), harmless, order(plan, 1, start), {})  # without it the gate is open
     assert site.store.reply(1, "k") is not None
 
 

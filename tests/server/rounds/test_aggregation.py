@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
 
 from colora.common.config.schema import ServerSettings
+from colora.common.products import Factors, dense_squares, gram_squares
 from colora.server.rounds.aggregation import (
     AGGREGATORS,
     SERVER_OPTIMIZERS,
@@ -24,7 +25,6 @@ from colora.server.rounds.aggregation import (
     trimmed_per_side,
     weighted_mean,
 )
-from colora.server.rounds.products import Factors, dense_squares, gram_squares
 from colora.server.rounds.weighting import WEIGHTS, Contribution
 from colora.simulation.local_grid import LocalGrid
 
