@@ -3,7 +3,7 @@
 The sites of a recipe train in turn at rank 4, 8 and 16; the federation has rank 16. Arms: ``product`` is the mean of
 products. ``aligned`` is the mean of factors in a basis like the one that arrived. ``padded`` is the mean of factors
 that are cut to the site's rank and padded with zeros. ``all 4`` and ``all 16`` give all sites one rank. Results are
-appended to ``benchmarks/results/mixed_ranks.jsonl``.
+appended to ``benchmarks/results/mixed_ranks-RECIPE.jsonl``.
 
 python benchmarks/mixed_ranks.py [RECIPE] [SEEDS] [ARM …]     (r8, 3, product aligned padded)
 """
@@ -71,7 +71,7 @@ def measure(name: str, arm: str, seed: int, folder: Path) -> Result:
 def main() -> None:
     arguments = sys.argv[1:]
     name, seeds = (arguments + ["r8", "3"][len(arguments) :])[:2]
-    path = RESULTS / "mixed_ranks.jsonl"
+    path = RESULTS / f"mixed_ranks-{name}.jsonl"
     for arm in arguments[2:] or ("product", "aligned", "padded"):
         found = []
         for seed in range(int(seeds)):

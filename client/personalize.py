@@ -23,6 +23,7 @@ from ..common.protocol.types import TrainRequest
 from ..common.training.loop import StepCallback
 from .trainer_service.listener import exclusive_state_dir
 from .trainer_service.session import TrainerSession
+from .training.smaller_rank import plan_at_rank
 from .training.state_store import StateStore
 
 
@@ -73,7 +74,8 @@ def personalize(
         store = StateStore(session.folder(accepted), plan.name)
         shared = dict(saved.shared)
         request = TrainRequest(plan.name, final_round, "finalize", 0, to_json(plan), shared, evaluate=True)
-        if other := _other_result(store, request, to_json(accepted), site.name):
+        own = plan_at_rank(accepted, site.allow.max_rank)
+        if other := _other_result(store, request, to_json(own), site.name):
             if not replace:
                 raise other
             store.path(final_round).unlink()

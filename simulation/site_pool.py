@@ -1,4 +1,4 @@
-"""The sites of a simulation in one process, on one base model: what the ClientApp of a simulation connects to."""
+"""The sites of a simulation in one process: what the ClientApp of a simulation connects to."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def connect_to(paths: SitePaths, on_step: SiteStep, cohort: Cohort | None = None
     return connect
 
 
-@lru_cache(maxsize=1)  # one base model in memory; the next federation replaces it
+@lru_cache(maxsize=1)  # one federation in memory; the next one replaces it
 def _site_pool(paths: SitePaths, plan: str) -> SitePool:
     return SitePool(paths, parse(Plan, json.loads(plan)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import numpy as np
 
 from ..common.config.schema import Recipe, SimulatedSiteSettings
@@ -26,12 +28,13 @@ def regression_sites(recipe: Recipe) -> list[tuple[SimulatedSiteSettings, SiteDa
 
     A site has ``data.train`` training rows (default 40) with noise, and ``data.test`` test rows (default 500) without.
     """
-    sites = []
-    for name, truth in truths(recipe).items():
+    assert recipe.partition is not None
+    sites, ranks = [], cycle(recipe.partition.max_ranks or (None,))
+    for (name, truth), max_rank in zip(truths(recipe).items(), ranks, strict=False):
         train = regression_rows(truth, recipe.data.train or 40, NOISE, seed_from(recipe.seed, name, "train"))
         test = regression_rows(truth, recipe.data.test or 500, 0.0, seed_from(recipe.seed, name, "test"))
         dataset = SiteDataset(name, "regression", _rows(train), _rows(test))
-        sites.append((SimulatedSiteSettings(name, recipe.data), dataset))
+        sites.append((SimulatedSiteSettings(name, recipe.data, max_rank=max_rank), dataset))
     return sites
 
 

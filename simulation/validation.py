@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..client.data.unknown_tokens import tell_unknown
+from ..client.training.smaller_rank import plan_at_rank
 from ..client.training.validation_rows import require_validation_rows
 from ..common.adapters.fit import check_fit
 from ..common.adapters.initialization import head_layout, initial_shared_state
@@ -26,6 +27,7 @@ def check_simulation(recipe: Recipe, sites: Sequence[SiteShare]) -> None:
     """
     _check_quorum(recipe, sites)
     _check_from_round(recipe, sites)
+    _check_ranks(recipe, sites)
     labels = {site.rows.labels for site in sites if site.rows.labels}
     if recipe.method.row().head is SHARED and len(labels) > 1:
         raise ConfigError(
@@ -47,6 +49,17 @@ def check_simulation(recipe: Recipe, sites: Sequence[SiteShare]) -> None:
     if recipe.transfer.prepare:
         for site in sites:
             check_preparation(recipe.plan, site.rows)
+
+
+def _check_ranks(recipe: Recipe, sites: Sequence[SiteShare]) -> None:
+    """Check that each site can have the rank that it is limited to, as a deployed site does."""
+    rank = recipe.adapter.rank
+    for site in sites:
+        name, limit = site.settings.name, site.settings.max_rank
+        if limit is not None and plan_at_rank(recipe.plan, limit).adapter.rank > limit:
+            message = f"With this recipe, the adapter of rank {rank} cannot have a rank of {limit} at site {name}."
+            hint = "The guide on methods says what smaller ranks need. Or remove max_rank."
+            raise ConfigError("max_rank", f"at least {rank}", limit, site=name, message=message, hint=hint)
 
 
 def _tell_unknown_tokens(recipe: Recipe, sites: Sequence[SiteShare]) -> None:

@@ -21,7 +21,8 @@ MAX_SHOWN = 200  # characters of a coordinator's value in an error
 def check_allowed(plan: Plan, federation: str, site: SiteSettings) -> None:
     """Raise RefusedError for the first setting that ``[allow]`` forbids, naming the plan's key and the site's key.
 
-    The error's public part is the plan's key only: the coordinator learns what was refused, not what is allowed.
+    The error's public part is the plan's key only: the coordinator learns what was refused, not what is allowed. But it
+    learns the rank of a smaller adapter.
     ``plan_bounds.py`` checks the limits on single numbers, and ``time_limit.py`` enforces ``max_seconds``.
     """
     _check_choice("federation", federation, "federations", site)

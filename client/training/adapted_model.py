@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...common.adapters.initialization import initial_values
-from ...common.adapters.inject import ADAPTER, activate, attach, inject, layout_of, private_spec
+from ...common.adapters.inject import ADAPTER, Layout, activate, attach, inject, layout_of, private_spec
 from ...common.config.schema import Plan, PrivateSettings
 from ...common.dataset import TASKS
 from ...common.models.base_model import BaseModel
@@ -22,7 +22,7 @@ from .smaller_rank import SmallerRank, plan_at_rank
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """A base model with the plan's adapter attached. A process has one; its sites use it one after the other.
+    """A base model with the plan's adapter attached. The sites of a process that have one rank use it in turn.
 
     With ``smaller`` the adapter, and the plan's rank, are smaller than the federation's.
     """
@@ -60,6 +60,14 @@ class AdaptedModel:
     def at_own_rank(self, shared: Arrays) -> Arrays:
         """Return shared arrays that arrived in the rank of this adapter."""
         return self.smaller.received(shared) if self.smaller and shared else shared
+
+    def at_shared_rank(self, trained: Arrays, received: Arrays) -> Arrays:
+        """Return trained shared arrays in the federation's rank, in which ``received`` arrived."""
+        return self.smaller.sent(trained, received) if self.smaller else trained
+
+    def layout_of_messages(self, layout: Layout) -> Layout:
+        """Return the layout of the shared arrays in messages, in the federation's rank."""
+        return self.smaller.layout(layout) if self.smaller else layout
 
     def select(self, private: PrivateAdapter) -> None:
         """Activate the shared adapter and this private adapter, and no other."""

@@ -2,20 +2,21 @@
 
 The site receives and sends factors of the federation's rank R, so all messages have one layout. In between it trains
 factors of its own rank r. What arrives is approximated by a product of rank r (Eckart and Young). What leaves is the
-trained product in factors of rank R, in a basis that is as close as possible to the one that arrived.
+product that arrived plus what training changed of its approximation, so the part that the site cannot hold stays.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...common.config.schema import Plan
-from ...common.methods import ABSENT, SHARED
+from ...common.errors import RefusedError
+from ...common.methods import ABSENT, PERSONAL, SHARED
 from ...common.products import Factors, truncate
 from ...common.protocol.types import Arrays
 
@@ -24,27 +25,25 @@ INITIAL = ("kaiming", "gaussian")  # values of adapter.init that do not depend o
 LARGEST = 8  # times the site's rank: messages have the federation's, so it costs memory and traffic
 
 
-def plan_at_rank(plan: Plan, most: int | None) -> Plan:
-    """Return the plan with a rank of at most ``most`` and the same scaling factor, or the plan itself if it cannot."""
-    if most is None or not most < plan.adapter.rank <= LARGEST * most or not can_be_smaller(plan):
+def plan_at_rank(plan: Plan, max_rank: int | None) -> Plan:
+    """Return the plan with a rank of at most ``max_rank`` and equal scaling, or the plan itself if that cannot be."""
+    if max_rank is None or not max_rank < plan.adapter.rank <= LARGEST * max_rank or not can_be_smaller(plan):
         return plan
-    ratio = most / plan.adapter.rank
+    ratio = max_rank / plan.adapter.rank
     alpha = plan.adapter.alpha * (math.sqrt(ratio) if plan.adapter.rslora else ratio)
-    return dataclasses.replace(plan, adapter=dataclasses.replace(plan.adapter, rank=most, alpha=alpha))
+    return dataclasses.replace(plan, adapter=dataclasses.replace(plan.adapter, rank=max_rank, alpha=alpha))
 
 
 def can_be_smaller(plan: Plan) -> bool:
     """Whether sites can train adapters of a smaller rank.
 
-    Only a product B·A can be approximated, so the method must share both. Patterns for single layers, and differences
-    to the last adapter (``broadcast_bits``), need the federation's rank.
+    Only a product B·A can be approximated, so a method shares both or neither. Patterns for single layers, and
+    differences to the last adapter (``broadcast_bits``), need the federation's rank.
     """
     method, adapter = plan.row(), plan.adapter
-    shares_products = method.A is method.B is SHARED and method.scale is ABSENT
+    as_product = method.A is method.B and method.A in (SHARED, PERSONAL) and method.scale is ABSENT
     of_layers = adapter.rank_pattern or adapter.alpha_pattern
-    return bool(
-        shares_products and adapter.init in INITIAL and not of_layers and plan.communication.broadcast_bits is None
-    )
+    return bool(as_product and adapter.init in INITIAL and not of_layers and plan.communication.broadcast_bits is None)
 
 
 @dataclass
@@ -53,7 +52,7 @@ class SmallerRank:
 
     federation: int
     site: int
-    _last: tuple[Arrays, Arrays] | None = None  # what arrived last, which a round loads more than once, in both ranks
+    _last: tuple[Arrays, Arrays] | None = None  # what arrived last, in both ranks: a round loads it more than once
 
     def layout(self, layout: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Return a layout of the site's rank as it is in the federation's."""
@@ -65,23 +64,38 @@ class SmallerRank:
     def received(self, arrays: Arrays) -> Arrays:
         """Return arrays of the federation's rank as the best approximation of the site's rank."""
         if self._last is None or self._last[0] is not arrays:
-            self._last = arrays, self._convert(arrays, arrays, self.site)
+            converted = dict(arrays)
+            for a, b in _layers(arrays):
+                converted[a], converted[b] = _factors([_product(arrays, a, b)], arrays[a][: self.site])
+            self._last = arrays, converted
         return self._last[1]
 
     def sent(self, trained: Arrays, received: Arrays) -> Arrays:
-        """Return arrays of the site's rank in the federation's rank, in a basis like that of ``received``.
+        """Return ``received`` (rank R) plus what training changed of its approximation, truncated to rank R.
 
-        Arrays that did not change, and whose product has the site's rank, come out as they arrived.
+        ``trained`` has the site's rank. The basis is as close as possible to that of ``received``, so arrays that did
+        not change come out as they arrived.
         """
-        return self._convert(trained, received, self.federation)
-
-    def _convert(self, arrays: Arrays, like: Arrays, rank: int) -> Arrays:
-        converted = dict(arrays)
-        for a, b in _layers(arrays):
-            product = Factors(arrays[b].astype(np.float64), arrays[a].astype(np.float64))
-            factors = truncate(product, like[a][:rank].astype(np.float64))
-            converted[a], converted[b] = (np.ascontiguousarray(x, np.float32) for x in (factors.right, factors.left))
+        before, converted = self.received(received), dict(trained)
+        for a, b in _layers(trained):
+            parts = _product(received, a, b), _product(trained, a, b), _product(before, a, b, sign=-1.0)
+            converted[a], converted[b] = _factors(parts, received[a])
         return converted
+
+
+def _product(arrays: Arrays, a: str, b: str, sign: float = 1.0) -> Factors:
+    """A layer's product in double precision. Raises RefusedError where it is not finite."""
+    for key in (a, b):
+        if not np.isfinite(arrays[key]).all():
+            raise RefusedError(key, "finite values", "NaN or infinity")
+    return Factors(sign * arrays[b].astype(np.float64), arrays[a].astype(np.float64))
+
+
+def _factors(products: Sequence[Factors], like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of the sum of these products, truncated to the rank of ``like``, a factor A."""
+    lefts, rights = zip(*products, strict=True)
+    factors = truncate(Factors(np.hstack(lefts), np.vstack(rights)), like.astype(np.float64))
+    return factors.right.astype(np.float32), factors.left.astype(np.float32)
 
 
 def _layers(names: Mapping[str, object]) -> Iterator[tuple[str, str]]:

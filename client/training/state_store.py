@@ -251,12 +251,12 @@ def check_own_choices(state: PersonalState, plan: Plan, site: str) -> None:
     before, now = stored.adapter.rank, plan.adapter.rank
     if before != now:
         raise RefusedError(
-            "allow.max_rank",
+            "adapter.rank",
             f"rank {before}, as in the site's state of round {state.round} (or a new state folder)",
             now,
             site=site,
             message=f"The adapter has rank {now} here, but the site's state of round {state.round} has rank {before}.",
-            hint="Keep allow.max_rank, or use a new state folder.",
+            hint="Keep adapter.rank and allow.max_rank, or use a new state folder.",
         )
 
 

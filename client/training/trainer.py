@@ -95,9 +95,7 @@ class Trainer:
         self.waited = 0.0  # seconds of the request in progress that went into the work of other sites
         self.measurer = Measurer(self)
         layout = layout_of(self.parameters)
-        self.layout = self.method.having(layout, SHARED)
-        if model.smaller:
-            self.layout = model.smaller.layout(self.layout)
+        self.layout = model.layout_of_messages(self.method.having(layout, SHARED))
         self.site_seed = seed_from(store.secret or self.plan.seed, self.plan.name, self.site)
         self.private_rounds = private_rounds(self.plan, self.task, store) if trains else None
         heads = {key: layout[key] for key in self.task.head}
@@ -228,8 +226,7 @@ class Trainer:
     def _shared_update(self, request: TrainRequest) -> tuple[Arrays, dict[str, float]]:
         """The trained shared arrays after the steps of the update pipeline, and the pipeline's metrics."""
         trained: Arrays = {key: value.numpy() for key, value in self.values(SHARED).items()}
-        if self.model.smaller:
-            trained = self.model.smaller.sent(trained, request.shared)
+        trained = self.model.at_shared_rank(trained, request.shared)
         context = UpdateContext(request.round, seed_from(self.site_seed, "update", request.round))
         return process_update(trained, request.shared, self.plan.train, context)
 

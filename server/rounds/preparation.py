@@ -68,7 +68,12 @@ def aggregate_initialize(
 
 
 def configure(strategy: AdapterStrategy, state: ServerState, kind: RequestKind) -> dict[str, PendingRequest]:
-    """Make the requests of a step before round 1: to all sites of the first round that are connected."""
+    """Make the requests of a step before round 1: to all sites of the first round that are connected.
+
+    A trial compares updates, so sites with adapters of a smaller rank have no part in it unless all have.
+    """
     strategy.membership.update(0)
     first = [m.site for m in strategy.roster if m.from_round == 1 and strategy.membership.can_train(m.site)]
+    if kind == "trial":
+        first = [site for site in first if not strategy.membership.sites[site].info.rank] or first
     return strategy.requests(first, state, 0, kind, False)

@@ -84,6 +84,13 @@ def test_a_repeated_call_returns_the_stored_result_and_another_one_is_not_overwr
     assert taken[-1] == (7, 7)
 
 
+def test_a_site_with_a_smaller_rank_gets_a_core_of_that_rank(run: RunFolder, tiny_recipe: dict, tmp_path: Path) -> None:
+    site = site_file(tmp_path / "cyd", tiny_recipe, allow={"max_rank": 2})
+    first = personalize(site, read_saved_model(run.path))
+    assert first.trained["core"] == 2**2 * LAYERS < RANK**2 * LAYERS
+    assert personalize(site, read_saved_model(run.path)).metrics == first.metrics
+
+
 def test_other_settings_train_again_and_a_participants_states_are_kept(
     run: RunFolder, tiny_recipe: dict, tmp_path: Path
 ) -> None:

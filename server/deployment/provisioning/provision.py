@@ -354,7 +354,7 @@ key = "site.key"
 
 [allow]                            # limits for the coordinator's requests; most unset keys allow everything
 # An update over few tokens shows them. Ordinary recipes are within these limits.
-max_rank = {limits.max_rank}
+max_rank = {limits.max_rank}                       # a recipe with a larger rank trains at this one here, or is refused
 min_examples = {limits.min_examples}                  # steps of a round × batch size
 min_batch_size = {limits.min_batch_size}
 min_max_length = {limits.min_max_length}

@@ -62,6 +62,12 @@ def test_what_lies_on_every_limit_is_allowed() -> None:
     ask({}, transfer=PREPARE)
 
 
+def test_a_larger_rank_is_allowed_where_the_site_can_train_a_smaller_one() -> None:
+    """Up to eight times ``max_rank``."""
+    ask({"max_rank": 7})
+    ask({"max_rank": 2}, adapter={"rank": 16})
+
+
 @pytest.mark.parametrize(
     ("allow", "changes", "message"),
     [
@@ -79,7 +85,7 @@ def test_what_lies_on_every_limit_is_allowed() -> None:
             {"method": {"name": "ffa"}},
             "adapter.rank: expected at most 7 (allow.max_rank), found 8",
         ),
-        ({"max_rank": 2}, {"adapter": {"rank": 33}}, "adapter.rank: expected at most 2 (allow.max_rank), found 33"),
+        ({"max_rank": 2}, {"adapter": {"rank": 17}}, "adapter.rank: expected at most 2 (allow.max_rank), found 17"),
         ({"max_steps": 9}, {}, "train.steps: expected at most 9 (allow.max_steps), found 10"),
         (
             {"max_steps": 19},

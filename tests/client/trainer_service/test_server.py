@@ -24,6 +24,7 @@ from colora.client.trainer_service.client import TrainerError
 from colora.client.trainer_service.proto import trainer_pb2 as pb
 from colora.common.adapters.initialization import initial_shared_state
 from colora.common.config.schema import CommunicationSettings, to_json
+from colora.common.models.saved import read_saved_model
 from colora.common.protocol.types import hash_arrays
 from tests.forked import run
 
@@ -271,6 +272,17 @@ def test_what_the_site_file_does_not_allow_is_refused_before_anything_is_touched
     assert not (site_setup.state / "city").exists()
     assert not (site_setup.state / "town").exists()
     assert site.handle(site_setup.request(site_setup.plan())).examples == 8
+
+
+@pytest.mark.slow
+def test_a_site_with_a_smaller_max_rank_trains_an_adapter_of_this_rank(site_setup: SiteSetup) -> None:
+    site_setup.configure("[allow]", "max_rank = 2").start()
+    site, plan = site_setup.client(), site_setup.plan()
+    assert site.site_info(plan.name, to_json(plan)).rank == 2 < plan.adapter.rank
+    sent = site.handle(site_setup.request(plan)).shared
+    a = next(key for key in sent if "lora_A" in key)
+    assert np.linalg.matrix_rank(sent[a.replace("lora_A", "lora_B")] @ sent[a], tol=1e-5) == 2
+    assert read_saved_model(site_setup.state / plan.name).plan.adapter.rank == 2
 
 
 @pytest.mark.slow
