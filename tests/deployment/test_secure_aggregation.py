@@ -18,7 +18,7 @@ from colora.common.models.saved import SHARED
 from colora.server.rounds.run_options import read_replay
 from colora.simulation.run import simulate
 
-from .conftest import Town, last, simulated_outcome
+from .conftest import Town, last
 from .test_kills import VICTIMS, kill_each
 
 # What the site is about to answer when it is lost: the audit log has a line before the reply is sent. By step, whether
@@ -99,25 +99,50 @@ def test_a_third_of_the_sites_may_be_lost_in_every_step(tmp_path: Path, place: P
         town.stop()
 
 
+def private_town(folder: Path, raw: dict) -> Town:
+    """Sites with secrets that the test chose, so that two towns have the same noise."""
+    town = build(Town(folder, raw))
+    for number, name in enumerate(town.names):
+        path = town.site(name) / "site.toml"
+        path.write_text(path.read_text().replace('seeds = "recipe"', 'seeds = "secret"'))
+        secret = town.site(name) / "state" / "site.secret"
+        secret.parent.mkdir(mode=0o700)
+        secret.touch(0o600)
+        secret.write_text(f"{number:064x}\n")
+    return town
+
+
+def spendings(town: Town) -> dict[str, Any]:
+    """What each site has spent, by its ledger."""
+    ledgers = {name: town.state(name).parent / "privacy.json" for name in town.names}
+    return {name: json.loads(path.read_text())["spendings"] for name, path in ledgers.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.endurance
-def test_a_run_whose_processes_are_killed_ends_with_the_bits_of_a_calm_one(
-    tmp_path: Path, place: Path, tiny_recipe: dict
-) -> None:
-    """Every kind of process is killed, with secure aggregation and differential privacy for examples."""
+def test_a_run_whose_processes_are_killed_ends_with_the_bits_of_a_calm_one(place: Path, tiny_recipe: dict) -> None:
+    """Every kind of process is killed, with secure aggregation and differential privacy for examples.
+
+    The noise comes from the sites' secrets, so the calm run is a deployment with the same ones. Both spend the same.
+    """
     kinds = list(VICTIMS)
     tiny_recipe["rounds"] = 2 * len(kinds) + 2
     raw = secure(tiny_recipe, quorum=3)
-    raw["privacy"] |= {"noise_multiplier": 1.0}
-    calm = simulate(recipe_from(raw), tmp_path / "calm", resume=False)
-    town, table = build(Town(place / "town", raw)), []
+    raw["privacy"] |= {"noise_multiplier": 1.0, "delta": 1e-2}
+    calm, town, table = private_town(place / "calm", raw), private_town(place / "town", raw), []
     try:
+        calm.start()
+        assert calm.wait("server", 900) == 0
+        calm.stop()
         town.start()
         town.wait_for("round", 300, round=1)
         kill_each(town, kinds, random.Random(1), table)
-        assert town.wait("server", 400) == 0
+        assert town.wait("server", 900) == 0
         for row in table:
             print(row)
-        assert town.outcome() == simulated_outcome(calm.path, town.names)
+        assert town.outcome() == calm.outcome()
+        assert spendings(town) == spendings(calm)
+        assert all(spendings(town).values())
     finally:
+        calm.stop()
         town.stop()
