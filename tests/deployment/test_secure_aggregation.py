@@ -128,7 +128,7 @@ def test_a_run_whose_processes_are_killed_ends_with_the_bits_of_a_calm_one(place
     kinds = list(VICTIMS)
     tiny_recipe["rounds"] = 2 * len(kinds) + 2
     raw = secure(tiny_recipe, quorum=3)
-    raw["privacy"] |= {"noise_multiplier": 1.0, "delta": 1e-2}
+    raw["privacy"] |= {"noise_multiplier": 1.0}
     calm, town, table = private_town(place / "calm", raw), private_town(place / "town", raw), []
     try:
         calm.start()
