@@ -97,12 +97,12 @@ def regression_table(arms: dict[str, dict[int, Result]]) -> list[str]:
 
 
 def rows_points(arms: dict[str, dict[int, Result]], ours: str, baseline: str) -> dict[int, tuple[Point, str]]:
-    """By number of training rows a site: both methods at the first three seeds, and the sites above the baseline."""
+    """By number of training rows a site: both methods at the seeds that both have, and the sites above the baseline."""
     found = {}
     for rows in (8, 16, 32, 64, 128):
         limit = "" if rows == 16 else f",data.train={rows}"
         mine, alone = arms[ours + limit], arms[baseline + limit]
-        seeds = sorted(mine.keys() & alone.keys())[:3]
+        seeds = sorted(mine.keys() & alone.keys())
         pairs = [
             (site["personal"], alone[seed]["sites"][name]["personal"])
             for seed in seeds
