@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import NamedTuple
@@ -25,6 +26,12 @@ class Factors(NamedTuple):
         """Whether the product itself takes fewer operations than two Gram matrices of size n²."""
         d_out, n, d_in = *self.left.shape, self.right.shape[1]
         return n * (d_out + d_in) > 2 * d_out * d_in
+
+
+def factor_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The names of A and B of every adapted layer among these names, in name order."""
+    for a_key in sorted(key for key in names if ".lora_A." in key):
+        yield a_key, a_key.replace(".lora_A.", ".lora_B.")
 
 
 def truncate(products: Factors, like: np.ndarray) -> Factors:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +17,9 @@ import numpy as np
 from ...common.config.schema import Plan
 from ...common.errors import RefusedError
 from ...common.methods import ABSENT, PERSONAL, SHARED
-from ...common.products import Factors, truncate
+from ...common.products import Factors, factor_names, truncate
 from ...common.protocol.types import Arrays
 
-A, B = "lora_A.weight", "lora_B.weight"
 INITIAL = ("kaiming", "gaussian")  # values of adapter.init that do not depend on other sites
 LARGEST = 8  # times the site's rank: messages have the federation's, so it costs memory and traffic
 
@@ -57,7 +56,7 @@ class SmallerRank:
     def layout(self, layout: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Return a layout of the site's rank as it is in the federation's."""
         shapes = dict(layout)
-        for a, b in _layers(layout):
+        for a, b in factor_names(layout):
             shapes[a], shapes[b] = (self.federation, layout[a][1]), (layout[b][0], self.federation)
         return shapes
 
@@ -65,7 +64,7 @@ class SmallerRank:
         """Return arrays of the federation's rank as the best approximation of the site's rank."""
         if self._last is None or self._last[0] is not arrays:
             converted = dict(arrays)
-            for a, b in _layers(arrays):
+            for a, b in factor_names(arrays):
                 converted[a], converted[b] = _factors([_product(arrays, a, b)], arrays[a][: self.site])
             self._last = arrays, converted
         return self._last[1]
@@ -77,7 +76,7 @@ class SmallerRank:
         not change come out as they arrived.
         """
         before, converted = self.received(received), dict(trained)
-        for a, b in _layers(trained):
+        for a, b in factor_names(trained):
             parts = _product(received, a, b), _product(trained, a, b), _product(before, a, b, sign=-1.0)
             converted[a], converted[b] = _factors(parts, received[a])
         return converted
@@ -96,10 +95,3 @@ def _factors(products: Sequence[Factors], like: np.ndarray) -> tuple[np.ndarray,
     lefts, rights = zip(*products, strict=True)
     factors = truncate(Factors(np.hstack(lefts), np.vstack(rights)), like.astype(np.float64))
     return factors.right.astype(np.float32), factors.left.astype(np.float32)
-
-
-def _layers(names: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """The names of A and B of every layer."""
-    for name in names:
-        if name.endswith(A):
-            yield name, name.removesuffix(A) + B

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from ...common.config.schema import ServerSettings
-from ...common.products import Factors, dense_squares, gram_squares, truncate
+from ...common.products import Factors, dense_squares, factor_names, gram_squares, truncate
 
 Arrays = dict[str, np.ndarray]
 
@@ -121,7 +121,7 @@ def _product(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arra
     """
     given = list(updates)
     mean, total = weighted_mean(given), sum(update.weight for update in given)
-    for a_key, b_key in _pairs(mean):
+    for a_key, b_key in factor_names(mean):
         b, a = truncate(_products(given, total, a_key, b_key), mean[a_key].astype(np.float64))
         mean[b_key], mean[a_key] = b.astype(mean[b_key].dtype), a.astype(mean[a_key].dtype)
     return mean, {}
@@ -252,7 +252,7 @@ def product_residual(updates: list[WeightedUpdate], mean: Mapping[str, np.ndarra
     """
     total = sum(update.weight for update in updates)
     difference, whole = 0.0, 0.0
-    for a_key, b_key in _pairs(mean):
+    for a_key, b_key in factor_names(mean):
         products = _products(updates, total, a_key, b_key)
         squares = dense_squares if products.product_is_cheaper else gram_squares
         of_products, of_difference = squares(products, Factors(_scaled(mean, b_key), mean[a_key].astype(np.float64)))
@@ -265,12 +265,6 @@ def _products(updates: list[WeightedUpdate], total: float, a_key: str, b_key: st
     """Σ p_k B_k A_k of one layer as two factors, the sites' factors side by side."""
     b = [update.weight / total * _scaled(update.arrays, b_key) for update in updates]
     return Factors(np.hstack(b), np.vstack([update.arrays[a_key].astype(np.float64) for update in updates]))
-
-
-def _pairs(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
-    """The names of A and B of every adapted layer, in name order."""
-    for a_key in sorted(key for key in arrays if ".lora_A." in key):
-        yield a_key, a_key.replace(".lora_A.", ".lora_B.")
 
 
 def _scaled(arrays: Mapping[str, np.ndarray], b_key: str) -> np.ndarray:
