@@ -9,8 +9,11 @@ which takes a second: ``colora server`` starts the SuperLink first, and loads Fl
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -34,6 +37,7 @@ __all__ = [
     "DownloadLimits",
     "ErrorCode",
     "Run",
+    "Slot",
     "announced_replies",
     "build_app_bundle",
     "error_reply",
@@ -166,6 +170,10 @@ def set_message_id(message: Message, message_id: str) -> None:
     message.metadata.__dict__["_message_id"] = message_id
 
 
+PATIENCE = 2.0  # seconds without a further part after which a download gives its slot to another one
+_NOT_UPLOADED = "a reply that was announced but not uploaded"
+
+
 @dataclass(frozen=True)
 class DownloadLimits:
     """Limits of one reply's download: seconds without a further part, parts, and bytes of all parts together."""
@@ -175,14 +183,33 @@ class DownloadLimits:
     max_parts: int = 10_000  # of at most 5 MiB
 
 
+class Slot:
+    """A place among the few replies that are in memory at a time. It is taken once and given back once."""
+
+    def __init__(self, places: threading.Semaphore) -> None:
+        self._places, self._taken = places, threading.Semaphore(0)
+
+    def take(self) -> None:
+        """Wait for a free place."""
+        self._places.acquire()
+        self._taken.release()
+
+    def give_back(self) -> None:
+        """Free the place, if it is taken. May be called from several threads."""
+        if self._taken.acquire(blocking=False):
+            self._places.release()
+
+
 class BadReply(Exception):
     """A reply that never comes whole, is too large, or is no message. The text says which; it quotes no site."""
 
 
 def announced_replies(
     grid: Grid, message_ids: Iterable[str], limits: DownloadLimits
-) -> list[tuple[str, Callable[[], Message]]]:
+) -> list[tuple[str, Callable[[Slot], Message]]]:
     """Return (id of the request, download of the reply) for each reply that a site has announced.
+
+    A download takes the slot when the whole reply is at the SuperLink. The caller gives it back.
 
     Flower's ``Grid.pull_messages`` downloads all of them one after the other, so that one reply whose parts never come
     holds up the others for two hours, and one that is no message loses them. A download raises BadReply for the first
@@ -194,18 +221,17 @@ def announced_replies(
     client, ids = getattr(grid, "_runtime_client", None), list(message_ids)
     if client is None:
         replies = grid.pull_messages(ids) if ids else []
-        return [(reply.metadata.reply_to_message_id, lambda reply=reply: reply) for reply in replies]
+        return [(reply.metadata.reply_to_message_id, lambda slot, reply=reply: reply) for reply in replies]
     from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 
     response = client.PullMessages(PullAppMessagesRequest(message_ids=ids))
     announced = zip(response.messages_list, response.message_object_trees, strict=True)
     return [
-        (proto.metadata.reply_to_message_id, lambda proto=proto, tree=tree: _download(grid, proto, tree, limits))
-        for proto, tree in announced
+        (proto.metadata.reply_to_message_id, partial(_download, grid, proto, tree, limits)) for proto, tree in announced
     ]
 
 
-def _download(grid: Any, proto: Any, tree: Any, limits: DownloadLimits) -> Message:
+def _download(grid: Any, proto: Any, tree: Any, limits: DownloadLimits, slot: Slot) -> Message:
     """Download one announced reply. Raises BadReply, and ``httpx.HTTPError`` if the SuperLink is gone."""
     from flwr.app import Message
     from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
@@ -218,11 +244,14 @@ def _download(grid: Any, proto: Any, tree: Any, limits: DownloadLimits) -> Messa
     if len(parts) > limits.max_parts:
         raise BadReply(f"a reply of more than {limits.max_parts} parts")
     pull = make_pull_object_fn_protobuf(pull_object_protobuf=client.PullObject, node=grid.node, run_id=run_id)
-    watched = _Watch(pull, limits)
+    watched = _Watch(pull, limits, slot)
     try:
+        _wait_for_upload(pull, parts, limits.stall)
+        slot.take()
+        watched.arrived = time.monotonic()
         contents = pull_objects(object_ids=parts, pull_object_fn=watched)
     except ObjectPullError:
-        raise BadReply(watched.fault or "a reply that was announced but not uploaded") from None
+        raise BadReply(watched.fault or _NOT_UPLOADED) from None
     client.ConfirmMessageReceived(
         ConfirmMessageReceivedRequest(node=grid.node, run_id=run_id, message_object_id=message_id)
     )
@@ -238,11 +267,39 @@ def _download(grid: Any, proto: Any, tree: Any, limits: DownloadLimits) -> Messa
     return message
 
 
+def _wait_for_upload(pull: Callable[[str], bytes], parts: list[str], stall: float) -> None:
+    """Wait until the last part of a reply is at the SuperLink. Sites upload the parts in their order.
+
+    Parts that are pulled before stay in memory as long as a slow upload takes. So what is there is only looked at from
+    time to time, to tell a slow upload from one that has stopped: BadReply after ``stall`` seconds without a new part.
+    """
+    from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
+
+    there, pause = 0, 0.05
+    arrived = looked = time.monotonic()
+    while True:
+        with suppress(ObjectUnavailableError):
+            pull(parts[-1])
+            return
+        if time.monotonic() - looked > stall / 4:
+            before = there
+            with suppress(ObjectUnavailableError):
+                while there < len(parts):
+                    pull(parts[there])
+                    there += 1
+            looked = time.monotonic()
+            arrived = looked if there > before else arrived
+            if looked - arrived > stall:
+                raise BadReply(f"{_NOT_UPLOADED} for {stall:g} s")
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0, stall / 8)
+
+
 class _Watch:
     """Flower's function that pulls one part, with limits on all parts together. Called by several threads."""
 
-    def __init__(self, pull: Callable[[str], bytes], limits: DownloadLimits) -> None:
-        self.pull, self.limits = pull, limits
+    def __init__(self, pull: Callable[[str], bytes], limits: DownloadLimits, slot: Slot) -> None:
+        self.pull, self.limits, self.slot = pull, limits, slot
         self.fault, self.size, self.arrived = "", 0, time.monotonic()
 
     def __call__(self, part: str) -> bytes:
@@ -251,9 +308,12 @@ class _Watch:
         try:
             data = self.pull(part)
         except ObjectUnavailableError:
-            if time.monotonic() - self.arrived <= self.limits.stall:
+            waited = time.monotonic() - self.arrived
+            if waited > PATIENCE:
+                self.slot.give_back()
+            if waited <= self.limits.stall:
                 raise
-            self.fault = f"a reply that was announced but not uploaded for {self.limits.stall:g} s"
+            self.fault = f"{_NOT_UPLOADED} for {self.limits.stall:g} s"
         else:
             self.arrived, self.size = time.monotonic(), self.size + len(data)
             if self.size <= self.limits.max_bytes:

@@ -100,15 +100,16 @@ class Dispatcher:
         deadline, goes_on = self._deadline(len(waiting)), not self._policy.deployed
         while waiting and (goes_on or time.monotonic() < deadline):
             self._send(waiting, sent)
-            replies = self._take(sent)
-            for site, message in replies:
+            replied = False
+            for site, message in self._take(sent):
+                replied = True
                 if site in waiting and not self._retry(waiting[site], message):
                     del waiting[site]
                     sent = {message_id: other for message_id, other in sent.items() if other != site}
                     yield site, message
-            goes_on = bool(replies) and not self._policy.deployed
+            goes_on = replied and not self._policy.deployed
             deadline = self._deadline(len(waiting)) if goes_on else deadline
-            if not replies:
+            if not replied:
                 if self._policy.deployed and self._refresh(waiting, enough):
                     break
                 if self._policy.deployed and (seconds := time.monotonic() - began) > notice:

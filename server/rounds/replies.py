@@ -11,25 +11,30 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from ...common.protocol.flower_messages import SITE_FAILED
-from ..flower_compat import BadReply, DownloadLimits, announced_replies, error_reply
+from ..flower_compat import BadReply, DownloadLimits, Slot, announced_replies, error_reply
 
 STALL = 120.0  # seconds without a further part after which the download of a reply fails
 MIN_BYTES = 1 << 24  # of a reply that is accepted in any case
-Announced = list[tuple[str, Callable[[], Message]]]
+IN_MEMORY = 4  # replies that are downloaded, or wait to be processed, at a time
+Download = Callable[[Slot], Message]
+Announced = list[tuple[str, Download]]
 
 
 class ReplyCollector:
     """Collects replies over a grid.
 
     With ``background`` every reply is downloaded in a thread of its own: when a site dies while it sends its reply, or
-    announces one and never sends it, Flower waits for the missing parts. A reply that cannot be downloaded becomes an
+    announces one and never sends it, Flower waits for the missing parts. At most ``IN_MEMORY`` replies are held,
+    however many sites have answered: the others stay at the SuperLink. A reply that cannot be downloaded becomes an
     error of its site. ``max_bytes`` is the largest reply that is accepted; its owner may raise it.
     """
 
     def __init__(self, grid: Grid, *, background: bool = False) -> None:
         self._grid, self._background = grid, background
         self.max_bytes = MIN_BYTES
-        self._arrived: queue.SimpleQueue[Announced | tuple[str, Message] | Exception] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[Announced | tuple[str, Message, Slot] | Exception] = queue.SimpleQueue()
+        self._places = threading.Semaphore(IN_MEMORY)
+        self._taken: list[Slot] = []  # of the replies that the last ``take`` returned
         self._asking: threading.Thread | None = None  # the call that asks which replies were announced
         self._claimed: set[str] = set()  # requests whose replies are being downloaded
 
@@ -45,10 +50,13 @@ class ReplyCollector:
     def take(self, message_ids: Collection[str], wait: float) -> list[tuple[str, Message]]:
         """Return (id of the request, reply) for the replies that have arrived whole.
 
-        Waits up to ``wait`` seconds while a call or a download is in progress. Raises the errors of the grid.
+        Waits up to ``wait`` seconds while a call or a download is in progress. Raises the errors of the grid. The
+        replies of the last call make room for others, so the caller must not hold them any longer.
         """
+        while self._taken:
+            self._taken.pop().give_back()
         if not self._background:
-            return [(i, _download(i, get)) for i, get in self._announced(message_ids) if i in message_ids]
+            return [(i, self._download_now(i, get)) for i, get in self._announced(message_ids) if i in message_ids]
         wanted = [message_id for message_id in message_ids if message_id not in self._claimed]
         if self._asking is None and wanted:
             self._asking = self._start(lambda: self._arrived.put(self._announced(wanted)))
@@ -67,17 +75,36 @@ class ReplyCollector:
                 self._asking = None
                 raise item
             if isinstance(item, tuple):
-                self._claimed.discard(item[0])
-                replies.append(item)
+                message_id, message, slot = item
+                self._claimed.discard(message_id)
+                self._taken.append(slot)
+                replies.append((message_id, message))
                 continue
             self._asking = None
             for message_id, get in item:
                 self._claimed.add(message_id)
-                self._start(lambda i=message_id, g=get: self._arrived.put((i, _download(i, g))))
+                self._start(lambda i=message_id, g=get: self._arrived.put((i, *self._download(i, g))))
         return replies
 
     def _announced(self, message_ids: Collection[str]) -> Announced:
         return announced_replies(self._grid, message_ids, DownloadLimits(STALL, self.max_bytes))
+
+    def _download_now(self, message_id: str, get: Download) -> Message:
+        message, slot = self._download(message_id, get)
+        slot.give_back()
+        return message
+
+    def _download(self, message_id: str, get: Download) -> tuple[Message, Slot]:
+        """Return a reply, or the error of its site, and the slot that it holds."""
+        slot = Slot(self._places)
+        try:
+            return get(slot), slot
+        except BadReply as fault:
+            slot.give_back()
+            return error_reply(message_id, SITE_FAILED, f"sent {fault}"), slot
+        except BaseException:
+            slot.give_back()
+            raise
 
     def _start(self, work: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
@@ -89,10 +116,3 @@ class ReplyCollector:
         thread = threading.Thread(target=guarded, daemon=True)
         thread.start()
         return thread
-
-
-def _download(message_id: str, get: Callable[[], Message]) -> Message:
-    try:
-        return get()
-    except BadReply as fault:
-        return error_reply(message_id, SITE_FAILED, f"sent {fault}")

@@ -15,6 +15,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
 from colora.common.protocol.flower_messages import SITE_FAILED
+from colora.server import flower_compat
 from colora.server.rounds import replies
 from colora.server.rounds.replies import ReplyCollector
 
@@ -42,8 +43,8 @@ class Network:
         self.parts: dict[str, bytes] = {}
         self.node, self.run, self._runtime_client = None, SimpleNamespace(run_id=1), self
 
-    def announce(self, request: str, message: Message, *, root: Any = None, leave_out: int = 0) -> None:
-        """Announce a reply; ``root`` replaces the message as the root object, ``leave_out`` parts are not sent."""
+    def announce(self, request: str, message: Message, *, root: Any = None, leave_out: int = 0) -> dict[str, bytes]:
+        """Announce a reply; ``root`` replaces the message as the root object. Return the last parts, if left out."""
         sent = root or message
         objects = get_all_nested_objects(sent)
         tree = get_object_tree(sent)
@@ -51,8 +52,9 @@ class Network:
         proto = message_to_proto(message)
         proto.metadata.reply_to_message_id = request
         self.announced[request] = proto, tree
-        kept = list(objects.items())[: len(objects) - leave_out]
-        self.parts |= {object_id: part.deflate() for object_id, part in kept}
+        contents = [(object_id, part.deflate()) for object_id, part in objects.items()]
+        self.parts |= dict(contents[: len(contents) - leave_out])
+        return dict(contents[len(contents) - leave_out :])
 
     def PullMessages(self, request: Any) -> Any:
         found = [self.announced.pop(i) for i in request.message_ids if i in self.announced]
@@ -124,6 +126,81 @@ def test_a_reply_is_its_own_sites_failure_and_no_one_elses(
     error = arrived["bad"][0].error
     assert error.code == SITE_FAILED
     assert error.reason.startswith(reason)
+
+
+def test_few_replies_are_in_memory_however_many_sites_have_answered() -> None:
+    """The sites' replies are all at the SuperLink before the first one is taken, and each is held for a while."""
+    network, held, most, arrived = Network(), set(), 0, []
+    pull = network.PullObject
+
+    def counted(request: Any) -> Any:
+        nonlocal most
+        answer = pull(request)
+        if b"reply of" in (answer.object_content or b""):
+            held.add(request.object_id)
+            most = max(most, len(held))
+        return answer
+
+    network.PullObject = counted  # type: ignore[method-assign]
+    names = [f"site {k}" for k in range(40)]
+    for name in names:
+        network.announce(name, reply_to(name, f"reply of {name}"))
+    collector, ends = ReplyCollector(network, background=True), time.monotonic() + 20  # type: ignore[arg-type]
+    while len(arrived) < len(names) and time.monotonic() < ends:
+        taken = collector.take([name for name in names if name not in arrived], 0.05)
+        time.sleep(0.01)  # processing; downloads go on meanwhile
+        arrived += [request for request, _ in taken]
+        for _, message in taken:
+            text = message.content.config_records["colora"]["text"].encode()
+            held -= {part for part in held if text in network.parts[part]}
+    assert sorted(arrived) == sorted(names)
+    assert most <= replies.IN_MEMORY
+
+
+def test_replies_that_are_still_being_uploaded_keep_no_one_waiting() -> None:
+    """More sites than there is room for have announced a reply, and upload the first parts only for a long time."""
+    network, late, rest = Network(), [f"late {k}" for k in range(3 * replies.IN_MEMORY)], {}
+    for name in late:
+        rest |= network.announce(name, reply_to(name, name), leave_out=1)
+    network.announce("good", reply_to("good"))
+    collector, began, arrived = ReplyCollector(network, background=True), time.monotonic(), []  # type: ignore[arg-type]
+    while "good" not in arrived and time.monotonic() < began + 10:
+        arrived += [request for request, _ in collector.take([*late, "good"], 0.1)]
+    assert time.monotonic() < began + 2
+    network.parts |= rest
+    while len(arrived) <= len(late) and time.monotonic() < began + 20:
+        arrived += [request for request, _ in collector.take([i for i in late if i not in arrived], 0.1)]
+    assert sorted(arrived) == sorted([*late, "good"])
+
+
+def test_a_reply_whose_last_part_came_first_gives_up_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_compat, "PATIENCE", 0.2)
+    network, names = Network(), [f"site {k}" for k in range(2 * replies.IN_MEMORY)]
+    for name in names:
+        message = reply_to(name, name)
+        network.announce(name, message)
+        del network.parts[next(iter(get_all_nested_objects(message)))]
+    network.announce("good", reply_to("good"))
+    collector, began, arrived = ReplyCollector(network, background=True), time.monotonic(), []  # type: ignore[arg-type]
+    while "good" not in arrived and time.monotonic() < began + 10:
+        arrived += [request for request, _ in collector.take([*names, "good"], 0.1)]
+    assert time.monotonic() < began + 5
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_slow_upload_is_waited_for_as_long_as_parts_arrive(*, goes_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "STALL", 0.4)
+    network = Network()
+    network.announce("slow", reply_to("slow"))
+    parts, network.parts = list(network.parts.items()), {}
+    collector, began, found = ReplyCollector(network, background=True), time.monotonic(), []  # type: ignore[arg-type]
+    for part, content in parts:
+        found += collector.take(["slow"], 0.3)
+        if goes_on:
+            network.parts[part] = content
+    while not found and time.monotonic() < began + 10:
+        found += collector.take(["slow"], 0.1)
+    assert found[0][1].has_error() != goes_on
 
 
 def test_errors_of_the_grid_itself_are_raised() -> None:
