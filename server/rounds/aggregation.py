@@ -18,6 +18,7 @@ from ...common.config.schema import ServerSettings
 from ...common.products import Factors, dense_squares, factor_names, gram_squares, truncate
 
 Arrays = dict[str, np.ndarray]
+BLOCK = 1 << 15  # numbers that a sum adds at a time
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,19 @@ def weighted_mean(updates: Iterable[WeightedUpdate]) -> Arrays:
     for update in updates:
         total += update.weight
         for key, array in update.arrays.items():
-            term = update.weight * array.astype(np.float64)
-            sums[key] = sums[key] + term if key in sums else term
-            dtypes[key] = array.dtype
+            if key in sums:
+                _add(sums[key], update.weight, array)
+            else:
+                sums[key], dtypes[key] = np.multiply(array, update.weight, dtype=np.float64), array.dtype
     return {key: (value / total).astype(dtypes[key]) for key, value in sums.items()}
+
+
+def _add(total: np.ndarray, weight: float, array: np.ndarray) -> None:
+    """Add weight · array to ``total`` (double precision) in place, in blocks that stay in the processor's cache."""
+    sums, values, block = total.reshape(-1), array.reshape(-1), np.empty(BLOCK)
+    for start in range(0, values.size, BLOCK):
+        part = values[start : start + BLOCK]
+        sums[start : start + BLOCK] += np.multiply(part, weight, out=block[: part.size], dtype=np.float64)
 
 
 def _mean(updates: Iterable[WeightedUpdate], state: RoundState) -> tuple[Arrays, Arrays]:

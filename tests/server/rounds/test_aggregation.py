@@ -16,6 +16,7 @@ from colora.common.config.schema import ServerSettings
 from colora.common.products import Factors, dense_squares, gram_squares
 from colora.server.rounds.aggregation import (
     AGGREGATORS,
+    BLOCK,
     SERVER_OPTIMIZERS,
     RoundState,
     WeightedUpdate,
@@ -63,6 +64,18 @@ def test_only_the_proportions_of_the_weights_count() -> None:
     small, large = (weighted_mean(updates(1, start, w)) for w in ((3, 5, 2), (3000, 5000, 2000)))
     for key in SHAPES:
         np.testing.assert_allclose(small[key], large[key], rtol=0, atol=1e-7)
+
+
+def test_blocks_do_not_change_a_bit_of_the_mean() -> None:
+    """The oracle adds whole arrays. The arrays have more numbers than a block, and not a multiple of it."""
+    rng, shape = np.random.default_rng(0), (3, BLOCK - 5)
+    values = [rng.standard_normal(shape, np.float32) for _ in range(3)]
+    weights = (0.7, 1.9, 12.3)
+    mean = weighted_mean(WeightedUpdate(w, {"x": v}) for w, v in zip(weights, values, strict=True))
+    whole = weights[0] * values[0].astype(np.float64)
+    for weight, value in list(zip(weights, values, strict=True))[1:]:
+        whole = whole + weight * value.astype(np.float64)
+    assert mean["x"].tobytes() == (whole / sum(weights)).astype(np.float32).tobytes()
 
 
 def test_the_mean_of_equal_updates_is_that_update_to_the_bit() -> None:
