@@ -9,9 +9,7 @@ which takes a second: ``colora server`` starts the SuperLink first, and loads Fl
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..common.flower_compat import version_interceptor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
     from flwr.app import Message
@@ -33,11 +31,10 @@ if TYPE_CHECKING:
     from flwr.supercore.run import Run
 
 __all__ = [
+    "AnnouncedReply",
     "BadReply",
-    "DownloadLimits",
     "ErrorCode",
     "Run",
-    "Slot",
     "announced_replies",
     "build_app_bundle",
     "error_reply",
@@ -170,50 +167,32 @@ def set_message_id(message: Message, message_id: str) -> None:
     message.metadata.__dict__["_message_id"] = message_id
 
 
-PATIENCE = 2.0  # seconds without a further part after which a download gives its slot to another one
-_NOT_UPLOADED = "a reply that was announced but not uploaded"
+MAX_PARTS = 10_000  # of a reply that is accepted, of at most 5 MiB each
 
 
 @dataclass(frozen=True)
-class DownloadLimits:
-    """Limits of one reply's download: seconds without a further part, parts, and bytes of all parts together."""
+class AnnouncedReply:
+    """A reply that a site has announced, and may still be uploading.
 
-    stall: float
-    max_bytes: int
-    max_parts: int = 10_000  # of at most 5 MiB
+    ``request`` is the id of the request. ``pull`` returns a part's bytes, or None if it is not uploaded yet. ``finish``
+    makes the reply of all parts. Both raise BadReply, and ``httpx.HTTPError`` if the SuperLink is gone.
+    """
 
-
-class Slot:
-    """A place among the few replies that are in memory at a time. It is taken once and given back once."""
-
-    def __init__(self, places: threading.Semaphore) -> None:
-        self._places, self._taken = places, threading.Semaphore(0)
-
-    def take(self) -> None:
-        """Wait for a free place."""
-        self._places.acquire()
-        self._taken.release()
-
-    def give_back(self) -> None:
-        """Free the place, if it is taken. May be called from several threads."""
-        if self._taken.acquire(blocking=False):
-            self._places.release()
+    request: str
+    parts: Sequence[str]  # ids, in the order of the upload; those beyond ``MAX_PARTS`` + 1 are left out
+    pull: Callable[[str], bytes | None]
+    finish: Callable[[Mapping[str, bytes]], Message]
 
 
 class BadReply(Exception):
     """A reply that never comes whole, is too large, or is no message. The text says which; it quotes no site."""
 
 
-def announced_replies(
-    grid: Grid, message_ids: Iterable[str], limits: DownloadLimits
-) -> list[tuple[str, Callable[[Slot], Message]]]:
-    """Return (id of the request, download of the reply) for each reply that a site has announced.
-
-    A download takes the slot when the whole reply is at the SuperLink. The caller gives it back.
+def announced_replies(grid: Grid, message_ids: Iterable[str]) -> list[AnnouncedReply]:
+    """Return the replies to these requests that sites have announced. An announced reply is not announced again.
 
     Flower's ``Grid.pull_messages`` downloads all of them one after the other, so that one reply whose parts never come
-    holds up the others for two hours, and one that is no message loses them. A download raises BadReply for the first
-    two of these. An announced reply is not announced again.
+    holds up the others for two hours, and one that is no message loses them.
 
     Does what ``HttpGrid.pull_messages`` does, read in 1.40, 1.41 and 1.42: ``superlink/grid/http_grid.py`` and
     ``supercore/inflatable`` are the same in all three. Grids without a network return whole messages.
@@ -221,105 +200,51 @@ def announced_replies(
     client, ids = getattr(grid, "_runtime_client", None), list(message_ids)
     if client is None:
         replies = grid.pull_messages(ids) if ids else []
-        return [(reply.metadata.reply_to_message_id, lambda slot, reply=reply: reply) for reply in replies]
+        return [
+            AnnouncedReply(m.metadata.reply_to_message_id, (), lambda part: None, lambda parts, m=m: m) for m in replies
+        ]
     from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+    from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
     response = client.PullMessages(PullAppMessagesRequest(message_ids=ids))
-    announced = zip(response.messages_list, response.message_object_trees, strict=True)
-    return [
-        (proto.metadata.reply_to_message_id, partial(_download, grid, proto, tree, limits)) for proto, tree in announced
-    ]
+    found = []
+    for proto, tree in zip(response.messages_list, response.message_object_trees, strict=True):
+        parts = dict.fromkeys(islice((node.object_id for node in iterate_object_tree(tree)), MAX_PARTS + 1))
+        finish = partial(_finish, grid, proto.metadata.message_id, proto.metadata.reply_to_message_id)
+        found.append(
+            AnnouncedReply(proto.metadata.reply_to_message_id, tuple(parts), partial(_pull_part, grid), finish)
+        )
+    return found
 
 
-def _download(grid: Any, proto: Any, tree: Any, limits: DownloadLimits, slot: Slot) -> Message:
-    """Download one announced reply. Raises BadReply, and ``httpx.HTTPError`` if the SuperLink is gone."""
+def _pull_part(grid: Any, part: str) -> bytes | None:
+    from flwr.proto.message_pb2 import PullObjectRequest
+
+    found = grid._runtime_client.PullObject(PullObjectRequest(node=grid.node, run_id=grid.run.run_id, object_id=part))
+    if not found.object_found:
+        raise BadReply("a reply of which the SuperLink lacks a part")
+    return found.object_content if found.object_available else None
+
+
+def _finish(grid: Any, message_id: str, request: str, contents: Mapping[str, bytes]) -> Message:
+    """Make a reply of its parts, which the SuperLink may then delete."""
     from flwr.app import Message
     from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
-    from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-    from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents, pull_objects
+    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-    client, run_id, message_id = grid._runtime_client, grid.run.run_id, proto.metadata.message_id
-    parts = list(islice((node.object_id for node in iterate_object_tree(tree)), limits.max_parts + 1))
-    if len(parts) > limits.max_parts:
-        raise BadReply(f"a reply of more than {limits.max_parts} parts")
-    pull = make_pull_object_fn_protobuf(pull_object_protobuf=client.PullObject, node=grid.node, run_id=run_id)
-    watched = _Watch(pull, limits, slot)
-    try:
-        _wait_for_upload(pull, parts, limits.stall)
-        slot.take()
-        watched.arrived = time.monotonic()
-        contents = pull_objects(object_ids=parts, pull_object_fn=watched)
-    except ObjectPullError:
-        raise BadReply(watched.fault or _NOT_UPLOADED) from None
-    client.ConfirmMessageReceived(
-        ConfirmMessageReceivedRequest(node=grid.node, run_id=run_id, message_object_id=message_id)
+    grid._runtime_client.ConfirmMessageReceived(
+        ConfirmMessageReceivedRequest(node=grid.node, run_id=grid.run.run_id, message_object_id=message_id)
     )
     try:
-        message = inflate_object_from_contents(message_id, contents)
+        message = inflate_object_from_contents(message_id, dict(contents))
     except Exception as error:  # the parts are a site's bytes
         raise BadReply(f"a reply that cannot be decoded ({type(error).__name__})") from None
     if not isinstance(message, Message):
         raise BadReply("a reply that is not a message")
-    if message.metadata.reply_to_message_id != proto.metadata.reply_to_message_id:
+    if message.metadata.reply_to_message_id != request:
         raise BadReply("a reply that names another request")
     set_message_id(message, message_id)
     return message
-
-
-def _wait_for_upload(pull: Callable[[str], bytes], parts: list[str], stall: float) -> None:
-    """Wait until the last part of a reply is at the SuperLink. Sites upload the parts in their order.
-
-    Parts that are pulled before stay in memory as long as a slow upload takes. So what is there is only looked at from
-    time to time, to tell a slow upload from one that has stopped: BadReply after ``stall`` seconds without a new part.
-    """
-    from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
-
-    there, pause = 0, 0.05
-    arrived = looked = time.monotonic()
-    while True:
-        with suppress(ObjectUnavailableError):
-            pull(parts[-1])
-            return
-        if time.monotonic() - looked > stall / 4:
-            before = there
-            with suppress(ObjectUnavailableError):
-                while there < len(parts):
-                    pull(parts[there])
-                    there += 1
-            looked = time.monotonic()
-            arrived = looked if there > before else arrived
-            if looked - arrived > stall:
-                raise BadReply(f"{_NOT_UPLOADED} for {stall:g} s")
-        time.sleep(pause)
-        pause = min(2 * pause, 1.0, stall / 8)
-
-
-class _Watch:
-    """Flower's function that pulls one part, with limits on all parts together. Called by several threads."""
-
-    def __init__(self, pull: Callable[[str], bytes], limits: DownloadLimits, slot: Slot) -> None:
-        self.pull, self.limits, self.slot = pull, limits, slot
-        self.fault, self.size, self.arrived = "", 0, time.monotonic()
-
-    def __call__(self, part: str) -> bytes:
-        from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
-
-        try:
-            data = self.pull(part)
-        except ObjectUnavailableError:
-            waited = time.monotonic() - self.arrived
-            if waited > PATIENCE:
-                self.slot.give_back()
-            if waited <= self.limits.stall:
-                raise
-            self.fault = f"{_NOT_UPLOADED} for {self.limits.stall:g} s"
-        else:
-            self.arrived, self.size = time.monotonic(), self.size + len(data)
-            if self.size <= self.limits.max_bytes:
-                return data
-            self.fault = f"a reply of more than {self.limits.max_bytes} bytes"
-        raise ObjectPullError(part, self.fault)
 
 
 def error_reply(request_id: str, code: int, reason: str) -> Message:

@@ -89,16 +89,20 @@ def weighted_mean(updates: Iterable[WeightedUpdate]) -> Arrays:
     for update in updates:
         total += update.weight
         for key, array in update.arrays.items():
-            if key in sums:
-                _add(sums[key], update.weight, array)
-            else:
-                sums[key], dtypes[key] = np.multiply(array, update.weight, dtype=np.float64), array.dtype
+            if key not in sums:
+                sums[key], dtypes[key] = np.full(array.shape, -0.0), array.dtype  # -0.0 + x is x, also for -0.0
+            _add(sums[key], update.weight, array)
     return {key: (value / total).astype(dtypes[key]) for key, value in sums.items()}
 
 
 def _add(total: np.ndarray, weight: float, array: np.ndarray) -> None:
-    """Add weight · array to ``total`` (double precision) in place, in blocks that stay in the processor's cache."""
-    sums, values, block = total.reshape(-1), array.reshape(-1), np.empty(BLOCK)
+    """Add weight · array to ``total`` in place, in blocks that stay in the processor's cache.
+
+    ``total`` has the shape of the array, double precision and C order.
+    """
+    if array.shape != total.shape:
+        raise ValueError(f"an array of shape {array.shape} among arrays of shape {total.shape}")
+    sums, values, block = total.reshape(-1), np.ascontiguousarray(array).reshape(-1), np.empty(BLOCK)
     for start in range(0, values.size, BLOCK):
         part = values[start : start + BLOCK]
         sums[start : start + BLOCK] += np.multiply(part, weight, out=block[: part.size], dtype=np.float64)

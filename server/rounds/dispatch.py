@@ -107,6 +107,7 @@ class Dispatcher:
                     del waiting[site]
                     sent = {message_id: other for message_id, other in sent.items() if other != site}
                     yield site, message
+                del message  # its slot is given to another one
             goes_on = replied and not self._policy.deployed
             deadline = self._deadline(len(waiting)) if goes_on else deadline
             if not replied:

@@ -132,8 +132,11 @@ class NodeRegistry:
 
     def _take_replies(self) -> list[ConnectedSite]:
         joined = []
-        while replies := self._replies.take(list(self._pending), PULL_WAIT) if self._pending else []:
-            for message_id, message in replies:
+        arrived = True
+        while arrived and self._pending:
+            arrived = False
+            for message_id, message in self._replies.take(list(self._pending), PULL_WAIT):
+                arrived = True
                 node = self._pending.pop(message_id, None)
                 pending = self._online.get(node) if node is not None else None
                 if node is not None and pending and (site := self._connect(node, pending, message)):

@@ -11,13 +11,13 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from ...common.protocol.flower_messages import SITE_FAILED
-from ..flower_compat import BadReply, DownloadLimits, Slot, announced_replies, error_reply
+from ..flower_compat import AnnouncedReply, BadReply, announced_replies, error_reply
+from .downloads import DownloadLimits, Slot, download
 
 STALL = 120.0  # seconds without a further part after which the download of a reply fails
 MIN_BYTES = 1 << 24  # of a reply that is accepted in any case
-IN_MEMORY = 4  # replies that are downloaded, or wait to be processed, at a time
-Download = Callable[[Slot], Message]
-Announced = list[tuple[str, Download]]
+IN_MEMORY = 4  # replies of one collector that are downloaded, or wait to be processed, at a time
+Announced = list[AnnouncedReply]
 
 
 class ReplyCollector:
@@ -33,7 +33,7 @@ class ReplyCollector:
         self._grid, self._background = grid, background
         self.max_bytes = MIN_BYTES
         self._arrived: queue.SimpleQueue[Announced | tuple[str, Message, Slot] | Exception] = queue.SimpleQueue()
-        self._places = threading.Semaphore(IN_MEMORY)
+        self._places, self._looking = threading.Semaphore(IN_MEMORY), threading.Lock()
         self._taken: list[Slot] = []  # of the replies that the last ``take`` returned
         self._asking: threading.Thread | None = None  # the call that asks which replies were announced
         self._claimed: set[str] = set()  # requests whose replies are being downloaded
@@ -56,7 +56,11 @@ class ReplyCollector:
         while self._taken:
             self._taken.pop().give_back()
         if not self._background:
-            return [(i, self._download_now(i, get)) for i, get in self._announced(message_ids) if i in message_ids]
+            return [
+                (reply.request, self._download_now(reply))
+                for reply in self._announced(message_ids)
+                if reply.request in message_ids
+            ]
         wanted = [message_id for message_id in message_ids if message_id not in self._claimed]
         if self._asking is None and wanted:
             self._asking = self._start(lambda: self._arrived.put(self._announced(wanted)))
@@ -81,30 +85,31 @@ class ReplyCollector:
                 replies.append((message_id, message))
                 continue
             self._asking = None
-            for message_id, get in item:
-                self._claimed.add(message_id)
-                self._start(lambda i=message_id, g=get: self._arrived.put((i, *self._download(i, g))))
+            for reply in item:
+                self._claimed.add(reply.request)
+                self._start(lambda reply=reply: self._arrived.put((reply.request, *self._download(reply))))
         return replies
 
     def _announced(self, message_ids: Collection[str]) -> Announced:
-        return announced_replies(self._grid, message_ids, DownloadLimits(STALL, self.max_bytes))
+        return announced_replies(self._grid, message_ids)
 
-    def _download_now(self, message_id: str, get: Download) -> Message:
-        message, slot = self._download(message_id, get)
+    def _download_now(self, reply: AnnouncedReply) -> Message:
+        message, slot = self._download(reply)
         slot.give_back()
         return message
 
-    def _download(self, message_id: str, get: Download) -> tuple[Message, Slot]:
+    def _download(self, reply: AnnouncedReply) -> tuple[Message, Slot]:
         """Return a reply, or the error of its site, and the slot that it holds."""
         slot = Slot(self._places)
         try:
-            return get(slot), slot
+            return download(reply, DownloadLimits(STALL, self.max_bytes, self._looking), slot), slot
         except BadReply as fault:
-            slot.give_back()
-            return error_reply(message_id, SITE_FAILED, f"sent {fault}"), slot
+            message = error_reply(reply.request, SITE_FAILED, f"sent {fault}")
         except BaseException:
             slot.give_back()
             raise
+        slot.give_back()
+        return message, slot
 
     def _start(self, work: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:

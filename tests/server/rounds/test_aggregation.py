@@ -78,6 +78,28 @@ def test_blocks_do_not_change_a_bit_of_the_mean() -> None:
     assert mean["x"].tobytes() == (whole / sum(weights)).astype(np.float32).tobytes()
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
+        np.array(2.0, np.float32),
+        np.array([], np.float32),
+        np.array([-0.0, 1.0], np.float16),
+    ],
+    ids=["in Fortran's order", "without dimensions", "empty", "half precision"],
+)
+def test_the_mean_takes_arrays_of_any_layout_and_leaves_them_as_they_are(array: np.ndarray) -> None:
+    before = array.tobytes()
+    mean = weighted_mean(WeightedUpdate(weight, {"x": array}) for weight in (1.0, 3.0))["x"]
+    assert (mean.shape, mean.dtype, mean.tobytes()) == (array.shape, array.dtype, before)
+    assert array.tobytes() == before
+
+
+def test_arrays_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(1,\) among arrays of shape \(4,\)"):
+        weighted_mean(WeightedUpdate(1.0, {"x": np.ones(n, np.float32)}) for n in (4, 1))
+
+
 def test_the_mean_of_equal_updates_is_that_update_to_the_bit() -> None:
     one = arrays(0)
     mean = weighted_mean([WeightedUpdate(w, one) for w in (0.1, 0.7, 123.0)])

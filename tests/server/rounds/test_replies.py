@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,7 +16,6 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
 from colora.common.protocol.flower_messages import SITE_FAILED
-from colora.server import flower_compat
 from colora.server.rounds import replies
 from colora.server.rounds.replies import ReplyCollector
 
@@ -128,33 +128,59 @@ def test_a_reply_is_its_own_sites_failure_and_no_one_elses(
     assert error.reason.startswith(reason)
 
 
-def test_few_replies_are_in_memory_however_many_sites_have_answered() -> None:
-    """The sites' replies are all at the SuperLink before the first one is taken, and each is held for a while."""
-    network, held, most, arrived = Network(), set(), 0, []
+class Counted(bytes):
+    """Bytes of a part, which count how many of them are in memory."""
+
+    alive = 0
+
+    def __new__(cls, data: bytes) -> Counted:
+        cls.alive += 1
+        return super().__new__(cls, data)
+
+    def __del__(self) -> None:
+        type(self).alive -= 1
+
+
+@pytest.mark.parametrize("case", ["all are there", "a part is late", "too large"])
+def test_few_replies_are_in_memory_however_many_sites_have_answered(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle counts the bytes that are alive. Cycles count: the garbage collector is off."""
+    network, names, most, arrived = Network(), [f"site {k}" for k in range(40)], 0, []
+    late = {}
+    for name in names:
+        message = reply_to(name, f"reply of {name}")
+        network.announce(name, message)
+        if case == "a part is late":
+            part = next(iter(get_all_nested_objects(message)))
+            late[part] = network.parts.pop(part)
+    parts_of_one = len(get_all_nested_objects(reply_to("any")))
     pull = network.PullObject
 
     def counted(request: Any) -> Any:
         nonlocal most
         answer = pull(request)
-        if b"reply of" in (answer.object_content or b""):
-            held.add(request.object_id)
-            most = max(most, len(held))
+        if answer.object_available:
+            answer.object_content = Counted(answer.object_content)
+            most = max(most, Counted.alive)
         return answer
 
     network.PullObject = counted  # type: ignore[method-assign]
-    names = [f"site {k}" for k in range(40)]
-    for name in names:
-        network.announce(name, reply_to(name, f"reply of {name}"))
-    collector, ends = ReplyCollector(network, background=True), time.monotonic() + 20  # type: ignore[arg-type]
-    while len(arrived) < len(names) and time.monotonic() < ends:
-        taken = collector.take([name for name in names if name not in arrived], 0.05)
-        time.sleep(0.01)  # processing; downloads go on meanwhile
-        arrived += [request for request, _ in taken]
-        for _, message in taken:
-            text = message.content.config_records["colora"]["text"].encode()
-            held -= {part for part in held if text in network.parts[part]}
+    collector, began = ReplyCollector(network, background=True), time.monotonic()  # type: ignore[arg-type]
+    collector.max_bytes = 1 << 20 if case != "too large" else 200
+    gc.collect()
+    gc.disable()
+    try:
+        while len(arrived) < len(names) and time.monotonic() < began + 30:
+            for request, message in collector.take([name for name in names if name not in arrived], 0.05):
+                time.sleep(0.005)  # processing; downloads go on meanwhile
+                arrived.append(request)
+                assert message.has_error() == (case == "too large")
+                del message
+            if time.monotonic() > began + 1:
+                network.parts |= late
+    finally:
+        gc.enable()
     assert sorted(arrived) == sorted(names)
-    assert most <= replies.IN_MEMORY
+    assert most <= (replies.IN_MEMORY + 1) * parts_of_one  # and one that is looked at
 
 
 def test_replies_that_are_still_being_uploaded_keep_no_one_waiting() -> None:
@@ -173,18 +199,26 @@ def test_replies_that_are_still_being_uploaded_keep_no_one_waiting() -> None:
     assert sorted(arrived) == sorted([*late, "good"])
 
 
-def test_a_reply_whose_last_part_came_first_gives_up_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flower_compat, "PATIENCE", 0.2)
-    network, names = Network(), [f"site {k}" for k in range(2 * replies.IN_MEMORY)]
+@pytest.mark.parametrize("trickles", [False, True])
+def test_a_reply_whose_last_part_came_first_takes_no_room(*, trickles: bool) -> None:
+    """More such replies than there is room for. Their other parts come one after the other, or not at all."""
+    network, late = Network(), {}
+    names = [f"site {k}" for k in range(2 * replies.IN_MEMORY)]
     for name in names:
         message = reply_to(name, name)
         network.announce(name, message)
-        del network.parts[next(iter(get_all_nested_objects(message)))]
+        late |= {part: network.parts.pop(part) for part in list(get_all_nested_objects(message))[:-1]}
     network.announce("good", reply_to("good"))
     collector, began, arrived = ReplyCollector(network, background=True), time.monotonic(), []  # type: ignore[arg-type]
     while "good" not in arrived and time.monotonic() < began + 10:
         arrived += [request for request, _ in collector.take([*names, "good"], 0.1)]
-    assert time.monotonic() < began + 5
+        if trickles and late:
+            network.parts |= [late.popitem()]
+    assert time.monotonic() < began + 2
+    network.parts |= late
+    while len(arrived) <= len(names) and time.monotonic() < began + 20:
+        arrived += [request for request, _ in collector.take([i for i in names if i not in arrived], 0.1)]
+    assert sorted(arrived) == sorted([*names, "good"])
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
