@@ -9,6 +9,7 @@ which takes a second: ``colora server`` starts the SuperLink first, and loads Fl
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -175,13 +176,14 @@ class AnnouncedReply:
     """A reply that a site has announced, and may still be uploading.
 
     ``request`` is the id of the request. ``pull`` returns a part's bytes, or None if it is not uploaded yet. ``finish``
-    makes the reply of all parts. Both raise BadReply, and ``httpx.HTTPError`` if the SuperLink is gone.
+    makes the reply of all parts, which it takes out of the dictionary, if its arrays have at most so many bytes. Both
+    raise BadReply. They repeat a call while the SuperLink cannot be reached.
     """
 
     request: str
-    parts: Sequence[str]  # ids, in the order of the upload; those beyond ``MAX_PARTS`` + 1 are left out
+    parts: Sequence[str]  # ids, the root last; those beyond ``MAX_PARTS`` + 1 are left out
     pull: Callable[[str], bytes | None]
-    finish: Callable[[Mapping[str, bytes]], Message]
+    finish: Callable[[dict[str, bytes], int], Message]
 
 
 class BadReply(Exception):
@@ -201,7 +203,8 @@ def announced_replies(grid: Grid, message_ids: Iterable[str]) -> list[AnnouncedR
     if client is None:
         replies = grid.pull_messages(ids) if ids else []
         return [
-            AnnouncedReply(m.metadata.reply_to_message_id, (), lambda part: None, lambda parts, m=m: m) for m in replies
+            AnnouncedReply(m.metadata.reply_to_message_id, (), lambda part: None, lambda parts, most, m=m: m)
+            for m in replies
         ]
     from flwr.proto.runtime_pb2 import PullAppMessagesRequest
     from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -226,7 +229,7 @@ def _pull_part(grid: Any, part: str) -> bytes | None:
     return found.object_content if found.object_available else None
 
 
-def _finish(grid: Any, message_id: str, request: str, contents: Mapping[str, bytes]) -> Message:
+def _finish(grid: Any, message_id: str, request: str, contents: dict[str, bytes], max_bytes: int) -> Message:
     """Make a reply of its parts, which the SuperLink may then delete."""
     from flwr.app import Message
     from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
@@ -236,15 +239,35 @@ def _finish(grid: Any, message_id: str, request: str, contents: Mapping[str, byt
         ConfirmMessageReceivedRequest(node=grid.node, run_id=grid.run.run_id, message_object_id=message_id)
     )
     try:
-        message = inflate_object_from_contents(message_id, dict(contents))
+        size = _decoded_size(contents)
+        message = inflate_object_from_contents(message_id, contents) if size <= max_bytes else None
     except Exception as error:  # the parts are a site's bytes
         raise BadReply(f"a reply that cannot be decoded ({type(error).__name__})") from None
+    if size > max_bytes:
+        raise BadReply(f"a reply whose arrays have more than {max_bytes} bytes")
     if not isinstance(message, Message):
         raise BadReply("a reply that is not a message")
     if message.metadata.reply_to_message_id != request:
         raise BadReply("a reply that names another request")
     set_message_id(message, message_id)
     return message
+
+
+def _decoded_size(contents: Mapping[str, bytes]) -> int:
+    """Return the bytes of all arrays once they are decoded: an array may name one chunk many times.
+
+    ``Array.inflate`` (``flwr/app/message/array.py``): read in 1.40, 1.41 and 1.42, one file in all three.
+    """
+    from flwr.app import Array
+    from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_head_values_from_object_content
+
+    size = 0
+    for content in contents.values():
+        kind, children, _ = get_object_head_values_from_object_content(content)
+        if kind == Array.__qualname__:
+            lengths = [len(contents[child]) for child in dict.fromkeys(children)]
+            size += sum(lengths[i] for i in json.loads(get_object_body(content, Array))["arraychunk_ids"])
+    return size
 
 
 def error_reply(request_id: str, code: int, reason: str) -> Message:

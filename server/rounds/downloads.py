@@ -1,6 +1,6 @@
 """Download of an announced reply: few replies are in memory at a time, and slow uploads keep no one waiting.
 
-A site announces a reply and then uploads its parts to the SuperLink, in their order. Until a reply is there, its parts
+A site announces a reply and then uploads its parts to the SuperLink, the root last. Until a reply is there, its parts
 are only looked at. So a download holds a slot for as long as the SuperLink takes to send it, whatever the site does.
 """
 
@@ -17,8 +17,8 @@ from flwr.app import Message
 from ..flower_compat import MAX_PARTS, AnnouncedReply, BadReply
 
 PULLS = 2  # parts of a reply that are pulled at a time, as Flower does
-GAP = 4  # missing parts after which a look ends: a site uploads a few at a time
-PAUSE, LONGEST_PAUSE = 0.05, 5.0  # seconds between two looks; the pause grows by a quarter each time
+ATTEMPTS = 3  # a site uploads a few parts at a time, so that the root can come before others
+PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between two looks; the pause grows by a quarter each time
 
 
 class Slot:
@@ -56,34 +56,34 @@ def download(reply: AnnouncedReply, limits: DownloadLimits, slot: Slot) -> Messa
     if len(reply.parts) > MAX_PARTS:
         raise BadReply(f"a reply of more than {MAX_PARTS} parts")
     upload = _Upload(reply, limits)
-    upload.wait_for(reply.parts[-1:])
-    contents = _pull(reply, limits, slot)
-    if contents is None:  # the last part came before others
-        upload.wait_for(reply.parts)
-        contents = _pull(reply, limits, slot)
-    if contents is None:
-        raise BadReply("a reply whose parts were there and are gone")
-    return reply.finish(contents)
+    wanted: Sequence[str] = reply.parts[-1:]
+    for attempt in range(ATTEMPTS + 1):
+        upload.wait_for(wanted if attempt < ATTEMPTS else reply.parts)
+        contents, missing = _pull(reply, limits, slot)
+        if not missing:
+            return reply.finish(contents, limits.max_bytes)
+        wanted = [missing]
+    raise BadReply("a reply whose parts were there and are gone")
 
 
-def _pull(reply: AnnouncedReply, limits: DownloadLimits, slot: Slot) -> dict[str, bytes] | None:
-    """Take the slot and pull all parts. If one is missing, drop the others, give the slot back and return None."""
+def _pull(reply: AnnouncedReply, limits: DownloadLimits, slot: Slot) -> tuple[dict[str, bytes], str]:
+    """Take the slot, and return all parts. If one is missing, give the slot back, and return its id and no parts."""
     slot.take()
     contents: dict[str, bytes] = {}
     size = 0
-    with ThreadPoolExecutor(PULLS) as pool:
+    pool = ThreadPoolExecutor(PULLS)
+    try:
         for part, data in zip(reply.parts, pool.map(reply.pull, reply.parts), strict=True):
-            size += len(data or b"")
-            if data is None or size > limits.max_bytes:
-                pool.shutdown(wait=False, cancel_futures=True)
-                break
+            if data is None:
+                contents.clear()
+                slot.give_back()
+                return {}, part
+            size += len(data)
+            _check_size(size, limits)
             contents[part] = data
-        else:
-            return contents
-    contents.clear()
-    slot.give_back()
-    _check_size(size, limits)
-    return None
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return contents, ""
 
 
 class _Upload:
@@ -92,38 +92,39 @@ class _Upload:
     def __init__(self, reply: AnnouncedReply, limits: DownloadLimits) -> None:
         self._reply, self._limits = reply, limits
         self._unseen, self._size = dict.fromkeys(reply.parts), 0
-        self._arrived = time.monotonic()  # when the last new part was seen
+        self._arrived = time.monotonic()  # when a new part was last seen
 
     def wait_for(self, wanted: Sequence[str]) -> None:
-        """Wait until these parts are there. From time to time all parts are looked at, to see whether more arrive.
+        """Wait until these parts are there. From time to time all parts are looked at, to see whether others come.
 
         Raises BadReply after ``stall`` seconds without a new part.
         """
         pause, looked, stall = PAUSE, time.monotonic(), self._limits.stall
-        while not self._look(wanted):
-            if time.monotonic() - looked > stall / 4:
-                self._look(self._reply.parts)
+        while not all(self._sees(part) for part in wanted):
+            if time.monotonic() - looked > stall / 2:
+                for part in list(self._unseen):
+                    self._sees(part)
                 looked = time.monotonic()
                 if looked - self._arrived > stall:
                     raise BadReply(f"a reply that was announced but not uploaded for {stall:g} s")
             time.sleep(pause)
             pause = min(1.25 * pause, LONGEST_PAUSE, stall / 8)
 
-    def _look(self, parts: Sequence[str]) -> bool:
-        """Look at those that have not been seen, until a few are missing; return whether all are there."""
-        missing = 0
-        for part in [part for part in parts if part in self._unseen]:
-            with self._limits.looking:
-                data = self._reply.pull(part)
-            if data is not None:
-                del self._unseen[part]
-                self._size, self._arrived = self._size + len(data), time.monotonic()
-                _check_size(self._size, self._limits)
-                continue
-            missing += 1
-            if missing == GAP:
-                break
-        return not missing
+    def _sees(self, part: str) -> bool:
+        if part not in self._unseen:
+            return True
+        size = self._size_of(part)
+        if size is None:
+            return False
+        del self._unseen[part]
+        self._size, self._arrived = self._size + size, time.monotonic()
+        _check_size(self._size, self._limits)
+        return True
+
+    def _size_of(self, part: str) -> int | None:
+        with self._limits.looking:
+            data = self._reply.pull(part)
+            return None if data is None else len(data)
 
 
 def _check_size(size: int, limits: DownloadLimits) -> None:

@@ -25,14 +25,15 @@ class ReplyCollector:
 
     With ``background`` every reply is downloaded in a thread of its own: when a site dies while it sends its reply, or
     announces one and never sends it, Flower waits for the missing parts. At most ``IN_MEMORY`` replies are held,
-    however many sites have answered: the others stay at the SuperLink. A reply that cannot be downloaded becomes an
-    error of its site. ``max_bytes`` is the largest reply that is accepted; its owner may raise it.
+    besides the one that the caller processes, however many sites have answered: the others stay at the SuperLink. A
+    reply that cannot be downloaded becomes an error of its site. ``max_bytes`` is the largest reply that is accepted;
+    its owner may raise it.
     """
 
     def __init__(self, grid: Grid, *, background: bool = False) -> None:
         self._grid, self._background = grid, background
         self.max_bytes = MIN_BYTES
-        self._arrived: queue.SimpleQueue[Announced | tuple[str, Message, Slot] | Exception] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[Announced | tuple[str, Message, Slot] | BaseException] = queue.SimpleQueue()
         self._places, self._looking = threading.Semaphore(IN_MEMORY), threading.Lock()
         self._taken: list[Slot] = []  # of the replies that the last ``take`` returned
         self._asking: threading.Thread | None = None  # the call that asks which replies were announced
@@ -75,7 +76,7 @@ class ReplyCollector:
                 item = self._arrived.get(timeout=pause) if pause else self._arrived.get_nowait()
             except queue.Empty:
                 break
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 self._asking = None
                 raise item
             if isinstance(item, tuple):
@@ -115,7 +116,7 @@ class ReplyCollector:
         def guarded() -> None:
             try:
                 work()
-            except Exception as error:  # raised again by take()
+            except BaseException as error:  # raised again by take()
                 self._arrived.put(error)
 
         thread = threading.Thread(target=guarded, daemon=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import json
+import random
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, Metadata, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ObjectTree
@@ -35,6 +38,20 @@ def reply_to(request: str, text: str = "whole") -> Message:
     return make_message(metadata=metadata, content=RecordDict({"colora": ConfigRecord({"text": text})}))
 
 
+def shuffled(tree: ObjectTree) -> ObjectTree:
+    """The tree as a SuperLink returns it: the children of an object are in no order."""
+    children = [shuffled(child) for child in tree.children]
+    random.Random(len(children)).shuffle(children)
+    return ObjectTree(object_id=tree.object_id, children=children)
+
+
+def large_reply_to(request: str, arrays: int = 30) -> Message:
+    """A reply with three parts for each array, and some more."""
+    message = reply_to(request)
+    message.content["arrays"] = ArrayRecord({f"array {k}": Array(np.full(200, k, np.float32)) for k in range(arrays)})
+    return message
+
+
 class Network:
     """What ``HttpGrid`` uses of the Runtime API: announced replies with their parts, some of which never arrive."""
 
@@ -47,7 +64,7 @@ class Network:
         """Announce a reply; ``root`` replaces the message as the root object. Return the last parts, if left out."""
         sent = root or message
         objects = get_all_nested_objects(sent)
-        tree = get_object_tree(sent)
+        tree = shuffled(get_object_tree(sent))
         message.metadata.__dict__["_message_id"] = sent.object_id
         proto = message_to_proto(message)
         proto.metadata.reply_to_message_id = request
@@ -223,18 +240,65 @@ def test_a_reply_whose_last_part_came_first_takes_no_room(*, trickles: bool) -> 
 
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_slow_upload_is_waited_for_as_long_as_parts_arrive(*, goes_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replies, "STALL", 0.4)
+    """One part arrives in each twentieth of a second, in the order of the site, until half of them are there or all."""
+    monkeypatch.setattr(replies, "STALL", 0.6)
     network = Network()
-    network.announce("slow", reply_to("slow"))
-    parts, network.parts = list(network.parts.items()), {}
-    collector, began, found = ReplyCollector(network, background=True), time.monotonic(), []  # type: ignore[arg-type]
-    for part, content in parts:
-        found += collector.take(["slow"], 0.3)
-        if goes_on:
-            network.parts[part] = content
-    while not found and time.monotonic() < began + 10:
+    message = large_reply_to("slow")
+    parts = [(part, thing.deflate()) for part, thing in get_all_nested_objects(message).items()]
+    network.announce("slow", message)
+    network.parts = {}
+    collector, found = ReplyCollector(network, background=True), []  # type: ignore[arg-type]
+    for part, content in parts if goes_on else parts[: len(parts) // 2]:
+        network.parts[part] = content
+        found += collector.take(["slow"], 0.05)
+    assert found == [] or len(network.parts) == len(parts)
+    ends = time.monotonic() + 10
+    while not found and time.monotonic() < ends:
         found += collector.take(["slow"], 0.1)
+    assert len(parts) > 60
     assert found[0][1].has_error() != goes_on
+
+
+def test_a_part_that_comes_after_the_root_costs_few_further_pulls() -> None:
+    network, pulled = Network(), 0
+    message = large_reply_to("late")
+    network.announce("late", message)
+    objects = list(get_all_nested_objects(message))
+    part = objects[len(objects) // 2]
+    content, pull = network.parts.pop(part), network.PullObject
+
+    def counted(request: Any) -> Any:
+        nonlocal pulled
+        answer = pull(request)
+        pulled += answer.object_available
+        return answer
+
+    network.PullObject = counted  # type: ignore[method-assign]
+    collector, found = ReplyCollector(network, background=True), []  # type: ignore[arg-type]
+    began = time.monotonic()
+    while not found and time.monotonic() < began + 10:
+        found += collector.take(["late"], 0.1)
+        if time.monotonic() > began + 0.3:
+            network.parts[part] = content
+    assert not found[0][1].has_error()
+    assert pulled <= 2 * len(objects) + 10
+
+
+def test_an_array_that_names_one_chunk_many_times_is_refused_before_it_is_decoded() -> None:
+    network = Network()
+    message = large_reply_to("bomb", arrays=1)
+    network.announce("bomb", message)
+    name = next(i for i, part in network.parts.items() if b"arraychunk_ids" in part)
+    head, _, body = network.parts[name].partition(b"\x00")
+    metadata = json.loads(body)
+    metadata["arraychunk_ids"] = [0] * 100_000
+    body = json.dumps(metadata).encode()
+    kind, children, _ = head.decode().split(" ", 1)[0], head.decode().split(" ")[1:-1], 0
+    network.parts[name] = " ".join([kind, *children, str(len(body))]).encode() + b"\x00" + body
+    collector, found, began = ReplyCollector(network, background=True), [], time.monotonic()  # type: ignore[arg-type]
+    while not found and time.monotonic() < began + 10:
+        found += collector.take(["bomb"], 0.1)
+    assert found[0][1].error.reason.startswith("sent a reply whose arrays have more than")
 
 
 def test_errors_of_the_grid_itself_are_raised() -> None:
