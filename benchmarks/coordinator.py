@@ -202,8 +202,8 @@ def memory() -> Iterator[Figure]:
             sys.exit(done.stderr)
         found = json.loads(done.stdout.splitlines()[-1])
         peaks[sites] = found["peak"]
-        yield Figure(f"peak memory, {sites} sites ({found['before']:.0f} before round 1)", [found["peak"]] * 2, "MiB")
-    yield Figure(f"{MANY} sites ÷ {FEW} sites", [peaks[MANY] / peaks[FEW]] * 2, bar=BARS[0])
+        yield Figure(f"peak memory, {sites} sites ({found['before']:.0f} before round 1)", [found["peak"]], "MiB")
+    yield Figure(f"{MANY} sites ÷ {FEW} sites", [peaks[MANY] / peaks[FEW]], bar=BARS[0])
 
 
 def updates_in(folder: Path, count: int) -> list[WeightedUpdate]:

@@ -1,7 +1,7 @@
-"""Download of an announced reply: few replies are in memory at a time, and slow uploads keep no one waiting.
+"""Download of an announced reply. Few replies are in memory at a time, and a slow upload does not delay other sites.
 
-A site announces a reply and then uploads its parts to the SuperLink, the root last. Until a reply is there, its parts
-are only looked at. So a download holds a slot for as long as the SuperLink takes to send it, whatever the site does.
+A site announces a reply and then uploads its parts to the SuperLink, the root last. Until the upload is complete, parts
+are pulled only to see that they are there, and are not kept. A download takes its slot after that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..flower_compat import MAX_PARTS, AnnouncedReply, BadReply
 
 PULLS = 2  # parts of a reply that are pulled at a time, as Flower does
 ATTEMPTS = 3  # a site uploads a few parts at a time, so that the root can come before others
-PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between two looks; the pause grows by a quarter each time
+PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between two checks; the pause grows by a quarter each time
 
 
 class Slot:
@@ -41,18 +41,18 @@ class Slot:
 
 @dataclass(frozen=True)
 class DownloadLimits:
-    """Limits of one reply: seconds without a further part, and bytes of all parts. Looks take turns by ``looking``."""
+    """Limits of one reply: seconds without a further part, and bytes of all parts.
+
+    ``checking`` is held while a part is pulled only to see that it is there, so that one such part is in memory.
+    """
 
     stall: float
     max_bytes: int
-    looking: threading.Lock
+    checking: threading.Lock
 
 
 def download(reply: AnnouncedReply, limits: DownloadLimits, slot: Slot) -> Message:
-    """Return a reply once it is at the SuperLink. The slot is taken then; the caller gives it back.
-
-    Raises BadReply, and ``httpx.HTTPError`` if the SuperLink is gone.
-    """
+    """Return a reply once it is at the SuperLink. The slot is taken then; the caller gives it back. Raises BadReply."""
     if len(reply.parts) > MAX_PARTS:
         raise BadReply(f"a reply of more than {MAX_PARTS} parts")
     upload = _Upload(reply, limits)
@@ -95,17 +95,17 @@ class _Upload:
         self._arrived = time.monotonic()  # when a new part was last seen
 
     def wait_for(self, wanted: Sequence[str]) -> None:
-        """Wait until these parts are there. From time to time all parts are looked at, to see whether others come.
+        """Wait until these parts are there. From time to time all parts are checked, to see whether others arrive.
 
         Raises BadReply after ``stall`` seconds without a new part.
         """
-        pause, looked, stall = PAUSE, time.monotonic(), self._limits.stall
+        pause, checked, stall = PAUSE, time.monotonic(), self._limits.stall
         while not all(self._sees(part) for part in wanted):
-            if time.monotonic() - looked > stall / 2:
+            if time.monotonic() - checked > stall / 2:
                 for part in list(self._unseen):
                     self._sees(part)
-                looked = time.monotonic()
-                if looked - self._arrived > stall:
+                checked = time.monotonic()
+                if checked - self._arrived > stall:
                     raise BadReply(f"a reply that was announced but not uploaded for {stall:g} s")
             time.sleep(pause)
             pause = min(1.25 * pause, LONGEST_PAUSE, stall / 8)
@@ -122,7 +122,7 @@ class _Upload:
         return True
 
     def _size_of(self, part: str) -> int | None:
-        with self._limits.looking:
+        with self._limits.checking:
             data = self._reply.pull(part)
             return None if data is None else len(data)
 

@@ -17,7 +17,6 @@ from .downloads import DownloadLimits, Slot, download
 STALL = 120.0  # seconds without a further part after which the download of a reply fails
 MIN_BYTES = 1 << 24  # of a reply that is accepted in any case
 IN_MEMORY = 4  # replies of one collector that are downloaded, or wait to be processed, at a time
-Announced = list[AnnouncedReply]
 
 
 class ReplyCollector:
@@ -33,8 +32,9 @@ class ReplyCollector:
     def __init__(self, grid: Grid, *, background: bool = False) -> None:
         self._grid, self._background = grid, background
         self.max_bytes = MIN_BYTES
-        self._arrived: queue.SimpleQueue[Announced | tuple[str, Message, Slot] | BaseException] = queue.SimpleQueue()
-        self._places, self._looking = threading.Semaphore(IN_MEMORY), threading.Lock()
+        self._arrived: queue.SimpleQueue[list[AnnouncedReply] | tuple[str, Message, Slot] | BaseException]
+        self._arrived = queue.SimpleQueue()
+        self._places, self._checking = threading.Semaphore(IN_MEMORY), threading.Lock()
         self._taken: list[Slot] = []  # of the replies that the last ``take`` returned
         self._asking: threading.Thread | None = None  # the call that asks which replies were announced
         self._claimed: set[str] = set()  # requests whose replies are being downloaded
@@ -59,12 +59,12 @@ class ReplyCollector:
         if not self._background:
             return [
                 (reply.request, self._download_now(reply))
-                for reply in self._announced(message_ids)
+                for reply in announced_replies(self._grid, message_ids)
                 if reply.request in message_ids
             ]
         wanted = [message_id for message_id in message_ids if message_id not in self._claimed]
         if self._asking is None and wanted:
-            self._asking = self._start(lambda: self._arrived.put(self._announced(wanted)))
+            self._asking = self._start(lambda: self._arrived.put(announced_replies(self._grid, wanted)))
         return self._drain(time.monotonic() + wait)
 
     def _drain(self, deadline: float) -> list[tuple[str, Message]]:
@@ -91,9 +91,6 @@ class ReplyCollector:
                 self._start(lambda reply=reply: self._arrived.put((reply.request, *self._download(reply))))
         return replies
 
-    def _announced(self, message_ids: Collection[str]) -> Announced:
-        return announced_replies(self._grid, message_ids)
-
     def _download_now(self, reply: AnnouncedReply) -> Message:
         message, slot = self._download(reply)
         slot.give_back()
@@ -103,7 +100,7 @@ class ReplyCollector:
         """Return a reply, or the error of its site, and the slot that it holds."""
         slot = Slot(self._places)
         try:
-            return download(reply, DownloadLimits(STALL, self.max_bytes, self._looking), slot), slot
+            return download(reply, DownloadLimits(STALL, self.max_bytes, self._checking), slot), slot
         except BadReply as fault:
             message = error_reply(reply.request, SITE_FAILED, f"sent {fault}")
         except BaseException:

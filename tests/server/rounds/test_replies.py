@@ -6,7 +6,7 @@ import gc
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -159,7 +159,7 @@ class Counted(bytes):
 
 
 @pytest.mark.parametrize("case", ["all are there", "a part is late", "too large"])
-def test_few_replies_are_in_memory_however_many_sites_have_answered(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_replies_are_in_memory_however_many_sites_have_answered(case: str) -> None:
     """The oracle counts the bytes that are alive. Cycles count: the garbage collector is off."""
     network, names, most, arrived = Network(), [f"site {k}" for k in range(40)], 0, []
     late = {}
@@ -197,7 +197,18 @@ def test_few_replies_are_in_memory_however_many_sites_have_answered(case: str, m
     finally:
         gc.enable()
     assert sorted(arrived) == sorted(names)
-    assert most <= (replies.IN_MEMORY + 1) * parts_of_one  # and one that is looked at
+    assert most <= (replies.IN_MEMORY + 1) * parts_of_one  # and one that is checked
+
+
+def receive(
+    collector: ReplyCollector, asked: Sequence[str], wanted: Sequence[str], meanwhile: Callable[[], object] = time.time
+) -> dict[str, Message]:
+    """Take replies until those that are wanted have arrived, for at most ten seconds."""
+    ends, found = time.monotonic() + 10, {}
+    while not found.keys() >= set(wanted) and time.monotonic() < ends:
+        found |= collector.take([request for request in asked if request not in found], 0.1)
+        meanwhile()
+    return found
 
 
 def test_replies_that_are_still_being_uploaded_keep_no_one_waiting() -> None:
@@ -206,14 +217,11 @@ def test_replies_that_are_still_being_uploaded_keep_no_one_waiting() -> None:
     for name in late:
         rest |= network.announce(name, reply_to(name, name), leave_out=1)
     network.announce("good", reply_to("good"))
-    collector, began, arrived = ReplyCollector(network, background=True), time.monotonic(), []  # type: ignore[arg-type]
-    while "good" not in arrived and time.monotonic() < began + 10:
-        arrived += [request for request, _ in collector.take([*late, "good"], 0.1)]
+    collector, began = ReplyCollector(network, background=True), time.monotonic()  # type: ignore[arg-type]
+    assert receive(collector, [*late, "good"], ["good"]).keys() == {"good"}
     assert time.monotonic() < began + 2
     network.parts |= rest
-    while len(arrived) <= len(late) and time.monotonic() < began + 20:
-        arrived += [request for request, _ in collector.take([i for i in late if i not in arrived], 0.1)]
-    assert sorted(arrived) == sorted([*late, "good"])
+    assert receive(collector, late, late).keys() == set(late)
 
 
 @pytest.mark.parametrize("trickles", [False, True])
@@ -226,46 +234,42 @@ def test_a_reply_whose_last_part_came_first_takes_no_room(*, trickles: bool) -> 
         network.announce(name, message)
         late |= {part: network.parts.pop(part) for part in list(get_all_nested_objects(message))[:-1]}
     network.announce("good", reply_to("good"))
-    collector, began, arrived = ReplyCollector(network, background=True), time.monotonic(), []  # type: ignore[arg-type]
-    while "good" not in arrived and time.monotonic() < began + 10:
-        arrived += [request for request, _ in collector.take([*names, "good"], 0.1)]
+    collector, began = ReplyCollector(network, background=True), time.monotonic()  # type: ignore[arg-type]
+
+    def trickle() -> None:
         if trickles and late:
             network.parts |= [late.popitem()]
+
+    found = receive(collector, [*names, "good"], ["good"], trickle)
+    assert "good" in found
     assert time.monotonic() < began + 2
     network.parts |= late
-    while len(arrived) <= len(names) and time.monotonic() < began + 20:
-        arrived += [request for request, _ in collector.take([i for i in names if i not in arrived], 0.1)]
-    assert sorted(arrived) == sorted([*names, "good"])
+    left = [name for name in names if name not in found]
+    assert receive(collector, left, left).keys() == set(left)
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_slow_upload_is_waited_for_as_long_as_parts_arrive(*, goes_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One part arrives in each twentieth of a second, in the order of the site, until half of them are there or all."""
+    """A part arrives every twentieth of a second, in the order of the site, until all or half of them are there."""
     monkeypatch.setattr(replies, "STALL", 0.6)
-    network = Network()
-    message = large_reply_to("slow")
+    network, message = Network(), large_reply_to("slow")
     parts = [(part, thing.deflate()) for part, thing in get_all_nested_objects(message).items()]
+    assert len(parts) > 60
     network.announce("slow", message)
     network.parts = {}
-    collector, found = ReplyCollector(network, background=True), []  # type: ignore[arg-type]
+    collector = ReplyCollector(network, background=True)  # type: ignore[arg-type]
     for part, content in parts if goes_on else parts[: len(parts) // 2]:
+        assert collector.take(["slow"], 0.05) == []
         network.parts[part] = content
-        found += collector.take(["slow"], 0.05)
-    assert found == [] or len(network.parts) == len(parts)
-    ends = time.monotonic() + 10
-    while not found and time.monotonic() < ends:
-        found += collector.take(["slow"], 0.1)
-    assert len(parts) > 60
-    assert found[0][1].has_error() != goes_on
+    assert receive(collector, ["slow"], ["slow"])["slow"].has_error() != goes_on
 
 
 def test_a_part_that_comes_after_the_root_costs_few_further_pulls() -> None:
-    network, pulled = Network(), 0
-    message = large_reply_to("late")
+    network, message, pulled = Network(), large_reply_to("late"), 0
     network.announce("late", message)
     objects = list(get_all_nested_objects(message))
     part = objects[len(objects) // 2]
-    content, pull = network.parts.pop(part), network.PullObject
+    content, pull, began = network.parts.pop(part), network.PullObject, time.monotonic()
 
     def counted(request: Any) -> Any:
         nonlocal pulled
@@ -273,32 +277,27 @@ def test_a_part_that_comes_after_the_root_costs_few_further_pulls() -> None:
         pulled += answer.object_available
         return answer
 
-    network.PullObject = counted  # type: ignore[method-assign]
-    collector, found = ReplyCollector(network, background=True), []  # type: ignore[arg-type]
-    began = time.monotonic()
-    while not found and time.monotonic() < began + 10:
-        found += collector.take(["late"], 0.1)
+    def upload() -> None:
         if time.monotonic() > began + 0.3:
             network.parts[part] = content
-    assert not found[0][1].has_error()
+
+    network.PullObject = counted  # type: ignore[method-assign]
+    collector = ReplyCollector(network, background=True)  # type: ignore[arg-type]
+    assert not receive(collector, ["late"], ["late"], upload)["late"].has_error()
     assert pulled <= 2 * len(objects) + 10
 
 
 def test_an_array_that_names_one_chunk_many_times_is_refused_before_it_is_decoded() -> None:
     network = Network()
-    message = large_reply_to("bomb", arrays=1)
-    network.announce("bomb", message)
-    name = next(i for i, part in network.parts.items() if b"arraychunk_ids" in part)
+    network.announce("bomb", large_reply_to("bomb", arrays=1))
+    name = next(part for part, content in network.parts.items() if b"arraychunk_ids" in content)
     head, _, body = network.parts[name].partition(b"\x00")
-    metadata = json.loads(body)
-    metadata["arraychunk_ids"] = [0] * 100_000
-    body = json.dumps(metadata).encode()
-    kind, children, _ = head.decode().split(" ", 1)[0], head.decode().split(" ")[1:-1], 0
-    network.parts[name] = " ".join([kind, *children, str(len(body))]).encode() + b"\x00" + body
-    collector, found, began = ReplyCollector(network, background=True), [], time.monotonic()  # type: ignore[arg-type]
-    while not found and time.monotonic() < began + 10:
-        found += collector.take(["bomb"], 0.1)
-    assert found[0][1].error.reason.startswith("sent a reply whose arrays have more than")
+    body = json.dumps({**json.loads(body), "arraychunk_ids": [0] * 100_000}).encode()
+    kind, children, _ = head.decode().split(" ")
+    network.parts[name] = f"{kind} {children} {len(body)}".encode() + b"\x00" + body
+    collector = ReplyCollector(network, background=True)  # type: ignore[arg-type]
+    error = receive(collector, ["bomb"], ["bomb"])["bomb"].error
+    assert error.reason.startswith("sent a reply whose arrays have more than")
 
 
 def test_errors_of_the_grid_itself_are_raised() -> None:
